@@ -1,0 +1,50 @@
+# Thin on purpose: every target makes the environment on first use and hands over to a tool.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Nothing phones home; DVC's own switches are in .dvc/config.
+export DO_NOT_TRACK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: repro test test-slow ui lint lock clean
+
+repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
+	gptj8 check
+	dvc repro
+	gptj8 summary
+
+test: $(INSTALLED) ## the fast tests
+	python -m pytest
+
+test-slow: $(INSTALLED) ## the tests that take minutes or gigabytes
+	python -m pytest -m slow
+
+ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
+	gptj8 ui
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+
+lock: ## pin the newest versions of everything in requirements.txt
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet '.[dev]'
+	sed -n '/^#/p' requirements.txt > requirements.new
+	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude gptj8 | sed 's/+cpu$$//' >> requirements.new
+	mv requirements.new requirements.txt
+	rm -rf .venv-lock
+
+clean: ## remove the environment; data, models and runs stay
+	rm -rf $(VENV)
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d; gptj8 needs 3.11 or newer (make PYTHON=python3.11 ...)" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,38 @@
+"""gptj8: fine-tune GPT-J-class models whose large weights are frozen in 8 bits.
+
+`import gptj8` makes transformers understand converted models. It costs nothing until something of
+it is used: torch and transformers are imported when a name below is first asked for, and the
+quantizer is registered when transformers itself comes to load its quantizers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from gptj8._registration import register_when_transformers_loads
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Blockwise8bitConfig": "gptj8.integration",
+    "Blockwise8bitTensor": "gptj8.codec",
+    "convert_checkpoint": "gptj8.checkpoint",
+    "dequantize_blockwise": "gptj8.codec",
+    "quantize_blockwise": "gptj8.codec",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gptj8' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+register_when_transformers_loads()

@@ -1,0 +1,103 @@
+"""Put trainable weights on a frozen model: LoRA, or the LayerNorms alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptj8.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    method: str,
+    target: str | Sequence[str],
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+) -> PeftModel:
+    """Freeze the model and add trainable weights in float32.
+
+    Args:
+        method: "lora" (Hu et al., arXiv:2106.09685), or "layernorm": train only the normalization
+            layers' weights (Zhao et al., arXiv:2312.11420).
+        target: for LoRA: "attention" (the projections that PEFT adapts by default for the
+            architecture, as in the paper: query and value), "all-linear" (all but the head), or
+            names of modules.
+        r, lora_alpha, lora_dropout: see `peft.LoraConfig`.
+
+    Raises:
+        UserError: if the architecture has no default or no module has a name in `target`.
+    """
+    from peft import get_peft_model
+
+    if method == "lora":
+        config = _lora_config(model, target, r, lora_alpha, lora_dropout)
+    else:
+        config = _layernorm_config(model)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"finetune.target = {target!r} cannot be adapted: {reason}") from error
+    for parameter in adapted.parameters():
+        # 16-bit weights lose small updates, and gradient scaling refuses 16-bit gradients.
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Return how many weights are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _lora_config(
+    model: PreTrainedModel,
+    target: str | Sequence[str],
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+) -> PeftConfig:
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_MODULES
+
+    if target == "all-linear":
+        modules: str | list[str] = "all-linear"
+    elif target == "attention":
+        architecture = model.config.model_type
+        if architecture not in DEFAULT_MODULES:
+            raise UserError(
+                f"finetune.target = attention is not known for {architecture}; "
+                "list the names of its attention's linear layers instead"
+            )
+        modules = list(DEFAULT_MODULES[architecture])
+    else:
+        modules = list(target)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=modules,
+    )
+
+
+def _layernorm_config(model: PreTrainedModel) -> PeftConfig:
+    from peft import LNTuningConfig
+
+    # By class and not by PEFT's table, which knows a few architectures only.
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    ]
+    if not norms:
+        raise UserError(f"finetune.method = layernorm: {model.config.model_type} has no LayerNorm")
+    return LNTuningConfig(task_type="CAUSAL_LM", target_modules=norms)

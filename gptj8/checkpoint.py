@@ -1,0 +1,332 @@
+"""Convert a checkpoint to 8 bits, one tensor at a time.
+
+The model is built on the meta device to learn which tensors belong to modules that are stored in 8
+bits; weights are then read, quantized and written tensor by tensor, so that memory is bounded by the
+largest tensor and one output shard, not by the model. The target appears under its name only when
+every file of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
+from gptj8.errors import UserError
+from gptj8.files import (
+    format_bytes,
+    list_files,
+    read_json,
+    replace_directory,
+    require_free_space,
+    sha256_file,
+    write_json,
+)
+from gptj8.integration import Blockwise8bitConfig, swap_modules
+from gptj8.layers import Frozen8bitModule
+from gptj8.models import check_model_directory
+
+MANIFEST = "manifest.json"
+
+_SHARD_BYTES = 1_000_000_000
+_INDEX = "model.safetensors.index.json"
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_WEIGHT_FILES = ("*.index.json", MANIFEST, "config.json")
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How well one tensor survived: `relative_rmse` = |restored - original| / |original|."""
+
+    name: str
+    parameters: int
+    relative_rmse: float
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        tensors: one entry a quantized tensor, in the order of the model.
+        kept: names of modules with weights that stay in full precision, for example LayerNorms.
+        dropped: checkpoint tensors that the model has no place for, such as causal masks.
+    """
+
+    parameters: int = 0
+    source_bytes: int = 0
+    converted_bytes: int = 0
+    tensors: list[TensorError] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    _squared_error: float = 0.0
+    _squared_norm: float = 0.0
+
+    @property
+    def relative_rmse(self) -> float:
+        """The error over all quantized weights together."""
+        return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
+
+    def add(self, name: str, weight: torch.Tensor, quantized: QuantizedTensor) -> None:
+        """Measure one tensor."""
+        error, norm = squared_errors(weight, quantized)
+        self._squared_error += error
+        self._squared_norm += norm
+        relative = math.sqrt(error / norm) if norm else 0.0
+        self.tensors.append(TensorError(name, weight.numel(), relative))
+
+
+def convert_checkpoint(
+    source_dir: str | Path, target_dir: str | Path, config: Blockwise8bitConfig
+) -> ConversionReport:
+    """Write an 8-bit copy of a model directory that `from_pretrained` loads.
+
+    Args:
+        source_dir: a causal language model as `save_pretrained` writes it: safetensors or
+            pytorch_model.bin, in one file or sharded. Pickles are read as tensors only.
+        target_dir: the directory to make; an earlier one is replaced when the new one is complete.
+        config: block size, codebook and modules to skip.
+
+    Raises:
+        UserError: for a source that is no model, already converted, incomplete or different from
+            its config, and for a disk that is too small; `target_dir` is then as it was.
+    """
+    source, target = Path(source_dir), Path(target_dir)
+    check_model_directory(source)
+    model_config = read_json(source / "config.json")
+    if "quantization_config" in model_config:
+        method = model_config["quantization_config"].get("quant_method")
+        raise UserError(f"{source} is already quantized ({method}); convert the original model")
+
+    skeleton = _build_skeleton(source)
+    swapped = swap_modules(skeleton, config)
+    if not swapped:
+        raise UserError(f"{source}: nothing to convert, every module is skipped")
+    weights = _SourceWeights(source)
+    report = ConversionReport(source_bytes=weights.total_bytes)
+    names = _match_names(weights, skeleton, source, report)
+    require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
+
+    with replace_directory(target) as staging:
+        writer = _ShardWriter(staging)
+        with tqdm(total=weights.total_bytes, unit="B", unit_scale=True, desc="convert") as bar:
+            for source_name, tensor in weights:
+                bar.update(tensor.numel() * tensor.element_size())
+                name = names.get(source_name)
+                if name is None:
+                    continue
+                report.parameters += tensor.numel()
+                prefix = name.removesuffix(".weight")
+                if name.endswith(".weight") and prefix in swapped:
+                    quantized = quantize_blockwise(
+                        tensor, config.block_size, config.codebook, name=source_name
+                    )
+                    report.add(name, tensor, quantized)
+                    writer.add(name, quantized.codes)
+                    writer.add(f"{prefix}.absmax", quantized.absmax)
+                    writer.add(f"{prefix}.codebook", quantized.codebook)
+                else:
+                    report.kept.append(name)
+                    writer.add(name, tensor.contiguous())
+        writer.finish()
+        _write_side_files(source, staging, model_config, config)
+        report.converted_bytes = sum(f.stat().st_size for f in staging.glob("*.safetensors"))
+    return report
+
+
+class _SourceWeights:
+    """The tensors of a checkpoint, in file order; iterating holds one tensor at a time."""
+
+    def __init__(self, source: Path) -> None:
+        self.files = _weight_files(source)
+        self.is_safetensors = self.files[0].suffix == ".safetensors"
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.file_of: dict[str, Path] = {}
+        self.total_bytes = 0
+        for file in self.files:
+            with ExitStack() as stack:
+                for name, tensor in self._open(file, stack):
+                    shape, item_bytes = _shape_and_item_bytes(tensor)
+                    self.shapes[name], self.file_of[name] = shape, file
+                    self.total_bytes += math.prod(shape) * item_bytes
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in self.files:
+            with ExitStack() as stack:
+                for name, tensor in self._open(file, stack):
+                    yield name, tensor if isinstance(tensor, torch.Tensor) else tensor[:]
+
+    def _open(self, file: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
+        """Yield tensors, or slices that read nothing until they are indexed."""
+        try:
+            if self.is_safetensors:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                for name in opened.keys():  # noqa: SIM118 (it is not a dict)
+                    yield name, opened.get_slice(name)
+            else:
+                # Mapped, so that only the tensor at hand is read; weights_only runs no pickled code.
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                yield from state.items()
+        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from error
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise UserError(f"{file} holds more than tensors and is not read") from error
+
+
+def _shape_and_item_bytes(tensor: Any) -> tuple[tuple[int, ...], int]:
+    if isinstance(tensor, torch.Tensor):
+        return tuple(tensor.shape), tensor.element_size()
+    bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
+    return tuple(tensor.get_shape()), bits.get(tensor.get_dtype(), 8) // 8
+
+
+def _weight_files(source: Path) -> list[Path]:
+    for single, index in (
+        ("model.safetensors", _INDEX),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (source / index).is_file():
+            mapping = read_json(source / index).get("weight_map")
+            if not isinstance(mapping, dict) or not mapping:
+                raise UserError(f"{source / index} has no weight_map")
+            files = [source / name for name in sorted(set(mapping.values()))]
+            outside = [f for f in files if f.resolve().parent != source.resolve()]
+            if outside:
+                raise UserError(f"{source / index} names {outside[0]}, which is not in {source}")
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{file} is listed in {index} and does not exist")
+            return files
+        if (source / single).is_file():
+            return [source / single]
+    raise UserError(f"{source} has neither model.safetensors nor pytorch_model.bin, sharded or not")
+
+
+def _build_skeleton(source: Path) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} is not a causal language model: {reason}") from error
+
+
+def _match_names(
+    weights: _SourceWeights, skeleton: torch.nn.Module, source: Path, report: ConversionReport
+) -> dict[str, str]:
+    """Map checkpoint names to the model's; refuse what is missing or has another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    prefix = f"{skeleton.base_model_prefix}."
+    names: dict[str, str] = {}
+    problems = []
+    for name, shape in weights.shapes.items():
+        match = next((n for n in (name, prefix + name) if n in expected), None)
+        if match is None:
+            report.dropped.append(name)
+        elif expected[match] != shape:
+            problems.append(
+                f"{weights.file_of[name]}: {name} has shape {shape}, and config.json implies "
+                f"{expected[match]}"
+            )
+        else:
+            names[name] = match
+    made_here = {
+        f"{name}.{part}"
+        for name, module in skeleton.named_modules()
+        if isinstance(module, Frozen8bitModule)
+        for part in ("absmax", "codebook")
+    }
+    tied = set(skeleton.all_tied_weights_keys)
+    for missing in sorted(set(expected) - made_here - tied - set(names.values())):
+        problems.append(f"{source}: the checkpoint has no tensor {missing}")
+    if problems:
+        shown = problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])
+        raise UserError("\n".join(shown))
+    return names
+
+
+def _estimate_bytes(weights: _SourceWeights, names: dict[str, str], swapped: list[str]) -> int:
+    quantized = {f"{name}.weight" for name in swapped}
+    # A byte a code and a little for absmax, codebooks and headers; four bytes for the rest.
+    return sum(
+        math.prod(weights.shapes[source]) * (1.1 if name in quantized else 4)
+        for source, name in names.items()
+    ).__int__()
+
+
+class _ShardWriter:
+    """Collect tensors into safetensors files of bounded size, numbered once their count is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > _SHARD_BYTES:
+            self._write()
+        self.pending[name] = tensor
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        self._write()
+        count = len(self.shards)
+        if count == 1:
+            self._shard_path(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self.shards):
+            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._shard_path(number).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        write_json(self.folder / _INDEX, index)
+
+    def _shard_path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def _write(self) -> None:
+        save_file(self.pending, self._shard_path(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+
+def _write_side_files(
+    source: Path, staging: Path, model_config: dict[str, Any], config: Blockwise8bitConfig
+) -> None:
+    skipped = {file for pattern in _WEIGHT_FILES for file in source.glob(pattern)}
+    for file in {file for pattern in _SIDE_FILES for file in source.glob(pattern)} - skipped:
+        shutil.copyfile(file, staging / file.name)
+    quantization = json.loads(config.to_json_string(use_diff=False))
+    write_json(staging / "config.json", {**model_config, "quantization_config": quantization})
+    manifest = {file.name: sha256_file(file) for file in list_files(staging)}
+    write_json(staging / MANIFEST, manifest)
+
+
+def summarize(report: ConversionReport) -> str:
+    """Return one line for the terminal."""
+    return (
+        f"{report.parameters:,} parameters, {format_bytes(report.source_bytes)} -> "
+        f"{format_bytes(report.converted_bytes)}, relative RMS error {report.relative_rmse:.3%}"
+    )

@@ -1,0 +1,138 @@
+"""The `gptj8` command. Imports what a subcommand needs when it is chosen: `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from gptj8.errors import UserError
+from gptj8.params import Params, load_params
+from gptj8.runtime import project_root, run
+
+
+def main() -> None:
+    """Entry point; exits 2 with one line a problem on bad input."""
+    arguments = _parser().parse_args()
+    run(lambda: arguments.command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptj8",
+        description="Fine-tune GPT-J-class models whose large weights are frozen in 8 bits.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="check params.yaml and its inputs before a run")
+    check.set_defaults(command=_check)
+
+    convert = commands.add_parser("convert", help="store a model's large weights in 8 bits")
+    convert.add_argument("source", metavar="SRC", help="model directory, as save_pretrained writes")
+    convert.add_argument("target", metavar="DST", help="directory to make")
+    convert.add_argument("--block-size", type=int, default=4096, help="64 to 4096 (default: 4096)")
+    convert.add_argument("--codebook", default="fitted", help="fitted or dynamic (default: fitted)")
+    convert.add_argument(
+        "--skip", action="append", default=[], metavar="MODULE", help="leave this module as it is"
+    )
+    convert.set_defaults(command=_convert)
+
+    summary = commands.add_parser("summary", help="print what the last run measured")
+    summary.set_defaults(command=_summary)
+
+    ui = commands.add_parser("ui", help="browse the runs in MLflow")
+    ui.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.set_defaults(command=_ui)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    params = load_params()
+    problems = missing_inputs(params)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
+    """Return a line for each input that is neither there nor made by a recipe under data/."""
+    root = root or project_root()
+    inputs = {
+        "data.train": params.data.train,
+        "data.validation": params.data.validation,
+        "data.test": params.data.test,
+        "model.path": params.model.path,
+        "evaluate.perplexity_text": params.evaluate.perplexity_text,
+    }
+    problems = []
+    for key, value in inputs.items():
+        if value is None or (root / value).exists():
+            continue
+        folders = [f for f in (root / value).absolute().parents if root in f.parents]
+        if not any((folder / "dvc.yaml").is_file() for folder in folders):
+            problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
+    return problems
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if Path(arguments.target).exists():
+        raise UserError(f"{arguments.target} exists already; remove it or choose another name")
+    from gptj8.checkpoint import convert_checkpoint, summarize
+    from gptj8.integration import Blockwise8bitConfig
+
+    config = Blockwise8bitConfig(arguments.block_size, arguments.codebook, arguments.skip)
+    print(summarize(convert_checkpoint(arguments.source, arguments.target, config)))
+
+
+def _summary(arguments: argparse.Namespace) -> None:
+    from gptj8.tracking import REPORTS, STAGES, flatten
+
+    measured = {}
+    for stage in STAGES:
+        file = REPORTS / stage / "metrics.json"
+        if file.is_file():
+            metrics = flatten(json.loads(file.read_text(encoding="utf-8")), "/")
+            measured.update({f"{stage}/{key}": value for key, value in metrics.items()})
+    if not measured:
+        raise UserError("reports/ holds no metrics yet; run `make repro`")
+    print()
+    for line in summary_lines(measured):
+        print(line)
+
+
+def summary_lines(measured: dict[str, float]) -> list[str]:
+    """Return what matters of all stages' metrics, for the terminal."""
+    rows = [
+        ("accuracy, base model", "evaluate/base/accuracy", "{:.1%}"),
+        ("accuracy, few-shot", "evaluate/few_shot/accuracy", "{:.1%}"),
+        ("accuracy, TF-IDF + logistic regression", "evaluate/baseline/accuracy", "{:.1%}"),
+        ("accuracy, fine-tuned", "evaluate/tuned/accuracy", "{:.1%}"),
+        ("perplexity, base model", "evaluate/base/perplexity", "{:.3f}"),
+        ("perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"),
+        ("perplexity, fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"),
+        ("8-bit weights, relative RMS error", "convert/relative_rmse", "{:.3%}"),
+        ("peak memory of training, GiB", "finetune/peak_memory_gib", "{:.2f}"),
+        ("training tokens a second", "finetune/tokens_per_second", "{:,.0f}"),
+        ("export against trained model, logits", "export/max_logit_difference", "{:.2g}"),
+    ]
+    known = [(name, form.format(measured[key])) for name, key, form in rows if key in measured]
+    width = max((len(name) for name, _ in known), default=0)
+    return [f"  {name:<{width}}  {value:>10}" for name, value in known] + [
+        "",
+        "  adapter: artifacts/export    reports: reports/    runs: make ui",
+    ]
+
+
+def _ui(arguments: argparse.Namespace) -> None:
+    import os
+    import sys
+
+    from gptj8.tracking import tracking_uri
+
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri"]
+    command += [tracking_uri(load_params()), "--host", arguments.host]
+    os.execv(sys.executable, [*command, "--port", str(arguments.port)])
+
+
+if __name__ == "__main__":
+    main()

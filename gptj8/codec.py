@@ -1,0 +1,269 @@
+"""Block-wise 8-bit quantization of tensors: pure functions, exact, the same bytes everywhere.
+
+A tensor is read as one row of numbers and cut into blocks; the last one may be shorter. A block
+stores its largest magnitude (`absmax`), and each weight the index of the codebook value nearest to
+weight / absmax:
+
+    codes[i]  = argmin_k |codebook[k] - w[i] / absmax[i // block_size]|    (a tie takes the lower k)
+    restored  = codebook[codes[i]] * absmax[i // block_size]               (float32, then rounded)
+
+The nearest code is found exactly, by comparing with the midpoints of neighbouring values, rounded
+so that no comparison in float32 can differ from one in exact arithmetic. (Rejected: bitsandbytes'
+quantizers. On a CPU its table of 65,536 bins leaves seven codes unreachable, the one for zero among
+them, and its CPU and CUDA results differ.) Division and comparison are correctly rounded on every
+device, so codes do not depend on where they were made.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gptj8.codebooks import CODEBOOK_SIZE, dynamic_codebook, fit_codebook, normalized_histogram
+from gptj8.errors import UserError
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+CODEBOOKS = ("dynamic", "fitted")
+
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Weights handled at a time: the float32 copies of a piece stay near the CPU's caches, and an
+# embedding of 206 million rows never has a float32 copy of its own.
+_PIECE = 1 << 22
+
+
+class QuantizationError(UserError, ValueError):
+    """A tensor, block size or codebook that cannot be quantized or restored, named."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor in 8 bits.
+
+    Attributes:
+        codes: uint8, the tensor's shape.
+        absmax: float32 (blocks,), the largest magnitude of each block.
+        codebook: float32 (256,), ascending.
+        block_size: weights a block.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    codebook: torch.Tensor
+    block_size: int
+
+    def __post_init__(self) -> None:
+        check_quantized(self.codes, self.absmax, self.codebook, self.block_size)
+
+
+def quantize_blockwise(
+    weight: torch.Tensor,
+    block_size: int = 4096,
+    codebook: str | torch.Tensor = "fitted",
+    name: str = "tensor",
+) -> QuantizedTensor:
+    """Quantize a tensor.
+
+    Args:
+        weight: any shape, float32, float16 or bfloat16, on any device.
+        block_size: 64 to 4096, a power of two.
+        codebook: "fitted", "dynamic", or 256 ascending finite float32 values.
+        name: what errors call the tensor.
+
+    Raises:
+        QuantizationError: for a wrong dtype, block size or codebook, and for NaN or infinity, with
+            the index of the first one.
+    """
+    check_block_size(block_size)
+    if weight.dtype not in _FLOAT_DTYPES:
+        raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
+    flat = weight.detach().reshape(-1)
+    absmax = _block_absmax(flat, block_size)
+    _refuse_non_finite(weight, absmax, name)
+    if isinstance(codebook, torch.Tensor):
+        table = check_codebook(codebook, name)
+    elif codebook == "dynamic":
+        table = dynamic_codebook()
+    elif codebook == "fitted":
+        table = _fit(flat, absmax, block_size)
+    else:
+        raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
+    table = table.to(weight.device)
+
+    boundaries = _exact_midpoints(table)
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)
+    for start, normalized in _normalized_pieces(flat, absmax, block_size):
+        found = torch.bucketize(normalized, boundaries, out_int32=True)
+        codes[start : start + found.numel()] = found.flatten()[: flat.numel() - start]
+    return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size)
+
+
+def dequantize_blockwise(
+    quantized: QuantizedTensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Restore a tensor.
+
+    Returns:
+        `dtype` (float32, float16 or bfloat16), the shape and device of the codes: the float32
+        product of codebook value and absmax, rounded to nearest.
+    """
+    return dequantize(
+        quantized.codes, quantized.absmax, quantized.codebook, quantized.block_size, dtype
+    )
+
+
+def dequantize(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`dequantize_blockwise` on bare tensors, which the caller has checked (`check_quantized`)."""
+    values = torch.index_select(codebook, 0, codes.reshape(-1).int())
+    whole = codes.numel() // block_size * block_size
+    blocks = values[:whole].view(-1, block_size)
+    blocks *= absmax[: blocks.shape[0], None]
+    if whole < codes.numel():
+        values[whole:] *= absmax[-1]
+    return values.to(dtype).view(codes.shape)
+
+
+def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
+    """Return the sums of squared error and squared weight, float64. Their quotient's root is the
+    relative RMS error, and sums of several tensors add up to the error of all."""
+    flat, codes = weight.detach().reshape(-1), quantized.codes.reshape(-1)
+    piece = _PIECE // quantized.block_size * quantized.block_size
+    error = norm = 0.0
+    for start in range(0, flat.numel(), piece):
+        end = min(start + piece, flat.numel())
+        first, last = start // quantized.block_size, -(-end // quantized.block_size)
+        restored = dequantize(
+            codes[start:end],
+            quantized.absmax[first:last],
+            quantized.codebook,
+            quantized.block_size,
+            torch.float32,
+        )
+        original = flat[start:end].float()
+        # A difference of near-equal float32 numbers is exact; its square is summed in float64.
+        error += float((restored - original).double().pow_(2).sum())
+        norm += float(original.double().pow_(2).sum())
+    return error, norm
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise QuantizationError unless the block size is one that every backend supports."""
+    if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise QuantizationError(f"block_size = {block_size!r} is none of {sizes}")
+
+
+def check_codebook(codebook: torch.Tensor, name: str = "tensor") -> torch.Tensor:
+    """Return the codebook as float32, or raise QuantizationError saying what is wrong with it."""
+    if tuple(codebook.shape) != (CODEBOOK_SIZE,):
+        raise QuantizationError(
+            f"{name}: the codebook has shape {tuple(codebook.shape)}, not ({CODEBOOK_SIZE},)"
+        )
+    if not codebook.is_floating_point():
+        raise QuantizationError(f"{name}: the codebook's dtype is {codebook.dtype}, not float32")
+    codebook = codebook.detach().float()
+    finite = torch.isfinite(codebook)
+    if not bool(finite.all()):
+        at = int((~finite).nonzero()[0])
+        raise QuantizationError(f"{name}: codebook[{at}] = {float(codebook[at])} is not finite")
+    falling = codebook[1:] < codebook[:-1]
+    if bool(falling.any()):
+        at = int(falling.nonzero()[0])
+        raise QuantizationError(
+            f"{name}: the codebook is not ascending: codebook[{at}] = {float(codebook[at])!r}, "
+            f"codebook[{at + 1}] = {float(codebook[at + 1])!r}"
+        )
+    return codebook
+
+
+def check_quantized(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+    name: str = "tensor",
+) -> None:
+    """Raise QuantizationError unless the three tensors belong together."""
+    check_block_size(block_size)
+    if codes.dtype != torch.uint8:
+        raise QuantizationError(f"{name}: codes are {codes.dtype}, not torch.uint8")
+    blocks = math.ceil(codes.numel() / block_size)
+    if tuple(absmax.shape) != (blocks,):
+        raise QuantizationError(
+            f"{name}: absmax has shape {tuple(absmax.shape)}, and {codes.numel()} codes in blocks "
+            f"of {block_size} need ({blocks},)"
+        )
+    if absmax.dtype != torch.float32:
+        raise QuantizationError(f"{name}: absmax is {absmax.dtype}, not torch.float32")
+    if codebook.dtype != torch.float32:
+        raise QuantizationError(f"{name}: the codebook is {codebook.dtype}, not torch.float32")
+    if codebook.device.type != "meta":
+        check_codebook(codebook, name)
+
+
+def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
+    pieces = []
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE].abs()
+        if short := -piece.numel() % block_size:
+            piece = torch.nn.functional.pad(piece, (0, short))
+        pieces.append(piece.view(-1, block_size).amax(dim=1).float())
+    return torch.cat(pieces) if pieces else flat.new_empty(0, dtype=torch.float32)
+
+
+def _refuse_non_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) -> None:
+    # The largest magnitude of a block is NaN or infinite if any of its weights is.
+    if bool(torch.isfinite(absmax).all()):
+        return
+    position = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    value = float(weight[tuple(position)])
+    raise QuantizationError(f"{name}{position} = {value} cannot be quantized")
+
+
+def _normalized_pieces(flat: torch.Tensor, absmax: torch.Tensor, block_size: int):
+    """Yield (start, weights / absmax as float32 (blocks, block_size)); a short last block is padded
+    with zeros."""
+    blocks_a_piece = _PIECE // block_size
+    # A block of zeros would divide 0 by 0.
+    divisor = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
+    for block in range(0, absmax.numel(), blocks_a_piece):
+        start = block * block_size
+        end = min(start + _PIECE, flat.numel())
+        piece = flat[start:end].float()
+        if short := -piece.numel() % block_size:
+            piece = torch.nn.functional.pad(piece, (0, short))
+        piece = piece.view(-1, block_size)
+        yield start, piece / divisor[block : block + piece.shape[0], None]
+
+
+def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
+    # On the CPU and in order, whatever the device: sums of floats made in another order would give
+    # another codebook. Weighted relative to the largest block, so that the squares cannot overflow.
+    largest = absmax.max() if absmax.numel() else absmax.new_zeros(())
+    if float(largest) == 0.0:
+        return dynamic_codebook()
+    weights = (absmax / largest).double().square()
+    mass: torch.Tensor | float = 0.0
+    for start, normalized in _normalized_pieces(flat, absmax, block_size):
+        block = start // block_size
+        piece_weights = weights[block : block + normalized.shape[0]].cpu()
+        piece_mass = normalized_histogram(normalized.cpu(), piece_weights)
+        padding = max(0, start + normalized.numel() - flat.numel())
+        piece_mass[piece_mass.numel() // 2] -= padding * piece_weights[-1]  # zeros, not weights
+        mass = mass + piece_mass.clamp_(min=0.0)
+    return fit_codebook(torch.as_tensor(mass))
+
+
+def _exact_midpoints(codebook: torch.Tensor) -> torch.Tensor:
+    """Return float32 (255,): for a float32 x, x > midpoint exactly if x > the value returned."""
+    exact = (codebook[1:].double() + codebook[:-1].double()) / 2
+    rounded = exact.float()
+    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
+    return torch.where(rounded.double() > exact, below, rounded)

@@ -1,0 +1,163 @@
+"""The quantizer that transformers sees: loads and saves models whose weights are in 8 bits.
+
+`from_pretrained` builds the model on the meta device, asks the quantizer to swap modules, and fills
+what it finds in the checkpoint. A converted directory holds `weight` (uint8), `absmax` and
+`codebook` beside each other and needs nothing but the swap. With a `quantization_config` for an
+ordinary checkpoint, each weight is quantized as it arrives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gptj8.codec import CODEBOOKS, QuantizationError, check_block_size, quantize_blockwise
+from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+
+QUANT_METHOD = "blockwise_8bit"
+
+
+@register_quantization_config(QUANT_METHOD)
+class Blockwise8bitConfig(QuantizationConfigMixin):
+    """How to store the large weights; saved in a converted model's config.json.
+
+    Args:
+        block_size: weights that share one absmax: 64 to 4096, a power of two.
+        codebook: "fitted" (to each tensor) or "dynamic" (bitsandbytes' map).
+        skip_modules: qualified names, or their last parts, of modules to leave as they are.
+
+    Raises:
+        QuantizationError: for a block size or codebook that does not exist.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 4096,
+        codebook: str = "fitted",
+        skip_modules: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(quant_method=QUANT_METHOD)
+        check_block_size(block_size)
+        if codebook not in CODEBOOKS:
+            raise QuantizationError(f"codebook = {codebook!r} is none of {', '.join(CODEBOOKS)}")
+        self.block_size = block_size
+        self.codebook = codebook
+        self.skip_modules = list(skip_modules or [])
+
+
+@register_quantizer(QUANT_METHOD)
+class Blockwise8bitQuantizer(HfQuantizer):
+    """Swap modules for their frozen twins before weights are loaded into them."""
+
+    quantization_config: Blockwise8bitConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        swap_modules(model, self.quantization_config, dtype or _dtype_of(model))
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        # `from_pretrained(dtype=torch.bfloat16)` would round absmax and codebook as well.
+        if converter.target_patterns[0].rpartition(".")[2] in ("absmax", "codebook"):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, tensor_name = get_module_from_name(model, param_name)
+        return isinstance(module, Frozen8bitModule) and tensor_name == "weight"
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 1 + 4 / self.quantization_config.block_size
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self.quantization_config)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return restore_modules(model, dtype or torch.get_default_dtype())
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """Turn an arriving full-precision `weight` into the three tensors of a frozen module."""
+
+    def __init__(self, config: Blockwise8bitConfig) -> None:
+        self.config = config
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        name = full_layer_name or "weight"
+        quantized = quantize_blockwise(
+            weight, self.config.block_size, self.config.codebook, name=name
+        )
+        prefix = name.removesuffix("weight")
+        if missing_keys is not None:
+            missing_keys -= {f"{prefix}absmax", f"{prefix}codebook"}
+        return {
+            name: quantized.codes,
+            f"{prefix}absmax": quantized.absmax,
+            f"{prefix}codebook": quantized.codebook,
+        }
+
+
+def swap_modules(
+    model: nn.Module, config: Blockwise8bitConfig, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Replace every module that has a frozen twin, in place; return the names of those replaced.
+
+    Args:
+        dtype: of biases and embedding outputs; None: torch's default.
+    """
+    swapped = []
+    for name, module in list(model.named_modules()):
+        if is_skipped(name, config.skip_modules):
+            continue
+        twin = frozen_twin(module, config.block_size, dtype)
+        if twin is not None:
+            twin.train(module.training)
+            model.set_submodule(name, twin)
+            swapped.append(name)
+    return swapped
+
+
+def restore_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace every frozen module by an ordinary one with the restored weight, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Frozen8bitModule):
+            model.set_submodule(name, full_precision_twin(module, dtype))
+    model.to(dtype)
+    model.tie_weights()
+    return model
+
+
+def is_skipped(name: str, skip_modules: list[str]) -> bool:
+    """Whether a module's qualified name, its end or one of its parents is listed."""
+    dotted = f".{name}."
+    return any(f".{skipped}." in dotted for skipped in skip_modules)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

@@ -1,0 +1,254 @@
+"""Modules whose weight is frozen in 8 bits and restored just in time.
+
+    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored and dropped again
+    backward    dx = dy W,         W restored once more; there is no dW
+
+Between the two only the 8-bit tensors are kept, which the module holds anyway, so a frozen layer
+costs one byte a weight and, for a moment, one restored matrix. They subclass torch's own modules:
+PEFT wraps them like any other, and nothing has to be registered with it.
+
+(Rejected: a tensor subclass, which needs a handler for every operator that a model may call; keeping
+restored weights, which is what 8 bits are there to avoid.)
+
+`absmax` and `codebook` stay float32 whatever a caller casts the module to: rounded to 16 bits they
+would shift every block by up to 0.4 %, without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from gptj8.codebooks import CODEBOOK_SIZE
+from gptj8.codec import QuantizedTensor, dequantize_blockwise
+from gptj8.kernels import dequantize
+
+_FLOAT32_BUFFERS = ("absmax", "codebook")
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x (..., in), codes (out, in) or, transposed, (in, out) -> (..., out)."""
+
+    @staticmethod
+    def forward(ctx, x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(codes, absmax, codebook)
+        ctx.block_size, ctx.transposed = block_size, transposed
+        weight = dequantize(codes, absmax, codebook, block_size, x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return functional.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        codes, absmax, codebook = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = dequantize(codes, absmax, codebook, ctx.block_size, grad.dtype)
+            grad_x = grad.matmul(weight.t() if ctx.transposed else weight)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.flatten(0, -2).float().sum(0)
+        return grad_x, None, None, None, grad_bias, None, None
+
+
+class Frozen8bitModule(nn.Module):
+    """What the frozen modules share: a uint8 `weight` with float32 `absmax` and `codebook`."""
+
+    weight: nn.Parameter
+    absmax: torch.Tensor
+    codebook: torch.Tensor
+    block_size: int
+
+    def _allocate(self, shape: tuple[int, ...], block_size: int, device: Any) -> None:
+        self.block_size = block_size
+        codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        blocks = math.ceil(math.prod(shape) / block_size)
+        for name, length in (("absmax", blocks), ("codebook", CODEBOOK_SIZE)):
+            self.register_buffer(name, torch.zeros(length, dtype=torch.float32, device=device))
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight as the codec knows it."""
+        return QuantizedTensor(self.weight.data, self.absmax, self.codebook, self.block_size)
+
+    def load_quantized(self, quantized: QuantizedTensor) -> None:
+        """Take over quantized tensors; the shapes must be the module's own."""
+        if quantized.codes.shape != self.weight.shape:
+            raise ValueError(
+                f"codes have shape {tuple(quantized.codes.shape)}, the module's weight "
+                f"{tuple(self.weight.shape)}"
+            )
+        self.weight = nn.Parameter(quantized.codes, requires_grad=False)
+        self.absmax, self.codebook = quantized.absmax, quantized.codebook
+        self.block_size = quantized.block_size
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
+        kept = {name: self._buffers[name] for name in _FLOAT32_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, original in kept.items():
+            moved = self._buffers[name]
+            if moved.dtype != original.dtype:
+                self._buffers[name] = original.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the module in a printed model."""
+        return f"{super().extra_repr()}, 8-bit, block_size={self.block_size}"
+
+
+class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
+    """`nn.Linear` with a frozen 8-bit weight (out_features, in_features); the bias may be trained."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        block_size: int = 4096,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate((out_features, in_features), block_size, device)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., out_features) in the dtype of x, or of autocast."""
+        return _frozen_linear(self, x, transposed=False)
+
+
+class Frozen8bitConv1D(Frozen8bitModule, Conv1D):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (in, out)."""
+
+    def __init__(
+        self,
+        nf: int,
+        nx: int,
+        block_size: int = 4096,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.nf, self.nx = nf, nx
+        self._allocate((nx, nf), block_size, device)
+        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., nf) in the dtype of x, or of autocast."""
+        return _frozen_linear(self, x, transposed=True)
+
+
+class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
+    """`nn.Embedding` with a frozen 8-bit weight; restores only the rows that are asked for.
+
+    Attributes:
+        output_dtype: what rows are restored to; follows casts of the module, because an embedding
+            has no floating-point input to take it from.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        block_size: int = 4096,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.output_dtype = dtype or torch.get_default_dtype()
+        self._allocate((num_embeddings, embedding_dim), block_size, device)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Restore rows: ids (...) integer -> (..., embedding_dim) in `output_dtype`."""
+        rows, dim = ids.reshape(-1), self.embedding_dim
+        codes = self.weight.index_select(0, rows)
+        if dim % self.block_size == 0 or self.block_size % dim == 0:
+            # No block begins or ends inside a run of `step` weights, so one absmax serves each run.
+            step = min(dim, self.block_size)
+            runs = torch.arange(dim // step, device=rows.device)
+            block = (rows[:, None] * (dim // step) + runs) // (self.block_size // step)
+            scale = self.absmax[block].repeat_interleave(step, dim=1)
+        else:
+            element = rows[:, None] * dim + torch.arange(dim, device=rows.device)
+            scale = self.absmax[element // self.block_size]
+        values = self.codebook[codes.int()] * scale
+        return values.to(self.output_dtype).view(*ids.shape, dim)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return self
+
+
+def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return _FrozenLinear.apply(
+        x, module.weight, module.absmax, module.codebook, module.bias, module.block_size, transposed
+    )
+
+
+def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -> nn.Module | None:
+    """Return an empty frozen module in place of `module`, on its device; None if it has no twin.
+
+    Only exact `nn.Linear`, `nn.Embedding` and `Conv1D` have one: a subclass may compute something
+    else.
+    """
+    if type(module) is nn.Linear:
+        return Frozen8bitLinear(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            block_size=block_size,
+            device=module.weight.device,
+            dtype=dtype,
+        )
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return Frozen8bitEmbedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            padding_idx=module.padding_idx,
+            block_size=block_size,
+            device=module.weight.device,
+            dtype=dtype,
+        )
+    if type(module) is Conv1D:
+        return Frozen8bitConv1D(
+            module.nf, module.nx, block_size, device=module.weight.device, dtype=dtype
+        )
+    return None
+
+
+def full_precision_twin(module: Frozen8bitModule, dtype: torch.dtype) -> nn.Module:
+    """Return the ordinary module with the restored weight; bias and mode are taken over."""
+    weight = dequantize_blockwise(module.quantized_weight, dtype)
+    twin: nn.Module
+    with torch.device("meta"):
+        if isinstance(module, Frozen8bitLinear):
+            twin = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        elif isinstance(module, Frozen8bitEmbedding):
+            twin = nn.Embedding(
+                module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx
+            )
+        else:
+            assert isinstance(module, Frozen8bitConv1D)
+            twin = Conv1D(module.nf, module.nx)
+    twin.weight = nn.Parameter(weight)
+    if getattr(module, "bias", None) is not None:
+        twin.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return twin.train(module.training)

@@ -1,0 +1,90 @@
+"""Load a base model for arithmetic on this machine, and put an adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptj8.errors import UserError
+from gptj8.files import read_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def pick_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the arithmetic's dtype.
+
+    Args:
+        name: "bfloat16", "float16", "float32" or "auto": bfloat16 where the hardware multiplies in
+            it (compute capability 8 on, CPUs with AVX-512 BF16 or AMX), float16 on GPUs whose
+            float16 is fast, float32 elsewhere: Pascal's consumer GPUs (6.1) run float16 at 1/64 of
+            float32's speed, and plain CPUs convert to float32 and back.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float32 if capability < (6, 0) or capability == (6, 1) else torch.float16
+    features = torch.cpu.get_capabilities()
+    has_bfloat16 = features.get("amx_bf16") or features.get("avx512_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def check_model_directory(path: str | Path) -> None:
+    """Refuse a directory that is no model, before a library does so at length.
+
+    Raises:
+        UserError: naming what is absent.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"model.path = {path} is not a directory; see data/models for recipes")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
+    if not read_json(path / "config.json").get("model_type"):
+        raise UserError(f"{path}/config.json names no model_type")
+    if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+        raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
+
+
+def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a causal language model, converted or original, in eval mode.
+
+    Code from the model directory is never run, and pickles are read as tensors only.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_directory(path)
+    # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
+    # layers with the CPU's memory.
+    placement = {"device_map": "auto"} if device.type == "cuda" else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, **placement
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+    return model.eval()
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """Put a trained adapter on its base model, in eval mode; the base's weights stay as they are."""
+    from peft import PeftModel
+
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path} has no adapter_config.json; is it an adapter?")
+    return PeftModel.from_pretrained(model, str(path)).eval()

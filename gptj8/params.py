@@ -1,0 +1,237 @@
+"""params.yaml as typed, frozen objects: the only module that reads it.
+
+Each section is one class, each key one field with its meaning, unit and bounds in one place. Hugging
+Face's names are used where one exists. An unknown key or a wrong value is an error that names it,
+and all errors are reported at once, because finding them one run at a time wastes the user's day.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gptj8.errors import UserError
+
+PARAMS_FILE = "params.yaml"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class Data(_Section):
+    """Where the rows are and how one becomes a prompt."""
+
+    train: str
+    """A CSV, TSV, JSONL, Parquet or text file, or a directory with files named after the splits."""
+    validation: str | None = None
+    """Optional; null: the directory's own file, else rows held out of `train`."""
+    test: str | None = None
+    """Optional; null: the directory's own file, else rows held out of `train`."""
+    validation_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of the rows held out by content hash where no validation file is given."""
+    test_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of the rows held out by content hash where no test file is given."""
+    task: Literal["classification", "completion", "text"] = "classification"
+    text_column: str = "text"
+    label_column: str = "label"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    prompt_template: str = "{text}\n\nLabel:"
+    """How a row becomes a prompt; `{text}` (or `{prompt}`, for completion) is replaced."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of prompt and completion together; a longer text is cut, its completion never."""
+    on_invalid: Literal["error", "drop"] = "drop"
+    """What to do with rows that fail a check: stop, or drop and report them."""
+    max_invalid_fraction: Fraction = 0.05
+    """More invalid rows than this share stop the run even when they could be dropped."""
+    on_leak: Literal["error", "drop", "warn"] = "error"
+    """What to do with a training row whose text is in validation or test as well."""
+
+    @model_validator(mode="after")
+    def _template_has_its_field(self) -> Data:
+        field = "prompt" if self.task == "completion" else "text"
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name}
+        except ValueError as error:
+            raise ValueError(f"prompt_template is not a template: {error}") from None
+        if self.task != "text" and names != {field}:
+            raise ValueError(
+                f"prompt_template must hold {{{field}}} and no other field for "
+                f"task={self.task}, but has {sorted(names)}"
+            )
+        return self
+
+
+class Model(_Section):
+    """The base model."""
+
+    path: str
+    """A directory as `save_pretrained` writes it: config, weights, tokenizer."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic; auto: bfloat16 where the hardware computes in it, else float16 or float32."""
+
+
+class Quantization(_Section):
+    """How the frozen weights are stored."""
+
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 4096
+    """Weights that share one absmax."""
+    codebook: Literal["dynamic", "fitted"] = "fitted"
+    """The 256 values a code can stand for: bitsandbytes' dynamic map, or one fitted per tensor."""
+    skip_modules: tuple[str, ...] = ()
+    """Names of modules to leave as they are."""
+
+
+class Finetune(_Section):
+    """LoRA or LayerNorm training; keys are `transformers.TrainingArguments`' or PEFT's."""
+
+    method: Literal["lora", "layernorm"] = "lora"
+    target: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter: a group, or a list of module names."""
+    r: PositiveInt = 8
+    lora_alpha: Positive = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    learning_rate: Positive = 2e-4
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    warmup_ratio: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    num_train_epochs: Positive = 2
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = True
+    optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
+    logging_steps: PositiveInt = 10
+    eval_steps: PositiveInt = 100
+    """Steps between two measurements of the validation loss."""
+
+
+class Evaluate(_Section):
+    """Perplexity and accuracy."""
+
+    few_shot: NonNegativeInt = 4
+    """Solved examples before each few-shot prompt; 0 leaves few-shot out."""
+    perplexity_text: str | None = None
+    """Held-out text to measure perplexity on, a file as in `data`; null: the test split's text."""
+    max_perplexity_documents: PositiveInt | None = None
+    """Measure on the first so many documents only; null: on all."""
+    per_device_eval_batch_size: PositiveInt = 16
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
+
+
+class Export(_Section):
+    """The deliverable."""
+
+    merge: bool = False
+    """Also write a merged 16-bit model, which needs nothing but transformers to load."""
+
+class Tracking(_Section):
+    """Where MLflow keeps the runs. Changing it reruns nothing."""
+
+    experiment: str = "gptj8"
+    uri: str = "sqlite:///mlflow.db"
+    """MLFLOW_TRACKING_URI, where set, takes precedence."""
+    registered_model_name: str | None = None
+
+
+class Params(_Section):
+    """All of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data
+    model: Model
+    quantization: Quantization = Quantization()
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    tracking: Tracking = Tracking()
+
+
+def load_params(path: str | Path = PARAMS_FILE) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: listing every unknown key and wrong value, a line each.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run from the project's top folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as `data:` and `model:`")
+    return parse_params(content, str(path))
+
+
+def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:
+    """Check already parsed YAML; see `load_params`."""
+    try:
+        return Params.model_validate(_tuples_for_lists(content))
+    except ValidationError as error:
+        problems = [f"{source}: {_explain(problem, content)}" for problem in error.errors()]
+    raise UserError("\n".join(problems))
+
+
+def resolved(params: Params) -> dict[str, Any]:
+    """Return what decides a run's outcome: every section but `tracking`, defaults filled in."""
+    return params.model_dump(mode="json", exclude={"tracking"})
+
+
+def _tuples_for_lists(value: Any) -> Any:
+    """YAML has lists, frozen sections have tuples, and strict checking tells the two apart."""
+    if isinstance(value, dict):
+        return {key: _tuples_for_lists(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples_for_lists(item) for item in value)
+    return value
+
+
+def _explain(problem: Any, content: dict[str, Any]) -> str:
+    # A union names its branches in the location; only what the user wrote is of use to them.
+    location = [str(part) for part in problem["loc"]]
+    depth = 0
+    here: Any = content
+    while depth < len(location) and isinstance(here, dict) and location[depth] in here:
+        here = here[location[depth]]
+        depth += 1
+    kind = problem["type"]
+    if kind == "missing":
+        return f"{'.'.join(location)} is required and not given"
+    name = ".".join(location[:depth]) or "file"
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{name} is not a known key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error":
+        return f"{name}: {message}"
+    if isinstance(here, float) and not math.isfinite(here):
+        message = "input should be a finite number"
+    return f"{name} = {here!r}: {message}"
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: type[BaseModel] = Params
+    for part in section:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return list(model.model_fields)

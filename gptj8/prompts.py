@@ -1,0 +1,215 @@
+"""From a row to token ids: one place for training, evaluation, export and serving.
+
+A prompt is `before + text + after`, the template split at its field, and the three parts are
+tokenized apart. So a text that is too long loses tokens at its own end, the words that ask for the
+answer and the answer itself are never cut, and the ids are the same wherever they are made.
+
+Text is text: `<|endoftext|>` inside a row is tokenized like any other characters and can never end a
+document or an answer. Works on the `tokenizers` library alone, so that `validate` needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from gptj8.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids of a prompt and how many tokens of its text did not fit."""
+
+    ids: list[int]
+    cut_tokens: int
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A prompt with its completion; only `ids[prompt_length:]` are trained on and scored."""
+
+    ids: list[int]
+    prompt_length: int
+    cut_tokens: int
+
+
+class TextEncoder:
+    """Turn text into ids without ever producing a special token from what a text says.
+
+    Attributes:
+        prefix_ids: the tokens that the tokenizer puts before every text, such as Llama's BOS.
+        eos_id: the token that ends a completion.
+        vocab_size: ids are below it; the model may have more embedding rows than that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's stays as it is
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.prefix_ids: list[int] = tokenizer.encode("").ids
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.eos_id = eos_id
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, model_path: str | Path) -> TextEncoder:
+        """Read the tokenizer of a model directory.
+
+        Raises:
+            UserError: if there is no tokenizer, no end-of-text token, or an id that the model's
+                embedding has no row for.
+        """
+        model_path = Path(model_path)
+        file = model_path / "tokenizer.json"
+        if file.is_file():
+            try:
+                tokenizer = Tokenizer.from_file(str(file))
+            except Exception as error:  # the library raises bare Exception
+                raise UserError(f"{file} is not a tokenizer: {error}") from None
+        else:
+            tokenizer = _convert_slow_tokenizer(model_path)
+        encoder = cls(tokenizer, _find_eos_id(model_path, tokenizer))
+        rows = _read_optional_json(model_path / "config.json").get("vocab_size")
+        if isinstance(rows, int) and encoder.vocab_size > rows:
+            raise UserError(
+                f"{model_path}: the tokenizer has {encoder.vocab_size} tokens and the model's "
+                f"embedding {rows} rows; use the tokenizer that the model was trained with"
+            )
+        return encoder
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` alone, without prefix or end."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text; the tokenizer uses all cores."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class PromptEncoder:
+    """Render rows through a template, within a length.
+
+    Args:
+        encoder: the model's tokenizer.
+        template: text with one field in braces, for example `"{text}\\n\\nLabel:"`.
+        max_length: tokens of prompt and completion together.
+    """
+
+    def __init__(self, encoder: TextEncoder, template: str, max_length: int) -> None:
+        self.encoder = encoder
+        self.max_length = max_length
+        before, _, after = template.partition("{")
+        after = after.partition("}")[2]
+        # Doubled braces are the template language's way to write a brace.
+        self.before, self.after = (
+            part.replace("{{", "{").replace("}}", "}") for part in (before, after)
+        )
+        self._before_ids = encoder.encode(self.before)
+        self._after_ids = encoder.encode(self.after)
+
+    def completion_ids(self, completion: str) -> list[int]:
+        """Return the ids of a completion: a space, the text, the end-of-text token.
+
+        The end is part of it, so that the model learns to stop and so that a label which is the
+        beginning of another one (`sql`, `sqlalchemy`) can be told from it.
+        """
+        return [*self.encoder.encode(" " + completion.strip()), self.encoder.eos_id]
+
+    def prompt(
+        self, text: str, reserve: int, examples: Sequence[tuple[str, str]] = ()
+    ) -> EncodedPrompt:
+        """Encode a prompt that leaves room for `reserve` tokens of completion.
+
+        Args:
+            text: the row's text.
+            reserve: tokens to keep free behind the prompt.
+            examples: solved examples (text, completion) to put before the prompt; all texts share
+                the room evenly, and what one does not need the next ones get.
+
+        Raises:
+            UserError: if the template and the completions alone do not fit into `max_length`.
+        """
+        completions = [self.completion_ids(completion) for _, completion in examples]
+        fixed = len(self._before_ids) + len(self._after_ids)
+        room = (
+            self.max_length
+            - reserve
+            - len(self.encoder.prefix_ids)
+            - fixed * (len(examples) + 1)
+            - sum(map(len, completions))
+        )
+        if room < len(examples) + 1:
+            shots = f", {len(examples)} examples" if examples else ""
+            raise UserError(
+                f"data.max_length = {self.max_length} leaves no room for any text beside the "
+                f"prompt template{shots} and the completion; raise it"
+            )
+        texts = [self.encoder.encode(t.strip()) for t in (*(t for t, _ in examples), text)]
+        shares = _share_room([len(ids) for ids in texts], room)
+        ids = list(self.encoder.prefix_ids)
+        for index, (text_ids, share) in enumerate(zip(texts, shares, strict=True)):
+            ids += self._before_ids + text_ids[:share] + self._after_ids
+            if index < len(completions):
+                ids += completions[index]
+        return EncodedPrompt(ids, len(texts[-1]) - shares[-1])
+
+    def example(self, text: str, completion: str) -> EncodedExample:
+        """Encode a row for training: the prompt and, uncut, its completion."""
+        completion_ids = self.completion_ids(completion)
+        prompt = self.prompt(text, reserve=len(completion_ids))
+        return EncodedExample(prompt.ids + completion_ids, len(prompt.ids), prompt.cut_tokens)
+
+
+def _share_room(lengths: Sequence[int], room: int) -> list[int]:
+    """Divide `room` so that no text gets more than it needs and none is cut while another has spare."""
+    shares = [0] * len(lengths)
+    left = len(lengths)
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        shares[index] = min(lengths[index], room // left)
+        room -= shares[index]
+        left -= 1
+    return shares
+
+
+def _find_eos_id(model_path: Path, tokenizer: Tokenizer) -> int:
+    token = _read_optional_json(model_path / "tokenizer_config.json").get("eos_token")
+    if isinstance(token, Mapping):  # an AddedToken
+        token = token.get("content")
+    if isinstance(token, str) and (known := tokenizer.token_to_id(token)) is not None:
+        return known
+    eos = _read_optional_json(model_path / "config.json").get("eos_token_id")
+    if isinstance(eos, list) and eos:
+        eos = eos[0]
+    if isinstance(eos, int):
+        return eos
+    raise UserError(f"{model_path}: neither tokenizer_config.json nor config.json names an eos token")
+
+
+def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
+    """Older models ship only vocab.json and merges.txt or a sentencepiece file."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path).backend_tokenizer
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model_path} has no tokenizer that can be read: {reason}") from None
+
+
+def _read_optional_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,86 @@
+"""What every process of the project does first and last: privacy, errors, exit codes, memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gptj8.errors import UserError
+
+# Nothing phones home unless the user says so: these are defaults, so that a variable that the user
+# has set wins. DVC's own switches are in .dvc/config.
+_PRIVATE_BY_DEFAULT = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+def set_defaults() -> None:
+    """Set the environment defaults; to be called before a third-party package is imported."""
+    for name, value in _PRIVATE_BY_DEFAULT.items():
+        os.environ.setdefault(name, value)
+    # A tokenizer that was used before a fork warns about it at length; there is nothing to gain here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a stage or a command and turn its end into an exit code.
+
+    0 done; 2 something the user can mend, in one line a problem on stderr; 130 and 143 interrupted
+    and terminated. Anything else is a fault of this project and keeps its traceback.
+    """
+    set_defaults()
+    # As an exception, so that staging directories are cleaned up and the tracked run is closed.
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        main()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            print(f"error: no space left for {error.filename or 'an output'}", file=sys.stderr)
+        elif isinstance(error, PermissionError):
+            print(f"error: no permission for {error.filename}", file=sys.stderr)
+        else:
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process in GiB: the GPU's if one was used, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
+
+
+def project_root() -> Path:
+    """Return the folder that holds dvc.yaml: the user's own one, also from inside a DVC experiment.
+
+    `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after the
+    experiment. What must outlive it (the MLflow database, digests) belongs to the original.
+    """
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if folder.name == "exps" and folder.parent.name == "tmp" and folder.parents[1].name == ".dvc":
+            return folder.parents[2]
+    return here

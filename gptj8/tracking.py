@@ -1,0 +1,234 @@
+"""MLflow, and nothing else: the only module that imports it.
+
+DVC decides what runs; this records it. One experiment is one MLflow run, found again by the digest
+of everything that decides its outcome (params, data, base model), so every stage process, now or in
+a later `dvc repro`, writes to the same row. A stage also records what the stages before it left in
+`reports/`, because DVC may have taken those from its cache without starting a process.
+
+Recording never stops the work: the first failure is reported once, and the rest is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptj8.files import read_json, sha256_tree
+from gptj8.params import Params, resolved
+from gptj8.runtime import project_root
+
+STAGES = ("validate", "convert", "finetune", "evaluate", "export")
+REPORTS = Path("reports")
+
+_KEY_TAG = "gptj8.key"
+_PARAM_LENGTH = 6000  # MLflow's limit for one value
+
+
+class StageRun:
+    """The MLflow run of one experiment, as one stage sees it.
+
+    Made by `stage_run`; every method is safe to call with the server away.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.run_id: str | None = None
+        self._client: Any = None
+        self._alive = True
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Record numbers as `<stage>/<key>`; nested dicts are joined with `/`."""
+        self._log_stage_metrics(self.stage, metrics, step)
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Copy a file or directory into the run's artifacts."""
+        path = str(path)
+        method = "log_artifacts" if os.path.isdir(path) else "log_artifact"
+        self._call(method, path, folder)
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._call("set_tag", key, value)
+
+    def _start(self, params: Params) -> None:
+        try:
+            self._client, experiment_id = _connect(params)
+            self.run_id, is_new = _find_or_create(self._client, experiment_id, params)
+        except Exception as error:  # whatever is wrong with tracking, the work goes on
+            self._give_up(error)
+            return
+        if is_new:
+            self._log_params(params)
+        self._call("update_run", status="RUNNING")
+        for earlier in STAGES[: STAGES.index(self.stage)]:
+            self._log_report(earlier, "cached", only_if_new=True)
+
+    def _finish(self, status: str) -> None:
+        if status == "FINISHED":
+            self._log_report(self.stage, "ran")
+        self._call("set_terminated", status=status)
+
+    def _log_params(self, params: Params) -> None:
+        from mlflow.entities import Param
+
+        flat = {k: _as_text(v)[:_PARAM_LENGTH] for k, v in flatten(resolved(params), ".").items()}
+        self._call("log_batch", params=[Param(key, value) for key, value in flat.items()])
+
+    def _log_report(self, stage: str, origin: str, only_if_new: bool = False) -> None:
+        folder = REPORTS / stage
+        if not self._alive or not (folder / "metrics.json").exists():
+            return
+        tag = f"stage.{stage}"
+        try:
+            tags = self._client.get_run(self.run_id).data.tags
+        except Exception as error:
+            self._give_up(error)
+            return
+        if only_if_new and tag in tags:
+            return
+        self._log_stage_metrics(stage, read_json(folder / "metrics.json"))
+        self._call("log_artifacts", str(folder), f"reports/{stage}")
+        self.set_tag(tag, origin)
+
+    def _log_stage_metrics(
+        self, stage: str, metrics: Mapping[str, Any], step: int | None = None
+    ) -> None:
+        if not self._alive:
+            return
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        batch = [
+            Metric(f"{stage}/{key}", float(value), now, step or 0)
+            for key, value in flatten(metrics, "/").items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        ]
+        self._call("log_batch", metrics=batch)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if not self._alive:
+            return
+        try:
+            getattr(self._client, method)(self.run_id, *args, **kwargs)
+        except Exception as error:  # whatever is wrong with tracking, the work goes on
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._alive = False
+        reason = " ".join(str(error).split())[:300]
+        print(f"warning: MLflow does not record this stage: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
+    """Record one stage of the experiment that `params` describes.
+
+    The run is marked running at the start and finished, failed or killed at the end. What the stage
+    left in `reports/<stage>` becomes its metrics and artifacts.
+    """
+    run = StageRun(stage)
+    run._start(params)
+    try:
+        yield run
+    except (KeyboardInterrupt, SystemExit):
+        run._finish("KILLED")
+        raise
+    except BaseException:
+        run._finish("FAILED")
+        raise
+    run._finish("FINISHED")
+
+
+def tracking_uri(params: Params) -> str:
+    """Return MLFLOW_TRACKING_URI or `tracking.uri`, a relative SQLite path made absolute.
+
+    Relative paths are the project's own: inside `dvc exp run --queue` they would otherwise lie in a
+    copy that DVC removes afterwards.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
+    prefix = "sqlite:///"
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        return f"{prefix}{project_root() / uri.removeprefix(prefix)}"
+    return uri
+
+
+def experiment_key(params: Params) -> str:
+    """Return the digest of what decides an experiment's outcome: params, data and base model."""
+    inputs = {
+        name: sha256_tree(path, cache=project_root() / ".dvc" / "tmp" / "gptj8" / "digests.json")
+        for name, path in _input_paths(params).items()
+        if Path(path).exists()
+    }
+    content = json.dumps({"params": resolved(params), "inputs": inputs}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def flatten(nested: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """Return a flat dict of a nested one, keys joined with `separator`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            inner = flatten(value, separator)
+            flat.update({f"{key}{separator}{name}": item for name, item in inner.items()})
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def _input_paths(params: Params) -> dict[str, str]:
+    paths = {
+        "train": params.data.train,
+        "validation": params.data.validation,
+        "test": params.data.test,
+        "perplexity_text": params.evaluate.perplexity_text,
+        "model": params.model.path,
+    }
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _connect(params: Params) -> tuple[Any, str]:
+    # Migrations of a new SQLite store are reported line by line, which tells the user nothing.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(params)
+    client = MlflowClient(tracking_uri=uri)
+    name = params.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return client, experiment.experiment_id
+    # Beside the database, wherever the stage's working folder is.
+    location = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    return client, client.create_experiment(name, artifact_location=location)
+
+
+def _find_or_create(client: Any, experiment_id: str, params: Params) -> tuple[str, bool]:
+    key = experiment_key(params)
+    found = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+    if found:
+        return found[0].info.run_id, False
+    name = os.environ.get("DVC_EXP_NAME") or _describe(params)
+    tags = {_KEY_TAG: key, "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+    run = client.create_run(experiment_id, run_name=name, tags={k: v for k, v in tags.items() if v})
+    return run.info.run_id, True
+
+
+def _describe(params: Params) -> str:
+    data = Path(params.data.train)
+    dataset = data.parent.name if data.name in {"splits", "data"} else data.stem
+    method = params.finetune.method
+    return f"{dataset}-{method}-r{params.finetune.r}" if method == "lora" else f"{dataset}-{method}"
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

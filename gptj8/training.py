@@ -1,0 +1,252 @@
+"""Fine-tuning on the frozen 8-bit model through `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gptj8.adapters import trainable_parameters
+from gptj8.errors import UserError
+from gptj8.examples import IGNORED, Example
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What `Trainer` is told; names and meanings are `transformers.TrainingArguments`'."""
+
+    learning_rate: float
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    optim: str = "adamw_bnb_8bit"
+    logging_steps: int = 10
+    eval_steps: int = 100
+    seed: int = 0
+
+    @classmethod
+    def from_params(cls, section: Mapping[str, Any], seed: int) -> TrainingSettings:
+        """Pick the settings out of the params' `finetune` section."""
+        names = {item.name for item in fields(cls)} - {"seed"}
+        return cls(seed=seed, **{name: section[name] for name in names})
+
+
+@dataclass
+class TrainingResult:
+    """What training measured.
+
+    Attributes:
+        train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
+        tokens_per_second, samples_per_second: of training steps alone, padding not counted.
+        history: one dict a logged step: `step` and `train_loss` or `eval_loss`, and others.
+    """
+
+    train_loss: float
+    eval_loss: float
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    samples_per_second: float
+    padding_fraction: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    model: PeftModel,
+    train_examples: list[Example],
+    eval_examples: list[Example],
+    settings: TrainingSettings,
+    pad_id: int,
+    log: Callable[[dict[str, float], int], None] = lambda values, step: None,
+) -> TrainingResult:
+    """Train the adapter in place.
+
+    Args:
+        model: from `adapters.add_adapter`.
+        train_examples, eval_examples: `input_ids` and `labels`, each as long as the other.
+        pad_id: any token id; padding is masked by position.
+        log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
+            `eval_loss`, `tokens_per_second`.
+
+    Raises:
+        UserError: if the loss is not finite, or nothing was learned.
+    """
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    monitor = _Monitor(log)
+    collator = _Collator(pad_id, monitor)
+    model.config.use_cache = False
+    with tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_training_arguments(settings, scratch, model),
+            train_dataset=train_examples,
+            eval_dataset=eval_examples,
+            data_collator=collator,
+            callbacks=[monitor],
+        )
+        started = time.perf_counter()
+        output = trainer.train()
+        eval_loss = float(trainer.evaluate()["eval_loss"])
+        seconds = time.perf_counter() - started
+    if not math.isfinite(output.training_loss) or not math.isfinite(eval_loss):
+        raise UserError(_not_finite(output.training_loss, trainer.state.global_step))
+    if not any(
+        not torch.equal(p.detach(), before[n])
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ):
+        raise UserError("training moved no weight; finetune.learning_rate may be too small")
+    return TrainingResult(
+        train_loss=float(output.training_loss),
+        eval_loss=eval_loss,
+        trainable_parameters=trainable_parameters(model),
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        tokens_per_second=monitor.tokens / monitor.step_seconds,
+        samples_per_second=monitor.samples / monitor.step_seconds,
+        padding_fraction=monitor.padding / max(1, monitor.padding + monitor.tokens),
+        history=monitor.history,
+    )
+
+
+def _training_arguments(
+    settings: TrainingSettings, scratch: str, model: PeftModel
+) -> TrainingArguments:
+    half = _half_precision(model)
+    return TrainingArguments(
+        output_dir=scratch,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=min(settings.warmup_ratio, 0.999),  # below 1 it is a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        activation_checkpointing=settings.gradient_checkpointing,
+        # The reentrant kind gives no gradient where the embeddings are frozen.
+        activation_checkpointing_kwargs=(
+            {"use_reentrant": False} if settings.gradient_checkpointing else None
+        ),
+        bf16=half is torch.bfloat16,
+        fp16=half is torch.float16,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        prediction_loss_only=True,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+
+
+def _half_precision(model: PeftModel) -> torch.dtype | None:
+    """Return the dtype to run under autocast in, where the model needs it: float16 for the scaling
+    of its gradients, bfloat16 if float32 LayerNorms are trained between bfloat16 layers."""
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    if torch.float16 in frozen and torch.cuda.is_available():
+        return torch.float16
+    trains_norms = model.peft_config["default"].peft_type == "LN_TUNING"
+    return torch.bfloat16 if torch.bfloat16 in frozen and trains_norms else None
+
+
+def _not_finite(loss: float, step: int) -> str:
+    return f"the loss is {loss} at step {step}; lower finetune.learning_rate or max_grad_norm"
+
+
+class _Collator:
+    """Pad on the right to the longest example of a batch, and count what was padded."""
+
+    def __init__(self, pad_id: int, monitor: _Monitor) -> None:
+        self.pad_id = pad_id
+        self.monitor = monitor
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        length = max(len(e["input_ids"]) for e in examples)
+        batch = {
+            "input_ids": torch.full((len(examples), length), self.pad_id),
+            "attention_mask": torch.zeros((len(examples), length), dtype=torch.long),
+            "labels": torch.full((len(examples), length), IGNORED),
+        }
+        for row, example in enumerate(examples):
+            filled = len(example["input_ids"])
+            batch["input_ids"][row, :filled] = torch.tensor(example["input_ids"])
+            batch["labels"][row, :filled] = torch.tensor(example["labels"])
+            batch["attention_mask"][row, :filled] = 1
+        self.monitor.count(batch["attention_mask"])
+        return batch
+
+
+class _Monitor(TrainerCallback):
+    """Follow training: time of the steps alone, loss history, and a stop when the loss is lost."""
+
+    def __init__(self, log: Callable[[dict[str, float], int], None]) -> None:
+        self.log = log
+        self.history: list[dict[str, float]] = []
+        self.tokens = self.padding = self.samples = 0
+        self.step_seconds = 0.0
+        self._training = False
+        self._step_started = 0.0
+
+    def count(self, attention_mask: torch.Tensor) -> None:
+        """Count one batch; evaluation's batches are not training's."""
+        if self._training:
+            used = int(attention_mask.sum())
+            self.tokens += used
+            self.padding += attention_mask.numel() - used
+            self.samples += attention_mask.shape[0]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training, self._step_started = True, time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.step_seconds += now - self._step_started
+        self._step_started = now
+        # Trainer evaluates after this call and before the next step.
+        self._training = not (state.global_step % state.eval_steps == 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training, self._step_started = True, time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        values = {name: float(logs[name]) for name in _LOGGED if name in logs}
+        if not values:
+            return
+        if "loss" in values:
+            if not math.isfinite(values["loss"]):
+                raise UserError(_not_finite(values["loss"], state.global_step))
+            values["tokens_per_second"] = self.tokens / max(self.step_seconds, 1e-9)
+        self.log(values, state.global_step)
+        self.history.append({"step": state.global_step, **values})

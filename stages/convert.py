@@ -1,0 +1,51 @@
+"""Stage `convert`: the base model's large weights in 8 bits.
+
+    python -m stages.convert
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from gptj8.files import write_csv, write_json
+from gptj8.params import load_params
+from gptj8.runtime import peak_memory_gib, run
+from gptj8.tracking import stage_run
+
+OUTPUT = Path("artifacts/base-8bit")
+REPORT = Path("reports/convert")
+
+
+def main() -> None:
+    """Convert `model.path` as the params' `quantization` section says."""
+    params = load_params()
+    with stage_run("convert", params):
+        from gptj8.checkpoint import convert_checkpoint, summarize
+        from gptj8.integration import Blockwise8bitConfig
+
+        started = time.perf_counter()
+        config = Blockwise8bitConfig(
+            block_size=params.quantization.block_size,
+            codebook=params.quantization.codebook,
+            skip_modules=list(params.quantization.skip_modules),
+        )
+        report = convert_checkpoint(params.model.path, OUTPUT, config)
+        write_csv(REPORT / "tensors.csv", [asdict(tensor) for tensor in report.tensors])
+        write_json(
+            REPORT / "metrics.json",
+            {
+                "parameters": report.parameters,
+                "source_bytes": report.source_bytes,
+                "converted_bytes": report.converted_bytes,
+                "relative_rmse": report.relative_rmse,
+                "seconds": time.perf_counter() - started,
+                "peak_memory_gib": peak_memory_gib(),
+            },
+        )
+        print(f"convert: {summarize(report)}")
+
+
+if __name__ == "__main__":
+    run(main)
