@@ -35,10 +35,10 @@ from gptj8.files import (
 )
 from gptj8.integration import Blockwise8bitConfig, swap_modules
 from gptj8.layers import Frozen8bitModule
-from gptj8.models import check_model_directory
 
 MANIFEST = "manifest.json"
 
+_WEIGHT_PATTERNS = ("*.safetensors*", "pytorch_model*.bin*")
 _SHARD_BYTES = 1_000_000_000
 _INDEX = "model.safetensors.index.json"
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -143,6 +143,23 @@ def convert_checkpoint(
         _write_side_files(source, staging, model_config, config)
         report.converted_bytes = sum(f.stat().st_size for f in staging.glob("*.safetensors"))
     return report
+
+
+def check_model_directory(path: str | Path) -> None:
+    """Refuse a directory that is no model, before a library does so at length.
+
+    Raises:
+        UserError: naming what is absent.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"model.path = {path} is not a directory; see data/models for recipes")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
+    if not read_json(path / "config.json").get("model_type"):
+        raise UserError(f"{path}/config.json names no model_type")
+    if not any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
+        raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
 class _SourceWeights:
@@ -307,7 +324,9 @@ class _ShardWriter:
         return self.folder / f"shard-{number}.safetensors"
 
     def _write(self) -> None:
-        save_file(self.pending, self._shard_path(len(self.shards)), metadata={"format": "pt"})
+        path = self._shard_path(len(self.shards))
+        save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # the library makes files that only their owner can read
         self.shards.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptj8.checkpoint import check_model_directory
 from gptj8.errors import UserError
-from gptj8.files import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-
 
 def pick_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
@@ -41,23 +38,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     features = torch.cpu.get_capabilities()
     has_bfloat16 = features.get("amx_bf16") or features.get("avx512_bf16")
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def check_model_directory(path: str | Path) -> None:
-    """Refuse a directory that is no model, before a library does so at length.
-
-    Raises:
-        UserError: naming what is absent.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"model.path = {path} is not a directory; see data/models for recipes")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
-    if not read_json(path / "config.json").get("model_type"):
-        raise UserError(f"{path}/config.json names no model_type")
-    if not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
-        raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

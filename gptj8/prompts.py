@@ -11,6 +11,7 @@ document or an answer. Works on the `tokenizers` library alone, so that `validat
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gptj8.errors import UserError
+
+
+_SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class TextEncoder:
                 embedding has no row for.
         """
         model_path = Path(model_path)
+        if not model_path.is_dir():
+            raise UserError(f"{model_path} does not exist or is no model directory")
         file = model_path / "tokenizer.json"
         if file.is_file():
             try:
@@ -107,12 +113,13 @@ class PromptEncoder:
     def __init__(self, encoder: TextEncoder, template: str, max_length: int) -> None:
         self.encoder = encoder
         self.max_length = max_length
-        before, _, after = template.partition("{")
-        after = after.partition("}")[2]
-        # Doubled braces are the template language's way to write a brace.
-        self.before, self.after = (
-            part.replace("{{", "{").replace("}}", "}") for part in (before, after)
-        )
+        literals = ["", ""]
+        field = 0
+        for literal, name, _, _ in string.Formatter().parse(template):
+            literals[field] += literal
+            if name is not None:
+                field = 1
+        self.before, self.after = literals
         self._before_ids = encoder.encode(self.before)
         self._after_ids = encoder.encode(self.after)
 
@@ -196,6 +203,8 @@ def _find_eos_id(model_path: Path, tokenizer: Tokenizer) -> int:
 
 def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
     """Older models ship only vocab.json and merges.txt or a sentencepiece file."""
+    if not any((model_path / name).is_file() for name in _SLOW_TOKENIZER_FILES):
+        raise UserError(f"{model_path} has no tokenizer: no tokenizer.json, vocab.json or *.model")
     from transformers import AutoTokenizer
 
     try:

@@ -196,11 +196,12 @@ def _input_paths(params: Params) -> dict[str, str]:
 
 
 def _connect(params: Params) -> tuple[Any, str]:
-    # Migrations of a new SQLite store are reported line by line, which tells the user nothing.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    # The tables of a new SQLite store are reported line by line, which tells the user nothing. After
+    # the import, which sets levels of its own.
+    for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(params)
     client = MlflowClient(tracking_uri=uri)
     name = params.tracking.experiment

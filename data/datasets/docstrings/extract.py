@@ -1,0 +1,337 @@
+"""Make the default dataset: docstrings of installed libraries, labelled with their library.
+
+The libraries are read with `ast` and never imported, so their text is all that is used of them.
+What is installed is decided by the exact pins of requirements.txt, which is why DVC watches that
+file: the same pins give the same bytes.
+
+A row is the opening of a docstring (`max_chars` at most). Rows that are equal or nearly equal
+form a group (Jaccard similarity of their word triples, exact); one row of each group is kept,
+and none when the group spans libraries, since its label would be a guess. Only then are the rows
+split, by the hash of their text, so that no text and no near-duplicate of it is in two splits,
+and a new version of one library leaves the other libraries' splits as they were.
+
+Writes `splits/{train,validation,test}.jsonl` (`text`, `label`) and `corpus.jsonl` (`text`,
+`source`): every row that is in neither validation nor test, in the order of the source files,
+for training a base model.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from scipy.sparse import coo_array, csr_array, triu
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+SPLITS = ("train", "validation", "test")
+CHUNK = 20_000  # pairs compared at once: bounds memory
+
+
+class RecipeError(Exception):
+    """A mistake of the user's, or of the installation; shown as one line."""
+
+
+class Params(BaseModel):
+    """The keys of params.yaml, which explains them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    libraries: Annotated[list[str], Field(min_length=2)]
+    skip_folders: list[str]
+    min_chars: Annotated[int, Field(ge=1)]
+    max_chars: Annotated[int, Field(ge=1)]
+    shingle_words: Annotated[int, Field(ge=1)]
+    max_similarity: Annotated[float, Field(gt=0, lt=1)]
+    train_per_class: Annotated[int, Field(ge=1)]
+    validation_per_class: Annotated[int, Field(ge=1)]
+    test_per_class: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The opening of one docstring and where it was found (`pandas/core/frame.py`)."""
+
+    text: str
+    label: str
+    source: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def find_libraries(names: Sequence[str]) -> dict[str, Path]:
+    """Return the folder of each installed library, without importing it.
+
+    Raises:
+        RecipeError: naming every library that is not installed.
+    """
+    roots: dict[str, Path] = {}
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.submodule_search_locations:
+            roots[name] = Path(spec.submodule_search_locations[0])
+    missing = [name for name in names if name not in roots]
+    if missing:
+        raise RecipeError(
+            f"not installed: {', '.join(missing)}; run `pip install -r requirements.txt`"
+        )
+    return roots
+
+
+def source_files(root: Path, skip_folders: Sequence[str]) -> list[Path]:
+    """Return the library's Python files in an order that does not depend on the file system."""
+    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    kept = [path for path in files if not set(path.parts[:-1]) & set(skip_folders)]
+    return [root / path for path in sorted(kept, key=lambda path: path.as_posix())]
+
+
+def definitions(body: Iterable[ast.stmt]) -> Iterator[Definition]:
+    """Yield classes and functions in source order, methods and conditional ones included.
+
+    The bodies of functions are left out: what they define is not part of the documentation, and
+    `ast.walk` over every expression takes three times as long.
+    """
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield node
+            yield from definitions(node.body)
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            yield from definitions(node.body)
+
+
+def opening(text: str, max_chars: int) -> str:
+    """Cut the text to `max_chars` at the last end of a line, or of a word where there is none."""
+    text = text.strip()
+    if len(text) <= max_chars:
+        return text
+    head = text[: max_chars + 1]
+    at = head.rfind("\n")
+    if at < max_chars // 2:
+        at = max(head.rfind(" "), at)
+    return head[: at if at > 0 else max_chars].rstrip()
+
+
+def docstrings(path: Path, min_chars: int, max_chars: int) -> list[str]:
+    """Return the openings of a file's docstrings, in source order.
+
+    A file in a newer Python's syntax than the running one has none: libraries ship such files
+    behind version checks.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # escapes in other people's code
+        try:
+            module = ast.parse(path.read_bytes())
+        except SyntaxError:
+            return []
+    texts = (ast.get_docstring(node) or "" for node in (module, *definitions(module.body)))
+    cut = (opening(text, max_chars) for text in texts)
+    return [text for text in cut if len(text) >= min_chars]
+
+
+def extract(roots: dict[str, Path], params: Params) -> list[Row]:
+    """Return the rows of all libraries, in the order of libraries, files and lines."""
+    files = [
+        (label, root, path)
+        for label, root in roots.items()
+        for path in source_files(root, params.skip_folders)
+    ]
+    read = partial(docstrings, min_chars=params.min_chars, max_chars=params.max_chars)
+    with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        texts = tqdm(
+            pool.map(read, [path for *_, path in files], chunksize=32),
+            total=len(files),
+            desc="reading",
+            unit="file",
+            mininterval=1,
+        )
+        return [
+            Row(text, label, f"{label}/{path.relative_to(root).as_posix()}")
+            for (label, root, path), found in zip(files, texts, strict=True)
+            for text in found
+        ]
+
+
+def shingle_matrix(texts: Sequence[str], words: int) -> csr_array:
+    """Return a 0/1 matrix (texts x shingles) of the runs of `words` words each text contains.
+
+    Case, punctuation and the values of numbers are left out, so that `Conv1d` and `Conv2d`, or
+    two rounded examples, count as the same words. A text of fewer words is one shingle.
+    """
+    columns: dict[tuple[str, ...], int] = {}
+    indices: list[int] = []
+    starts = [0]
+    for text in texts:
+        found = re.findall(r"\w+", re.sub(r"\d+", "0", text.lower()))
+        runs = zip(*(found[k:] for k in range(words)), strict=False)
+        shingles = dict.fromkeys(runs) or {tuple(found): None}
+        indices += [columns.setdefault(shingle, len(columns)) for shingle in shingles]
+        starts.append(len(indices))
+    ones = np.ones(len(indices), dtype=np.int32)
+    return csr_array((ones, indices, starts), shape=(len(texts), max(1, len(columns))))
+
+
+def similar_pairs(shingles: csr_array, max_similarity: float) -> np.ndarray:
+    """Return the pairs (pairs x 2) of rows whose Jaccard similarity is over `max_similarity`.
+
+    Exact, and fast by prefix filtering (Bayardo et al., "Scaling up all pairs similarity
+    search", 2007): order each row's n shingles from the rarest to the commonest. Two rows of
+    similarity over s share more than s * n of them, so they share one among the first
+    n - floor(s * n) of each. Rare shingles have few rows in common, which leaves few pairs to
+    compare. MinHash was tried: it takes longer here and can miss a pair.
+    """
+    size = np.diff(shingles.indptr)
+    row = np.repeat(np.arange(len(size)), size)
+    column = shingles.indices
+    order = np.lexsort((column, np.bincount(column)[column], row))  # by row, then by rarity
+    place = np.arange(len(row)) - shingles.indptr[row]
+    prefix = order[place < (size - np.floor(max_similarity * size))[row]]
+    ones = np.ones(len(prefix), dtype=np.int32)
+    rare = csr_array((ones, (row[prefix], column[prefix])), shape=shingles.shape)
+    left, right = triu(rare @ rare.T, k=1).nonzero()
+
+    alike = np.zeros(len(left), dtype=bool)
+    for start in range(0, len(left), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        both = shingles[left[chunk]].multiply(shingles[right[chunk]]).sum(axis=1)
+        either = size[left[chunk]] + size[right[chunk]] - both
+        alike[chunk] = both > max_similarity * either
+    return np.stack([left[alike], right[alike]], axis=1)
+
+
+def deduplicate(rows: Sequence[Row], words: int, max_similarity: float) -> list[Row]:
+    """Keep the first row of each group of equal or similar rows, if the group has one label.
+
+    Groups are connected components: similarity is followed from row to row, so no two kept
+    rows are similar, whatever the order of the libraries.
+    """
+    labels: dict[str, set[str]] = {}
+    for row in rows:
+        labels.setdefault(row.text, set()).add(row.label)
+    first = list({row.text: row for row in reversed(rows)}.values())[::-1]
+
+    pairs = similar_pairs(shingle_matrix([row.text for row in first], words), max_similarity)
+    ones = np.ones(len(pairs), dtype=np.int8)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(len(first), len(first)))
+    group = connected_components(graph, directed=False)[1]
+
+    group_labels: dict[int, set[str]] = {}
+    for row, number in zip(first, group, strict=True):
+        group_labels.setdefault(number, set()).update(labels[row.text])
+    kept: dict[int, Row] = {}
+    for row, number in zip(first, group, strict=True):
+        if len(group_labels[number]) == 1:
+            kept.setdefault(number, row)
+    return list(kept.values())
+
+
+def split(rows: Sequence[Row], params: Params) -> dict[str, list[Row]]:
+    """Split the rows by the hash of their text, with the same number of rows a label.
+
+    Returns:
+        The rows of train, validation and test in the order of their hashes, which mixes the
+        labels, and under `corpus` all rows outside validation and test, in the given order.
+
+    Raises:
+        RecipeError: naming each label with too few rows.
+    """
+    ordered = sorted(rows, key=lambda row: row.digest)
+    sizes = {
+        "test": params.test_per_class,
+        "validation": params.validation_per_class,
+        "train": params.train_per_class,
+    }
+    counts = Counter(row.label for row in rows)
+    needed = sum(sizes.values())
+    short = [f"{label} has {n}" for label, n in sorted(counts.items()) if n < needed]
+    short += [f"{label} has 0" for label in params.libraries if label not in counts]
+    if short:
+        raise RecipeError(f"{needed} different docstrings a library are needed: {', '.join(short)}")
+
+    splits: dict[str, list[Row]] = {name: [] for name in sizes}
+    seen: Counter[str] = Counter()
+    bounds = [(name, sum(list(sizes.values())[: k + 1])) for k, name in enumerate(sizes)]
+    for row in ordered:
+        name = next((name for name, bound in bounds if seen[row.label] < bound), None)
+        seen[row.label] += 1
+        if name:
+            splits[name].append(row)
+    held_out = {row.text for name in ("validation", "test") for row in splits[name]}
+    splits["corpus"] = [row for row in rows if row.text not in held_out]
+    return splits
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(splits: dict[str, list[Row]], folder: Path) -> None:
+    """Write splits/ and corpus.jsonl into the folder; a failure leaves neither half-written."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".extract-") as name:
+        made = Path(name)
+        (made / "splits").mkdir()
+        for key in SPLITS:
+            rows = [{"text": row.text, "label": row.label} for row in splits[key]]
+            write_jsonl(made / "splits" / f"{key}.jsonl", rows)
+        corpus = [{"text": row.text, "source": row.source} for row in splits["corpus"]]
+        write_jsonl(made / "corpus.jsonl", corpus)
+
+        (folder / "splits").mkdir(exist_ok=True)
+        for key in SPLITS:
+            os.replace(made / "splits" / f"{key}.jsonl", folder / "splits" / f"{key}.jsonl")
+        os.replace(made / "corpus.jsonl", folder / "corpus.jsonl")
+
+
+def load_params(path: Path) -> Params:
+    """Read params.yaml.
+
+    Raises:
+        RecipeError: naming every key that is missing, unknown or has a wrong value.
+    """
+    try:
+        return Params.model_validate(YAML(typ="safe").load(path))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(f"{path.name}: {'; '.join(problems)}") from None
+
+
+def main(folder: Path = HERE) -> None:
+    params = load_params(folder / "params.yaml")
+    rows = extract(find_libraries(params.libraries), params)
+    kept = deduplicate(rows, params.shingle_words, params.max_similarity)
+    splits = split(kept, params)
+    write(splits, folder)
+    sizes = ", ".join(f"{len(splits[name])} {name}" for name in (*SPLITS, "corpus"))
+    print(f"{len(rows)} docstrings, {len(kept)} after near-duplicate removal: {sizes}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RecipeError, OSError, YAMLError) as error:
+        print(f"docstrings: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

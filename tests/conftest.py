@@ -1,0 +1,74 @@
+"""Small random models and tokenizers, made on the spot in the formats that real ones come in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported, here and in child processes: models this small lose more to threads that
+# wait for each other than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from gptj8.runtime import set_defaults
+
+set_defaults()
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with five big liquor jugs"
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 384) -> None:
+    """Train a byte-level BPE tokenizer on a few words and save it as transformers does."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [WORDS] * 4, vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def gptj_config(**changes):
+    """A GPT-J of 2 layers that trains in seconds."""
+    from transformers import GPTJConfig
+
+    defaults = {
+        "vocab_size": 400,
+        "n_positions": 128,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPTJConfig(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-J with its tokenizer, float32, one safetensors file. Not to be changed."""
+    import torch
+    from transformers import GPTJForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gptj"
+    torch.manual_seed(7)
+    GPTJForCausalLM(gptj_config()).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_8bit_dir(tiny_model_dir: Path) -> Path:
+    """The same model, converted. Not to be changed."""
+    import gptj8
+
+    target = tiny_model_dir.parent / "tiny-gptj-8bit"
+    gptj8.convert_checkpoint(tiny_model_dir, target, gptj8.Blockwise8bitConfig(block_size=256))
+    return target

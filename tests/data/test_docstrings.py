@@ -1,0 +1,271 @@
+"""The docstring recipe: what it extracts, what it drops, and that its splits share nothing.
+
+The recipe runs as DVC runs it, `python extract.py` beside its params.yaml, on small packages made
+here and once on the installed libraries. Similarity is checked with scikit-learn, over all pairs,
+so that a mistake in the recipe's own search cannot hide itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+from sklearn.feature_extraction.text import CountVectorizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "data" / "datasets" / "docstrings"
+SIZES = {"train_per_class": 12, "validation_per_class": 4, "test_per_class": 6}
+
+
+@pytest.fixture(scope="module")
+def extract() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docstrings_extract", RECIPE / "extract.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look the module up by its name
+    spec.loader.exec_module(module)
+    return module
+
+
+def sentence(rng: random.Random, words: int = 20) -> str:
+    return " ".join("".join(rng.choices("abcdefghij", k=6)) for _ in range(words))
+
+
+def write_package(root: Path, name: str, texts: list[str]) -> None:
+    """Write a package whose functions have these docstrings, ten to a file, some in a class."""
+    folder = root / name
+    (folder / "tests").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('the recipe must not import this')\n")
+    (folder / "tests" / "test_it.py").write_text(
+        f'"""{"A test suite is no documentation. " * 5}"""'
+    )
+    methods = [f"    def f{k}(self):\n        {text!r}\n" for k, text in enumerate(texts)]
+    for start in range(0, len(texts), 10):
+        source = "class C:\n" + "\n".join(methods[start : start + 10])
+        (folder / f"part_{start:03}.py").write_text(source)
+
+
+def write_recipe(folder: Path, **changes: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RECIPE / "extract.py", folder)
+    params = YAML(typ="safe").load(RECIPE / "params.yaml") | changes
+    (folder / "params.yaml").write_text(json.dumps(params))
+    return folder
+
+
+def run(folder: Path, packages: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(packages), "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "extract.py"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    paths = sorted([*folder.glob("splits/*"), folder / "corpus.jsonl"])
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def most_similar(left: list[str], right: list[str]) -> float:
+    """Return the greatest Jaccard similarity of word triples between the two lists."""
+    count = CountVectorizer(
+        binary=True, ngram_range=(3, 3), token_pattern=r"\w+", dtype=np.float32
+    ).fit(left + right)
+    a, b = count.transform(left), count.transform(right)
+    both = (a @ b.T).toarray()
+    either = a.sum(axis=1).reshape(-1, 1) + b.sum(axis=1).reshape(1, -1) - both
+    return float((both / np.maximum(np.asarray(either), 1)).max())
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two packages of 60 texts; some repeated, some nearly, some in both."""
+    root = tmp_path_factory.mktemp("packages")
+    rng = random.Random(0)
+    shared = sentence(rng)
+    for name in ("alpha", "beta"):
+        texts = [sentence(rng) for _ in range(50)]
+        near = [text + f" number {rng.randrange(10)}" for text in texts[:8]]
+        write_package(root, name, [*texts, *near, texts[20], shared])
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    result = run(write_recipe(folder, libraries=["alpha", "beta"], **SIZES), packages)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe's output for the installed libraries, with its own params."""
+    folder = write_recipe(tmp_path_factory.mktemp("docstrings"))
+    result = run(folder, folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_small_splits_have_their_sizes_and_nothing_is_lost(made: Path) -> None:
+    for name in ("train", "validation", "test"):
+        labels = Counter(row["label"] for row in read(made / "splits" / f"{name}.jsonl"))
+        assert labels == dict.fromkeys(("alpha", "beta"), SIZES[f"{name}_per_class"])
+    # 50 different texts a library: the near-duplicates, the repeat and the shared text are gone.
+    assert len(read(made / "corpus.jsonl")) == 2 * (50 - 4 - 6)
+
+
+def test_text_of_two_libraries_is_in_no_file(made: Path, packages: Path) -> None:
+    last = (packages / "alpha" / "part_050.py").read_text().splitlines()[-1].strip().strip("'")
+    assert last in (packages / "beta" / "part_050.py").read_text()
+    assert not any(last.encode() in data for data in outputs(made).values())
+
+
+def test_output_does_not_depend_on_the_hash_seed(
+    made: Path, packages: Path, tmp_path: Path
+) -> None:
+    again = write_recipe(tmp_path, libraries=["alpha", "beta"], **SIZES)
+    assert run(again, packages, hash_seed="12345").returncode == 0
+    assert outputs(again) == outputs(made)
+
+
+def test_rows_of_a_library_do_not_depend_on_the_others(
+    made: Path, packages: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(1)
+    shutil.copytree(packages / "alpha", tmp_path / "packages" / "alpha")
+    write_package(tmp_path / "packages", "gamma", [sentence(rng) for _ in range(40)])
+    folder = write_recipe(tmp_path / "recipe", libraries=["alpha", "gamma"], **SIZES)
+    assert run(folder, tmp_path / "packages").returncode == 0
+
+    # The text it shared with beta is a row of its own now; apart from that one, nothing moves.
+    for name in ("validation", "test"):
+        old, new = (
+            {row["text"] for row in read(where / f"splits/{name}.jsonl") if row["label"] == "alpha"}
+            for where in (made, folder)
+        )
+        assert len(old - new) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"libraries": ["alpha", "no_such_library"]}, ["no_such_library", "requirements.txt"]),
+        ({"train_per_class": 500}, ["alpha has", "beta has"]),
+        ({"max_similarity": "high", "mx_chars": 3}, ["max_similarity", "mx_chars"]),
+    ],
+)
+def test_mistakes_end_with_one_line_and_leave_nothing(
+    packages: Path, tmp_path: Path, changes: dict[str, object], named: list[str]
+) -> None:
+    folder = write_recipe(tmp_path, **({"libraries": ["alpha", "beta"]} | SIZES | changes))
+    result = run(folder, packages)
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("docstrings: ") and all(name in line for name in named)
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in folder.iterdir()} == {"extract.py", "params.yaml"}
+
+
+def test_docstrings_of_methods_and_conditional_definitions_in_source_order(
+    extract: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""module text"""\n'
+        "if True:\n"
+        "    def first():\n        '''first text'''\n        def inner(): 'inner text'\n"
+        "class Second:\n    '''second text'''\n    async def third(self): 'third text'\n"
+        "def none(): pass\n"
+    )
+    assert extract.docstrings(path, min_chars=5, max_chars=100) == [
+        "module text",
+        "first text",
+        "second text",
+        "third text",
+    ]
+    assert extract.docstrings(path, min_chars=11, max_chars=100) == ["module text", "second text"]
+
+
+def test_file_in_newer_syntax_is_left_out(extract: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "newer.py"
+    path.write_text('"""text of a module that does not parse"""\ndef def\n')
+    with pytest.raises(SyntaxError):
+        ast.parse(path.read_text())
+    assert extract.docstrings(path, min_chars=1, max_chars=100) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  short \n", "short"),
+        ("one\nsecond linear", "one\nsecond"),  # a line's end too early: a word's
+        ("0123456789\nsecond line", "0123456789"),
+        ("0" * 30, "0" * 15),
+        ("0123456789 12345 789", "0123456789"),
+    ],
+)
+def test_opening_ends_at_a_line_or_word(extract: ModuleType, text: str, expected: str) -> None:
+    assert extract.opening(text, 15) == expected
+
+
+def test_similar_pairs_are_those_of_a_brute_force_search(extract: ModuleType) -> None:
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcd", k=rng.randrange(1, 12))) for _ in range(300)]
+    sets = [
+        set(itertools.pairwise(words)) or {tuple(words)}
+        for words in (text.split() for text in texts)
+    ]
+    for limit in (0.3, 0.5, 0.6, 0.9):
+        expected = {
+            (i, j)
+            for (i, a), (j, b) in itertools.combinations(enumerate(sets), 2)
+            if len(a & b) > limit * len(a | b)
+        }
+        found = extract.similar_pairs(extract.shingle_matrix(texts, 2), limit)
+        assert set(map(tuple, found.tolist())) == expected
+
+
+def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
+    counts = {
+        name: Counter(row["label"] for row in read(real / "splits" / f"{name}.jsonl"))
+        for name in ("train", "validation", "test")
+    }
+    assert all(len(labels) == 6 for labels in counts.values())
+    assert max(counts["train"].values()) <= 400
+    assert min(counts["test"].values()) >= 50
+
+
+def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) -> None:
+    texts = {
+        path.stem: [row["text"] for row in read(path)]
+        for path in (*real.glob("splits/*"), real / "corpus.jsonl")
+    }
+    limit = YAML(typ="safe").load(real / "params.yaml")["max_similarity"]
+    for name, found in texts.items():
+        assert len(set(found)) == len(found), name
+    assert set(texts["train"]) <= set(texts["corpus"])
+    assert most_similar(texts["test"], texts["corpus"]) <= limit
+    assert most_similar(texts["validation"], texts["corpus"]) <= limit
+    assert most_similar(texts["test"], texts["validation"]) <= limit
+
+
+def test_real_corpus_keeps_the_order_of_the_sources(real: Path) -> None:
+    sources = [row["source"] for row in read(real / "corpus.jsonl")]
+    libraries = [library for library, _ in itertools.groupby(s.split("/")[0] for s in sources)]
+    assert libraries == YAML(typ="safe").load(real / "params.yaml")["libraries"]
+    assert len(list(itertools.groupby(sources))) == len(set(sources))

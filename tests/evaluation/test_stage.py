@@ -1,0 +1,153 @@
+"""The stage from a prepared dataset, two models and an adapter to the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import make_model
+from sklearn.metrics import accuracy_score
+
+import stages.evaluate as stage
+from gptj8.dataset import save_prepared
+from gptj8.errors import UserError
+
+WORDS = {"sql": "table select join", "fox": "quick brown fox", "dog": "lazy dog"}
+SPEEDS = {"seconds", "tokens_per_second", "peak_memory_gib"}
+FILES = {"confusion_matrix.csv", "confusion_matrix.png", "perplexity.csv", "predictions.csv"}
+
+
+def frames(task):
+    rows = [(f"{words} {number}", label) for number in range(6) for label, words in WORDS.items()]
+    columns = {"classification": ["text", "label"], "completion": ["prompt", "completion"]}
+    frame = pd.DataFrame(rows, columns=columns.get(task, ["text", "unused"]))
+    frame["file"], frame["row"] = "rows.csv", range(1, len(frame) + 1)
+    return {name: frame.drop(columns="unused", errors="ignore") for name in stage_splits()}
+
+
+def stage_splits():
+    return ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, encoder):
+    """Directories of a model, a slightly different one in its place, and an adapter for that."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("models")
+    model = make_model("gptj")
+    for name in ("original", "converted"):
+        model.save_pretrained(folder / name)
+        encoder._tokenizer.save(str(folder / name / "tokenizer.json"))
+        content = json.dumps({"eos_token": "<|endoftext|>"})
+        (folder / name / "tokenizer_config.json").write_text(content)
+        model.transformer.h[0].mlp.fc_in.weight.data.mul_(1.001)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, adapter).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, models):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "BASE", models / "converted")
+    monkeypatch.setattr(stage, "ADAPTER", models / "adapter")
+    monkeypatch.setattr(stage, "stage_run", lambda *args: nullcontext())
+
+    def run(task, **evaluate):
+        field = "prompt" if task == "completion" else "text"
+        template = f'"{{{field}}}\\n\\nLabel:"'
+        settings = "".join(f"  {key}: {value}\n" for key, value in evaluate.items())
+        Path("params.yaml").write_text(
+            f"data:\n  train: rows.csv\n  task: {task}\n  max_length: 64\n"
+            f"  prompt_template: {template}\n"
+            f"model:\n  path: {models / 'original'}\n"
+            f"evaluate:\n  bootstrap_resamples: 100\n{settings}"
+        )
+        save_prepared("artifacts/dataset", task, frames(task), pd.DataFrame({"file": []}))
+        stage.main()
+        return json.loads(Path("reports/evaluate/metrics.json").read_text())
+
+    return run
+
+
+def table(name):
+    with open(Path("reports/evaluate") / name, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_classification(project):
+    metrics = project("classification", few_shot=2)
+    systems = {"baseline", "base", "quantized", "few_shot", "tuned"}
+    measured = {"base", "quantized", "tuned"}
+    assert set(metrics) == SPEEDS | {
+        *(f"{system}/accuracy" for system in systems),
+        *(f"{system}/macro_f1" for system in systems),
+        *(f"{system}/perplexity" for system in measured),
+        "quantized/perplexity_ratio",
+        "quantized/perplexity_ratio_low",
+        "quantized/perplexity_ratio_high",
+    }
+    assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
+    assert metrics["baseline/accuracy"] == 1  # it was fitted on the same rows
+    assert metrics["quantized/perplexity_ratio"] == pytest.approx(
+        metrics["quantized/perplexity"] / metrics["base/perplexity"]
+    )
+    low, high = (metrics[f"quantized/perplexity_ratio_{end}"] for end in ("low", "high"))
+    assert low < metrics["quantized/perplexity_ratio"] < high
+    assert metrics["tuned/perplexity"] != metrics["quantized/perplexity"]
+
+    predictions, confusion = table("predictions.csv"), table("confusion_matrix.csv")
+    assert len(predictions) == len(confusion) == len(table("perplexity.csv")) == 18
+    for system in systems:
+        labels = [row["label"] for row in predictions]
+        accuracy = accuracy_score(labels, [row[system] for row in predictions])
+        assert metrics[f"{system}/accuracy"] == accuracy
+    assert [row["predicted"] for row in confusion] == [row["tuned"] for row in predictions]
+
+    first = {name: (Path("reports/evaluate") / name).read_bytes() for name in FILES}
+    again = project("classification", few_shot=2)
+    assert {key: again[key] for key in again if key not in SPEEDS} == {
+        key: metrics[key] for key in metrics if key not in SPEEDS
+    }
+    assert first == {name: (Path("reports/evaluate") / name).read_bytes() for name in FILES}
+
+
+@pytest.mark.parametrize("task", ["completion", "text"])
+def test_perplexity_alone_where_there_are_no_labels(project, task):
+    metrics = project(task, max_perplexity_documents=5)
+    assert {key for key in metrics if "accuracy" in key or "f1" in key} == set()
+    assert {"base/perplexity", "quantized/perplexity", "tuned/perplexity"} <= set(metrics)
+    assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
+    rows = table("perplexity.csv")
+    assert len(rows) == 5
+    if task == "completion":  # "sql", "fox" or "dog" and the end, not the prompt
+        assert max(int(row["tokens"]) for row in rows) <= 6
+
+
+def test_text_of_its_own_for_perplexity(project):
+    Path("held-out.txt").write_text("the lazy dog\n\n" + "the quick brown fox " * 40 + "\n")
+    metrics = project("classification", few_shot=0, perplexity_text="held-out.txt")
+    rows = table("perplexity.csv")
+    assert [(row["file"], row["row"]) for row in rows] == [
+        ("held-out.txt", "1"),
+        ("held-out.txt", "3"),
+    ]
+    assert int(rows[1]["tokens"]) > 64  # more than the context: read through windows
+    assert "few_shot/accuracy" not in metrics
+
+
+def test_text_for_perplexity_without_text(project):
+    Path("held-out.csv").write_text("text\n  \n")
+    with pytest.raises(UserError, match=r"evaluate.perplexity_text = held-out.csv"):
+        project("classification", perplexity_text="held-out.csv")
+
+
+def test_examples_that_do_not_fit_are_refused_before_anything_is_measured(project, monkeypatch):
+    monkeypatch.setattr("gptj8.models.load_model", lambda *args: pytest.fail("loaded a model"))
+    with pytest.raises(UserError, match=r"evaluate.few_shot = 40"):
+        project("classification", few_shot=40)

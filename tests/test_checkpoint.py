@@ -1,0 +1,206 @@
+"""Streaming conversion: every source format, and every way a source can be wrong."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTJForCausalLM
+
+import gptj8
+from gptj8 import checkpoint
+from gptj8.errors import UserError
+from tests.conftest import gptj_config
+
+CONFIG = gptj8.Blockwise8bitConfig(block_size=256)
+
+
+def tensors_of(folder):
+    merged = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        merged |= load_file(file)
+    return merged
+
+
+@pytest.fixture
+def model_dir(tiny_model_dir, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def as_bin(folder, shards):
+    """Rewrite a model directory as pytorch_model.bin, with the buffers that old files hold."""
+    state = load_file(folder / "model.safetensors")
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    names = sorted(state)
+    files = {f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin": names[i::shards] for i in range(shards)}
+    for file, part in files.items():
+        torch.save({name: state[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("kind", ["sharded-safetensors", "bin", "sharded-bin"])
+def test_every_format_gives_the_same_codes(model_dir, tiny_8bit_dir, tmp_path, kind):
+    if kind == "sharded-safetensors":
+        model = AutoModelForCausalLM.from_pretrained(model_dir)
+        (model_dir / "model.safetensors").unlink()
+        model.save_pretrained(model_dir, max_shard_size="100KB")
+        assert len(list(model_dir.glob("*.safetensors"))) > 3
+    else:
+        as_bin(model_dir, 3 if "sharded" in kind else 1)
+    report = gptj8.convert_checkpoint(model_dir, tmp_path / "out", CONFIG)
+    expected, converted = tensors_of(tiny_8bit_dir), tensors_of(tmp_path / "out")
+    assert expected.keys() == converted.keys()
+    assert all(torch.equal(expected[name], converted[name]) for name in expected)
+    assert report.dropped == (
+        [] if kind == "sharded-safetensors" else report.dropped
+    )
+    if "bin" in kind:
+        assert sorted(report.dropped) == ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]
+
+
+def test_the_report_counts_and_measures(tiny_model_dir, tmp_path):
+    report = gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", CONFIG)
+    model = GPTJForCausalLM.from_pretrained(tiny_model_dir)
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize(torch.float32)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.converted_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert len(report.tensors) == 2 * 6 + 2
+    original, copy = dict(model.named_parameters()), dict(restored.named_parameters())
+    for tensor in report.tensors:
+        a, b = original[tensor.name].detach().double(), copy[tensor.name].detach().double()
+        assert tensor.relative_rmse == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
+        assert tensor.parameters == a.numel()
+    assert all("ln_" in name or name.endswith("bias") for name in report.kept)
+
+
+def test_output_shards_load_and_the_manifest_holds(tiny_model_dir, tiny_8bit_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 30_000)
+    target = tmp_path / "out"
+    gptj8.convert_checkpoint(tiny_model_dir, target, CONFIG)
+    assert len(list(target.glob("model-*-of-*.safetensors"))) > 3
+    assert all(torch.equal(t, tensors_of(target)[n]) for n, t in tensors_of(tiny_8bit_dir).items())
+    ids = torch.arange(1, 9)[None]
+    sharded = AutoModelForCausalLM.from_pretrained(target)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    assert torch.equal(sharded(ids).logits, whole(ids).logits)
+    manifest = json.loads((target / "manifest.json").read_text())
+    files = {f.name for f in target.iterdir()} - {"manifest.json"}
+    assert set(manifest) == files
+    for name, digest in manifest.items():
+        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
+
+
+def test_half_precision_sources_keep_their_small_tensors(tmp_path):
+    torch.manual_seed(0)
+    GPTJForCausalLM(gptj_config()).half().save_pretrained(tmp_path / "half")
+    gptj8.convert_checkpoint(tmp_path / "half", tmp_path / "out", CONFIG)
+    converted = tensors_of(tmp_path / "out")
+    assert converted["transformer.ln_f.weight"].dtype == torch.float16
+    assert converted["lm_head.weight"].dtype == torch.uint8
+
+
+def test_tokenizer_files_come_along(tiny_8bit_dir):
+    assert (tiny_8bit_dir / "tokenizer.json").is_file()
+    assert (tiny_8bit_dir / "tokenizer_config.json").is_file()
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def with_a_lie_about_shapes(folder):
+    edit_config(folder, n_embd=128)
+
+
+def with_more_layers_than_weights(folder):
+    edit_config(folder, n_layer=3)
+
+
+def without_model_type(folder):
+    edit_config(folder, model_type=None)
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def with_nan(folder):
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"][5, 6] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_a_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Canary()}, folder / "pytorch_model.bin")
+
+
+def with_an_index_that_leaves_the_folder(folder):
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Canary:
+    """Unpickling it would raise something that no test expects."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle ran')",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, "has no weights"),
+        (without_config, "has no config.json"),
+        (without_model_type, "names no model_type"),
+        (with_a_lie_about_shapes, r"lm_head\.weight has shape \(400, 64\), and .* implies \(400, 128\)"),
+        (with_more_layers_than_weights, r"no tensor transformer\.h\.2\."),
+        (truncated, "model.safetensors cannot be read"),
+        (with_nan, r"lm_head\.weight\[5, 6\] = nan"),
+        (with_a_pickle, "holds more than tensors"),
+        (with_an_index_that_leaves_the_folder, "not in"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_source_is_refused_and_nothing_is_left(model_dir, tmp_path, damage, message):
+    damage(model_dir)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "earlier").write_text("stays")
+    with pytest.raises(UserError, match=message):
+        gptj8.convert_checkpoint(model_dir, target, CONFIG)
+    assert [f.name for f in target.iterdir()] == ["earlier"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_converted_model_is_not_converted_again(tiny_8bit_dir, tmp_path):
+    with pytest.raises(UserError, match="already quantized"):
+        gptj8.convert_checkpoint(tiny_8bit_dir, tmp_path / "out", CONFIG)
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_work(tiny_model_dir, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="needs .* and the disk has .* free"):
+        gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", CONFIG)
+    assert not list(tmp_path.iterdir())

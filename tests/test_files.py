@@ -1,0 +1,115 @@
+"""Outputs are whole or absent; digests depend on names and bytes alone."""
+
+import hashlib
+import json
+
+import pytest
+
+from gptj8.errors import UserError
+from gptj8.files import (
+    format_bytes,
+    read_json,
+    replace_directory,
+    replace_file,
+    require_free_space,
+    sha256_tree,
+    write_csv,
+    write_json,
+)
+
+
+def test_a_directory_appears_whole(tmp_path):
+    with replace_directory(tmp_path / "out") as staging:
+        (staging / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_the_earlier_directory(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "out") as staging:
+        (staging / "new").write_text("new")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_success_replaces_all_of_the_earlier_directory(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with replace_directory(tmp_path / "out") as staging:
+        (staging / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
+    (tmp_path / ".out.incomplete").mkdir()
+    (tmp_path / ".out.incomplete" / "half").write_text("half")
+    with replace_directory(tmp_path / "out") as staging:
+        (staging / "a").write_text("1")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_file_is_replaced_or_left(tmp_path):
+    file = tmp_path / "deep" / "a.json"
+    write_json(file, {"x": 1})
+    with pytest.raises(ValueError), replace_file(file) as staging:
+        staging.write_text("half")
+        raise ValueError
+    assert read_json(file) == {"x": 1}
+    assert [p.name for p in file.parent.iterdir()] == ["a.json"]
+
+
+def test_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_csv_has_all_columns(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"a": 1}, {"a": 2, "b": "x,y"}])
+    assert (tmp_path / "a.csv").read_text() == 'a,b\n1,\n2,"x,y"\n'
+
+
+def test_read_json_names_the_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "sub" / "x").write_text("x")
+        (tmp_path / folder / "y").write_text("y")
+    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    (tmp_path / "b" / "y").rename(tmp_path / "b" / "z")
+    assert sha256_tree(tmp_path / "a") != sha256_tree(tmp_path / "b")
+
+
+def test_digest_cache_is_used_and_never_trusted_blindly(tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "cache" / "digests.json"
+    data.write_text("one")
+    first = sha256_tree(data, cache)
+    assert hashlib.sha256(b"one").hexdigest() in json.loads(cache.read_text()).values()
+    assert sha256_tree(data, cache) == first
+    data.write_text("three")  # another size, so the entry no longer applies
+    assert sha256_tree(data, cache) == sha256_tree(data) != first
+    cache.write_text("{damaged")
+    assert sha256_tree(data, cache) == sha256_tree(data)
+
+
+def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
+    require_free_space(tmp_path / "not" / "yet", 1, "nothing")
+    with pytest.raises(UserError, match=r"a model needs 1000000\.00 TB"):
+        require_free_space(tmp_path / "not" / "yet", 10**18, "a model")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (6.06e9, "6.06 GB"), (2.5e12, "2.50 TB")]
+)
+def test_bytes_are_readable(count, text):
+    assert format_bytes(count) == text

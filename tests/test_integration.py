@@ -1,0 +1,153 @@
+"""The quantizer inside transformers and PEFT, on small random models."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import gptj8
+from gptj8.codec import QuantizationError
+from gptj8.layers import Frozen8bitEmbedding, Frozen8bitLinear
+
+IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_importing_the_package_needs_no_torch():
+    code = "import sys, gptj8; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import gptj8, transformers", "import transformers, gptj8", "import transformers.quantizers, gptj8", "import gptj8.integration"],
+)
+def test_the_quantizer_is_registered_in_any_order_of_imports(first):
+    code = (
+        f"{first}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
+        "assert m['blockwise_8bit'].__module__ == 'gptj8.integration'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_conversion_on_the_fly_equals_conversion_on_disk(tiny_model_dir, tiny_8bit_dir):
+    config = gptj8.Blockwise8bitConfig(block_size=256)
+    on_the_fly = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
+    on_disk = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    states = on_the_fly.state_dict(), on_disk.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    assert isinstance(on_disk.lm_head, Frozen8bitLinear)
+    assert isinstance(on_disk.transformer.wte, Frozen8bitEmbedding)
+
+
+def test_save_pretrained_writes_the_bytes_that_were_loaded(tiny_8bit_dir, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).save_pretrained(tmp_path)
+    before = load_file(tiny_8bit_dir / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_loading_in_16_bits_keeps_the_scales_in_32(tiny_8bit_dir, dtype):
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir, dtype=dtype)
+    stored = load_file(tiny_8bit_dir / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, Frozen8bitLinear | Frozen8bitEmbedding):
+            assert torch.equal(module.absmax, stored[f"{name}.absmax"])
+            assert torch.equal(module.codebook, stored[f"{name}.codebook"])
+    assert model(IDS).logits.dtype == dtype
+
+
+def test_the_model_equals_its_restored_twin(tiny_8bit_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).eval()
+    expected = model(IDS).logits
+    twin = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).dequantize(torch.float32).eval()
+    assert not any(p.dtype == torch.uint8 for p in twin.parameters())
+    torch.testing.assert_close(twin(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_tables_survive_loading_and_moves(tiny_model_dir, tiny_8bit_dir):
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).to("cpu")
+    expected = original.transformer.h[1].attn.embed_positions
+    assert torch.equal(model.transformer.h[1].attn.embed_positions, expected)
+
+
+def test_skipped_modules_stay_in_full_precision(tiny_model_dir):
+    config = gptj8.Blockwise8bitConfig(skip_modules=["lm_head", "h.1.mlp"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.transformer.h[1].mlp.fc_in) is torch.nn.Linear
+    assert isinstance(model.transformer.h[0].mlp.fc_in, Frozen8bitLinear)
+
+
+@pytest.mark.parametrize(
+    ("target", "adapted"),
+    [(["q_proj", "v_proj"], 4), ("all-linear", 12), (["wte", "q_proj"], 3)],
+    ids=["attention", "all-linear", "embedding"],
+)
+def test_lora_gradients_equal_the_full_precision_twins(tiny_8bit_dir, target, adapted):
+    def losses_and_gradients(model, checkpointing):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=target, task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(model, config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(IDS, labels=IDS).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    load = AutoModelForCausalLM.from_pretrained
+    expected = losses_and_gradients(load(tiny_8bit_dir).dequantize(torch.float32), False)
+    assert len(expected) == 2 * adapted
+    for checkpointing in (False, True):
+        ours = losses_and_gradients(load(tiny_8bit_dir), checkpointing)
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_adapter_saved_and_loaded_answers_the_same(tiny_8bit_dir, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(IDS).logits, expected)
+
+
+def test_merging_into_eight_bits_is_refused(tiny_8bit_dir):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config)
+    with pytest.raises(RuntimeError):
+        model.merge_and_unload()
+
+
+def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, tmp_path):
+    """Quantize, save, load in a new process, go on: bit for bit what the first process computes."""
+    config = gptj8.Blockwise8bitConfig(block_size=256)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config).eval()
+    model.save_pretrained(tmp_path / "model")
+    torch.save({"ids": IDS, "logits": model(IDS).logits.detach()}, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, gptj8\nfrom transformers import AutoModelForCausalLM\n"
+        "folder = sys.argv[1]\nexpected = torch.load(folder + '/expected.pt', weights_only=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder + '/model').eval()\n"
+        "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"block_size": 3}, "block_size = 3"), ({"codebook": "linear"}, "codebook = 'linear'")],
+)
+def test_wrong_configs_are_refused(arguments, message):
+    with pytest.raises(QuantizationError, match=message):
+        gptj8.Blockwise8bitConfig(**arguments)

@@ -1,0 +1,171 @@
+"""Frozen layers against their full-precision twins that hold the restored weight."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from gptj8.codec import quantize_blockwise
+from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+
+
+def linear() -> nn.Module:
+    return nn.Linear(48, 40)
+
+
+def linear_without_bias() -> nn.Module:
+    return nn.Linear(48, 40, bias=False)
+
+
+def conv1d() -> nn.Module:
+    return Conv1D(40, 48)
+
+
+LINEARS = [linear, linear_without_bias, conv1d]
+
+
+def frozen_pair(make, block_size=64):
+    """Return a frozen module and its full-precision twin."""
+    torch.manual_seed(0)
+    original = make()
+    if getattr(original, "bias", None) is not None:
+        nn.init.normal_(original.bias)
+    frozen = frozen_twin(original, block_size, torch.float32)
+    frozen.load_quantized(quantize_blockwise(original.weight, block_size, "fitted"))
+    if getattr(original, "bias", None) is not None:
+        frozen.bias = nn.Parameter(original.bias.detach().clone())
+    return frozen, full_precision_twin(frozen, torch.float32)
+
+
+def gradients(module: nn.Module, x: torch.Tensor, use_checkpoint: bool | None):
+    """Return output, gradient of the input and of the bias; `None`: no checkpointing."""
+    x = x.clone().requires_grad_()
+    if use_checkpoint is None:
+        y = module(x)
+    else:
+        y = checkpoint(module, x, use_reentrant=use_checkpoint)
+    y.square().sum().backward()
+    bias = getattr(module, "bias", None)
+    return y.detach(), x.grad, None if bias is None else bias.grad
+
+
+@pytest.mark.parametrize("use_checkpoint", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("make", LINEARS)
+def test_gradients_equal_the_twins(make, use_checkpoint):
+    frozen, twin = frozen_pair(make)
+    x = torch.randn(3, 5, 48)
+    for ours, theirs in zip(
+        gradients(frozen, x, use_checkpoint), gradients(twin, x, None), strict=True
+    ):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", LINEARS)
+def test_backward_keeps_only_eight_bit_tensors(make):
+    frozen, _ = frozen_pair(make)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        frozen(torch.randn(2, 48, requires_grad=True))
+    assert {t.data_ptr() for t in kept} == {
+        t.data_ptr() for t in (frozen.weight, frozen.absmax, frozen.codebook)
+    }
+
+
+@pytest.mark.parametrize("make", LINEARS)
+def test_autocast_computes_in_its_dtype(make):
+    frozen, twin = frozen_pair(make)
+    x = torch.randn(4, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = frozen(x), twin(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_output_may_be_changed_in_place():
+    frozen, _ = frozen_pair(linear)
+    x = torch.randn(2, 48, requires_grad=True)
+    y = frozen(x)
+    y += 1.0
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_the_weight_gets_no_gradient():
+    frozen, _ = frozen_pair(linear)
+    frozen(torch.randn(2, 48, requires_grad=True)).sum().backward()
+    assert not frozen.weight.requires_grad
+    assert frozen.weight.grad is None
+
+
+@pytest.mark.parametrize("dim", [8, 48, 64, 128, 200], ids=lambda d: f"dim{d}")
+def test_embedding_restores_exactly_the_rows_asked_for(dim):
+    torch.manual_seed(1)
+    original = nn.Embedding(31, dim)
+    frozen = frozen_twin(original, 64, torch.float32)
+    frozen.load_quantized(quantize_blockwise(original.weight, 64, "fitted"))
+    twin = full_precision_twin(frozen, torch.float32)
+    ids = torch.randint(0, 31, (3, 7))
+    assert torch.equal(frozen(ids), twin(ids))
+    assert torch.equal(frozen.to(torch.bfloat16)(ids), twin(ids).bfloat16())
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casts_leave_absmax_and_codebook_alone(cast):
+    frozen, _ = frozen_pair(linear)
+    before = frozen.quantized_weight
+    getattr(frozen, cast)()
+    assert torch.equal(frozen.absmax, before.absmax)
+    assert torch.equal(frozen.codebook, before.codebook)
+    assert torch.equal(frozen.weight, before.codes)
+    assert frozen.bias.dtype == getattr(torch.ones(1), cast)().dtype
+
+
+def test_moving_to_another_device_moves_everything():
+    frozen, _ = frozen_pair(linear)
+    moved = frozen.to("meta")
+    assert {t.device.type for t in (moved.weight, moved.absmax, moved.codebook, moved.bias)} == {
+        "meta"
+    }
+
+
+@pytest.mark.parametrize("make", [*LINEARS, lambda: nn.Embedding(11, 48)])
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_compute_the_same(make, through):
+    torch.manual_seed(2)
+    original = make()
+    frozen = frozen_twin(original, 64, torch.float32)
+    frozen.load_quantized(quantize_blockwise(original.weight, 64, "dynamic"))
+    x = torch.arange(5) if isinstance(original, nn.Embedding) else torch.randn(2, 48)
+    assert torch.equal(through(frozen)(x), frozen(x))
+
+
+def test_state_dict_round_trip_is_bit_equal():
+    frozen, _ = frozen_pair(linear)
+    other = frozen_twin(linear(), 64, torch.float32)
+    other.load_state_dict(frozen.state_dict())
+    x = torch.randn(2, 48)
+    assert torch.equal(other(x), frozen(x))
+
+
+def test_subclasses_have_no_twin():
+    class Masked(nn.Linear):
+        """Computes something else."""
+
+    assert frozen_twin(Masked(4, 4), 64, None) is None
+    assert frozen_twin(nn.LayerNorm(4), 64, None) is None
+
+
+def test_frozen_modules_are_what_peft_looks_for():
+    frozen, _ = frozen_pair(linear)
+    assert isinstance(frozen, nn.Linear)
+    assert isinstance(frozen, Frozen8bitModule)

@@ -1,0 +1,125 @@
+"""params.yaml: every problem named, all of them at once."""
+
+from pathlib import Path
+
+import pytest
+
+from gptj8.errors import UserError
+from gptj8.params import load_params, parse_params, resolved
+
+MINIMAL = {"data": {"train": "rows.csv"}, "model": {"path": "model"}}
+
+
+def problems(**sections):
+    content = {key: {**MINIMAL.get(key, {}), **value} for key, value in sections.items()}
+    with pytest.raises(UserError) as caught:
+        parse_params({**MINIMAL, **content})
+    return str(caught.value).splitlines()
+
+
+def test_the_projects_own_params_are_valid_and_name_every_key():
+    from ruamel.yaml import YAML
+
+    root = Path(__file__).parents[1]
+    params = load_params(root / "params.yaml")
+    written = YAML(typ="safe").load((root / "params.yaml").read_text())
+    assert {k: set(v) for k, v in written.items() if k != "seed"} == {
+        k: set(v) for k, v in params.model_dump().items() if k != "seed"
+    }
+
+
+def test_defaults_fill_in_what_is_not_written():
+    params = parse_params(MINIMAL)
+    assert params.finetune.method == "lora"
+    assert "tracking" not in resolved(params)
+    assert resolved(params)["data"]["train"] == "rows.csv"
+
+
+def test_sections_are_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        parse_params(MINIMAL).finetune.r = 3
+
+
+def test_an_unknown_key_gets_a_suggestion():
+    assert problems(finetune={"lerning_rate": 1e-3}) == [
+        "params.yaml: finetune.lerning_rate is not a known key; did you mean learning_rate?"
+    ]
+
+
+def test_an_unknown_section_gets_a_suggestion():
+    with pytest.raises(UserError, match="fintune is not a known key; did you mean finetune"):
+        parse_params({**MINIMAL, "fintune": {"r": 4}})
+
+
+def test_all_problems_are_shown_at_once():
+    lines = problems(
+        data={"task": "regression", "max_length": "long"},
+        quantization={"block_size": 3},
+        finetune={"r": 0, "learning_rate": -1.0, "lora_dropout": 1.5},
+    )
+    assert len(lines) == 6
+    for key in (
+        "data.task = 'regression'",
+        "data.max_length = 'long'",
+        "quantization.block_size = 3",
+        "finetune.r = 0",
+        "finetune.learning_rate = -1.0",
+        "finetune.lora_dropout = 1.5",
+    ):
+        assert sum(line.startswith(f"params.yaml: {key}: ") for line in lines) == 1, lines
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match=r"model\.path is required and not given"):
+        parse_params({"data": {"train": "x"}, "model": {}})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("no field", "must hold"), ("{text} {label}", "no other field"), ("{text", "not a template")],
+)
+def test_a_template_without_its_field_is_refused(template, message):
+    (line,) = problems(data={"prompt_template": template})
+    assert line.startswith("params.yaml: data: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("target", ["attention", "all-linear", ["q_proj", "fc_in"]], ids=str)
+def test_targets_are_groups_or_names(target):
+    params = parse_params({**MINIMAL, "finetune": {"target": target}})
+    assert params.finetune.target == (tuple(target) if isinstance(target, list) else target)
+
+
+def test_a_wrong_target_is_one_problem():
+    lines = problems(finetune={"target": "everything"})
+    assert all(line.startswith("params.yaml: finetune.target = 'everything': ") for line in lines)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("data: {train: a}\nmodel: {path: b}\nfinetune: {learning_rate: 1e-4}\n")
+    assert load_params(file).finetune.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: [", "not valid YAML"),
+        ("- a\n- b\n", "must hold sections"),
+        ("", "must hold sections"),
+        ("seed: 1\nseed: 2\n", "not valid YAML"),
+        ("data: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+    ids=["broken", "list", "empty", "duplicate-key", "python-tag"],
+)
+def test_files_that_are_no_params_are_refused(tmp_path, content, message):
+    file = tmp_path / "params.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_params(file)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"params\.yaml does not exist"):
+        load_params(tmp_path / "params.yaml")

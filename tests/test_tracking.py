@@ -1,0 +1,148 @@
+"""One experiment, one MLflow row, read back through a client of its own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from gptj8 import tracking
+from gptj8.params import parse_params
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """MLflow's tables take seconds to make, so they are made once and copied."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_database):
+    """A project folder with inputs, MLflow's database beside them."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def params(**sections):
+    content = {"data": {"train": "rows.csv"}, "model": {"path": "model"}}
+    return parse_params({**content, **sections})
+
+
+def report(stage, **metrics):
+    folder = Path("reports") / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "plot.csv").write_text("x\n1\n")
+
+
+def runs(name="gptj8", uri=None):
+    client = mlflow.MlflowClient(uri or f"sqlite:///{Path('mlflow.db').absolute()}")
+    experiment = client.get_experiment_by_name(name)
+    return client, client.search_runs([experiment.experiment_id])
+
+
+def test_stages_of_one_experiment_share_a_row(project):
+    for stage in tracking.STAGES:
+        with tracking.stage_run(stage, params()) as run:
+            run.log_metrics({"live": 1.5, "nested": {"deep": 2}}, step=3)
+            report(stage, seconds=4, text="not a number")
+    client, (row,) = runs()
+    for stage in tracking.STAGES:
+        assert row.data.metrics[f"{stage}/live"] == 1.5
+        assert row.data.metrics[f"{stage}/nested/deep"] == 2
+        assert row.data.metrics[f"{stage}/seconds"] == 4
+        assert row.data.tags[f"stage.{stage}"] == "ran"
+        assert client.list_artifacts(row.info.run_id, f"reports/{stage}")
+    assert [m.step for m in client.get_metric_history(row.info.run_id, "finetune/live")] == [3]
+    assert row.info.status == "FINISHED"
+    assert row.data.params["finetune.r"] == "8"
+    assert row.data.params["data.train"] == "rows.csv"
+
+
+def test_stages_that_came_from_the_cache_are_recorded_too(project):
+    report("validate", rows=7)
+    report("convert", relative_rmse=0.006)
+    report("finetune", eval_loss=1.0)
+    with tracking.stage_run("evaluate", params()):
+        report("evaluate", tuned={"accuracy": 0.8})
+    _, (row,) = runs()
+    assert row.data.metrics["validate/rows"] == 7
+    assert row.data.metrics["evaluate/tuned/accuracy"] == 0.8
+    tags = {stage: row.data.tags.get(f"stage.{stage}") for stage in tracking.STAGES}
+    assert tags == {
+        "validate": "cached",
+        "convert": "cached",
+        "finetune": "cached",
+        "evaluate": "ran",
+        "export": None,
+    }
+
+
+def test_other_params_other_data_or_another_model_are_other_rows(project):
+    first = tracking.experiment_key(params())
+    assert tracking.experiment_key(params()) == first
+    assert tracking.experiment_key(params(tracking={"experiment": "other"})) == first
+    assert tracking.experiment_key(params(finetune={"r": 4})) != first
+    (project / "rows.csv").write_text("text,label\na,c\nd,e\n")
+    second = tracking.experiment_key(params())
+    assert second != first
+    (project / "model" / "config.json").write_text('{"n_layer": 2}')
+    assert tracking.experiment_key(params()) != second
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
+def test_a_stage_that_does_not_finish_is_marked(project, error, status):
+    with pytest.raises(error), tracking.stage_run("convert", params()):
+        raise error
+    assert runs()[1][0].info.status == status
+
+
+def test_a_relative_database_lies_in_the_project_even_inside_a_dvc_experiment(project, monkeypatch):
+    copy = project / ".dvc" / "tmp" / "exps" / "standalone" / "tmp123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert tracking.tracking_uri(params()) == f"sqlite:///{project / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking.tracking_uri(params()) == "http://127.0.0.1:1"
+
+
+def test_the_experiments_name_is_the_rows(project, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    with tracking.stage_run("validate", params()):
+        pass
+    row = runs()[1][0]
+    assert row.info.run_name == "brave-fox"
+    assert row.data.tags["dvc.experiment"] == "brave-fox"
+
+
+def test_without_a_server_the_work_goes_on(project, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db")
+    done = []
+    with tracking.stage_run("validate", params()) as run:
+        run.log_metrics({"x": 1})
+        run.log_artifact(project / "rows.csv")
+        done.append(True)
+    assert done == [True]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "MLflow" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: MLflow does not record this stage")
+
+
+def test_flatten():
+    assert tracking.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}, "/") == {
+        "a/b": 1,
+        "a/c/d": 2,
+        "e": 3,
+    }

@@ -1,0 +1,163 @@
+"""Training on the frozen model: it learns, only where it should, and the same every time."""
+
+import math
+
+import pytest
+import torch
+
+from gptj8.adapters import add_adapter, trainable_parameters
+from gptj8.errors import UserError
+from gptj8.examples import IGNORED, completion_examples, prompt_ids, text_examples
+from gptj8.layers import Frozen8bitModule
+from gptj8.models import load_adapter, load_model
+from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.reference import max_logit_difference, prompt_logits, save_reference
+from gptj8.training import TrainingSettings, _Collator, _Monitor, train
+
+CPU = torch.device("cpu")
+ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
+SETTINGS = TrainingSettings(
+    learning_rate=2e-2,
+    num_train_epochs=6,
+    per_device_train_batch_size=4,
+    logging_steps=1,
+    eval_steps=5,
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model_dir):
+    return TextEncoder.load(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def examples(encoder):
+    return completion_examples(ROWS, PromptEncoder(encoder, "{text} =", 32))
+
+
+def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float32):
+    torch.manual_seed(0)
+    return add_adapter(load_model(folder, dtype, CPU), method, target, 4, 8, 0.0)
+
+
+def test_only_the_completion_is_learned(encoder, examples):
+    first = examples[0]
+    learned = [i for i, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED]
+    assert learned == [*encoder.encode(" dog"), encoder.eos_id]
+    assert encoder.decode(prompt_ids(first)) == "the quick brown fox ="
+
+
+def test_text_is_packed_without_loss(encoder):
+    texts = ["the quick brown fox", "a lazy dog while seven wizards", "box"]
+    packed = text_examples(texts, encoder, 8)
+    stream = [i for example in packed for i in example["input_ids"]]
+    expected = [i for text in texts for i in [*encoder.encode(text), encoder.eos_id]]
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) <= 1
+    assert {len(example["input_ids"]) for example in packed[:-1]} == {8}
+    assert all(example["labels"] == example["input_ids"] for example in packed)
+
+
+def test_batches_are_padded_on_the_right_and_masked(examples):
+    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    for row, example in enumerate(examples[:3]):
+        length = len(example["input_ids"])
+        assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (
+            batch["input_ids"].shape[1] - length
+        )
+        assert set(batch["labels"][row, length:].tolist()) <= {IGNORED}
+
+
+@pytest.mark.parametrize("method", ["lora", "layernorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_learns_and_leaves_the_base_alone(tiny_8bit_dir, examples, method, dtype):
+    model = adapted_model(tiny_8bit_dir, method, dtype=dtype)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    logged = []
+    result = train(model, examples, examples, SETTINGS, 0, lambda v, s: logged.append((s, v)))
+    losses = [point["loss"] for point in result.history if "loss" in point]
+    assert result.steps == 18
+    assert losses[-1] < losses[0] - 0.3
+    assert result.eval_loss < losses[0]
+    assert result.trainable_parameters == trainable_parameters(model)
+    assert {s for s, v in logged if "loss" in v} == set(range(1, 19))
+    assert [s for s, v in logged if "eval_loss" in v][:3] == [5, 10, 15]
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_speed_counts_training_tokens_only(tiny_8bit_dir, examples):
+    result = train(adapted_model(tiny_8bit_dir), examples, examples * 5, SETTINGS, 0)
+    tokens = sum(len(e["input_ids"]) for e in examples) * SETTINGS.num_train_epochs
+    seconds = tokens / result.tokens_per_second
+    assert result.samples_per_second * seconds == pytest.approx(len(examples) * 6)
+    assert 0 < seconds < result.seconds
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_does_not_change_the_result(tiny_8bit_dir, examples, checkpointing):
+    def adapter_after(**changes):
+        model = adapted_model(tiny_8bit_dir)
+        train(model, examples, examples, TrainingSettings(**{**SETTINGS.__dict__, **changes}), 0)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    base = adapter_after(gradient_checkpointing=True)
+    again = adapter_after(gradient_checkpointing=checkpointing)
+    for name in base:
+        assert torch.equal(base[name], again[name]), name
+
+
+def test_eight_bit_adam_is_what_trains(tiny_8bit_dir, examples, monkeypatch):
+    import bitsandbytes.optim as optim
+
+    steps = []
+    original = optim.AdamW.step
+    monkeypatch.setattr(
+        optim.AdamW, "step", lambda self, *a, **k: (steps.append(self), original(self, *a, **k))[1]
+    )
+    train(adapted_model(tiny_8bit_dir), examples, examples, SETTINGS, 0)
+    assert steps and steps[0].args.optim_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("target", "modules"),
+    [
+        ("attention", {"q_proj", "v_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"}),
+        (["fc_in"], {"fc_in"}),
+    ],
+    ids=str,
+)
+def test_targets(tiny_8bit_dir, target, modules):
+    model = adapted_model(tiny_8bit_dir, target=target)
+    adapted = {n.split(".")[-2] for n, _ in model.named_modules() if n.endswith("lora_A")}
+    assert adapted == modules
+    assert isinstance(model.get_base_model().lm_head, Frozen8bitModule)
+
+
+def test_an_unknown_target_is_named(tiny_8bit_dir):
+    with pytest.raises(UserError, match=r"finetune\.target = \['query'\]"):
+        adapted_model(tiny_8bit_dir, target=["query"])
+
+
+def test_a_loss_that_is_lost_stops_the_training(tiny_8bit_dir, examples):
+    model = adapted_model(tiny_8bit_dir)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
+    with pytest.raises(UserError, match="the loss is nan at step 1; lower"):
+        train(model, examples, examples, SETTINGS, 0)
+
+
+def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples, tmp_path):
+    model = adapted_model(tiny_8bit_dir)
+    train(model, examples, examples, SETTINGS, 0)
+    prompts = [prompt_ids(e) for e in examples[:3]]
+    model.save_pretrained(tmp_path)
+    save_reference(tmp_path, model, prompts)
+    base = load_model(tiny_8bit_dir, torch.float32, CPU)
+    untrained = prompt_logits(base, prompts)
+    reloaded = load_adapter(base, tmp_path)
+    assert max_logit_difference(tmp_path, reloaded) == 0.0
+    assert float((prompt_logits(reloaded, prompts) - untrained).abs().max()) > 0.1

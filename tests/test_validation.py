@@ -1,0 +1,520 @@
+"""Checks, policies, reports, and the stage as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gptj8.dataset import SPLITS, load_prepared
+from gptj8.dataset_report import metrics, token_lengths, write_report
+from gptj8.errors import UserError
+from gptj8.params import Data
+from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.sources import content_key
+from gptj8.validation import Validated, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "red green blue cyan lime teal navy gold pink gray plum rust sand snow mint".split()
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a tokenizer whose tokens are bytes, so that lengths can be counted by hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder(byte_tokenizer(), eos_id=0)
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Return distinct texts of eight words."""
+    shuffled = random.Random(seed)
+    return [f"{i} {' '.join(shuffled.choices(WORDS, k=8))}" for i in range(count)]
+
+
+def pairs(count: int, labels: Sequence[str] = ("ham", "spam"), seed: int = 0) -> list[list[str]]:
+    return [[text, labels[i % len(labels)]] for i, text in enumerate(sentences(count, seed))]
+
+
+def write_csv(path: Path, rows: list, header: Sequence[str] = ("text", "label")) -> str:
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return str(path)
+
+
+def found(validated: Validated, check: str) -> list[tuple]:
+    rows = validated.findings[validated.findings["check"] == check]
+    return list(zip(rows["split"], rows["row"], rows["dropped"], strict=True))
+
+
+def error_of(data: Data, encoder: TextEncoder) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(data, encoder)
+    return str(caught.value)
+
+
+def test_a_clean_dataset_has_no_findings(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = pairs(60, ("very good", "not so good", "neither"))
+    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    assert validated.findings.empty
+    assert {name: len(split) for name, split in validated.splits.items()} == {
+        "train": 48,
+        "validation": 6,
+        "test": 6,
+    }
+    kept = pd.concat(validated.splits.values())
+    assert sorted(kept[["text", "label"]].values.tolist()) == sorted(rows)
+    assert set(kept["row"]) == set(range(1, 61))
+
+
+def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncoder) -> None:
+    bad = {
+        5: ({"text": "", "label": "ham"}, ("text", "empty")),
+        9: ({"text": " \t\n", "label": "ham"}, ("text", "empty")),
+        11: ({"text": None, "label": "ham"}, ("text", "missing")),
+        12: ({"label": "ham"}, ("text", "missing")),
+        13: ({"text": 5, "label": "ham"}, ("text", "type")),
+        20: ({"text": ["a"], "label": "ham"}, ("text", "type")),
+        21: ({"text": "a\0b", "label": "ham"}, ("text", "nul")),
+        22: ({"text": "caf\ufffd", "label": "ham"}, ("text", "replacement")),
+        30: ({"text": "a", "label": None}, ("label", "missing")),
+        31: ({"text": "b", "label": "  "}, ("label", "empty")),
+        32: ({"text": "c", "label": 1.5}, ("label", "type")),
+        33: ({"text": "d", "label": {"is": "ham"}}, ("label", "type")),
+    }
+    rows = [{"text": text, "label": label} for text, label in pairs(60)]
+    for row, (content, _) in bad.items():
+        rows[row - 1] = content
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validated = validate(Data(train=str(path), max_invalid_fraction=0.5), encoder)
+    findings = validated.findings
+    assert {
+        row: (column, check)
+        for row, column, check in zip(
+            findings["row"], findings["column"], findings["check"], strict=True
+        )
+    } == {row: expected for row, (_, expected) in bad.items()}
+    assert findings["dropped"].all()
+    assert len(validated.rejected) == len(bad)
+    assert not set(pd.concat(validated.splits.values())["row"]) & set(bad)
+
+
+def test_a_row_with_two_failures_is_one_row(tmp_path: Path, encoder: TextEncoder) -> None:
+    train = write_csv(tmp_path / "t.csv", [*pairs(40), ["", ""]])
+    validated = validate(Data(train=train), encoder)
+    assert len(validated.rejected) == 2
+    assert metrics(validated)["rejected_rows"] == 1
+    assert metrics(validated)["rows"] == 41
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"on_invalid": "error", "max_invalid_fraction": 1.0}, "data.on_invalid is error"),
+        ({"max_invalid_fraction": 0.04}, "data.max_invalid_fraction = 0.04"),
+        ({"max_invalid_fraction": 0.05}, None),
+    ],
+    ids=["error", "too-many", "drop"],
+)
+def test_the_policy_for_invalid_rows(
+    tmp_path: Path, encoder: TextEncoder, policy: dict, message: str | None
+) -> None:
+    train = write_csv(tmp_path / "t.csv", [*pairs(38), ["", "ham"], ["x", ""]])
+    data = Data(train=train, **policy)
+    if message is None:
+        assert metrics(validate(data, encoder))["rejected_rows"] == 2
+        return
+    error = error_of(data, encoder)
+    assert message in error
+    assert "2 of 40" in error
+    assert "t.csv row 39: text is empty" in error
+    assert "\n" not in error
+
+
+def test_duplicates_are_dropped_after_the_first(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = pairs(40)
+    rows += [[f"  {rows[3][0]}\n", rows[3][1]], rows[7], rows[7]]
+    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    assert found(validated, "duplicate") == [("train", row, True) for row in (41, 42, 43)]
+    reasons = validated.rejected["reason"]
+    assert [reason.rpartition(" ")[2] for reason in reasons] == ["4", "8", "8"]
+    assert sum(map(len, validated.splits.values())) == 40
+
+
+def test_held_out_splits_share_no_text(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = pairs(50)
+    relabelled = [[text.replace(" ", "  "), "other"] for text, _ in rows[:20]]
+    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows + relabelled)), encoder)
+    keys = [set(validated.splits[name]["text"].map(content_key)) for name in SPLITS]
+    assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
+    assert len(found(validated, "conflict")) == 40
+    assert metrics(validated)["leaked_rows"] == 0
+
+
+def leaking(folder: Path) -> dict[str, str]:
+    """Write splits in which train rows 2 and 3 are in test, row 5 and test row 1 in validation."""
+    train, validation, test = pairs(30), pairs(10, seed=1), pairs(10, seed=2)
+    test[4], test[6] = train[1], [train[2][0].replace(" ", "\n"), train[2][1]]
+    validation[0] = train[4]
+    validation[8] = test[0]
+    return {
+        name: write_csv(folder / f"{name}.csv", rows)
+        for name, rows in zip(SPLITS, (train, validation, test), strict=True)
+    }
+
+
+def test_leaks_are_an_error_by_default(tmp_path: Path, encoder: TextEncoder) -> None:
+    error = error_of(Data(**leaking(tmp_path)), encoder)
+    assert "2 in train and test, 1 in train and validation, 1 in validation and test" in error
+    assert f"{tmp_path}/train.csv row 2 and {tmp_path}/test.csv row 5" in error
+    assert "set it to drop" in error
+    assert "\n" not in error
+
+
+def test_leaks_are_dropped_in_favour_of_the_later_split(
+    tmp_path: Path, encoder: TextEncoder
+) -> None:
+    validated = validate(Data(**leaking(tmp_path), on_leak="drop"), encoder)
+    expected = [("train", 2, True), ("train", 3, True), ("train", 5, True), ("validation", 9, True)]
+    assert found(validated, "leak") == expected
+    assert [len(validated.splits[name]) for name in SPLITS] == [27, 9, 10]
+    assert metrics(validated)["leaked_rows"] == 4
+
+
+def test_leaks_are_kept_and_counted_on_request(tmp_path: Path, encoder: TextEncoder) -> None:
+    validated = validate(Data(**leaking(tmp_path), on_leak="warn"), encoder)
+    assert [dropped for *_, dropped in found(validated, "leak")] == [False] * 4
+    assert [len(validated.splits[name]) for name in SPLITS] == [30, 10, 10]
+    assert validated.rejected.empty
+    assert metrics(validated)["leaked_rows"] == 4
+
+
+def test_the_validation_split_is_held_out_behind_the_leaks(
+    tmp_path: Path, encoder: TextEncoder
+) -> None:
+    files = leaking(tmp_path)
+    del files["validation"]
+    validated = validate(Data(**files, on_leak="drop"), encoder)
+    assert found(validated, "leak") == [("train", 2, True), ("train", 3, True)]
+    assert [len(validated.splits[name]) for name in SPLITS] == [26, 2, 10]
+
+
+def test_conflicting_answers_are_reported_and_kept(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [*pairs(40), ["same", "ham"], ["same ", "spam"]]
+    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    conflicts = validated.findings[validated.findings["check"] == "conflict"]
+    assert list(conflicts["row"]) == [41, 42]
+    assert set(conflicts["reason"]) == {"has 2 different answers: 'ham', 'spam'"}
+    assert conflicts["split"].nunique() == 1
+    assert validated.rejected.empty
+
+
+@pytest.mark.parametrize("task", ["classification", "completion"])
+def test_cut_tokens_are_those_of_the_prompt_encoder(
+    tmp_path: Path, encoder: TextEncoder, task: str
+) -> None:
+    first, second = ("text", "label") if task == "classification" else ("prompt", "completion")
+    template = f"Read this: {{{first}}}\n\nAnswer:"
+    rows = [[f"{text} {'é' * i}", label] for i, (text, label) in enumerate(pairs(60))]
+    data = Data(
+        train=write_csv(tmp_path / "t.csv", rows, (first, second)),
+        task=task,
+        prompt_template=template,
+        max_length=96,
+    )
+    prompts = PromptEncoder(encoder, template, 96)
+    validated = validate(data, encoder)
+    truncated = 0
+    for split in validated.splits.values():
+        for row in split.itertuples():
+            example = prompts.example(getattr(row, first), getattr(row, second))
+            assert row.cut_tokens == example.cut_tokens
+            assert row.tokens == len(example.ids) + example.cut_tokens
+            truncated += example.cut_tokens > 0
+    assert 0 < truncated < 60
+    numbers = metrics(validated)
+    assert numbers["truncated_rows"] == truncated == len(found(validated, "truncated"))
+    assert numbers["tokens_max"] > 96
+    assert numbers["tokens"] <= 96 * 60
+
+
+def test_an_answer_without_room_is_invalid(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [*pairs(40), ["a", "x" * 60]]
+    data = Data(
+        train=write_csv(tmp_path / "t.csv", rows), max_length=64, prompt_template="{text} ="
+    )
+    validated = validate(data, encoder)
+    assert found(validated, "room") == [("train", 41, True)]
+    assert validated.rejected["column"].tolist() == ["label"]
+
+
+def test_completion_task(tmp_path: Path, encoder: TextEncoder) -> None:
+    questions = sentences(40)
+    rows = [[q, f"answer {i}"] for i, q in enumerate(questions)]
+    rows += [[questions[0], "answer 0 "], [questions[1], "another answer"]]
+    data = Data(
+        train=write_csv(tmp_path / "t.csv", rows, ("question", "reply")),
+        task="completion",
+        prompt_column="question",
+        completion_column="reply",
+        prompt_template="{prompt}",
+    )
+    validated = validate(data, encoder)
+    assert found(validated, "duplicate") == [("train", 41, True)]
+    assert {row for _, row, _ in found(validated, "conflict")} == {2, 42}
+    assert [len(validated.splits[name]) for name in SPLITS] == [33, 4, 4]
+    assert "labels" not in metrics(validated)
+
+
+def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
+    lines = sentences(30)
+    (tmp_path / "t.txt").write_text("\n\n".join([*lines, "word " * 30]) + "\n")
+    data = Data(train=str(tmp_path / "t.txt"), task="text", max_length=96)
+    validated = validate(data, encoder)
+    assert [len(validated.splits[name]) for name in SPLITS] == [25, 3, 3]
+    assert found(validated, "truncated") == []  # documents are packed, not cut
+    tokens = pd.concat(validated.splits.values()).set_index("row")["tokens"]
+    assert tokens[1] == len(lines[0]) + 1  # the end-of-text token
+    assert tokens[61] == len("word ") * 30 + 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (pairs(20, ("ham",)), "has one label only, 'ham' in column label"),
+        (pairs(2), "too few texts of at least two labels to hold out validation and test"),
+        (
+            [*pairs(20), ["a", "Spam"], ["b", "spam "]],
+            "labels 'spam' (11 rows) and 'Spam' (1 rows)",
+        ),
+        ([*pairs(20, ("very good", "bad")), ["a", "very  good"]], "'very good' for all"),
+    ],
+    ids=["one-label", "two-rows", "case", "spaces"],
+)
+def test_labels_that_cannot_be_learned(
+    tmp_path: Path, encoder: TextEncoder, rows: list, message: str
+) -> None:
+    error = error_of(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (pairs(9, ("ham", "eggs", "beans"), seed=1), "train never shows: 'beans', 'eggs'"),
+        (pairs(9, ("ham",), seed=1), "the validation split has one label only, 'ham'"),
+        ([["", "ham"]], "the validation split has no rows left"),
+    ],
+    ids=["unseen", "one-label", "no-valid-row"],
+)
+def test_a_validation_file_that_cannot_be_used(
+    tmp_path: Path, encoder: TextEncoder, rows: list, message: str
+) -> None:
+    train = write_csv(tmp_path / "t.csv", pairs(30))
+    assert message in error_of(
+        Data(train=train, validation=write_csv(tmp_path / "v.csv", rows)), encoder
+    )
+
+
+def test_no_valid_row_at_all(tmp_path: Path, encoder: TextEncoder) -> None:
+    train = write_csv(tmp_path / "t.csv", [["", "a"], ["", "b"]])
+    error = error_of(Data(train=train, max_invalid_fraction=1.0), encoder)
+    assert "not one of 2 rows is valid" in error
+
+
+def test_a_template_too_long_for_any_text(tmp_path: Path, encoder: TextEncoder) -> None:
+    train = write_csv(tmp_path / "t.csv", pairs(9))
+    data = Data(train=train, max_length=16, prompt_template="more than sixteen bytes {text}")
+    assert "data.max_length = 16" in error_of(data, encoder)
+
+
+def test_histogram_covers_every_row_once(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [["x" * length, label] for length, (_, label) in enumerate(pairs(200), 1)]
+    train = write_csv(tmp_path / "t.csv", rows)
+    validated = validate(Data(train=train, max_length=100, prompt_template="{text}:"), encoder)
+    table = token_lengths(validated, 100)
+    assert table.groupby("split")["rows"].sum().to_dict() == metrics_rows(validated)
+    starts = table["tokens"].unique().tolist()
+    assert starts[0] == 1 and starts[-1] == 101
+    tokens = validated.splits["train"]["tokens"]
+    ends = [*starts[1:], 10**9]
+    by_hand = [tokens.between(low, end - 1).sum() for low, end in zip(starts, ends, strict=True)]
+    assert table.loc[table["split"] == "train", "rows"].tolist() == by_hand
+    assert by_hand[-1] == validated.splits["train"]["cut_tokens"].gt(0).sum() > 0
+
+
+def metrics_rows(validated: Validated) -> dict[str, int]:
+    numbers = metrics(validated)
+    return {name: numbers[f"{name}_rows"] for name in SPLITS}
+
+
+def test_report_shows_numbers_and_examples(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [*pairs(60, ("a|b", "c")), ["`tick`\nnext", ""], ["x" * 400, "c"]]
+    train = write_csv(tmp_path / "t.csv", [*rows, rows[0]])
+    validated = validate(Data(train=train, max_length=128), encoder)
+    write_report(tmp_path / "report", validated, 128)
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "Read 63 rows" in report
+    assert "a\\|b" in report
+    assert f"- {train} row 61 (train): label is empty or only whitespace" in report
+    assert f"- {train} row 63 (train): text is the same as {train} row 1: `0 " in report
+    assert "row 62" in report and "tokens at its end" in report
+    labels = pd.read_csv(tmp_path / "report" / "labels.csv")
+    assert labels.groupby("label")["rows"].sum().to_dict() == {"a|b": 30, "c": 31}
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["labels"] == 2
+
+
+# --- the stage in a process of its own -----------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a model's tokenizer, a dataset and params.yaml."""
+    folder = tmp_path / "project"
+    (folder / "model").mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    config = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    write_csv(folder / "mine.csv", pairs(40))
+    write_params(folder)
+    return folder
+
+
+def write_params(folder: Path, **data: object) -> None:
+    content = {"data": {"train": "mine.csv"} | data, "model": {"path": "model"}}
+    (folder / "params.yaml").write_text(json.dumps(content))  # JSON is YAML
+
+
+def run_stage(folder: Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["-c", code] if code else ["-m", "stages.validate"]
+    home = folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(home),
+        "MLFLOW_TRACKING_URI": "none://",  # a new database takes MLflow ten seconds
+    }
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DVC_"))}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=inherited | own,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_stage_on_a_user_s_csv(project: Path) -> None:
+    rows = [[f'{text},\n"quoted"', label] for text, label in pairs(60, ("very good", "not good"))]
+    table = [["7", *row] for row in [rows[0], *rows, ["", "not good"]]]
+    write_csv(project / "mine.csv", table, ("id", "tweet", "class"))
+    write_params(project, text_column="tweet", label_column="class")
+    done = run_stage(project)
+    assert done.returncode == 0, done.stderr
+    assert "62 rows read: 48 train, 6 validation, 6 test; 2 left out" in done.stdout
+    dataset = load_prepared(project / "artifacts" / "dataset")
+    assert dataset.labels == ("not good", "very good")
+    kept = pd.concat(dataset.split(name) for name in SPLITS)
+    assert sorted(kept[["text", "label"]].values.tolist()) == sorted(rows)
+    assert set(kept["file"]) == {"mine.csv"}
+    rejected = pq.read_table(project / "artifacts" / "dataset" / "rejected.parquet").to_pylist()
+    assert [(row["row"], row["check"], row["column"]) for row in rejected] == [
+        (62, "empty", "tweet"),
+        (2, "duplicate", "tweet"),
+    ]
+    reports = files(project / "reports" / "validate")
+    assert reports == {"metrics.json", "labels.csv", "token_lengths.csv", "report.md"}
+    numbers = json.loads((project / "reports" / "validate" / "metrics.json").read_text())
+    assert all(isinstance(value, int) for value in numbers.values())
+    assert numbers["rows"] == 62
+    assert not files(project.parent / "home")
+
+    before = contents(project)
+    assert run_stage(project).returncode == 0
+    assert contents(project) == before
+
+
+def test_stage_on_integer_labels_without_torch(project: Path) -> None:
+    records = [{"text": t, "label": i % 3} for i, t in enumerate(sentences(60))]
+    (project / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_params(project, train="mine.jsonl")
+    code = (
+        "import sys; from stages.validate import main; main(); "
+        "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
+    )
+    done = run_stage(project, code)
+    assert done.returncode == 0, done.stderr
+    assert load_prepared(project / "artifacts" / "dataset").labels == ("0", "1", "2")
+
+
+BAD_INPUT = {
+    "missing-file": (
+        {"train": "mime.csv"},
+        None,
+        "mime.csv does not exist, did you mean mine.csv?",
+    ),
+    "missing-column": ({"text_column": "tweet"}, None, "mine.csv has no column tweet"),
+    "empty-file": ({}, "", "mine.csv is empty"),
+    "no-rows": ({}, "text,label\n", "mine.csv has no rows"),
+    "one-label": ({}, "text,label\na,x\nb,x\nc,x\n", "mine.csv has one label only, 'x'"),
+    "leak": ({"test": "mine.csv"}, None, "some texts are in two splits (40 in train and test)"),
+    "wrong-type": ({"train": "n.jsonl"}, None, "n.jsonl row 1: text is an integer, not text ('1')"),
+    "ragged": ({}, "text,label\na,b,c\n", "mine.csv line 2 has 3 cells"),
+    "wrong-param": ({"task": "chat"}, None, "params.yaml: data.task = 'chat'"),
+}
+
+
+@pytest.mark.parametrize(("params", "content", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_ends_in_one_line(
+    project: Path, params: dict, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (project / "mine.csv").write_text(content)
+    numbers = [{"text": i, "label": i % 2} for i in range(1, 10)]
+    (project / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    write_params(project, **params)
+    before = files(project)
+    done = run_stage(project)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert done.stdout == ""
+    assert files(project) == before
+    assert not files(project.parent / "home")
+
+
+def test_a_missing_model_is_named(project: Path) -> None:
+    (project / "model").rename(project / "elsewhere")
+    done = run_stage(project)
+    assert done.returncode == 2
+    assert done.stderr == "error: model.path: model is not a directory with a model\n"
