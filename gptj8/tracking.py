@@ -43,9 +43,11 @@ class StageRun:
         self.run_id: str | None = None
         self._client: Any = None
         self._alive = True
+        self._last_step = 0
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record numbers as `<stage>/<key>`; nested dicts are joined with `/`."""
+        self._last_step = max(self._last_step, step or 0)
         self._log_stage_metrics(self.stage, metrics, step)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -94,7 +96,9 @@ class StageRun:
             return
         if only_if_new and tag in tags:
             return
-        self._log_stage_metrics(stage, read_json(folder / "metrics.json"))
+        # MLflow shows the value of the last step: a stage's result must not hide behind its curve.
+        step = self._last_step if stage == self.stage else 0
+        self._log_stage_metrics(stage, read_json(folder / "metrics.json"), step)
         self._call("log_artifacts", str(folder), f"reports/{stage}")
         self.set_tag(tag, origin)
 

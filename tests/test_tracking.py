@@ -53,13 +53,14 @@ def runs(name="gptj8", uri=None):
 def test_stages_of_one_experiment_share_a_row(project):
     for stage in tracking.STAGES:
         with tracking.stage_run(stage, params()) as run:
-            run.log_metrics({"live": 1.5, "nested": {"deep": 2}}, step=3)
-            report(stage, seconds=4, text="not a number")
+            run.log_metrics({"live": 1.5, "nested": {"deep": 2}, "speed": 10}, step=3)
+            report(stage, seconds=4, speed=11, text="not a number")
     client, (row,) = runs()
     for stage in tracking.STAGES:
         assert row.data.metrics[f"{stage}/live"] == 1.5
         assert row.data.metrics[f"{stage}/nested/deep"] == 2
         assert row.data.metrics[f"{stage}/seconds"] == 4
+        assert row.data.metrics[f"{stage}/speed"] == 11  # the result, not the curve's last point
         assert row.data.tags[f"stage.{stage}"] == "ran"
         assert client.list_artifacts(row.info.run_id, f"reports/{stage}")
     assert [m.step for m in client.get_metric_history(row.info.run_id, "finetune/live")] == [3]

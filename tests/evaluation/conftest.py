@@ -32,7 +32,7 @@ ARCHITECTURES = {
 }
 
 
-def make_model(architecture: str, attention: str = "eager") -> torch.nn.Module:
+def _make_model(architecture: str, attention: str = "eager") -> torch.nn.Module:
     """A float32 model in eval mode whose weights are large enough for tokens to differ widely."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +58,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def model():
+def make_model():
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
     return make_model("gptj")
 
 
@@ -67,7 +72,7 @@ def model():
     params=[("gptj", "eager"), ("gpt2", "sdpa"), ("gpt_neox", "eager"), ("llama", "sdpa")],
     ids=lambda param: "-".join(param),
 )
-def any_model(request):
+def any_model(request, make_model):
     return make_model(*request.param)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import make_model
 from sklearn.metrics import accuracy_score
 
 import stages.evaluate as stage
@@ -26,15 +25,14 @@ def frames(task):
     columns = {"classification": ["text", "label"], "completion": ["prompt", "completion"]}
     frame = pd.DataFrame(rows, columns=columns.get(task, ["text", "unused"]))
     frame["file"], frame["row"] = "rows.csv", range(1, len(frame) + 1)
-    return {name: frame.drop(columns="unused", errors="ignore") for name in stage_splits()}
-
-
-def stage_splits():
-    return ("train", "validation", "test")
+    return {
+        name: frame.drop(columns="unused", errors="ignore")
+        for name in ("train", "validation", "test")
+    }
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, encoder):
+def models(tmp_path_factory, make_model, encoder):
     """Directories of a model, a slightly different one in its place, and an adapter for that."""
     from peft import LoraConfig, get_peft_model
 
@@ -142,7 +140,7 @@ def test_text_of_its_own_for_perplexity(project):
 
 
 def test_text_for_perplexity_without_text(project):
-    Path("held-out.csv").write_text("text\n  \n")
+    Path("held-out.csv").write_text("text,other\n  ,x\n")
     with pytest.raises(UserError, match=r"evaluate.perplexity_text = held-out.csv"):
         project("classification", perplexity_text="held-out.csv")
 
