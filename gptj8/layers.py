@@ -32,6 +32,38 @@ from gptj8.kernels import dequantize
 _FLOAT32_BUFFERS = ("absmax", "codebook")
 
 
+class FrozenCodes(nn.Parameter):
+    """A uint8 weight that refuses arithmetic in place.
+
+    Adding to codes has no meaning, and PEFT's `merge_and_unload(safe_merge=True)` would do it without
+    a word: it rounds the adapter to uint8, where most of it is zero, and drops it.
+    """
+
+    def __new__(cls, codes: torch.Tensor, requires_grad: bool = False) -> FrozenCodes:
+        guarded = torch.Tensor._make_subclass(cls, codes.as_subclass(torch.Tensor), False)
+        # transformers notes on a parameter that it has been loaded and must not be initialized.
+        guarded.__dict__.update(codes.__dict__)
+        return guarded
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = getattr(func, "__name__", "")
+        if name in ("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__"):
+            # Not a TypeError: torch would turn that into a fallback to addition out of place.
+            raise ValueError(
+                "an adapter cannot be merged into 8-bit weights; restore them first: "
+                "model = model.dequantize(torch.float32), then load the adapter and merge it"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            # `weight.data` and its clone are what PEFT adds to; everything else is a plain tensor.
+            is_copy = name in ("__get__", "clone") and isinstance(result, torch.Tensor)
+            return cls(result) if is_copy else result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return FrozenCodes, (self.as_subclass(torch.Tensor),)
+
+
 class _FrozenLinear(torch.autograd.Function):
     """x (..., in), codes (out, in) or, transposed, (in, out) -> (..., out)."""
 
@@ -65,8 +97,7 @@ class Frozen8bitModule(nn.Module):
 
     def _allocate(self, shape: tuple[int, ...], block_size: int, device: Any) -> None:
         self.block_size = block_size
-        codes = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight = FrozenCodes(torch.zeros(shape, dtype=torch.uint8, device=device))
         blocks = math.ceil(math.prod(shape) / block_size)
         for name, length in (("absmax", blocks), ("codebook", CODEBOOK_SIZE)):
             self.register_buffer(name, torch.zeros(length, dtype=torch.float32, device=device))
@@ -74,7 +105,7 @@ class Frozen8bitModule(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as the codec knows it."""
-        return QuantizedTensor(self.weight.data, self.absmax, self.codebook, self.block_size)
+        return QuantizedTensor(self.weight.detach(), self.absmax, self.codebook, self.block_size)
 
     def load_quantized(self, quantized: QuantizedTensor) -> None:
         """Take over quantized tensors; the shapes must be the module's own."""
@@ -83,9 +114,15 @@ class Frozen8bitModule(nn.Module):
                 f"codes have shape {tuple(quantized.codes.shape)}, the module's weight "
                 f"{tuple(self.weight.shape)}"
             )
-        self.weight = nn.Parameter(quantized.codes, requires_grad=False)
+        self.weight = FrozenCodes(quantized.codes)
         self.absmax, self.codebook = quantized.absmax, quantized.codebook
         self.block_size = quantized.block_size
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Keep the weight guarded, whoever sets it: loading replaces parameters by its own."""
+        if name == "weight" and param is not None and not isinstance(param, FrozenCodes):
+            param = FrozenCodes(param)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
         kept = {name: self._buffers[name] for name in _FLOAT32_BUFFERS}
@@ -94,6 +131,7 @@ class Frozen8bitModule(nn.Module):
             moved = self._buffers[name]
             if moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
+        self.weight = self._parameters["weight"]
         return self
 
     def extra_repr(self) -> str:
@@ -198,8 +236,9 @@ def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tens
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    codes = module.weight.detach()
     return _FrozenLinear.apply(
-        x, module.weight, module.absmax, module.codebook, module.bias, module.block_size, transposed
+        x, codes, module.absmax, module.codebook, module.bias, module.block_size, transposed
     )
 
 

@@ -122,11 +122,24 @@ def test_an_adapter_saved_and_loaded_answers_the_same(tiny_8bit_dir, tmp_path):
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(IDS).logits, expected)
 
 
-def test_merging_into_eight_bits_is_refused(tiny_8bit_dir):
+@pytest.mark.parametrize("safe", [False, True], ids=["plain", "safe"])
+def test_merging_into_eight_bits_is_refused_in_words(tiny_8bit_dir, safe):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config)
-    with pytest.raises(RuntimeError):
-        model.merge_and_unload()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match="cannot be merged into 8-bit weights"):
+        model.merge_adapter(safe_merge=safe)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_merging_after_restoring_is_right(tiny_8bit_dir, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    restored = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).dequantize(torch.float32)
+    merged = PeftModel.from_pretrained(restored, tmp_path).merge_and_unload().eval()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, tmp_path):

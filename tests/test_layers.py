@@ -149,6 +149,29 @@ def test_copies_and_pickles_compute_the_same(make, through):
     assert torch.equal(through(frozen)(x), frozen(x))
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda m: m,
+        lambda m: m.to(torch.bfloat16),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.load_state_dict(m.state_dict(), assign=True) and m,
+    ],
+    ids=["new", "cast", "deepcopy", "pickle", "assigned-state-dict"],
+)
+def test_codes_refuse_arithmetic_in_place(after):
+    frozen, _ = frozen_pair(linear)
+    changed = after(frozen)
+    codes = changed.weight.detach().clone()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        changed.weight.data += torch.ones(40, 48, dtype=torch.uint8)
+    copied = changed.weight.data.clone()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        copied -= torch.ones(40, 48, dtype=torch.uint8)
+    assert torch.equal(changed.weight, codes)
+
+
 def test_state_dict_round_trip_is_bit_equal():
     frozen, _ = frozen_pair(linear)
     other = frozen_twin(linear(), 64, torch.float32)
