@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,9 @@ from gptj8.files import (
 )
 from gptj8.integration import Blockwise8bitConfig, swap_modules
 from gptj8.layers import Frozen8bitModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST = "manifest.json"
 
@@ -184,6 +187,14 @@ class _SourceWeights:
                 for name, tensor in self._open(file, stack):
                     yield name, tensor if isinstance(tensor, torch.Tensor) else tensor[:]
 
+    def read(self, wanted: str) -> torch.Tensor:
+        """Return one tensor."""
+        with ExitStack() as stack:
+            for name, tensor in self._open(self.file_of[wanted], stack):
+                if name == wanted:
+                    return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
+        raise KeyError(wanted)
+
     def _open(self, file: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
         """Yield tensors, or slices that read nothing until they are indexed."""
         try:
@@ -233,7 +244,7 @@ def _weight_files(source: Path) -> list[Path]:
     raise UserError(f"{source} has neither model.safetensors nor pytorch_model.bin, sharded or not")
 
 
-def _build_skeleton(source: Path) -> torch.nn.Module:
+def _build_skeleton(source: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -246,15 +257,15 @@ def _build_skeleton(source: Path) -> torch.nn.Module:
 
 
 def _match_names(
-    weights: _SourceWeights, skeleton: torch.nn.Module, source: Path, report: ConversionReport
+    weights: _SourceWeights, skeleton: PreTrainedModel, source: Path, report: ConversionReport
 ) -> dict[str, str]:
     """Map checkpoint names to the model's; refuse what is missing or has another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    prefix = f"{skeleton.base_model_prefix}."
+    tied = skeleton.all_tied_weights_keys
     names: dict[str, str] = {}
     problems = []
     for name, shape in weights.shapes.items():
-        match = next((n for n in (name, prefix + name) if n in expected), None)
+        match = _model_name(name, skeleton, expected)
         if match is None:
             report.dropped.append(name)
         elif expected[match] != shape:
@@ -264,19 +275,58 @@ def _match_names(
             )
         else:
             names[name] = match
+    found = {match: name for name, match in names.items()}
+    for target, origin in tied.items():
+        if target in found and origin in found:
+            # Files of torch hold a shared weight twice; it is stored once.
+            if not torch.equal(weights.read(found[target]), weights.read(found[origin])):
+                problems.append(
+                    f"{source}: config.json ties {found[target]} to {found[origin]}, and the "
+                    "checkpoint has two different tensors; set tie_word_embeddings to false"
+                )
+            report.dropped.append(found[target])
+            del names[found[target]]
+        elif target in found:
+            names[found[target]] = origin
     made_here = {
         f"{name}.{part}"
         for name, module in skeleton.named_modules()
         if isinstance(module, Frozen8bitModule)
         for part in ("absmax", "codebook")
     }
-    tied = set(skeleton.all_tied_weights_keys)
-    for missing in sorted(set(expected) - made_here - tied - set(names.values())):
+    for missing in sorted(set(expected) - made_here - set(tied) - set(names.values())):
         problems.append(f"{source}: the checkpoint has no tensor {missing}")
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])
         raise UserError("\n".join(shown))
     return names
+
+
+def _model_name(
+    name: str, skeleton: PreTrainedModel, expected: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Return what the model calls a tensor of the checkpoint; None if it has no place for it.
+
+    Checkpoints of before a renaming in transformers, or of the model without its head, have other
+    names; transformers' own table is asked.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if name in expected:
+        return name
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = skeleton.base_model_prefix
+    renamed, computed = rename_source_key(name, renamings, converters, prefix, expected)
+    if computed is not None:
+        raise UserError(
+            f"{type(skeleton).__name__} computes {renamed} from several tensors of the checkpoint, "
+            f"{name} among them, which the conversion does not do; load the model with transformers, "
+            "save it again, and convert that"
+        )
+    return renamed if renamed in expected else None
 
 
 def _estimate_bytes(weights: _SourceWeights, names: dict[str, str], swapped: list[str]) -> int:

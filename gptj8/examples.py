@@ -19,9 +19,7 @@ Example = dict[str, list[int]]
 """`input_ids` and, as long, `labels`."""
 
 
-def split_examples(
-    dataset: PreparedDataset, split: str, prompts: PromptEncoder
-) -> list[Example]:
+def split_examples(dataset: PreparedDataset, split: str, prompts: PromptEncoder) -> list[Example]:
     """Encode one split of a prepared dataset, as its task asks."""
     rows = dataset.split(split)
     if dataset.task == "text":

@@ -63,6 +63,13 @@ class Blockwise8bitQuantizer(HfQuantizer):
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         swap_modules(model, self.quantization_config, dtype or _dtype_of(model))
+        for tied, _ in _tied_modules(model):
+            tied.share_scales()
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for tied, origin in _tied_modules(model):
+            tied.absmax, tied.codebook = origin.absmax, origin.codebook
+        return model
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
@@ -131,16 +138,21 @@ def swap_modules(
     Args:
         dtype: of biases and embedding outputs; None: torch's default.
     """
-    swapped = []
-    for name, module in list(model.named_modules()):
-        if is_skipped(name, config.skip_modules):
-            continue
-        twin = frozen_twin(module, config.block_size, dtype)
-        if twin is not None:
-            twin.train(module.training)
-            model.set_submodule(name, twin)
-            swapped.append(name)
-    return swapped
+    twins = {}
+    for name, module in model.named_modules():
+        if not is_skipped(name, config.skip_modules):
+            twin = frozen_twin(module, config.block_size, dtype)
+            if twin is not None:
+                twins[name] = twin.train(module.training)
+    # A weight that two modules share is in 8 bits in both of them or in none.
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        tied = [name.removesuffix(".weight") for name in pair]
+        if not all(name in twins for name in tied):
+            for name in tied:
+                twins.pop(name, None)
+    for name, twin in twins.items():
+        model.set_submodule(name, twin)
+    return list(twins)
 
 
 def restore_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -157,6 +169,16 @@ def is_skipped(name: str, skip_modules: list[str]) -> bool:
     """Whether a module's qualified name, its end or one of its parents is listed."""
     dotted = f".{name}."
     return any(f".{skipped}." in dotted for skipped in skip_modules)
+
+
+def _tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitModule]]:
+    """Return the frozen modules whose weight transformers ties, each with the one it is tied to."""
+    pairs = []
+    for names in getattr(model, "all_tied_weights_keys", {}).items():
+        tied, origin = (model.get_submodule(name.removesuffix(".weight")) for name in names)
+        if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
+            pairs.append((tied, origin))
+    return pairs
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

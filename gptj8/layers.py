@@ -107,6 +107,11 @@ class Frozen8bitModule(nn.Module):
         """The weight as the codec knows it."""
         return QuantizedTensor(self.weight.detach(), self.absmax, self.codebook, self.block_size)
 
+    def share_scales(self) -> None:
+        """Leave absmax and codebook out of the state dict: they are another module's, like the
+        weight, and are stored once."""
+        self._non_persistent_buffers_set.update(_FLOAT32_BUFFERS)
+
     def load_quantized(self, quantized: QuantizedTensor) -> None:
         """Take over quantized tensors; the shapes must be the module's own."""
         if quantized.codes.shape != self.weight.shape:

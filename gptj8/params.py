@@ -66,7 +66,9 @@ class Data(_Section):
     def _template_has_its_field(self) -> Data:
         field = "prompt" if self.task == "completion" else "text"
         try:
-            names = {name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name}
+            names = {
+                name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name
+            }
         except ValueError as error:
             raise ValueError(f"prompt_template is not a template: {error}") from None
         if self.task != "text" and names != {field}:
@@ -141,6 +143,7 @@ class Export(_Section):
 
     merge: bool = False
     """Also write a merged 16-bit model, which needs nothing but transformers to load."""
+
 
 class Tracking(_Section):
     """Where MLflow keeps the runs. Changing it reruns nothing."""

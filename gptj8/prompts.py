@@ -198,7 +198,9 @@ def _find_eos_id(model_path: Path, tokenizer: Tokenizer) -> int:
         eos = eos[0]
     if isinstance(eos, int):
         return eos
-    raise UserError(f"{model_path}: neither tokenizer_config.json nor config.json names an eos token")
+    raise UserError(
+        f"{model_path}: neither tokenizer_config.json nor config.json names an eos token"
+    )
 
 
 def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:

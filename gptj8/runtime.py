@@ -28,6 +28,9 @@ def set_defaults() -> None:
     """Set the environment defaults; to be called before a third-party package is imported."""
     for name, value in _PRIVATE_BY_DEFAULT.items():
         os.environ.setdefault(name, value)
+    # Threads of an operation that wait for each other sleep instead of spinning: on cores that others
+    # use as well, spinning made scoring four times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A tokenizer that was used before a fork warns about it at length; there is nothing to gain here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -81,6 +84,10 @@ def project_root() -> Path:
     """
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):
-        if folder.name == "exps" and folder.parent.name == "tmp" and folder.parents[1].name == ".dvc":
+        if (
+            folder.name == "exps"
+            and folder.parent.name == "tmp"
+            and folder.parents[1].name == ".dvc"
+        ):
             return folder.parents[2]
     return here

@@ -1,6 +1,6 @@
 """Stage `convert`: the base model's large weights in 8 bits.
 
-    python -m stages.convert
+python -m stages.convert
 """
 
 from __future__ import annotations

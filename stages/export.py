@@ -1,6 +1,6 @@
 """Stage `export`: the adapter, ready to hand over, proven equal to what was trained.
 
-    python -m stages.export
+python -m stages.export
 """
 
 from __future__ import annotations

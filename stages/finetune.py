@@ -1,6 +1,6 @@
 """Stage `finetune`: an adapter for the 8-bit base model.
 
-    python -m stages.finetune
+python -m stages.finetune
 """
 
 from __future__ import annotations

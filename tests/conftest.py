@@ -16,7 +16,9 @@ from gptj8.runtime import set_defaults
 set_defaults()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with five big liquor jugs"
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while seven wizards box with five big liquor jugs"
+)
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 384) -> None:

@@ -40,7 +40,9 @@ def as_bin(folder, shards):
         torch.save(state, folder / "pytorch_model.bin")
         return
     names = sorted(state)
-    files = {f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin": names[i::shards] for i in range(shards)}
+    files = {
+        f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin": names[i::shards] for i in range(shards)
+    }
     for file, part in files.items():
         torch.save({name: state[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in files.items() for name in part}
@@ -60,11 +62,12 @@ def test_every_format_gives_the_same_codes(model_dir, tiny_8bit_dir, tmp_path, k
     expected, converted = tensors_of(tiny_8bit_dir), tensors_of(tmp_path / "out")
     assert expected.keys() == converted.keys()
     assert all(torch.equal(expected[name], converted[name]) for name in expected)
-    assert report.dropped == (
-        [] if kind == "sharded-safetensors" else report.dropped
-    )
+    assert report.dropped == ([] if kind == "sharded-safetensors" else report.dropped)
     if "bin" in kind:
-        assert sorted(report.dropped) == ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]
+        assert sorted(report.dropped) == [
+            "transformer.h.0.attn.bias",
+            "transformer.h.0.attn.masked_bias",
+        ]
 
 
 def test_the_report_counts_and_measures(tiny_model_dir, tmp_path):
@@ -72,7 +75,9 @@ def test_the_report_counts_and_measures(tiny_model_dir, tmp_path):
     model = GPTJForCausalLM.from_pretrained(tiny_model_dir)
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize(torch.float32)
     assert report.parameters == sum(p.numel() for p in model.parameters())
-    assert report.converted_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert report.converted_bytes == sum(
+        f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")
+    )
     assert len(report.tensors) == 2 * 6 + 2
     original, copy = dict(model.named_parameters()), dict(restored.named_parameters())
     for tensor in report.tensors:
@@ -82,7 +87,9 @@ def test_the_report_counts_and_measures(tiny_model_dir, tmp_path):
     assert all("ln_" in name or name.endswith("bias") for name in report.kept)
 
 
-def test_output_shards_load_and_the_manifest_holds(tiny_model_dir, tiny_8bit_dir, tmp_path, monkeypatch):
+def test_output_shards_load_and_the_manifest_holds(
+    tiny_model_dir, tiny_8bit_dir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 30_000)
     target = tmp_path / "out"
     gptj8.convert_checkpoint(tiny_model_dir, target, CONFIG)
@@ -173,7 +180,10 @@ class Canary:
         (without_weights, "has no weights"),
         (without_config, "has no config.json"),
         (without_model_type, "names no model_type"),
-        (with_a_lie_about_shapes, r"lm_head\.weight has shape \(400, 64\), and .* implies \(400, 128\)"),
+        (
+            with_a_lie_about_shapes,
+            r"lm_head\.weight has shape \(400, 64\), and .* implies \(400, 128\)",
+        ),
         (with_more_layers_than_weights, r"no tensor transformer\.h\.2\."),
         (truncated, "model.safetensors cannot be read"),
         (with_nan, r"lm_head\.weight\[5, 6\] = nan"),

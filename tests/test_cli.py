@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 def gptj8(*arguments, cwd):
     command = [sys.executable, "-m", "gptj8.cli", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 

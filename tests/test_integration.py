@@ -23,7 +23,12 @@ def test_importing_the_package_needs_no_torch():
 
 @pytest.mark.parametrize(
     "first",
-    ["import gptj8, transformers", "import transformers, gptj8", "import transformers.quantizers, gptj8", "import gptj8.integration"],
+    [
+        "import gptj8, transformers",
+        "import transformers, gptj8",
+        "import transformers.quantizers, gptj8",
+        "import gptj8.integration",
+    ],
 )
 def test_the_quantizer_is_registered_in_any_order_of_imports(first):
     code = (
@@ -95,7 +100,9 @@ def test_skipped_modules_stay_in_full_precision(tiny_model_dir):
 def test_lora_gradients_equal_the_full_precision_twins(tiny_8bit_dir, target, adapted):
     def losses_and_gradients(model, checkpointing):
         torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules=target, task_type="CAUSAL_LM", init_lora_weights=False)
+        config = LoraConfig(
+            r=4, target_modules=target, task_type="CAUSAL_LM", init_lora_weights=False
+        )
         model = get_peft_model(model, config).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

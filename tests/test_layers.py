@@ -53,7 +53,9 @@ def gradients(module: nn.Module, x: torch.Tensor, use_checkpoint: bool | None):
     return y.detach(), x.grad, None if bias is None else bias.grad
 
 
-@pytest.mark.parametrize("use_checkpoint", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize(
+    "use_checkpoint", [None, True, False], ids=["plain", "reentrant", "non-reentrant"]
+)
 @pytest.mark.parametrize("make", LINEARS)
 def test_gradients_equal_the_twins(make, use_checkpoint):
     frozen, twin = frozen_pair(make)

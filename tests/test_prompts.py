@@ -75,7 +75,12 @@ def test_braces_in_templates(encoder):
 
 @pytest.mark.parametrize(
     ("lengths", "room", "shares"),
-    [([5, 5], 20, [5, 5]), ([50, 50], 20, [10, 10]), ([2, 50], 20, [2, 18]), ([50, 2, 9], 20, [9, 2, 9])],
+    [
+        ([5, 5], 20, [5, 5]),
+        ([50, 50], 20, [10, 10]),
+        ([2, 50], 20, [2, 18]),
+        ([50, 2, 9], 20, [9, 2, 9]),
+    ],
 )
 def test_room_is_shared_fairly(lengths, room, shares):
     assert _share_room(lengths, room) == shares

@@ -42,7 +42,9 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
 
 def test_only_the_completion_is_learned(encoder, examples):
     first = examples[0]
-    learned = [i for i, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED]
+    learned = [
+        i for i, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED
+    ]
     assert learned == [*encoder.encode(" dog"), encoder.eos_id]
     assert encoder.decode(prompt_ids(first)) == "the quick brown fox ="
 

@@ -42,6 +42,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
@@ -135,7 +136,7 @@ def pack(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
     return torch.from_numpy(np.array(ids[: n * length], dtype=np.int64).reshape(n, length))
 
 
-def build_model(params: Params, end_of_text: int) -> GPTJForCausalLM:
+def build_model(params: Params, end_of_text: int | None) -> GPTJForCausalLM:
     config = GPTJConfig(
         vocab_size=params.vocab_size,
         n_positions=params.n_positions,
@@ -201,12 +202,14 @@ def loss_of(model: GPTJForCausalLM, tokens: Tensor) -> Tensor:
     """Return the mean loss over the tokens (batch x length), in bfloat16 where the CPU has it."""
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        return model(tokens, labels=tokens, use_cache=False).loss
+        loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
 
 
 def train(model: GPTJForCausalLM, sequences: Tensor, params: Params) -> None:
-    for block in model.transformer.h:
-        block.attn._attn = causal_attention
+    layers = [module for module in model.modules() if isinstance(module, GPTJAttention)]
+    for layer in layers:
+        vars(layer)["_attn"] = causal_attention  # hides the method, for the time of training
     chosen = optimizers(model, params)
     factor = (params.steps, params.warmup_steps, params.cooldown)
     schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, *factor)) for o in chosen]
@@ -226,8 +229,8 @@ def train(model: GPTJForCausalLM, sequences: Tensor, params: Params) -> None:
             optimizer.zero_grad()
             schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    for block in model.transformer.h:
-        del block.attn._attn
+    for layer in layers:
+        del vars(layer)["_attn"]
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, n_positions: int, target: Path) -> None:

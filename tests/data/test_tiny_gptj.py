@@ -1,0 +1,113 @@
+"""The base model's recipe, on a corpus and a setting of a few seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "data" / "models" / "tiny-gptj"
+SMALL = {
+    "vocab_size": 300,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "rotary_dim": 8,
+    "sequence_length": 32,
+    "batch_size": 8,
+    "steps": 12,
+    "warmup_steps": 2,
+}
+
+
+def write_recipe(root: Path, documents: int = 400, **changes: object) -> Path:
+    """Lay out the recipe and a corpus as they lie in the repository."""
+    folder = root / "data" / "models" / "tiny-gptj"
+    folder.mkdir(parents=True)
+    shutil.copy(RECIPE / "train.py", folder)
+    params = YAML(typ="safe").load(RECIPE / "params.yaml") | SMALL | changes
+    (folder / "params.yaml").write_text(json.dumps(params))
+    if documents:
+        corpus = root / "data" / "datasets" / "docstrings" / "corpus.jsonl"
+        corpus.parent.mkdir(parents=True)
+        rng = random.Random(0)
+        words = ["array", "naïve", "tensor", "\n\n    >>> x = 1", "of", "the", "Größe", "plot"]
+        rows = ({"text": " ".join(rng.choices(words, k=20))} for _ in range(documents))
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_recipe(tmp_path_factory.mktemp("tiny"))
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_model_is_a_gptj_that_transformers_loads(recipe: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(recipe / "model")
+    tokenizer = AutoTokenizer.from_pretrained(recipe / "model")
+    assert model.config.architectures == ["GPTJForCausalLM"]
+    assert model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr()
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 0
+    assert len(tokenizer) == model.config.vocab_size == SMALL["vocab_size"]
+    text = "any text: 日本 \t\n  x[0]"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_model_has_learned_something(recipe: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(recipe / "model")
+    tokenizer = AutoTokenizer.from_pretrained(recipe / "model")
+    ids = torch.tensor([tokenizer("array of the tensor plot of the array")["input_ids"]])
+    with torch.inference_mode():
+        loss = model(ids, labels=ids).loss.item()
+    uniform = torch.tensor(float(SMALL["vocab_size"])).log().item()  # type: ignore[arg-type]
+    assert loss < uniform - 0.5
+
+
+def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_path: Path) -> None:
+    made = {path.name: path.read_bytes() for path in (recipe / "model").iterdir()}
+    same = write_recipe(tmp_path / "same")
+    assert run(same).returncode == 0
+    assert made == {path.name: path.read_bytes() for path in (same / "model").iterdir()}
+
+    other = write_recipe(tmp_path / "other", seed=1)
+    assert run(other).returncode == 0
+    weights = (other / "model" / "model.safetensors").read_bytes()
+    assert weights != made["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "changes", "named"),
+    [
+        (0, {}, ["corpus.jsonl"]),
+        (3, {}, ["corpus.jsonl", "too little text"]),
+        (3, {"stepz": 3, "n_layer": 0}, ["stepz", "n_layer"]),
+        (3, {"n_head": 5}, ["n_head 5"]),
+    ],
+)
+def test_mistakes_end_with_one_line_and_leave_nothing(
+    tmp_path: Path, documents: int, changes: dict[str, object], named: list[str]
+) -> None:
+    folder = write_recipe(tmp_path, documents, **changes)
+    result = run(folder)
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("tiny-gptj: ") and all(name in line for name in named)
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in folder.iterdir()} == {"train.py", "params.yaml"}

@@ -1,0 +1,152 @@
+"""Causal language models of other families: each converts, trains a LoRA step and generates."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import gptj8
+from gptj8.errors import UserError
+from gptj8.layers import Frozen8bitModule
+
+COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LLAMA = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+}
+NEOX = {**LLAMA, "max_position_embeddings": 64}
+NEOX.pop("num_key_value_heads")
+ARCHITECTURES = {
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", NEOX),
+    "gptj": ("GPTJConfig", {**GPT2, "rotary_dim": 8}),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 128,
+            "word_embed_proj_dim": 64,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "llama": ("LlamaConfig", LLAMA),
+    "qwen2-tied": ("Qwen2Config", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", LLAMA),
+}
+IDS = torch.randint(1, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+CONFIG = gptj8.Blockwise8bitConfig(block_size=64)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def saved(request, tmp_path):
+    """A small random model of one architecture and the directory it was saved in."""
+    name, sizes = ARCHITECTURES[request.param]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes, **COMMON)).eval()
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def test_it_converts_trains_and_generates(saved, tmp_path):
+    original, folder = saved
+    gptj8.convert_checkpoint(folder, tmp_path / "8bit", CONFIG)
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "8bit").eval()
+    expected, logits = original(IDS).logits, model(IDS).logits
+    assert float((logits - expected).norm() / expected.norm()) < 0.02
+
+    on_the_fly = load(folder, quantization_config=CONFIG).eval()
+    assert torch.equal(on_the_fly(IDS).logits, logits)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again").eval()(IDS).logits, logits)
+    twin = load(tmp_path / "8bit").dequantize(torch.float32).eval()
+    torch.testing.assert_close(twin(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora).train()
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(3):
+        loss = adapted(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    adapted.eval()
+    generated = adapted.generate(
+        input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False
+    )
+    assert generated.shape == (2, 13)
+
+
+def is_offset_table(name: str) -> bool:
+    """OPT shifts the rows of its positions, in a subclass of Embedding that is left as it is."""
+    return name == "model.decoder.embed_positions.weight"
+
+
+def test_every_large_matrix_is_in_eight_bits_and_stored_once(saved, tmp_path):
+    original, folder = saved
+    report = gptj8.convert_checkpoint(folder, tmp_path / "8bit", CONFIG)
+    with safe_open(tmp_path / "8bit" / "model.safetensors", "pt") as stored:
+        large = {
+            name: stored.get_tensor(name).dtype
+            for name in stored.keys()  # noqa: SIM118 (it is not a dict)
+            if len(stored.get_slice(name).get_shape()) == 2 and not is_offset_table(name)
+        }
+    assert set(large.values()) == {torch.uint8}
+    distinct = {
+        p.data_ptr(): p
+        for name, p in original.named_parameters()
+        if p.dim() == 2 and not is_offset_table(name)
+    }
+    assert len(large) == len(distinct) == len(report.tensors)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "8bit")
+    if original.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        assert isinstance(head, Frozen8bitModule)
+        assert head.weight.data_ptr() == embedding.weight.data_ptr()
+        assert head.absmax.data_ptr() == embedding.absmax.data_ptr()
+
+
+def test_a_tied_module_is_skipped_with_its_twin(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2, **COMMON)).eval()
+    model.save_pretrained(tmp_path / "model")
+    config = gptj8.Blockwise8bitConfig(block_size=64, skip_modules=["lm_head"])
+    gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "8bit").eval()
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_config_that_ties_what_differs_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2, **COMMON))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "lm_head.weight": torch.zeros(320, 64)}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG)
