@@ -83,7 +83,7 @@ def _lora_config(
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
-        lora_alpha=lora_alpha,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a float works
         lora_dropout=lora_dropout,
         target_modules=modules,
     )

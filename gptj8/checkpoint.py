@@ -1,9 +1,9 @@
 """Convert a checkpoint to 8 bits, one tensor at a time.
 
 The model is built on the meta device to learn which tensors belong to modules that are stored in 8
-bits; weights are then read, quantized and written tensor by tensor, so that memory is bounded by the
-largest tensor and one output shard, not by the model. The target appears under its name only when
-every file of it is on the disk.
+bits; weights are then read, quantized and written tensor by tensor, so that memory is bounded by
+the largest tensor and one output shard, not by the model. The target appears under its name only
+when every file of it is on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,10 +200,11 @@ class _SourceWeights:
         try:
             if self.is_safetensors:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
-                for name in opened.keys():  # noqa: SIM118 (it is not a dict)
+                for name in opened.keys():
                     yield name, opened.get_slice(name)
             else:
-                # Mapped, so that only the tensor at hand is read; weights_only runs no pickled code.
+                # Mapped, so that only the tensor at hand is read; weights_only runs no pickled
+                # code.
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 yield from state.items()
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
@@ -303,7 +304,7 @@ def _match_names(
 
 
 def _model_name(
-    name: str, skeleton: PreTrainedModel, expected: Mapping[str, tuple[int, ...]]
+    name: str, skeleton: PreTrainedModel, expected: dict[str, tuple[int, ...]]
 ) -> str | None:
     """Return what the model calls a tensor of the checkpoint; None if it has no place for it.
 
@@ -323,8 +324,8 @@ def _model_name(
     if computed is not None:
         raise UserError(
             f"{type(skeleton).__name__} computes {renamed} from several tensors of the checkpoint, "
-            f"{name} among them, which the conversion does not do; load the model with transformers, "
-            "save it again, and convert that"
+            f"{name} among them, which the conversion does not do; load the model with "
+            "transformers, save it again, and convert that"
         )
     return renamed if renamed in expected else None
 
@@ -332,14 +333,14 @@ def _model_name(
 def _estimate_bytes(weights: _SourceWeights, names: dict[str, str], swapped: list[str]) -> int:
     quantized = {f"{name}.weight" for name in swapped}
     # A byte a code and a little for absmax, codebooks and headers; four bytes for the rest.
-    return sum(
-        math.prod(weights.shapes[source]) * (1.1 if name in quantized else 4)
-        for source, name in names.items()
-    ).__int__()
+    estimate = 0.0
+    for source, name in names.items():
+        estimate += math.prod(weights.shapes[source]) * (1.1 if name in quantized else 4)
+    return int(estimate)
 
 
 class _ShardWriter:
-    """Collect tensors into safetensors files of bounded size, numbered once their count is known."""
+    """Collect tensors into safetensors files of bounded size; their names need the final count."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

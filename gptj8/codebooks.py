@@ -70,7 +70,8 @@ def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
         mass: (bins,) float64 over [-1, 1], see `normalized_histogram`.
 
     Returns:
-        float32 (256,), ascending. A tensor of zeros gets the dynamic map, which restores it exactly.
+        float32 (256,), ascending. A tensor of zeros gets the dynamic map, which restores it
+        exactly.
     """
     total = mass.sum()
     if total <= 0:

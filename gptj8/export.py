@@ -110,8 +110,8 @@ def model_card(params: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     body = f"""
 # {finetune["method"]} adapter for {params["model"]["path"]}
 
-Trained with gptj8 on `{data["train"]}` ({data["task"]}), on a base whose large weights are frozen in
-8 bits (block-wise, block size {params["quantization"]["block_size"]}, codebook
+Trained with gptj8 on `{data["train"]}` ({data["task"]}), on a base whose large weights are frozen
+in 8 bits (block-wise, block size {params["quantization"]["block_size"]}, codebook
 {params["quantization"]["codebook"]}).
 
 ## Use

@@ -8,7 +8,7 @@ ordinary checkpoint, each weight is quantized as it arrives.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptj8.codec import CODEBOOKS, QuantizationError, check_block_size, quantize_blockwise
 from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUANT_METHOD = "blockwise_8bit"
 
@@ -44,7 +47,7 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(quant_method=QUANT_METHOD)
+        super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
         check_block_size(block_size)
         if codebook not in CODEBOOKS:
             raise QuantizationError(f"codebook = {codebook!r} is none of {', '.join(CODEBOOKS)}")
@@ -90,7 +93,9 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self.quantization_config)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         return restore_modules(model, dtype or torch.get_default_dtype())
 
     def is_serializable(self) -> bool:
@@ -107,7 +112,7 @@ class _QuantizeOnLoad(ConversionOps):
     def __init__(self, config: Blockwise8bitConfig) -> None:
         self.config = config
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         full_layer_name: str | None = None,
@@ -155,12 +160,12 @@ def swap_modules(
     return list(twins)
 
 
-def restore_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replace every frozen module by an ordinary one with the restored weight, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Frozen8bitModule):
             model.set_submodule(name, full_precision_twin(module, dtype))
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]
     model.tie_weights()
     return model
 

@@ -1,7 +1,7 @@
 """The fastest dequantization at hand, bit-equal to `codec.dequantize`.
 
-bitsandbytes' operator serves CPU and CUDA; without the package, or on another device, the pure torch
-reference does. Chosen per call by device, imported once.
+bitsandbytes' operator serves CPU and CUDA; without the package, or on another device, the pure
+torch reference does. Chosen per call by device, imported once.
 """
 
 from __future__ import annotations

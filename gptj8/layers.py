@@ -7,8 +7,8 @@ Between the two only the 8-bit tensors are kept, which the module holds anyway, 
 costs one byte a weight and, for a moment, one restored matrix. They subclass torch's own modules:
 PEFT wraps them like any other, and nothing has to be registered with it.
 
-(Rejected: a tensor subclass, which needs a handler for every operator that a model may call; keeping
-restored weights, which is what 8 bits are there to avoid.)
+(Rejected: a tensor subclass, which needs a handler for every operator that a model may call;
+keeping restored weights, which is what 8 bits are there to avoid.)
 
 `absmax` and `codebook` stay float32 whatever a caller casts the module to: rounded to 16 bits they
 would shift every block by up to 0.4 %, without a word.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,8 +35,8 @@ _FLOAT32_BUFFERS = ("absmax", "codebook")
 class FrozenCodes(nn.Parameter):
     """A uint8 weight that refuses arithmetic in place.
 
-    Adding to codes has no meaning, and PEFT's `merge_and_unload(safe_merge=True)` would do it without
-    a word: it rounds the adapter to uint8, where most of it is zero, and drops it.
+    Adding to codes has no meaning, and PEFT's `merge_and_unload(safe_merge=True)` would do it
+    without a word: it rounds the adapter to uint8, where most of it is zero, and drops it.
     """
 
     def __new__(cls, codes: torch.Tensor, requires_grad: bool = False) -> FrozenCodes:
@@ -90,7 +90,7 @@ class _FrozenLinear(torch.autograd.Function):
 class Frozen8bitModule(nn.Module):
     """What the frozen modules share: a uint8 `weight` with float32 `absmax` and `codebook`."""
 
-    weight: nn.Parameter
+    weight: Any  # FrozenCodes; torch's modules declare it in ways of their own
     absmax: torch.Tensor
     codebook: torch.Tensor
     block_size: int
@@ -130,13 +130,13 @@ class Frozen8bitModule(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
-        kept = {name: self._buffers[name] for name in _FLOAT32_BUFFERS}
+        kept = {name: getattr(self, name) for name in _FLOAT32_BUFFERS}
         super()._apply(fn, recurse)
         for name, original in kept.items():
-            moved = self._buffers[name]
+            moved = getattr(self, name)
             if moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
-        self.weight = self._parameters["weight"]
+        self.weight = self._parameters["weight"]  # guarded again, if it was replaced
         return self
 
     def extra_repr(self) -> str:
@@ -145,7 +145,7 @@ class Frozen8bitModule(nn.Module):
 
 
 class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
-    """`nn.Linear` with a frozen 8-bit weight (out_features, in_features); the bias may be trained."""
+    """`nn.Linear` with a frozen 8-bit weight (out, in); the bias may be trained."""
 
     def __init__(
         self,
@@ -294,5 +294,6 @@ def full_precision_twin(module: Frozen8bitModule, dtype: torch.dtype) -> nn.Modu
             twin = Conv1D(module.nf, module.nx)
     twin.weight = nn.Parameter(weight)
     if getattr(module, "bias", None) is not None:
-        twin.bias = nn.Parameter(module.bias.detach().to(dtype))
-    return twin.train(module.training)
+        twin.bias = nn.Parameter(cast(torch.Tensor, module.bias).detach().to(dtype))
+    twin.train(module.training)
+    return twin

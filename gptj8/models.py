@@ -63,7 +63,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a trained adapter on its base model, in eval mode; the base's weights stay as they are."""
+    """Put a trained adapter on its base model, in eval mode; no weight of the base changes."""
     from peft import PeftModel
 
     if not (Path(path) / "adapter_config.json").is_file():

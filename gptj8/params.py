@@ -1,8 +1,9 @@
 """params.yaml as typed, frozen objects: the only module that reads it.
 
-Each section is one class, each key one field with its meaning, unit and bounds in one place. Hugging
-Face's names are used where one exists. An unknown key or a wrong value is an error that names it,
-and all errors are reported at once, because finding them one run at a time wastes the user's day.
+Each section is one class, each key one field with its meaning, unit and bounds in one place.
+Hugging Face's names are used where one exists. An unknown key or a wrong value is an error that
+names it, and all errors are reported at once, because finding them one run at a time wastes the
+user's day.
 """
 
 from __future__ import annotations

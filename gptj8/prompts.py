@@ -4,8 +4,8 @@ A prompt is `before + text + after`, the template split at its field, and the th
 tokenized apart. So a text that is too long loses tokens at its own end, the words that ask for the
 answer and the answer itself are never cut, and the ids are the same wherever they are made.
 
-Text is text: `<|endoftext|>` inside a row is tokenized like any other characters and can never end a
-document or an answer. Works on the `tokenizers` library alone, so that `validate` needs no torch.
+Text is text: `<|endoftext|>` inside a row is tokenized like any other characters and can never end
+a document or an answer. Works on the `tokenizers` library alone, so that `validate` needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gptj8.errors import UserError
-
 
 _SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
@@ -177,7 +176,7 @@ class PromptEncoder:
 
 
 def _share_room(lengths: Sequence[int], room: int) -> list[int]:
-    """Divide `room` so that no text gets more than it needs and none is cut while another has spare."""
+    """Divide `room`: no text gets more than it needs, none is cut while another has spare."""
     shares = [0] * len(lengths)
     left = len(lengths)
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -28,10 +28,11 @@ def set_defaults() -> None:
     """Set the environment defaults; to be called before a third-party package is imported."""
     for name, value in _PRIVATE_BY_DEFAULT.items():
         os.environ.setdefault(name, value)
-    # Threads of an operation that wait for each other sleep instead of spinning: on cores that others
-    # use as well, spinning made scoring four times slower.
+    # Threads of an operation that wait for each other sleep instead of spinning: on cores that
+    # others use as well, spinning made scoring four times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A tokenizer that was used before a fork warns about it at length; there is nothing to gain here.
+    # A tokenizer that was used before a fork warns about it at length; there is nothing to gain
+    # here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
@@ -79,8 +80,8 @@ def peak_memory_gib() -> float:
 def project_root() -> Path:
     """Return the folder that holds dvc.yaml: the user's own one, also from inside a DVC experiment.
 
-    `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after the
-    experiment. What must outlive it (the MLflow database, digests) belongs to the original.
+     `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after
+    the experiment. What must outlive it (the MLflow database, digests) belongs to the original.
     """
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):

@@ -202,8 +202,8 @@ def _input_paths(params: Params) -> dict[str, str]:
 def _connect(params: Params) -> tuple[Any, str]:
     from mlflow import MlflowClient
 
-    # The tables of a new SQLite store are reported line by line, which tells the user nothing. After
-    # the import, which sets levels of its own.
+    # The tables of a new SQLite store are reported line by line, which tells the user nothing.
+    # After the import, which sets levels of its own.
     for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(params)

@@ -111,7 +111,7 @@ def test_every_large_matrix_is_in_eight_bits_and_stored_once(saved, tmp_path):
     with safe_open(tmp_path / "8bit" / "model.safetensors", "pt") as stored:
         large = {
             name: stored.get_tensor(name).dtype
-            for name in stored.keys()  # noqa: SIM118 (it is not a dict)
+            for name in stored.keys()
             if len(stored.get_slice(name).get_shape()) == 2 and not is_offset_table(name)
         }
     assert set(large.values()) == {torch.uint8}

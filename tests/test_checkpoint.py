@@ -211,6 +211,6 @@ def test_a_converted_model_is_not_converted_again(tiny_8bit_dir, tmp_path):
 def test_a_disk_that_is_too_small_is_found_before_the_work(tiny_model_dir, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="needs .* and the disk has .* free"):
+    with pytest.raises(UserError, match=r"needs .* and the disk has .* free"):
         gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", CONFIG)
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -150,8 +150,12 @@ class _PackedLabels:
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], device: torch.device) -> None:
-        ids, offsets, groups = [], [], []
-        places, targets, owners = [], [], []
+        ids: list[int] = []
+        offsets: list[int] = []
+        groups: list[int] = []
+        places: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
         for owner, label in enumerate(labels):
             places += [0, *range(len(ids) + 1, len(ids) + len(label))]
             targets += label
@@ -233,7 +237,10 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Return the ids that all prompts begin with, if worth the trouble; each keeps one or more."""
     if len(prompts) < 2:
         return []
-    low, high = min(prompts), max(prompts)  # the pair that differs earliest, in sorted order
+    low, high = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # the pair that differs earliest, in sorted order
     limit = min(map(len, prompts)) - 1
     length = next((i for i in range(limit) if low[i] != high[i]), limit)
     return list(low[:length]) if length >= _SHARED_PREFIX_TOKENS else []
@@ -259,7 +266,8 @@ def _rows_that_fit(model: Model, places: int, cache: DynamicCache | None) -> int
     """Return how many rows keep the logits and the repeated cache within their bounds."""
     rows = MAX_LOGITS // (places * model.config.vocab_size)
     if cache is not None:
-        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        layers: list[Any] = cache.layers
+        tensors = [t for layer in layers for t in (layer.keys, layer.values)]
         rows = min(rows, _CACHE_BYTES // sum(t.numel() * t.element_size() for t in tensors))
     return max(1, rows)
 

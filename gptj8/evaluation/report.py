@@ -44,8 +44,8 @@ def write_reports(
         predictions: system -> (test rows,) labels; the confusion matrix is that of `tuned`.
         scores: system -> scores of the documents, the same tokens for all.
     """
-    actual = test["label"].to_numpy() if labels else np.array([], dtype=object)
-    predicted = predictions["tuned"] if labels else actual
+    actual = list(test["label"]) if labels else []
+    predicted = list(predictions["tuned"]) if labels else []
     confusion = zip(actual, predicted, strict=True)
     write_table(directory / "confusion_matrix.csv", ["actual", "predicted"], confusion)
     _write_predictions(directory / "predictions.csv", test, predictions)

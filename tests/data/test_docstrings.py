@@ -83,7 +83,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 def most_similar(left: list[str], right: list[str]) -> float:
     """Return the greatest Jaccard similarity of word triples between the two lists."""
     count = CountVectorizer(
-        binary=True, ngram_range=(3, 3), token_pattern=r"\w+", dtype=np.float32
+        binary=True, ngram_range=(3, 3), token_pattern=r"\w+", dtype=np.float64
     ).fit(left + right)
     a, b = count.transform(left), count.transform(right)
     both = (a @ b.T).toarray()

@@ -178,14 +178,13 @@ def extract(roots: dict[str, Path], params: Params) -> list[Row]:
 def shingle_matrix(texts: Sequence[str], words: int) -> csr_array:
     """Return a 0/1 matrix (texts x shingles) of the runs of `words` words each text contains.
 
-    Case, punctuation and the values of numbers are left out, so that `Conv1d` and `Conv2d`, or
-    two rounded examples, count as the same words. A text of fewer words is one shingle.
+    Case and punctuation are left out. A text of fewer words is one shingle.
     """
     columns: dict[tuple[str, ...], int] = {}
     indices: list[int] = []
     starts = [0]
     for text in texts:
-        found = re.findall(r"\w+", re.sub(r"\d+", "0", text.lower()))
+        found = re.findall(r"\w+", text.lower())
         runs = zip(*(found[k:] for k in range(words)), strict=False)
         shingles = dict.fromkeys(runs) or {tuple(found): None}
         indices += [columns.setdefault(shingle, len(columns)) for shingle in shingles]
@@ -229,9 +228,11 @@ def deduplicate(rows: Sequence[Row], words: int, max_similarity: float) -> list[
     rows are similar, whatever the order of the libraries.
     """
     labels: dict[str, set[str]] = {}
+    unique: dict[str, Row] = {}
     for row in rows:
         labels.setdefault(row.text, set()).add(row.label)
-    first = list({row.text: row for row in reversed(rows)}.values())[::-1]
+        unique.setdefault(row.text, row)
+    first = list(unique.values())
 
     pairs = similar_pairs(shingle_matrix([row.text for row in first], words), max_similarity)
     ones = np.ones(len(pairs), dtype=np.int8)
