@@ -11,15 +11,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
@@ -35,6 +31,7 @@ from gptj8.files import (
 )
 from gptj8.integration import Blockwise8bitConfig, swap_modules
 from gptj8.layers import Frozen8bitModule
+from gptj8.shards import ShardedWeights, ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +39,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 
 _WEIGHT_PATTERNS = ("*.safetensors*", "pytorch_model*.bin*")
-_SHARD_BYTES = 1_000_000_000
-_INDEX = "model.safetensors.index.json"
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_FILES = ("*.index.json", MANIFEST, "config.json")
 
@@ -116,13 +111,13 @@ def convert_checkpoint(
     swapped = swap_modules(skeleton, config)
     if not swapped:
         raise UserError(f"{source}: nothing to convert, every module is skipped")
-    weights = _SourceWeights(source)
+    weights = ShardedWeights(source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     names = _match_names(weights, skeleton, source, report)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
     with replace_directory(target) as staging:
-        writer = _ShardWriter(staging)
+        writer = ShardWriter(staging)
         with tqdm(total=weights.total_bytes, unit="B", unit_scale=True, desc="convert") as bar:
             for source_name, tensor in weights:
                 bar.update(tensor.numel() * tensor.element_size())
@@ -165,86 +160,6 @@ def check_model_directory(path: str | Path) -> None:
         raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
-class _SourceWeights:
-    """The tensors of a checkpoint, in file order; iterating holds one tensor at a time."""
-
-    def __init__(self, source: Path) -> None:
-        self.files = _weight_files(source)
-        self.is_safetensors = self.files[0].suffix == ".safetensors"
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.file_of: dict[str, Path] = {}
-        self.total_bytes = 0
-        for file in self.files:
-            with ExitStack() as stack:
-                for name, tensor in self._open(file, stack):
-                    shape, item_bytes = _shape_and_item_bytes(tensor)
-                    self.shapes[name], self.file_of[name] = shape, file
-                    self.total_bytes += math.prod(shape) * item_bytes
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in self.files:
-            with ExitStack() as stack:
-                for name, tensor in self._open(file, stack):
-                    yield name, tensor if isinstance(tensor, torch.Tensor) else tensor[:]
-
-    def read(self, wanted: str) -> torch.Tensor:
-        """Return one tensor."""
-        with ExitStack() as stack:
-            for name, tensor in self._open(self.file_of[wanted], stack):
-                if name == wanted:
-                    return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
-        raise KeyError(wanted)
-
-    def _open(self, file: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
-        """Yield tensors, or slices that read nothing until they are indexed."""
-        try:
-            if self.is_safetensors:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                for name in opened.keys():
-                    yield name, opened.get_slice(name)
-            else:
-                # Mapped, so that only the tensor at hand is read; weights_only runs no pickled
-                # code.
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                yield from state.items()
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from error
-        except Exception as error:
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            raise UserError(f"{file} holds more than tensors and is not read") from error
-
-
-def _shape_and_item_bytes(tensor: Any) -> tuple[tuple[int, ...], int]:
-    if isinstance(tensor, torch.Tensor):
-        return tuple(tensor.shape), tensor.element_size()
-    bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
-    return tuple(tensor.get_shape()), bits.get(tensor.get_dtype(), 8) // 8
-
-
-def _weight_files(source: Path) -> list[Path]:
-    for single, index in (
-        ("model.safetensors", _INDEX),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (source / index).is_file():
-            mapping = read_json(source / index).get("weight_map")
-            if not isinstance(mapping, dict) or not mapping:
-                raise UserError(f"{source / index} has no weight_map")
-            files = [source / name for name in sorted(set(mapping.values()))]
-            outside = [f for f in files if f.resolve().parent != source.resolve()]
-            if outside:
-                raise UserError(f"{source / index} names {outside[0]}, which is not in {source}")
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{file} is listed in {index} and does not exist")
-            return files
-        if (source / single).is_file():
-            return [source / single]
-    raise UserError(f"{source} has neither model.safetensors nor pytorch_model.bin, sharded or not")
-
-
 def _build_skeleton(source: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -258,7 +173,7 @@ def _build_skeleton(source: Path) -> PreTrainedModel:
 
 
 def _match_names(
-    weights: _SourceWeights, skeleton: PreTrainedModel, source: Path, report: ConversionReport
+    weights: ShardedWeights, skeleton: PreTrainedModel, source: Path, report: ConversionReport
 ) -> dict[str, str]:
     """Map checkpoint names to the model's; refuse what is missing or has another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
@@ -330,56 +245,13 @@ def _model_name(
     return renamed if renamed in expected else None
 
 
-def _estimate_bytes(weights: _SourceWeights, names: dict[str, str], swapped: list[str]) -> int:
+def _estimate_bytes(weights: ShardedWeights, names: dict[str, str], swapped: list[str]) -> int:
     quantized = {f"{name}.weight" for name in swapped}
     # A byte a code and a little for absmax, codebooks and headers; four bytes for the rest.
     estimate = 0.0
     for source, name in names.items():
         estimate += math.prod(weights.shapes[source]) * (1.1 if name in quantized else 4)
     return int(estimate)
-
-
-class _ShardWriter:
-    """Collect tensors into safetensors files of bounded size; their names need the final count."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > _SHARD_BYTES:
-            self._write()
-        self.pending[name] = tensor
-        self.pending_bytes += size
-        self.total_bytes += size
-
-    def finish(self) -> None:
-        self._write()
-        count = len(self.shards)
-        if count == 1:
-            self._shard_path(0).rename(self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for number, names in enumerate(self.shards):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._shard_path(number).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / _INDEX, index)
-
-    def _shard_path(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
-
-    def _write(self) -> None:
-        path = self._shard_path(len(self.shards))
-        save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library makes files that only their owner can read
-        self.shards.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
 
 
 def _write_side_files(

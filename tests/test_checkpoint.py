@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTJForCausalLM
 
 import gptj8
-from gptj8 import checkpoint
+from gptj8 import shards
 from gptj8.errors import UserError
 from tests.conftest import gptj_config
 
@@ -90,7 +90,7 @@ def test_the_report_counts_and_measures(tiny_model_dir, tmp_path):
 def test_output_shards_load_and_the_manifest_holds(
     tiny_model_dir, tiny_8bit_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     target = tmp_path / "out"
     gptj8.convert_checkpoint(tiny_model_dir, target, CONFIG)
     assert len(list(target.glob("model-*-of-*.safetensors"))) > 3
