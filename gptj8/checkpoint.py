@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from gptj8 import legacy
 from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.errors import UserError
 from gptj8.files import (
@@ -90,6 +91,8 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Write an 8-bit copy of a model directory that `from_pretrained` loads.
 
+    A model in the original 8-bit GPT-J format keeps its codes, and its adapters (`gptj8.legacy`).
+
     Args:
         source_dir: a causal language model as `save_pretrained` writes it: safetensors or
             pytorch_model.bin, in one file or sharded. Pickles are read as tensors only.
@@ -107,11 +110,15 @@ def convert_checkpoint(
         method = model_config["quantization_config"].get("quant_method")
         raise UserError(f"{source} is already quantized ({method}); convert the original model")
 
+    weights = ShardedWeights(source)
+    stored = legacy.quantized_modules(weights.shapes)
+    if stored:
+        block_size = legacy.common_block_size(stored, source)
+        config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules)
     skeleton = _build_skeleton(source)
     swapped = swap_modules(skeleton, config)
     if not swapped:
         raise UserError(f"{source}: nothing to convert, every module is skipped")
-    weights = ShardedWeights(source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     names = _match_names(weights, skeleton, source, report)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
@@ -125,19 +132,23 @@ def convert_checkpoint(
                 if name is None:
                     continue
                 report.parameters += tensor.numel()
-                prefix = name.removesuffix(".weight")
-                if name.endswith(".weight") and prefix in swapped:
+                module, prefix = name.removesuffix(".weight"), source_name.removesuffix(".weight")
+                if prefix in stored:
+                    quantized = legacy.take_over(weights, prefix, config.block_size)
+                elif module != name and module in swapped:
                     quantized = quantize_blockwise(
                         tensor, config.block_size, config.codebook, name=source_name
                     )
                     report.add(name, tensor, quantized)
-                    writer.add(name, quantized.codes)
-                    writer.add(f"{prefix}.absmax", quantized.absmax)
-                    writer.add(f"{prefix}.codebook", quantized.codebook)
                 else:
                     report.kept.append(name)
                     writer.add(name, tensor.contiguous())
+                    continue
+                writer.add(name, quantized.codes)
+                writer.add(f"{module}.absmax", quantized.absmax)
+                writer.add(f"{module}.codebook", quantized.codebook)
         writer.finish()
+        legacy.save_adapters(staging, weights, skeleton, base_model=str(target))
         _write_side_files(source, staging, model_config, config)
         report.converted_bytes = sum(f.stat().st_size for f in staging.glob("*.safetensors"))
     return report
@@ -268,7 +279,6 @@ def _write_side_files(
 
 def summarize(report: ConversionReport) -> str:
     """Return one line for the terminal."""
-    return (
-        f"{report.parameters:,} parameters, {format_bytes(report.source_bytes)} -> "
-        f"{format_bytes(report.converted_bytes)}, relative RMS error {report.relative_rmse:.3%}"
-    )
+    sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.converted_bytes)}"
+    error = f"relative RMS error {report.relative_rmse:.3%}" if report.tensors else "codes kept"
+    return f"{report.parameters:,} parameters, {sizes}, {error}"

@@ -15,8 +15,6 @@ Every codebook holds an exact zero: pruned weights and padding rows stay zero.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 CODEBOOK_SIZE = 256
@@ -27,7 +25,6 @@ _HISTOGRAM_BINS = 1 << 15
 _LLOYD_ITERATIONS = 200
 
 
-@functools.cache
 def dynamic_codebook() -> torch.Tensor:
     """Return the signed dynamic map: float32 (256,), ascending.
 
@@ -75,7 +72,7 @@ def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
     """
     total = mass.sum()
     if total <= 0:
-        return dynamic_codebook().clone()
+        return dynamic_codebook()
     bins = mass.numel()
     edges = torch.linspace(-1.0, 1.0, bins + 1, dtype=torch.float64)
     mass_below = torch.cat([mass.new_zeros(1), mass.cumsum(0)])

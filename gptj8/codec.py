@@ -89,7 +89,8 @@ def quantize_blockwise(
         table = _fit(flat, absmax, block_size)
     else:
         raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
-    table = table.to(weight.device)
+    # A copy: tensors that share memory cannot be saved, and no caller may change another's table.
+    table = table.to(weight.device, copy=True)
 
     boundaries = _exact_midpoints(table)
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)

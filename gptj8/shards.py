@@ -6,6 +6,7 @@ as tensors only: no pickled code runs.
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ class ShardedWeights:
                 for name, tensor in self._open(file, stack):
                     yield name, tensor if isinstance(tensor, torch.Tensor) else tensor[:]
 
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one mapped file, as long as the object lives)
+    def _load(self, file: Path) -> dict[str, Any]:
+        return _load_torch_file(file)
+
     def read(self, wanted: str) -> torch.Tensor:
         """Return one tensor."""
         with ExitStack() as stack:
@@ -64,7 +69,7 @@ class ShardedWeights:
                 for name in opened.keys():
                     yield name, opened.get_slice(name)
             else:
-                yield from _load_torch_file(file).items()
+                yield from self._load(file).items()
         except pickle.UnpicklingError as error:
             raise UserError(f"{file} holds more than tensors and is not read") from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:

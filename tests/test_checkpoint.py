@@ -106,6 +106,15 @@ def test_output_shards_load_and_the_manifest_holds(
         assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.parametrize("codebook", ["dynamic", "fitted"])
+def test_both_codebooks_convert_and_fitted_is_twice_as_accurate(tiny_model_dir, tmp_path, codebook):
+    config = gptj8.Blockwise8bitConfig(block_size=4096, codebook=codebook)
+    report = gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", config)
+    low, high = {"dynamic": (0.012, 0.014), "fitted": (0.005, 0.007)}[codebook]
+    assert low < report.relative_rmse < high
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_half_precision_sources_keep_their_small_tensors(tmp_path):
     torch.manual_seed(0)
     GPTJForCausalLM(gptj_config()).half().save_pretrained(tmp_path / "half")
