@@ -30,7 +30,7 @@ from gptj8.files import (
     sha256_file,
     write_json,
 )
-from gptj8.integration import Blockwise8bitConfig, swap_modules
+from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.layers import Frozen8bitModule
 from gptj8.shards import ShardedWeights, ShardWriter
 
@@ -169,6 +169,20 @@ def check_model_directory(path: str | Path) -> None:
         raise UserError(f"{path}/config.json names no model_type")
     if not any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
         raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
+
+
+def check_tensors(path: str | Path) -> None:
+    """Compare a model directory's tensors with what its config.json implies, by their headers.
+
+    Raises:
+        UserError: naming file, tensor and the two shapes, or what is missing or cannot be read.
+    """
+    path = Path(path)
+    skeleton = _build_skeleton(path)
+    quantization = read_json(path / "config.json").get("quantization_config")
+    if quantization and quantization.get("quant_method") == QUANT_METHOD:
+        swap_modules(skeleton, Blockwise8bitConfig(**quantization))
+    _match_names(ShardedWeights(path), skeleton, path, ConversionReport())
 
 
 def _build_skeleton(source: Path) -> PreTrainedModel:

@@ -207,6 +207,9 @@ def check_quantized(
         raise QuantizationError(f"{name}: the codebook is {codebook.dtype}, not torch.float32")
     if codebook.device.type != "meta":
         check_codebook(codebook, name)
+        if not bool(torch.isfinite(absmax).all()):
+            at = int((~torch.isfinite(absmax)).nonzero()[0])
+            raise QuantizationError(f"{name}: absmax[{at}] = {float(absmax[at])} is not finite")
 
 
 def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -18,7 +18,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptj8.codec import CODEBOOKS, QuantizationError, check_block_size, quantize_blockwise
+from gptj8.codec import (
+    CODEBOOKS,
+    QuantizationError,
+    check_block_size,
+    check_quantized,
+    quantize_blockwise,
+)
 from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
 
 if TYPE_CHECKING:
@@ -72,6 +78,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for tied, origin in _tied_modules(model):
             tied.absmax, tied.codebook = origin.absmax, origin.codebook
+        # What a file claims is checked before native code is given it.
+        for name, module in model.named_modules():
+            if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
+                parts = (module.weight, module.absmax, module.codebook)
+                check_quantized(*parts, module.block_size, f"{name}.weight")
         return model
 
     def get_new_dtype(
@@ -83,6 +94,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:  # else transformers would not compare the shapes of what it loads
+            return False
         module, tensor_name = get_module_from_name(model, param_name)
         return isinstance(module, Frozen8bitModule) and tensor_name == "weight"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptj8.checkpoint import check_model_directory
+from gptj8.checkpoint import check_model_directory, check_tensors
 from gptj8.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
             path, dtype=dtype, trust_remote_code=False, **placement
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
     return model.eval()

@@ -1,17 +1,20 @@
 """The quantizer inside transformers and PEFT, on small random models."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gptj8
 from gptj8.codec import QuantizationError
+from gptj8.errors import UserError
 from gptj8.layers import Frozen8bitEmbedding, Frozen8bitLinear
+from gptj8.models import load_model
 
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -162,6 +165,29 @@ def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, 
         "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("codebook", lambda t: t.flip(0), "codebook is not ascending"),
+        ("codebook", lambda t: t[:255], r"shape \(255,\), and config.json implies \(256,\)"),
+        ("codebook", lambda t: t * float("nan"), "is not finite"),
+        ("absmax", lambda t: t / 0.0, "is not finite"),
+        ("absmax", lambda t: t[:-1], r"shape \(63,\), and .* implies \(64,\)"),
+        ("weight", lambda t: t[:-1], r"shape \(255, 64\), and .* implies \(256, 64\)"),
+    ],
+    ids=["descending", "255", "nan", "infinite", "absmax-short", "weight-short"],
+)
+def test_damaged_scales_are_refused_by_name(tiny_8bit_dir, tmp_path, part, change, message):
+    folder = shutil.copytree(tiny_8bit_dir, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    name = f"transformer.h.1.mlp.fc_in.{part}"
+    state[name] = change(state[name]).contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError, UserError), match=message) as caught:
+        load_model(folder, torch.float32, torch.device("cpu"))
+    assert "fc_in" in str(caught.value)
 
 
 @pytest.mark.parametrize(
