@@ -93,7 +93,7 @@ def train(
     collator = _Collator(pad_id, monitor)
     model.config.use_cache = False
     with tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch:
-        trainer = Trainer(
+        trainer = _CompletionTrainer(
             model=model,
             args=_training_arguments(settings, scratch, model),
             train_dataset=train_examples,
@@ -177,6 +177,39 @@ def _half_precision(model: PeftModel) -> torch.dtype | None:
 
 def _not_finite(loss: float, step: int) -> str:
     return f"the loss is {loss} at step {step}; lower finetune.learning_rate or max_grad_norm"
+
+
+class _CompletionTrainer(Trainer):
+    """A Trainer that asks for logits only where a token is learned.
+
+    The head is a fifth of the arithmetic of a small model, and float32 logits of a prompt are the
+    largest tensors of a large one; neither the prompt's nor the padding's are of use.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        targets = inputs["labels"][:, 1:]  # the logits at a position predict the next one's token
+        learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=learned,
+        )
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            targets[:, learned].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        # With accumulated gradients, Trainer counts the learned tokens of all micro-batches.
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / count
+        return (loss, outputs) if return_outputs else loss
 
 
 class _Collator:

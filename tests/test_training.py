@@ -12,7 +12,14 @@ from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_adapter, load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.reference import max_logit_difference, prompt_logits, save_reference
-from gptj8.training import TrainingSettings, _Collator, _Monitor, train
+from gptj8.training import (
+    TrainingSettings,
+    _Collator,
+    _CompletionTrainer,
+    _Monitor,
+    _training_arguments,
+    train,
+)
 
 CPU = torch.device("cpu")
 ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
@@ -163,3 +170,39 @@ def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples
     reloaded = load_adapter(base, tmp_path)
     assert max_logit_difference(tmp_path, reloaded) == 0.0
     assert float((prompt_logits(reloaded, prompts) - untrained).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("items", [None, 50], ids=["mean", "of-accumulated-tokens"])
+def test_the_loss_equals_the_models_own(tiny_8bit_dir, examples, items):
+    model = adapted_model(tiny_8bit_dir)
+    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    arguments = _training_arguments(SETTINGS, "unused", model)
+    trainer = _CompletionTrainer(model=model, args=arguments, eval_dataset=examples)
+    ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+    ours.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+    theirs = model(**batch).loss * (learned / (items or learned))
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+
+
+def test_accumulated_gradients_equal_a_larger_batch(tiny_8bit_dir, examples):
+    def adapter_after(batch_size, accumulation):
+        model = adapted_model(tiny_8bit_dir)
+        changes = {
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "num_train_epochs": 1,
+            "optim": "adamw_torch",
+        }
+        train(model, examples, examples, TrainingSettings(**{**SETTINGS.__dict__, **changes}), 0)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    large, accumulated = adapter_after(12, 1), adapter_after(3, 4)
+    for name in large:
+        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-3, atol=1e-4, msg=name)

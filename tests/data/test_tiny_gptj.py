@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "data" / "models" / "tiny-gptj"
+FILES = ("muon.py", "train.py")
 SMALL = {
     "vocab_size": 300,
     "n_positions": 64,
@@ -33,7 +36,8 @@ def write_recipe(root: Path, documents: int = 400, **changes: object) -> Path:
     """Lay out the recipe and a corpus as they lie in the repository."""
     folder = root / "data" / "models" / "tiny-gptj"
     folder.mkdir(parents=True)
-    shutil.copy(RECIPE / "train.py", folder)
+    for name in FILES:
+        shutil.copy(RECIPE / name, folder)
     params = YAML(typ="safe").load(RECIPE / "params.yaml") | SMALL | changes
     (folder / "params.yaml").write_text(json.dumps(params))
     if documents:
@@ -44,6 +48,12 @@ def write_recipe(root: Path, documents: int = 400, **changes: object) -> Path:
         rows = ({"text": " ".join(rng.choices(words, k=20))} for _ in range(documents))
         corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def muon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPE))
+    return importlib.import_module("muon")
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -110,4 +120,38 @@ def test_mistakes_end_with_one_line_and_leave_nothing(
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("tiny-gptj: ") and all(name in line for name in named)
     assert "Traceback" not in result.stderr
-    assert {path.name for path in folder.iterdir()} == {"train.py", "params.yaml"}
+    left = {path.name for path in folder.iterdir()} - {"__pycache__"}
+    assert left == {*FILES, "params.yaml"}
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)], ids=str)
+def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(
+    muon: ModuleType, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(0.3, 3, min(shape), dtype=torch.float64)) @ v
+    result = muon.orthogonalize(matrix, steps=5, dtype=torch.float64)
+    sizes = u.T @ result @ v.T
+    assert torch.allclose(sizes, torch.diag(sizes.diagonal()), atol=1e-9)
+    assert 0.6 < sizes.diagonal().min() and sizes.diagonal().max() < 1.3
+
+
+def test_muon_steps_as_torch_does_in_bfloat16(muon: ModuleType) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (4, 6))] for _ in range(2)
+    )
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}
+    optimizers = (
+        muon.Muon(ours, **settings, steps=5, dtype=torch.bfloat16),
+        torch.optim.Muon(theirs, **settings, ns_steps=5),
+    )
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,190 @@
+"""GPT-J-6B's full shape on this machine: `python -m benchmarks.full_size FOLDER`.
+
+Makes a float16 checkpoint of random weights in FOLDER (12 GB, sharded; kept for the next time),
+converts it (6 GB), loads the result and trains on it: LoRA on q and v, gradient checkpointing,
+8-bit AdamW, one sequence of 512 tokens. Each step runs in a process of its own, whose peak resident
+set is what the operating system says it was. Needs 20 GB of disk and 10 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIG = {
+    "architectures": ["GPTJForCausalLM"],
+    "model_type": "gptj",
+    "vocab_size": 50400,
+    "n_positions": 2048,
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "rotary_dim": 64,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "tie_word_embeddings": False,
+}
+SEQUENCE_LENGTH = 512
+
+
+def make(folder: Path) -> dict[str, float]:
+    """Write the random checkpoint, a layer a shard."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    if (folder / "model.safetensors.index.json").exists():
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = GPTJForCausalLM(GPTJConfig(**CONFIG))
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[2] if ".h." in name else name.split(".")[0]
+        shards.setdefault(part, {})[name] = tuple(parameter.shape)
+    weight_map, parameters = {}, 0
+    for number, (part, shapes) in enumerate(shards.items()):
+        torch.manual_seed(number)
+        tensors = {}
+        for name, shape in shapes.items():
+            scale = 1.0 if "ln_" in name and name.endswith("weight") else 0.02
+            tensors[name] = (torch.randn(shape) * scale).half()
+            parameters += tensors[name].numel()
+        file = f"model-{part}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return {"parameters": parameters}
+
+
+def copy(source: Path, target: Path) -> dict[str, float]:
+    """Read the checkpoint's bytes and write as many as a conversion writes: the time to beat."""
+    started = time.perf_counter()
+    target.mkdir(parents=True)
+    for file in sorted(source.glob("*.safetensors")):
+        with open(file, "rb") as stream, open(target / file.name, "wb") as out:
+            keep = True
+            while chunk := stream.read(1 << 24):
+                if keep:
+                    out.write(chunk)
+                keep = not keep
+            out.flush()
+            os.fsync(out.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return {"seconds": seconds}
+
+
+def convert(source: Path, target: Path) -> dict[str, float]:
+    """Convert; see `gptj8.checkpoint`."""
+    import gptj8
+
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.perf_counter()
+    report = gptj8.convert_checkpoint(source, target, gptj8.Blockwise8bitConfig())
+    return {
+        "seconds": time.perf_counter() - started,
+        "bytes": report.converted_bytes,
+        "parameters": report.parameters,
+        "relative_rmse": report.relative_rmse,
+    }
+
+
+def load(converted: Path) -> dict[str, float]:
+    """Load the converted model."""
+    import torch
+
+    from gptj8.models import load_model, pick_dtype
+
+    device = torch.device("cpu")
+    started = time.perf_counter()
+    load_model(converted, pick_dtype("auto", device), device)
+    return {"seconds": time.perf_counter() - started}
+
+
+def train(converted: Path) -> dict[str, float]:
+    """Take two training steps; fails unless the loss is finite and adapter weights move."""
+    import bitsandbytes
+    import torch
+
+    from gptj8.adapters import add_adapter
+    from gptj8.models import load_model, pick_dtype
+
+    device = torch.device("cpu")
+    dtype = pick_dtype("auto", device)
+    torch.manual_seed(0)
+    model = add_adapter(load_model(converted, dtype, device), "lora", "attention", 8, 16, 0.0)
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    before = [w.detach().clone() for w in weights]
+    optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=1e-3)
+    ids = torch.randint(0, 50257, (1, SEQUENCE_LENGTH))
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(time.perf_counter() - started)
+    assert torch.isfinite(loss), loss
+    moved = sum(not torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert moved == len(weights), f"{moved} of {len(weights)} adapter weights moved"
+    return {
+        "loss": float(loss),
+        "seconds_a_step": min(taken),
+        "tokens_a_second": SEQUENCE_LENGTH / min(taken),
+    }
+
+
+STEPS = {"make": make, "copy": copy, "convert": convert, "load": load, "train": train}
+
+
+def run(step: str, *folders: Path) -> dict[str, float]:
+    """Run one step in a process of its own; add the process's peak resident set in GB."""
+    command = [sys.executable, "-m", "benchmarks.full_size", "--step", step, *map(str, folders)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{step} failed")
+    result = {**json.loads(output.splitlines()[-1]), "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+    print(
+        f"{step}: " + ", ".join(f"{key} {value:,.4g}" for key, value in result.items()), flush=True
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("folders", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(STEPS[arguments.step](*arguments.folders)))
+        return
+    (folder,) = arguments.folders
+    source, converted = folder / "float16", folder / "8bit"
+    run("make", source)
+    copied = run("copy", source, folder / "copy")
+    made = run("convert", source, converted)
+    loaded = run("load", converted)
+    run("train", converted)
+    size = sum(f.stat().st_size for f in converted.glob("*.safetensors")) / 1e9
+    print(f"conversion takes {made['seconds'] / copied['seconds']:.2f}x the time of copying")
+    print(f"loading peaks at {loaded['peak_gb'] / size:.2f}x of the file's {size:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()
