@@ -7,7 +7,6 @@ torch reference does. Chosen per call by device, imported once.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch
@@ -30,14 +29,8 @@ def dequantize(
 
 @functools.cache
 def _bitsandbytes() -> Callable[..., torch.Tensor] | None:
-    # On a CPU it logs at import that a 4-bit kernel of the Hub is not installed: not used here.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401 (defines the operator)
     except ImportError:
         return None
-    finally:
-        logger.setLevel(level)
     return torch.ops.bitsandbytes.dequantize_blockwise.default

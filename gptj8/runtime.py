@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +27,20 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def set_defaults() -> None:
-    """Set the environment defaults; to be called before a third-party package is imported."""
+    """Set the environment defaults; to be called before a third-party package is imported.
+
+    Also silences two messages of libraries that are about each other and not about the user: a
+    4-bit CPU kernel that bitsandbytes would fetch from the Hub, and a name that PEFT still uses and
+    transformers has renamed.
+    """
     for name, value in _PRIVATE_BY_DEFAULT.items():
         os.environ.setdefault(name, value)
-    # Threads of an operation that wait for each other sleep instead of spinning: on cores that
-    # others use as well, spinning made scoring four times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Threads of an operation that wait for each other spin for some microseconds and then sleep.
+    # Spinning for long, libgomp's default, makes a step many times slower as soon as something else
+    # uses the cores; sleeping at once makes it a third slower on idle ones.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # A tokenizer that was used before a fork warns about it at length; there is nothing to gain
     # here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -56,6 +56,11 @@ def muon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("muon")
 
 
+@pytest.fixture
+def train(muon: ModuleType) -> ModuleType:
+    return importlib.import_module("train")
+
+
 def run(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "train.py"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -111,17 +116,21 @@ def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_p
         (3, {"n_head": 5}, ["n_head 5"]),
     ],
 )
-def test_mistakes_end_with_one_line_and_leave_nothing(
-    tmp_path: Path, documents: int, changes: dict[str, object], named: list[str]
+def test_mistakes_are_named_and_leave_nothing(
+    train: ModuleType, tmp_path: Path, documents: int, changes: dict[str, object], named: list[str]
 ) -> None:
     folder = write_recipe(tmp_path, documents, **changes)
-    result = run(folder)
+    with pytest.raises((train.RecipeError, FileNotFoundError)) as error:
+        train.main(folder)
+    assert all(name in str(error.value) for name in named)
+    assert {path.name for path in folder.iterdir()} == {*FILES, "params.yaml"}
+
+
+def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
+    result = run(write_recipe(tmp_path, documents=0))
     assert result.returncode == 2
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("tiny-gptj: ") and all(name in line for name in named)
-    assert "Traceback" not in result.stderr
-    left = {path.name for path in folder.iterdir()} - {"__pycache__"}
-    assert left == {*FILES, "params.yaml"}
+    assert result.stderr.strip().splitlines()[-1].startswith("tiny-gptj: ")
+    assert "corpus.jsonl" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)], ids=str)

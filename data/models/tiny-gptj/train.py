@@ -32,6 +32,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+# Before torch is imported: threads that wait spin for microseconds and then sleep. Spinning for
+# long, libgomp's default, makes a step ten times slower when something else uses the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import numpy as np
 import torch
 from muon import Muon
@@ -257,7 +261,6 @@ def keep_memory() -> None:
 
 def main(folder: Path = HERE) -> None:
     params = load_params(folder / "params.yaml")
-    keep_memory()
     logging.disable_progress_bar()
     torch.manual_seed(params.seed)
     texts = read_corpus(folder / CORPUS)
@@ -277,6 +280,7 @@ def main(folder: Path = HERE) -> None:
 
 if __name__ == "__main__":
     try:
+        keep_memory()
         main()
     except (RecipeError, OSError, YAMLError) as error:
         print(f"tiny-gptj: {' '.join(str(error).split())}", file=sys.stderr)
