@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test test-slow ui lint lock clean
+.PHONY: repro test ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -18,9 +18,6 @@ repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 
 test: $(INSTALLED) ## the fast tests
 	python -m pytest
-
-test-slow: $(INSTALLED) ## the tests that take minutes or gigabytes
-	python -m pytest -m slow
 
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
 	gptj8 ui

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from gptj8 import legacy
 from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.errors import UserError
 from gptj8.files import (
@@ -30,7 +29,7 @@ from gptj8.files import (
     sha256_file,
     write_json,
 )
-from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, swap_modules
+from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swap_modules
 from gptj8.layers import Frozen8bitModule
 from gptj8.shards import ShardedWeights, ShardWriter
 
@@ -103,6 +102,8 @@ def convert_checkpoint(
         UserError: for a source that is no model, already converted, incomplete or different from
             its config, and for a disk that is too small; `target_dir` is then as it was.
     """
+    from gptj8 import legacy  # here: who loads a model does not depend on it
+
     source, target = Path(source_dir), Path(target_dir)
     check_model_directory(source)
     model_config = read_json(source / "config.json")
@@ -116,6 +117,10 @@ def convert_checkpoint(
         block_size = legacy.common_block_size(stored, source)
         config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules)
     skeleton = _build_skeleton(source)
+    modules = [name for name, _ in skeleton.named_modules()]
+    for skipped in config.skip_modules:
+        if not any(is_skipped(name, [skipped]) for name in modules):
+            raise UserError(f"skip_modules: {source} has no module {skipped!r}")
     swapped = swap_modules(skeleton, config)
     if not swapped:
         raise UserError(f"{source}: nothing to convert, every module is skipped")

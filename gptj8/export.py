@@ -83,7 +83,9 @@ def merge(exported: Path, base: Path, adapter: Path, device: torch.device) -> fl
     Returns:
         the largest absolute logit difference to the trained model over the reference prompts.
     """
-    restored = load_model(base, torch.float32, device).dequantize(torch.float32)
+    # On the CPU: float32 weights are four times what the GPU was chosen for.
+    cpu = torch.device("cpu")
+    restored = load_model(base, torch.float32, cpu).dequantize(torch.float32)
     merged = load_adapter(restored, exported).merge_and_unload()
     merged.to(torch.bfloat16).save_pretrained(exported / MERGED)
     for name in _TOKENIZER_FILES:

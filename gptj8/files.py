@@ -31,6 +31,9 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     staging = target.with_name(f".{target.name}.incomplete")
+    discarded = target.with_name(f".{target.name}.replaced")
+    if discarded.exists() and not target.exists():  # killed between the two renames
+        discarded.rename(target)
     if staging.exists():  # left by a killed process
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
@@ -38,7 +41,6 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
         yield staging
         _flush_tree(staging)
         if target.exists():
-            discarded = target.with_name(f".{target.name}.replaced")
             if discarded.exists():
                 shutil.rmtree(discarded)
             target.rename(discarded)
@@ -48,6 +50,8 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
             staging.rename(target)
         _flush(target.parent)
     except BaseException:
+        if discarded.exists() and not target.exists():
+            discarded.rename(target)
         shutil.rmtree(staging, ignore_errors=True)
         raise
 

@@ -175,6 +175,22 @@ class PromptEncoder:
         return EncodedExample(prompt.ids + completion_ids, len(prompt.ids), prompt.cut_tokens)
 
 
+def check_context(model_path: str | Path, max_length: int) -> None:
+    """Refuse a length that the model has no positions for.
+
+    Raises:
+        UserError: naming both.
+    """
+    config = _read_optional_json(Path(model_path) / "config.json")
+    for key in ("n_positions", "max_position_embeddings"):
+        positions = config.get(key)
+        if isinstance(positions, int) and max_length > positions:
+            raise UserError(
+                f"data.max_length = {max_length} is more than the {positions} positions of "
+                f"{model_path} ({key}); lower it"
+            )
+
+
 def _share_room(lengths: Sequence[int], room: int) -> list[int]:
     """Divide `room`: no text gets more than it needs, none is cut while another has spare."""
     shares = [0] * len(lengths)
@@ -209,7 +225,7 @@ def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_path).backend_tokenizer
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model_path} has no tokenizer that can be read: {reason}") from None

@@ -16,11 +16,14 @@ from gptj8.errors import UserError
 
 # Nothing phones home unless the user says so: these are defaults, so that a variable that the user
 # has set wins. DVC's own switches are in .dvc/config.
-_PRIVATE_BY_DEFAULT = {
+_DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A tracking server that is away is noticed in seconds: the work does not wait for it.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -33,7 +36,7 @@ def set_defaults() -> None:
     4-bit CPU kernel that bitsandbytes would fetch from the Hub, and a name that PEFT still uses and
     transformers has renamed.
     """
-    for name, value in _PRIVATE_BY_DEFAULT.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -69,9 +72,29 @@ def run(main: Callable[[], object]) -> None:
         else:
             raise
         sys.exit(2)
+    except Exception as error:
+        explanation = _explain(error)
+        if explanation is None:
+            raise
+        print(f"error: {explanation}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _explain(error: Exception) -> str | None:
+    """Return one line for what libraries raise as types of their own where resources run out."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of GPU memory; halve finetune.per_device_train_batch_size and double "
+            "gradient_accumulation_steps, or lower data.max_length or "
+            "evaluate.per_device_eval_batch_size"
+        )
+    if type(error).__name__ == "SafetensorError" and "StorageFull" in str(error):
+        return "no space left on the disk for weights; make room and run again"
+    return None
 
 
 def _raise_terminated(signum: int, frame: object) -> None:

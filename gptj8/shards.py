@@ -100,9 +100,15 @@ def _weight_files(source: Path) -> list[Path]:
         ("model.safetensors", _INDEX),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
+        if (source / single).is_file():
+            return [source / single]
         if (source / index).is_file():
             mapping = read_json(source / index).get("weight_map")
-            if not isinstance(mapping, dict) or not mapping:
+            if not isinstance(mapping, dict) or not all(
+                isinstance(n, str) for n in mapping.values()
+            ):
+                mapping = None
+            if not mapping:
                 raise UserError(f"{source / index} has no weight_map")
             files = [source / name for name in sorted(set(mapping.values()))]
             outside = [f for f in files if f.resolve().parent != source.resolve()]
@@ -112,8 +118,6 @@ def _weight_files(source: Path) -> list[Path]:
                 if not file.is_file():
                     raise UserError(f"{file} is listed in {index} and does not exist")
             return files
-        if (source / single).is_file():
-            return [source / single]
     raise UserError(f"{source} has neither model.safetensors nor pytorch_model.bin, sharded or not")
 
 

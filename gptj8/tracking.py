@@ -10,6 +10,7 @@ Recording never stops the work: the first failure is reported once, and the rest
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
@@ -27,6 +28,17 @@ from gptj8.runtime import project_root
 
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 REPORTS = Path("reports")
+
+# What a stage's inputs were made by. What of these came from DVC's cache is recorded by the stage.
+_ANCESTORS = {
+    "validate": (),
+    "convert": (),
+    "finetune": ("validate", "convert"),
+    "evaluate": ("validate", "convert", "finetune"),
+    "export": ("validate", "convert", "finetune", "evaluate"),
+}
+_CURVES = {"finetune": ("loss.csv", "eval_loss.csv")}
+_ARTIFACTS = {"finetune": (Path("artifacts/adapter"), "adapter")}
 
 _KEY_TAG = "gptj8.key"
 _PARAM_LENGTH = 6000  # MLflow's limit for one value
@@ -60,7 +72,24 @@ class StageRun:
         """Set a tag of the run."""
         self._call("set_tag", key, value)
 
+    def register_model(self, name: str, folder: str) -> None:
+        """Make the artifacts in `folder` a new version of a model in the registry."""
+        if not self._alive:
+            return
+        try:
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                self._client.create_registered_model(name)
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder}"
+            self._client.create_model_version(name, source, self.run_id)
+        except Exception as error:  # whatever is wrong with tracking, the work goes on
+            self._give_up(error)
+
     def _start(self, params: Params) -> None:
+        if not all(Path(path).exists() for path in _input_paths(params).values()):
+            # DVC may convert a model before it has made the dataset, and the experiment has no key
+            # until both are there. The stages that follow record what this one leaves.
+            self._alive = False
+            return
         try:
             self._client, experiment_id = _connect(params)
             self.run_id, is_new = _find_or_create(self._client, experiment_id, params)
@@ -70,7 +99,7 @@ class StageRun:
         if is_new:
             self._log_params(params)
         self._call("update_run", status="RUNNING")
-        for earlier in STAGES[: STAGES.index(self.stage)]:
+        for earlier in _ANCESTORS[self.stage]:
             self._log_report(earlier, "cached", only_if_new=True)
 
     def _finish(self, status: str) -> None:
@@ -98,9 +127,27 @@ class StageRun:
             return
         # MLflow shows the value of the last step: a stage's result must not hide behind its curve.
         step = self._last_step if stage == self.stage else 0
+        if stage != self.stage:
+            step = self._replay(stage)
         self._log_stage_metrics(stage, read_json(folder / "metrics.json"), step)
         self._call("log_artifacts", str(folder), f"reports/{stage}")
         self.set_tag(tag, origin)
+
+    def _replay(self, stage: str) -> int:
+        """Record the curves and artifacts of a stage that did not run; return its last step."""
+        last = 0
+        for name in _CURVES.get(stage, ()):
+            file = REPORTS / stage / name
+            if file.is_file():
+                with open(file, newline="", encoding="utf-8") as stream:
+                    for point in csv.DictReader(stream):
+                        step = int(point.pop("step"))
+                        values = {key: float(value) for key, value in point.items() if value}
+                        self._log_stage_metrics(stage, values, step)
+                        last = max(last, step)
+        if stage in _ARTIFACTS and _ARTIFACTS[stage][0].is_dir():
+            self.log_artifact(*_ARTIFACTS[stage])
+        return last
 
     def _log_stage_metrics(
         self, stage: str, metrics: Mapping[str, Any], step: int | None = None
@@ -170,7 +217,6 @@ def experiment_key(params: Params) -> str:
     inputs = {
         name: sha256_tree(path, cache=project_root() / ".dvc" / "tmp" / "gptj8" / "digests.json")
         for name, path in _input_paths(params).items()
-        if Path(path).exists()
     }
     content = json.dumps({"params": resolved(params), "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

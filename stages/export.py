@@ -40,7 +40,9 @@ def main() -> None:
         write_json(REPORT / "metrics.json", metrics)
         for file in sorted(OUTPUT.iterdir()):
             if file.name != MERGED:
-                record.log_artifact(file, "export")
+                record.log_artifact(file, OUTPUT.name)
+        if params.tracking.registered_model_name:
+            record.register_model(params.tracking.registered_model_name, OUTPUT.name)
 
 
 if __name__ == "__main__":

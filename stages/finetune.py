@@ -63,7 +63,7 @@ def main() -> None:
             write_csv(REPORT / f"{curve}.csv", rows)
         metrics = {k: v for k, v in asdict(result).items() if k != "history"}
         write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak_memory_gib()})
-        record.log_artifact(OUTPUT, "adapter")
+        record.log_artifact(OUTPUT, OUTPUT.name)
 
 
 if __name__ == "__main__":

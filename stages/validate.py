@@ -12,7 +12,7 @@ from gptj8.dataset import SPLITS, save_prepared
 from gptj8.dataset_report import write_report
 from gptj8.errors import UserError
 from gptj8.params import load_params
-from gptj8.prompts import TextEncoder
+from gptj8.prompts import TextEncoder, check_context
 from gptj8.runtime import run
 from gptj8.tracking import REPORTS, stage_run
 from gptj8.validation import validate
@@ -27,6 +27,7 @@ def main() -> None:
     if not Path(params.model.path).is_dir():
         raise UserError(f"model.path: {params.model.path} is not a directory with a model")
     encoder = TextEncoder.load(params.model.path)
+    check_context(params.model.path, params.data.max_length)
     validated = validate(params.data, encoder)
     with stage_run(STAGE, params):
         save_prepared(DATASET, validated.task, validated.splits, validated.rejected)

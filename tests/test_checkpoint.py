@@ -212,6 +212,12 @@ def test_a_wrong_source_is_refused_and_nothing_is_left(model_dir, tmp_path, dama
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_module_to_skip_that_does_not_exist_is_named(tiny_model_dir, tmp_path):
+    config = gptj8.Blockwise8bitConfig(block_size=256, skip_modules=["lm_haed"])
+    with pytest.raises(UserError, match="has no module 'lm_haed'"):
+        gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", config)
+
+
 def test_a_converted_model_is_not_converted_again(tiny_8bit_dir, tmp_path):
     with pytest.raises(UserError, match="already quantized"):
         gptj8.convert_checkpoint(tiny_8bit_dir, tmp_path / "out", CONFIG)

@@ -51,6 +51,14 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
 
 
+def test_a_process_killed_between_the_renames_loses_nothing(tmp_path):
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+
+
 def test_a_file_is_replaced_or_left(tmp_path):
     file = tmp_path / "deep" / "a.json"
     write_json(file, {"x": 1})

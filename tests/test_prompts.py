@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gptj8.errors import UserError
-from gptj8.prompts import PromptEncoder, TextEncoder, _share_room
+from gptj8.prompts import PromptEncoder, TextEncoder, _share_room, check_context
 
 TEMPLATE = "{text}\n\nLabel:"
 
@@ -92,6 +92,12 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
     with pytest.raises(UserError, match="embedding 100 rows"):
         TextEncoder.load(tmp_path)
+
+
+def test_a_length_beyond_the_models_positions_is_refused(tiny_model_dir):
+    check_context(tiny_model_dir, 128)
+    with pytest.raises(UserError, match=r"data\.max_length = 129 is more than the 128 positions"):
+        check_context(tiny_model_dir, 129)
 
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import mlflow
@@ -73,9 +74,16 @@ def test_stages_that_came_from_the_cache_are_recorded_too(project):
     report("validate", rows=7)
     report("convert", relative_rmse=0.006)
     report("finetune", eval_loss=1.0)
+    Path("reports/finetune/loss.csv").write_text("step,loss,grad_norm\n10,3.5,1\n20,2.5,\n")
+    Path("artifacts/adapter").mkdir(parents=True)
+    Path("artifacts/adapter/adapter_config.json").write_text("{}")
     with tracking.stage_run("evaluate", params()):
         report("evaluate", tuned={"accuracy": 0.8})
-    _, (row,) = runs()
+    client, (row,) = runs()
+    curve = client.get_metric_history(row.info.run_id, "finetune/loss")
+    assert [(point.step, point.value) for point in curve] == [(10, 3.5), (20, 2.5)]
+    assert row.data.metrics["finetune/eval_loss"] == 1.0
+    assert client.list_artifacts(row.info.run_id, "adapter")
     assert row.data.metrics["validate/rows"] == 7
     assert row.data.metrics["evaluate/tuned/accuracy"] == 0.8
     tags = {stage: row.data.tags.get(f"stage.{stage}") for stage in tracking.STAGES}
@@ -147,3 +155,42 @@ def test_flatten():
         "a/c/d": 2,
         "e": 3,
     }
+
+
+def test_a_conversion_does_not_take_over_another_datasets_report(project):
+    report("validate", rows=999)  # of the experiment before
+    with tracking.stage_run("convert", params()):
+        report("convert", relative_rmse=0.006)
+    _, (row,) = runs()
+    assert "validate/rows" not in row.data.metrics
+    assert row.data.metrics["convert/relative_rmse"] == 0.006
+
+
+def test_before_the_inputs_exist_there_is_no_row(project):
+    (project / "rows.csv").unlink()
+    with tracking.stage_run("convert", params()):
+        report("convert", relative_rmse=0.006)
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    assert client.get_experiment_by_name("gptj8") is None
+
+
+def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    started = time.monotonic()
+    with tracking.stage_run("validate", params()):
+        pass
+    assert time.monotonic() - started < 20
+    assert "MLflow does not record this stage" in capsys.readouterr().err
+
+
+def test_a_model_is_registered_under_its_name(project):
+    (project / "export").mkdir()
+    (project / "export" / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with tracking.stage_run("export", params()) as run:
+            run.log_artifact(project / "export", "export")
+            run.register_model("sentiment", "export")
+    client, (row,) = runs()
+    versions = client.search_model_versions("name = 'sentiment'")
+    assert {v.version for v in versions} == {"1", "2"} or {v.version for v in versions} == {1, 2}
+    assert all(v.run_id == row.info.run_id and v.source.endswith("/export") for v in versions)
