@@ -68,10 +68,25 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
     for key, value in inputs.items():
         if value is None or (root / value).exists():
             continue
-        folders = [f for f in (root / value).absolute().parents if root in f.parents]
-        if not any((folder / "dvc.yaml").is_file() for folder in folders):
+        if not _is_made_by_a_recipe((root / value).absolute(), root):
             problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
     return problems
+
+
+def _is_made_by_a_recipe(path: Path, root: Path) -> bool:
+    """Whether a dvc.yaml below `root` declares the path, or a folder that holds it, as an out."""
+    from ruamel.yaml import YAML
+
+    for folder in path.parents:
+        if root not in folder.parents or not (folder / "dvc.yaml").is_file():
+            continue
+        content = YAML(typ="safe").load(folder / "dvc.yaml") or {}
+        for stage in content.get("stages", {}).values():
+            for out in stage.get("outs", []):
+                made = folder / (out if isinstance(out, str) else next(iter(out)))
+                if made == path or made in path.parents:
+                    return True
+    return False
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -129,8 +144,12 @@ def _ui(arguments: argparse.Namespace) -> None:
 
     from gptj8.tracking import tracking_uri
 
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri"]
-    command += [tracking_uri(load_params()), "--host", arguments.host]
+    uri = tracking_uri(load_params())
+    if uri.startswith(("http://", "https://")):
+        print(f"the runs are kept by a server that has its own page: {uri}")
+        return
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command += ["--host", arguments.host]
     os.execv(sys.executable, [*command, "--port", str(arguments.port)])
 
 
