@@ -104,13 +104,10 @@ def _weight_files(source: Path) -> list[Path]:
             return [source / single]
         if (source / index).is_file():
             mapping = read_json(source / index).get("weight_map")
-            if not isinstance(mapping, dict) or not all(
-                isinstance(n, str) for n in mapping.values()
-            ):
-                mapping = None
-            if not mapping:
+            names = mapping.values() if isinstance(mapping, dict) else ()
+            if not names or not all(isinstance(name, str) for name in names):
                 raise UserError(f"{source / index} has no weight_map")
-            files = [source / name for name in sorted(set(mapping.values()))]
+            files = [source / name for name in sorted(set(names))]
             outside = [f for f in files if f.resolve().parent != source.resolve()]
             if outside:
                 raise UserError(f"{source / index} names {outside[0]}, which is not in {source}")

@@ -54,7 +54,7 @@ class TrainingResult:
     Attributes:
         train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
         tokens_per_second, samples_per_second: of training steps alone, padding not counted.
-        history: one dict a logged step: `step` and `train_loss` or `eval_loss`, and others.
+        history: one dict a logged step: `step` and `loss` or `eval_loss`, and others.
     """
 
     train_loss: float
