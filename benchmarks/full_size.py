@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from gptj8.runtime import set_defaults
+
 CONFIG = {
     "architectures": ["GPTJForCausalLM"],
     "model_type": "gptj",
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.step:
+        set_defaults()
         print(json.dumps(STEPS[arguments.step](*arguments.folders)))
         return
     (folder,) = arguments.folders

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,7 @@ def convert_checkpoint(
     names = _match_names(weights, skeleton, source, report)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
-    with replace_directory(target) as staging:
-        writer = ShardWriter(staging)
+    with replace_directory(target) as staging, ShardWriter(staging) as writer:
         with tqdm(total=weights.total_bytes, unit="B", unit_scale=True, desc="convert") as bar:
             for source_name, tensor in weights:
                 bar.update(tensor.numel() * tensor.element_size())
@@ -147,14 +147,14 @@ def convert_checkpoint(
                     report.add(name, tensor, quantized)
                 else:
                     report.kept.append(name)
-                    writer.add(name, tensor.contiguous())
+                    writer.add(name, tensor.clone(memory_format=torch.contiguous_format))
                     continue
                 writer.add(name, quantized.codes)
                 writer.add(f"{module}.absmax", quantized.absmax)
                 writer.add(f"{module}.codebook", quantized.codebook)
         writer.finish()
         legacy.save_adapters(staging, weights, skeleton, base_model=str(target))
-        _write_side_files(source, staging, model_config, config)
+        _write_side_files(source, staging, model_config, config, writer.digests)
         report.converted_bytes = sum(f.stat().st_size for f in staging.glob("*.safetensors"))
     return report
 
@@ -285,14 +285,20 @@ def _estimate_bytes(weights: ShardedWeights, names: dict[str, str], swapped: lis
 
 
 def _write_side_files(
-    source: Path, staging: Path, model_config: dict[str, Any], config: Blockwise8bitConfig
+    source: Path,
+    staging: Path,
+    model_config: dict[str, Any],
+    config: Blockwise8bitConfig,
+    digests: Mapping[str, str],
 ) -> None:
     skipped = {file for pattern in _WEIGHT_FILES for file in source.glob(pattern)}
     for file in {file for pattern in _SIDE_FILES for file in source.glob(pattern)} - skipped:
         shutil.copyfile(file, staging / file.name)
     quantization = json.loads(config.to_json_string(use_diff=False))
     write_json(staging / "config.json", {**model_config, "quantization_config": quantization})
-    manifest = {file.name: sha256_file(file) for file in list_files(staging)}
+    manifest = {
+        file.name: digests.get(file.name) or sha256_file(file) for file in list_files(staging)
+    }
     write_json(staging / MANIFEST, manifest)
 
 

@@ -21,7 +21,7 @@ CODEBOOK_SIZE = 256
 
 # Fine enough that the loss against exact cell sums is below 1e-6 of the error, small enough to sit
 # in a CPU cache while 200 million weights are counted.
-_HISTOGRAM_BINS = 1 << 15
+HISTOGRAM_BINS = 1 << 15
 _LLOYD_ITERATIONS = 200
 
 
@@ -43,28 +43,11 @@ def dynamic_codebook() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def normalized_histogram(
-    values: torch.Tensor, weights: torch.Tensor, bins: int = _HISTOGRAM_BINS
-) -> torch.Tensor:
-    """Count normalized weights, each block by its own weight.
-
-    Args:
-        values: (blocks, block_size) float32 in [-1, 1].
-        weights: (blocks,), what each value of a block counts; absmax squared for `fitted`.
-
-    Returns:
-        the mass in each bin over [-1, 1], float64 (bins,).
-    """
-    index = ((values + 1.0) * (bins / 2)).to(torch.int32).clamp_(0, bins - 1).flatten()
-    mass_per_value = weights.double()[:, None].expand(values.shape).flatten()
-    return torch.bincount(index, weights=mass_per_value, minlength=bins)
-
-
 def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
     """Fit 256 ascending values to a histogram by Lloyd's iteration, one of them exactly zero.
 
     Args:
-        mass: (bins,) float64 over [-1, 1], see `normalized_histogram`.
+        mass: (bins,) float64 over [-1, 1], see `blockwise.histogram`.
 
     Returns:
         float32 (256,), ascending. A tensor of zeros gets the dynamic map, which restores it

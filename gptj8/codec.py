@@ -21,16 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-from gptj8.codebooks import CODEBOOK_SIZE, dynamic_codebook, fit_codebook, normalized_histogram
+from gptj8 import blockwise, kernels
+from gptj8.codebooks import CODEBOOK_SIZE, HISTOGRAM_BINS, dynamic_codebook, fit_codebook
 from gptj8.errors import UserError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 CODEBOOKS = ("dynamic", "fitted")
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Weights handled at a time: the float32 copies of a piece stay near the CPU's caches, and an
-# embedding of 206 million rows never has a float32 copy of its own.
-_PIECE = 1 << 22
 
 
 class QuantizationError(UserError, ValueError):
@@ -79,7 +77,7 @@ def quantize_blockwise(
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
     flat = weight.detach().reshape(-1)
-    absmax = _block_absmax(flat, block_size)
+    absmax = kernels.absmax(flat, block_size)
     _refuse_non_finite(weight, absmax, name)
     if isinstance(codebook, torch.Tensor):
         table = check_codebook(codebook, name)
@@ -91,12 +89,7 @@ def quantize_blockwise(
         raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
     # A copy: tensors that share memory cannot be saved, and no caller may change another's table.
     table = table.to(weight.device, copy=True)
-
-    boundaries = _exact_midpoints(table)
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)
-    for start, normalized in _normalized_pieces(flat, absmax, block_size):
-        found = torch.bucketize(normalized, boundaries, out_int32=True)
-        codes[start : start + found.numel()] = found.flatten()[: flat.numel() - start]
+    codes = kernels.encode(flat, absmax, blockwise.exact_midpoints(table), block_size)
     return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size)
 
 
@@ -109,49 +102,26 @@ def dequantize_blockwise(
         `dtype` (float32, float16 or bfloat16), the shape and device of the codes: the float32
         product of codebook value and absmax, rounded to nearest.
     """
-    return dequantize(
-        quantized.codes, quantized.absmax, quantized.codebook, quantized.block_size, dtype
+    return kernels.dequantize(
+        quantized.codes.contiguous(),
+        quantized.absmax,
+        quantized.codebook,
+        quantized.block_size,
+        dtype,
     )
-
-
-def dequantize(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    codebook: torch.Tensor,
-    block_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`dequantize_blockwise` on bare tensors, which the caller has checked (`check_quantized`)."""
-    values = torch.index_select(codebook, 0, codes.reshape(-1).int())
-    whole = codes.numel() // block_size * block_size
-    blocks = values[:whole].view(-1, block_size)
-    blocks *= absmax[: blocks.shape[0], None]
-    if whole < codes.numel():
-        values[whole:] *= absmax[-1]
-    return values.to(dtype).view(codes.shape)
 
 
 def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
     """Return the sums of squared error and squared weight, float64. Their quotient's root is the
     relative RMS error, and sums of several tensors add up to the error of all."""
-    flat, codes = weight.detach().reshape(-1), quantized.codes.reshape(-1)
-    piece = _PIECE // quantized.block_size * quantized.block_size
-    error = norm = 0.0
-    for start in range(0, flat.numel(), piece):
-        end = min(start + piece, flat.numel())
-        first, last = start // quantized.block_size, -(-end // quantized.block_size)
-        restored = dequantize(
-            codes[start:end],
-            quantized.absmax[first:last],
-            quantized.codebook,
-            quantized.block_size,
-            torch.float32,
-        )
-        original = flat[start:end].float()
-        # A difference of near-equal float32 numbers is exact; its square is summed in float64.
-        error += float((restored - original).double().pow_(2).sum())
-        norm += float(original.double().pow_(2).sum())
-    return error, norm
+    errors, norms = kernels.squared_errors(
+        weight.detach().reshape(-1),
+        quantized.codes.reshape(-1),
+        quantized.absmax,
+        quantized.codebook,
+        quantized.block_size,
+    )
+    return float(errors.sum()), float(norms.sum())
 
 
 def check_block_size(block_size: int) -> None:
@@ -212,16 +182,6 @@ def check_quantized(
             raise QuantizationError(f"{name}: absmax[{at}] = {float(absmax[at])} is not finite")
 
 
-def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    pieces = []
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE].abs()
-        if short := -piece.numel() % block_size:
-            piece = torch.nn.functional.pad(piece, (0, short))
-        pieces.append(piece.view(-1, block_size).amax(dim=1).float())
-    return torch.cat(pieces) if pieces else flat.new_empty(0, dtype=torch.float32)
-
-
 def _refuse_non_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) -> None:
     # The largest magnitude of a block is NaN or infinite if any of its weights is.
     if bool(torch.isfinite(absmax).all()):
@@ -231,43 +191,15 @@ def _refuse_non_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) ->
     raise QuantizationError(f"{name}{position} = {value} cannot be quantized")
 
 
-def _normalized_pieces(flat: torch.Tensor, absmax: torch.Tensor, block_size: int):
-    """Yield (start, weights / absmax as float32 (blocks, block_size)); a short last block is padded
-    with zeros."""
-    blocks_a_piece = _PIECE // block_size
-    # A block of zeros would divide 0 by 0.
-    divisor = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
-    for block in range(0, absmax.numel(), blocks_a_piece):
-        start = block * block_size
-        end = min(start + _PIECE, flat.numel())
-        piece = flat[start:end].float()
-        if short := -piece.numel() % block_size:
-            piece = torch.nn.functional.pad(piece, (0, short))
-        piece = piece.view(-1, block_size)
-        yield start, piece / divisor[block : block + piece.shape[0], None]
-
-
 def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
-    # On the CPU and in order, whatever the device: sums of floats made in another order would give
-    # another codebook. Weighted relative to the largest block, so that the squares cannot overflow.
     largest = absmax.max() if absmax.numel() else absmax.new_zeros(())
     if float(largest) == 0.0:
         return dynamic_codebook()
-    weights = (absmax / largest).double().square()
-    mass: torch.Tensor | float = 0.0
-    for start, normalized in _normalized_pieces(flat, absmax, block_size):
-        block = start // block_size
-        piece_weights = weights[block : block + normalized.shape[0]].cpu()
-        piece_mass = normalized_histogram(normalized.cpu(), piece_weights)
-        padding = max(0, start + normalized.numel() - flat.numel())
-        piece_mass[piece_mass.numel() // 2] -= padding * piece_weights[-1]  # zeros, not weights
-        mass = mass + piece_mass.clamp_(min=0.0)
-    return fit_codebook(torch.as_tensor(mass))
-
-
-def _exact_midpoints(codebook: torch.Tensor) -> torch.Tensor:
-    """Return float32 (255,): for a float32 x, x > midpoint exactly if x > the value returned."""
-    exact = (codebook[1:].double() + codebook[:-1].double()) / 2
-    rounded = exact.float()
-    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    return torch.where(rounded.double() > exact, below, rounded)
+    # Squares relative to the largest block's, which cannot overflow, as whole numbers whose sum
+    # over all weights stays below 2^53: sums of those are exact, and so the codebook is the same
+    # whatever device or thread adds them up in whatever order.
+    unit = 2.0 ** (52 - math.ceil(math.log2(flat.numel())))
+    block_mass = (absmax / largest).double().square().mul_(unit).round_()
+    return fit_codebook(
+        kernels.histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS).cpu()
+    )

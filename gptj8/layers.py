@@ -17,7 +17,7 @@ would shift every block by up to 0.4 %, without a word.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -27,9 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gptj8.codebooks import CODEBOOK_SIZE
 from gptj8.codec import QuantizedTensor, dequantize_blockwise
-from gptj8.kernels import dequantize
+from gptj8.kernels import dequantize, scratch
 
 _FLOAT32_BUFFERS = ("absmax", "codebook")
+
+# Weights restored at a time: an MLP matrix of GPT-J-6B.
+_PIECE = 1 << 26
 
 
 class FrozenCodes(nn.Parameter):
@@ -71,20 +74,57 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(codes, absmax, codebook)
         ctx.block_size, ctx.transposed = block_size, transposed
-        weight = dequantize(codes, absmax, codebook, block_size, x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        return functional.linear(x, weight.t() if transposed else weight, bias)
+        pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, transposed)
+        outputs = []
+        for rows, weight in pieces:
+            part = bias if transposed or bias is None else bias[rows]
+            outputs.append(functional.linear(x, weight.t() if transposed else weight, part))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         codes, absmax, codebook = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = dequantize(codes, absmax, codebook, ctx.block_size, grad.dtype)
-            grad_x = grad.matmul(weight.t() if ctx.transposed else weight)
+            pieces = _restored_pieces(
+                codes, absmax, codebook, ctx.block_size, grad.dtype, ctx.transposed
+            )
+            for rows, weight in pieces:
+                part = grad.matmul(weight.t()) if ctx.transposed else grad[..., rows].matmul(weight)
+                grad_x = part if grad_x is None else grad_x.float().add_(part)
+            grad_x = None if grad_x is None else grad_x.to(grad.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.flatten(0, -2).float().sum(0)
         return grad_x, None, None, None, grad_bias, None, None
+
+
+def _restored_pieces(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    whole: bool,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield a matrix in pieces of at most `_PIECE` weights, each valid until the next is asked for.
+
+    Most matrices are one piece; the language-model head, the largest of all, is several.
+    """
+    rows, columns = codes.shape
+    step = rows
+    if not whole and codes.numel() > _PIECE:
+        aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
+        step = max(aligned, _PIECE // columns // aligned * aligned)
+    for start in range(0, rows, step):
+        part = codes[start : start + step]
+        first = start * columns // block_size
+        scales = absmax[first : first + -(-part.numel() // block_size)]
+        out = scratch(part.shape, dtype, codes.device)
+        yield (
+            slice(start, start + len(part)),
+            dequantize(part, scales, codebook, block_size, dtype, out),
+        )
 
 
 class Frozen8bitModule(nn.Module):

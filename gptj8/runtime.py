@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -47,6 +49,22 @@ def set_defaults() -> None:
     # A tokenizer that was used before a fork warns about it at length; there is nothing to gain
     # here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _keep_large_blocks_out_of_the_heap()
+
+
+def _keep_large_blocks_out_of_the_heap() -> None:
+    """Make glibc return tensors of 4 MB and more to the system as they are freed.
+
+    By default it takes blocks of up to 32 MB from the heap as soon as it has seen some, and small
+    tensors that live between them keep the holes: training GPT-J-6B with 512 tokens held 1.8 GB of
+    those.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    try:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    except (OSError, AttributeError):  # not glibc
+        return
 
 
 def run(main: Callable[[], object]) -> None:

@@ -6,11 +6,10 @@ as tensors only: no pickled code runs.
 
 from __future__ import annotations
 
-import functools
 import math
 import pickle
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gptj8.errors import UserError
-from gptj8.files import read_json, write_json
+from gptj8.files import read_json, sha256_file, write_json
 
-SHARD_BYTES = 1_000_000_000
-"""A written file is closed before a tensor would make it larger; also what is held in memory."""
+SHARD_BYTES = 400_000_000
+"""A written file is closed before a tensor would make it larger. Twice as much is held in memory."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -36,56 +35,45 @@ class ShardedWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.file_of: dict[str, Path] = {}
         self.total_bytes = 0
+        self._unmapped: dict[Path, dict[str, torch.Tensor]] = {}
         for file in self.files:
-            with ExitStack() as stack:
-                for name, tensor in self._open(file, stack):
-                    shape, item_bytes = _shape_and_item_bytes(tensor)
-                    self.shapes[name], self.file_of[name] = shape, file
-                    self.total_bytes += math.prod(shape) * item_bytes
+            for name, tensor in self._open(file).items():
+                shape, item_bytes = _shape_and_item_bytes(tensor)
+                self.shapes[name], self.file_of[name] = shape, file
+                self.total_bytes += math.prod(shape) * item_bytes
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in self.files:
-            with ExitStack() as stack:
-                for name, tensor in self._open(file, stack):
-                    yield name, tensor if isinstance(tensor, torch.Tensor) else tensor[:]
+        for name in self.shapes:
+            yield name, self.read(name)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 (one mapped file, as long as the object lives)
-    def _load(self, file: Path) -> dict[str, Any]:
-        return _load_torch_file(file)
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, on pages of the file where the format allows it."""
+        # The file is opened anew for each tensor: the pages of a mapped file count as this process's
+        # memory until the mapping is closed, and one file may hold a whole model.
+        tensor = self._open(self.file_of[name])[name]
+        return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
 
-    def read(self, wanted: str) -> torch.Tensor:
-        """Return one tensor."""
-        with ExitStack() as stack:
-            for name, tensor in self._open(self.file_of[wanted], stack):
-                if name == wanted:
-                    return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
-        raise KeyError(wanted)
-
-    def _open(self, file: Path, stack: ExitStack) -> Iterator[tuple[str, Any]]:
-        """Yield tensors, or slices that read nothing until they are indexed."""
+    def _open(self, file: Path) -> Mapping[str, Any]:
+        """Return a file's tensors, or slices that read nothing until they are indexed."""
+        if file in self._unmapped:
+            return self._unmapped[file]
         try:
             if self.is_safetensors:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                for name in opened.keys():
-                    yield name, opened.get_slice(name)
-            else:
-                yield from self._load(file).items()
+                opened = safe_open(file, framework="pt")
+                return {name: opened.get_slice(name) for name in opened.keys()}
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+            # Files from before torch 1.6 cannot be mapped, and are read once.
+            self._unmapped = {file: torch.load(file, map_location="cpu", weights_only=True)}
+            return self._unmapped[file]
         except pickle.UnpicklingError as error:
             raise UserError(f"{file} holds more than tensors and is not read") from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from error
-
-
-def _load_torch_file(file: Path) -> dict[str, Any]:
-    try:
-        # Mapped, so that only the tensor at hand is read.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        # Files from before torch 1.6 cannot be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _shape_and_item_bytes(tensor: Any) -> tuple[tuple[int, ...], int]:
@@ -119,7 +107,12 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Collect tensors into safetensors files of bounded size; their names need the final count."""
+    """Write tensors to safetensors files of bounded size, one in the background while the next is
+    collected. A context manager: an error inside it, or of a write, ends it without more files.
+
+    Attributes:
+        digests: SHA-256 of each file by its name, complete after `finish`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,8 +120,18 @@ class ShardWriter:
         self.pending_bytes = 0
         self.shards: list[list[str]] = []
         self.total_bytes = 0
+        self.digests: dict[str, str] = {}
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._writes: list[Future[str]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._background.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor, which nobody may change until it is written."""
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > SHARD_BYTES:
             self._write()
@@ -137,25 +140,37 @@ class ShardWriter:
         self.total_bytes += size
 
     def finish(self) -> None:
+        """Write what is left; name the files, which needs their count, and index them."""
         self._write()
+        digests = [write.result() for write in self._writes]
         count = len(self.shards)
-        if count == 1:
-            self._shard_path(0).rename(self.folder / "model.safetensors")
-            return
         weight_map = {}
         for number, names in enumerate(self.shards):
             final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            if count == 1:
+                final = "model.safetensors"
             self._shard_path(number).rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / _INDEX, index)
+            self.digests[final] = digests[number]
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_json(self.folder / _INDEX, index)
 
     def _shard_path(self, number: int) -> Path:
         return self.folder / f"shard-{number}.safetensors"
 
     def _write(self) -> None:
+        if self._writes:  # no more than two shards in memory; and a full disk ends it here
+            self._writes[-1].result()
         path = self._shard_path(len(self.shards))
-        save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library makes files that only their owner can read
         self.shards.append(list(self.pending))
+        self._writes.append(self._background.submit(_save, self.pending, path))
         self.pending, self.pending_bytes = {}, 0
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> str:
+    """Write one file and return its SHA-256."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    tensors.clear()  # the future would keep them
+    path.chmod(0o644)  # the library makes files that only their owner can read
+    return sha256_file(path)

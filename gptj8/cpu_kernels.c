@@ -1,0 +1,303 @@
+/* Block-wise 8-bit quantization on a CPU: the operations of gptj8/blockwise.py, bit for bit.
+
+   Plain C for any compiler with OpenMP; gptj8/native.py loads it and describes the arguments. Each
+   function takes a whole tensor as one row of `n` numbers in blocks of `block_size` (the last may be
+   shorter) and splits the blocks over `threads`.
+
+   Compiled without contraction into fused multiply-adds and without relaxed arithmetic: division,
+   multiplication and rounding are IEEE 754's, so the bytes are those of the torch reference. Where
+   the compiler can, each function is built for several instruction sets and the machine picks one
+   when the library is loaded. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+/* Raised whenever the meaning of a function or argument changes; native.py asks for its own. */
+#define INTERFACE 1
+
+#define MAX_BLOCK 4096
+/* Blocks at least this long get a table of all 256 products with their absmax. */
+#define TABLE_BLOCK 1024
+#define CELLS 4096
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_MACHINE
+#endif
+
+enum dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+int gptj8_interface(void) { return INTERFACE; }
+
+static inline float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/* Finite values only; an infinity would come out as 65536. */
+static inline float from_half(uint16_t half) {
+  float magnitude = as_float((uint32_t)(half & 0x7fff) << 13) * 0x1p112f;
+  return as_float(as_bits(magnitude) | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* Round to nearest, ties to even. */
+static inline uint16_t to_bfloat16(float value) {
+  uint32_t bits = as_bits(value);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Round to nearest, ties to even; what is too large becomes infinite. */
+static inline uint16_t to_half(float value) {
+  uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+  if (magnitude < 0x38800000) /* subnormal: let an addition do the rounding */
+    return (uint16_t)(sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f)));
+  magnitude += 0xfff + (magnitude >> 13 & 1);
+  return (uint16_t)(sign | (magnitude - 0x38000000) >> 13);
+}
+
+static inline int64_t length_of(int64_t block, int64_t n, int64_t block_size) {
+  int64_t left = n - block * block_size;
+  return left < block_size ? left : block_size;
+}
+
+/* Return a block as float32, in `buffer` unless it is float32 already. */
+FOR_EACH_MACHINE
+static const float *widen(const void *source, int dtype, int64_t start, int64_t length,
+                          float *buffer) {
+  if (dtype == FLOAT32) return (const float *)source + start;
+  const uint16_t *bits = (const uint16_t *)source + start;
+  if (dtype == FLOAT16)
+    for (int64_t i = 0; i < length; i++) buffer[i] = from_half(bits[i]);
+  else
+    for (int64_t i = 0; i < length; i++) buffer[i] = as_float((uint32_t)bits[i] << 16);
+  return buffer;
+}
+
+/* absmax[block] = the largest magnitude; NaN or infinite if any weight is.
+   Magnitudes are compared as integers, whose order is that of the floats, NaN last. */
+FOR_EACH_MACHINE
+static float absmax_of(const void *weight, int dtype, int64_t start, int64_t length) {
+  if (dtype == FLOAT32) {
+    const uint32_t *bits = (const uint32_t *)weight + start;
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < length; i++) {
+      uint32_t magnitude = bits[i] & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return as_float(largest);
+  }
+  const uint16_t *bits = (const uint16_t *)weight + start;
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < length; i++) {
+    uint16_t magnitude = bits[i] & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (dtype == BFLOAT16) return as_float((uint32_t)largest << 16);
+  if (largest >= 0x7c00) return largest == 0x7c00 ? INFINITY : NAN;
+  return from_half(largest);
+}
+
+void gptj8_absmax(const void *weight, int64_t dtype, int64_t n, int64_t block_size, float *absmax,
+                  int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; block++)
+    absmax[block] =
+        absmax_of(weight, dtype, block * block_size, length_of(block, n, block_size));
+}
+
+/* Bins of [-1, 1] that the weights of a block, divided by its absmax, fall into. */
+FOR_EACH_MACHINE
+static void bins_of(const float *values, int64_t length, float absmax, float half_bins, int32_t *bin) {
+  float divisor = absmax > 0 ? absmax : 1.0f;
+  for (int64_t i = 0; i < length; i++) bin[i] = (int32_t)((values[i] / divisor + 1.0f) * half_bins);
+}
+
+/* mass[bin] += block_mass[block] for each weight. The masses are whole numbers whose sums stay below
+   2^53, so that no order of adding them can change a sum. `mass` has `threads` rows of `bins`, all
+   zero; their sum is the histogram. */
+void gptj8_histogram(const void *weight, int64_t dtype, int64_t n, int64_t block_size,
+                     const float *absmax, const double *block_mass, double *mass, int64_t bins,
+                     int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int thread = 0; thread < threads; thread++) {
+    double *row = mass + thread * bins;
+    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+      float buffer[MAX_BLOCK];
+      int32_t bin[MAX_BLOCK];
+      int64_t length = length_of(block, n, block_size);
+      const float *values = widen(weight, dtype, block * block_size, length, buffer);
+      bins_of(values, length, absmax[block], (float)bins / 2, bin);
+      for (int64_t i = 0; i < length; i++) row[bin[i] < bins ? bin[i] : bins - 1] += block_mass[block];
+    }
+  }
+}
+
+/* codes[i] = how many boundaries are below values[i] / absmax.
+   first[cell] counts the boundaries in lower cells of [-1, 1]; from there, walk up. Most cells hold
+   one boundary at most, so one step is taken for all and the rest is done where it is missed. */
+FOR_EACH_MACHINE
+static void encode_block(const float *values, int64_t length, float absmax, const float *boundaries,
+                         const int32_t *first, uint8_t *codes) {
+  float divisor = absmax > 0 ? absmax : 1.0f;
+  for (int64_t start = 0; start < length; start += 256) {
+    float normalized[256];
+    int32_t code[256], missed = 0;
+    int64_t count = length - start < 256 ? length - start : 256;
+    for (int64_t i = 0; i < count; i++) {
+      float x = values[start + i] / divisor;
+      int32_t at = first[(int32_t)((x + 1.0f) * (CELLS / 2))];
+      at += boundaries[at] < x;
+      missed |= boundaries[at] < x;
+      normalized[i] = x;
+      code[i] = at;
+    }
+    if (missed)
+      for (int64_t i = 0; i < count; i++)
+        while (boundaries[code[i]] < normalized[i]) code[i]++;
+    for (int64_t i = 0; i < count; i++) codes[start + i] = (uint8_t)code[i];
+  }
+}
+
+/* `boundaries` has 256 values, the last infinite; `first` CELLS + 1. */
+void gptj8_encode(const void *weight, int64_t dtype, int64_t n, int64_t block_size, const float *absmax,
+                  const float *boundaries, const int32_t *first, uint8_t *codes, int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    float buffer[MAX_BLOCK];
+    int64_t start = block * block_size, length = length_of(block, n, block_size);
+    const float *values = widen(weight, dtype, start, length, buffer);
+    encode_block(values, length, absmax[block], boundaries, first, codes + start);
+  }
+}
+
+FOR_EACH_MACHINE
+static void restore_block(const uint8_t *codes, int64_t length, float absmax, const float *codebook,
+                          float *restored) {
+  for (int64_t i = 0; i < length; i++) restored[i] = codebook[codes[i]] * absmax;
+}
+
+/* The sum of squares of a block and of its errors, in double. */
+FOR_EACH_MACHINE
+static void squares_of(const float *values, const float *restored, int64_t length, double *error,
+                       double *norm) {
+  double errors[8] = {0}, norms[8] = {0};
+  int64_t i = 0;
+  for (; i + 8 <= length; i += 8)
+    for (int lane = 0; lane < 8; lane++) {
+      double value = values[i + lane], difference = restored[i + lane] - values[i + lane];
+      errors[lane] += difference * difference;
+      norms[lane] += value * value;
+    }
+  for (; i < length; i++) {
+    double value = values[i], difference = restored[i] - values[i];
+    errors[0] += difference * difference;
+    norms[0] += value * value;
+  }
+  *error = *norm = 0;
+  for (int lane = 0; lane < 8; lane++) *error += errors[lane], *norm += norms[lane];
+}
+
+/* error and norm: one sum a block. */
+void gptj8_squared_errors(const void *weight, int64_t dtype, int64_t n, int64_t block_size,
+                          const uint8_t *codes, const float *absmax, const float *codebook,
+                          double *error, double *norm, int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    float buffer[MAX_BLOCK], restored[MAX_BLOCK];
+    int64_t start = block * block_size, length = length_of(block, n, block_size);
+    const float *values = widen(weight, dtype, start, length, buffer);
+    restore_block(codes + start, length, absmax[block], codebook, restored);
+    squares_of(values, restored, length, error + block, norm + block);
+  }
+}
+
+/* A 256-entry table of 16-bit values, looked up for each code. */
+static void look_up_16(const uint8_t *codes, int64_t length, const uint16_t *table, uint16_t *out) {
+  for (int64_t i = 0; i < length; i++) out[i] = table[codes[i]];
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+/* 64 codes at a time: the table's low and high bytes fill four registers each, a permutation of two
+   registers looks up 128 entries, and the code's top bit chooses between two of them. */
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) static void look_up_16_vbmi(
+    const uint8_t *codes, int64_t length, const uint16_t *table, uint16_t *out) {
+  uint8_t low_bytes[256], high_bytes[256];
+  for (int k = 0; k < 256; k++) {
+    low_bytes[k] = (uint8_t)table[k];
+    high_bytes[k] = (uint8_t)(table[k] >> 8);
+  }
+  __m512i low[4], high[4];
+  for (int part = 0; part < 4; part++) {
+    low[part] = _mm512_loadu_si512(low_bytes + 64 * part);
+    high[part] = _mm512_loadu_si512(high_bytes + 64 * part);
+  }
+  /* unpacklo and unpackhi work within 128-bit lanes; this order of codes undoes that. */
+  const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  int64_t i = 0;
+  for (; i + 64 <= length; i += 64) {
+    __m512i code = _mm512_permutexvar_epi64(lanes, _mm512_loadu_si512(codes + i));
+    __mmask64 upper = _mm512_movepi8_mask(code);
+    __m512i low_byte =
+        _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], code, low[1]),
+                               _mm512_permutex2var_epi8(low[2], code, low[3]));
+    __m512i high_byte =
+        _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], code, high[1]),
+                               _mm512_permutex2var_epi8(high[2], code, high[3]));
+    _mm512_storeu_si512(out + i, _mm512_unpacklo_epi8(low_byte, high_byte));
+    _mm512_storeu_si512(out + i + 32, _mm512_unpackhi_epi8(low_byte, high_byte));
+  }
+  look_up_16(codes + i, length - i, table, out + i);
+}
+#endif
+
+FOR_EACH_MACHINE
+static void narrow(const float *values, int64_t length, int dtype, uint16_t *out) {
+  if (dtype == BFLOAT16)
+    for (int64_t i = 0; i < length; i++) out[i] = to_bfloat16(values[i]);
+  else
+    for (int64_t i = 0; i < length; i++) out[i] = to_half(values[i]);
+}
+
+void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const float *absmax,
+                      const float *codebook, void *out, int64_t dtype, int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+  void (*look_up)(const uint8_t *, int64_t, const uint16_t *, uint16_t *) = look_up_16;
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512vbmi")) look_up = look_up_16_vbmi;
+#endif
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    int64_t start = block * block_size, length = length_of(block, n, block_size);
+    if (dtype == FLOAT32) {
+      restore_block(codes + start, length, absmax[block], codebook, (float *)out + start);
+    } else if (block_size < TABLE_BLOCK) {
+      float restored[TABLE_BLOCK];
+      restore_block(codes + start, length, absmax[block], codebook, restored);
+      narrow(restored, length, dtype, (uint16_t *)out + start);
+    } else {
+      float products[256];
+      uint16_t table[256];
+      for (int k = 0; k < 256; k++) products[k] = codebook[k] * absmax[block];
+      narrow(products, 256, dtype, table);
+      look_up(codes + start, length, table, (uint16_t *)out + start);
+    }
+  }
+}

@@ -1,0 +1,167 @@
+"""The compiled kernels against the torch reference, bit for bit."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptj8 import blockwise, kernels, native
+from gptj8.codebooks import dynamic_codebook, fit_codebook
+from gptj8.codec import quantize_blockwise
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROOT = Path(__file__).parents[1]
+
+compiled = pytest.mark.skipif(
+    native.library() is None and shutil.which("cc") is None, reason="there is no compiler here"
+)
+
+
+def some_weights(dtype: torch.dtype, n: int) -> torch.Tensor:
+    """Random weights with what is awkward among them: zeros, subnormals, a block of each."""
+    weights = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    weights[::7] = 0.0
+    weights[1::11] *= 1e-6
+    if n > 12_000:
+        weights[4096:8192] = 0.0
+        weights[8192:12_288] *= torch.finfo(dtype).tiny / 8
+    return weights.to(dtype)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes: comparing values would take -0 for 0."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@compiled
+def test_the_kernels_were_compiled_where_there_is_a_compiler():
+    assert native.library() is not None
+    assert kernels.describe(torch.device("cpu")) == "compiled kernels"
+
+
+@compiled
+@pytest.mark.parametrize("n", [1, 255, 4096, 50_001])
+@pytest.mark.parametrize("block_size", [64, 512, 1024, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_operation_is_bit_equal_to_the_reference(dtype, block_size, n, threads):
+    flat = some_weights(dtype, n)
+    absmax = blockwise.absmax(flat, block_size)
+    assert torch.equal(native.absmax(flat, block_size), absmax)
+
+    block_mass = (absmax.double() * 1000).round()
+    mass = blockwise.histogram(flat, absmax, block_mass, block_size, 1 << 15)
+    assert torch.equal(native.histogram(flat, absmax, block_mass, block_size, 1 << 15), mass)
+
+    for codebook in (dynamic_codebook(), fit_codebook(mass), torch.linspace(-1, 1, 256)):
+        boundaries = blockwise.exact_midpoints(codebook)
+        codes = blockwise.encode(flat, absmax, boundaries, block_size)
+        assert torch.equal(native.encode(flat, absmax, boundaries, block_size), codes)
+
+        for out in DTYPES:
+            restored = blockwise.dequantize(codes, absmax, codebook, block_size, out)
+            ours = native.dequantize(codes, absmax, codebook, block_size, out)
+            assert torch.equal(bits(ours), bits(restored))
+
+        sums = blockwise.squared_errors(flat, codes, absmax, codebook, block_size)
+        for ours, theirs in zip(
+            native.squared_errors(flat, codes, absmax, codebook, block_size), sums, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+@compiled
+def test_a_crowded_codebook_is_searched_to_its_end():
+    # 128 boundaries in one cell of the kernel's table.
+    codebook = torch.cat([torch.linspace(0, 1e-5, 128), torch.linspace(0.5, 1, 128)])
+    flat = torch.cat([torch.linspace(0, 1.2e-5, 4095), torch.ones(1)])
+    absmax, boundaries = blockwise.absmax(flat, 4096), blockwise.exact_midpoints(codebook)
+    codes = native.encode(flat, absmax, boundaries, 4096)
+    assert torch.equal(codes, blockwise.encode(flat, absmax, boundaries, 4096))
+    assert codes.unique().numel() > 128
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [512, 4096])
+def test_every_16_bit_value_and_the_ties_between_them_round_as_torch_rounds(dtype, block_size):
+    # Blocks whose absmax is a value, or exactly between two, restored through codebook value 1.
+    values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    values = values[values.isfinite()]
+    between = ((values[1:].double() + values[:-1].double()) / 2).float()
+    absmax = torch.cat([values, between, torch.nextafter(between, torch.tensor(math.inf))])
+    absmax = torch.cat([absmax, torch.tensor([65519.0, 65520.0, 1e30, 3.4e38])])
+    codebook = torch.linspace(-1, 1, 256)
+    for code in (0, 255):  # -1 and 1
+        codes = torch.full((len(absmax) * block_size,), code, dtype=torch.uint8)
+        pieces = [slice(at, at + 2048) for at in range(0, len(absmax), 2048)]
+        for piece in pieces:
+            part = absmax[piece].contiguous()
+            ours = native.dequantize(
+                codes[: len(part) * block_size], part, codebook, block_size, dtype
+            )
+            expected = (part * codebook[code]).to(dtype)
+            assert torch.equal(bits(ours[::block_size]), bits(expected))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_absmax_shows_what_is_not_finite(dtype, value):
+    flat = torch.ones(200, dtype=dtype)
+    flat[70] = value
+    assert native.absmax(flat, 64).isfinite().tolist() == [True, False, True, True]
+
+
+def test_a_tensor_that_is_not_contiguous_is_quantized_as_its_copy():
+    weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(1)).t()
+    assert torch.equal(
+        quantize_blockwise(weight, 64).codes, quantize_blockwise(weight.contiguous(), 64).codes
+    )
+
+
+@pytest.mark.parametrize("replacement", ["absent", "of another interface", "wrong"])
+def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
+    if replacement == "of another interface" and shutil.which("cc") is None:
+        pytest.skip("there is no compiler here")
+    package = tmp_path / "gptj8"
+    shutil.copytree(ROOT / "gptj8", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if replacement != "absent":
+        source = (package / "cpu_kernels.c").read_text()
+        if replacement == "wrong":
+            source = source.replace("at += boundaries[at] < x", "at += 1")
+        else:
+            source = source.replace("#define INTERFACE ", "#define INTERFACE 9")
+        (tmp_path / "kernels.c").write_text(source)
+        suffix = next(iter(native.importlib.machinery.EXTENSION_SUFFIXES))
+        library = package / f"_cpu_kernels{suffix}"
+        command = ["cc", "-shared", "-fPIC", "-fopenmp", "-o", library, tmp_path / "kernels.c"]
+        subprocess.run(command, check=True)
+    script = (
+        "import torch, gptj8; from gptj8 import kernels;"
+        "torch.manual_seed(0); q = gptj8.quantize_blockwise(torch.randn(99, 100), 64);"
+        "print(kernels.describe(torch.device('cpu')), q.codes.long().sum().item(),"
+        "q.codebook.double().sum().item(),"
+        "gptj8.dequantize_blockwise(q, torch.bfloat16).double().sum().item())"
+    )
+    here = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert here.stdout.startswith("compiled kernels") or shutil.which("cc") is None
+    assert there.stdout.startswith("bitsandbytes' operator")
+    assert here.stdout.split()[2:] == there.stdout.split()[2:]
+    assert ("disagree" in there.stderr) == (replacement == "wrong")
