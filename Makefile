@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test ui lint lock clean
+.PHONY: repro test bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -18,6 +18,10 @@ repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 
 test: $(INSTALLED) ## the fast tests
 	python -m pytest
+
+bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`
+	python -m benchmarks.codec data/models/tiny-gptj/model
+	python -m benchmarks.perplexity
 
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
 	gptj8 ui
@@ -39,7 +43,7 @@ lock: ## pin the newest versions of everything in requirements.txt
 clean: ## remove the environment; data, models and runs stay
 	rm -rf $(VENV)
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml gptj8/cpu_kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d; gptj8 needs 3.11 or newer (make PYTHON=python3.11 ...)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -170,7 +171,8 @@ def run(step: str, *folders: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("--step", choices=STEPS, help="run one step here; its folders follow")
+    parser.add_argument("--runs", type=int, default=3, help="of copying and converting, in turns")
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.step:
@@ -180,12 +182,14 @@ def main() -> None:
     (folder,) = arguments.folders
     source, converted = folder / "float16", folder / "8bit"
     run("make", source)
-    copied = run("copy", source, folder / "copy")
-    made = run("convert", source, converted)
+    ratios = []
+    for _ in range(arguments.runs):
+        copied = run("copy", source, folder / "copy")
+        ratios.append(run("convert", source, converted)["seconds"] / copied["seconds"])
     loaded = run("load", converted)
     run("train", converted)
     size = sum(f.stat().st_size for f in converted.glob("*.safetensors")) / 1e9
-    print(f"conversion takes {made['seconds'] / copied['seconds']:.2f}x the time of copying")
+    print(f"conversion takes {statistics.median(ratios):.2f}x the time of copying")
     print(f"loading peaks at {loaded['peak_gb'] / size:.2f}x of the file's {size:.3f} GB")
 
 

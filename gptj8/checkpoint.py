@@ -23,21 +23,18 @@ from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.errors import UserError
 from gptj8.files import (
     format_bytes,
-    list_files,
     read_json,
     replace_directory,
     require_free_space,
-    sha256_file,
     write_json,
 )
 from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swap_modules
 from gptj8.layers import Frozen8bitModule
+from gptj8.manifest import MANIFEST, write_manifest
 from gptj8.shards import ShardedWeights, ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MANIFEST = "manifest.json"
 
 _WEIGHT_PATTERNS = ("*.safetensors*", "pytorch_model*.bin*")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -125,6 +122,7 @@ def convert_checkpoint(
     swapped = swap_modules(skeleton, config)
     if not swapped:
         raise UserError(f"{source}: nothing to convert, every module is skipped")
+    _refuse_what_stays_large(skeleton, config.skip_modules, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     names = _match_names(weights, skeleton, source, report)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
@@ -200,6 +198,27 @@ def _build_skeleton(source: Path) -> PreTrainedModel:
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source} is not a causal language model: {reason}") from error
+
+
+def _refuse_what_stays_large(
+    skeleton: PreTrainedModel, skip_modules: list[str], source: Path
+) -> None:
+    """Refuse a model most of whose weights are in modules that have no 8-bit twin, naming them."""
+    large = {}
+    for name, module in skeleton.named_modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        if own and not isinstance(module, Frozen8bitModule) and not is_skipped(name, skip_modules):
+            large[f"{name} ({type(module).__name__})"] = own
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    share = sum(large.values()) / parameters
+    if share > 0.5:
+        first = sorted(large, key=lambda name: -large[name])[:3]
+        raise UserError(
+            f"{source}: {share:.0%} of the weights are in modules that are no Linear, Conv1D or "
+            f"Embedding and have no 8-bit form: {', '.join(first)}"
+            + (f" and {len(large) - 3} more" if len(large) > 3 else "")
+            + "; name them in skip_modules to convert the rest"
+        )
 
 
 def _match_names(
@@ -296,10 +315,7 @@ def _write_side_files(
         shutil.copyfile(file, staging / file.name)
     quantization = json.loads(config.to_json_string(use_diff=False))
     write_json(staging / "config.json", {**model_config, "quantization_config": quantization})
-    manifest = {
-        file.name: digests.get(file.name) or sha256_file(file) for file in list_files(staging)
-    }
-    write_json(staging / MANIFEST, manifest)
+    write_manifest(staging, digests)
 
 
 def summarize(report: ConversionReport) -> str:

@@ -37,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(command=_convert)
 
+    verify = commands.add_parser("verify", help="compare a model's files with its manifest")
+    verify.add_argument("model", metavar="DIR", help="a converted model")
+    verify.set_defaults(command=_verify)
+
     summary = commands.add_parser("summary", help="print what the last run measured")
     summary.set_defaults(command=_summary)
 
@@ -97,6 +101,18 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     config = Blockwise8bitConfig(arguments.block_size, arguments.codebook, arguments.skip)
     print(summarize(convert_checkpoint(arguments.source, arguments.target, config)))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from gptj8.checkpoint import check_model_directory, check_tensors
+    from gptj8.manifest import MANIFEST, verify_manifest
+
+    check_model_directory(arguments.model)
+    files = verify_manifest(arguments.model)
+    if files is None:
+        raise UserError(f"{arguments.model} has no {MANIFEST}; only what gptj8 writes has one")
+    check_tensors(arguments.model)
+    print(f"{arguments.model}: {files} files are as they were written")
 
 
 def _summary(arguments: argparse.Namespace) -> None:

@@ -57,6 +57,9 @@ class FrozenCodes(nn.Parameter):
                 "an adapter cannot be merged into 8-bit weights; restore them first: "
                 "model = model.dequantize(torch.float32), then load the adapter and merge it"
             )
+        if getattr(func, "__module__", "") in ("torch.nn.init", "transformers.initialization"):
+            # transformers draws random weights for what it leaves on the disk; codes have none.
+            return args[0] if args else (kwargs or {})["tensor"]
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             # `weight.data` and its clone are what PEFT adds to; everything else is a plain tensor.

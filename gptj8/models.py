@@ -9,6 +9,7 @@ import torch
 
 from gptj8.checkpoint import check_model_directory, check_tensors
 from gptj8.errors import UserError
+from gptj8.manifest import verify_manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,11 +45,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a causal language model, converted or original, in eval mode.
 
-    Code from the model directory is never run, and pickles are read as tensors only.
+    Code from the model directory is never run, and pickles are read as tensors only. A directory
+    with a manifest is compared with it first.
     """
     from transformers import AutoModelForCausalLM
 
     check_model_directory(path)
+    verify_manifest(path)
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
     placement = {"device_map": "auto"} if device.type == "cuda" else {}

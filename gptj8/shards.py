@@ -21,7 +21,7 @@ from gptj8.errors import UserError
 from gptj8.files import read_json, sha256_file, write_json
 
 SHARD_BYTES = 400_000_000
-"""A written file is closed before a tensor would make it larger. Twice as much is held in memory."""
+"""A written file is closed before a tensor would make it larger; two are held in memory."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -48,8 +48,8 @@ class ShardedWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, on pages of the file where the format allows it."""
-        # The file is opened anew for each tensor: the pages of a mapped file count as this process's
-        # memory until the mapping is closed, and one file may hold a whole model.
+        # The file is opened anew for each tensor: the pages of a mapped file count as memory of the
+        # process until the mapping is closed, and one file may hold a whole model.
         tensor = self._open(self.file_of[name])[name]
         return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
 

@@ -3,15 +3,25 @@
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTJForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import gptj8
 from gptj8 import shards
 from gptj8.errors import UserError
+from gptj8.models import load_model
 from tests.conftest import gptj_config
 
 CONFIG = gptj8.Blockwise8bitConfig(block_size=256)
@@ -225,3 +235,60 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(tiny_model_dir, tmp_p
     with pytest.raises(UserError, match=r"needs .* and the disk has .* free"):
         gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", CONFIG)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_modules_without_a_twin_is_refused_by_their_names(tmp_path):
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    message = r"9\d% of the weights .* model\.layers\.0\.mlp\.experts \(MixtralExperts\)"
+    with pytest.raises(UserError, match=message):
+        gptj8.convert_checkpoint(tmp_path / "moe", tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import sys, gptj8
+from gptj8 import shards
+shards.SHARD_BYTES = 20_000  # a file every few tensors
+gptj8.convert_checkpoint(sys.argv[1], sys.argv[2], gptj8.Blockwise8bitConfig(block_size=256))
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads_and_is_repeated(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    target, staging = tmp_path / "out", tmp_path / ".out.incomplete"
+    command = [sys.executable, "-c", KILLED, str(tiny_model_dir), str(target)]
+
+    def kill_when(moment):
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not moment():
+                time.sleep(0.0005)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+
+    def written(files):
+        return lambda: staging.is_dir() and len(list(staging.iterdir())) >= files
+
+    for moment in (written(1), written(5)):
+        kill_when(moment)
+        assert staging.is_dir() and not target.exists()
+        with pytest.raises(UserError, match="is not a directory"):
+            load_model(target, torch.float32, torch.device("cpu"))
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert not staging.exists()
+
+    undisturbed = tmp_path / "undisturbed"
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    gptj8.convert_checkpoint(tiny_model_dir, undisturbed, CONFIG)
+    files = sorted(f.name for f in undisturbed.iterdir())
+    assert len(files) > 8 and files == sorted(f.name for f in target.iterdir())
+    assert all((target / f).read_bytes() == (undisturbed / f).read_bytes() for f in files)

@@ -152,19 +152,47 @@ def test_merging_after_restoring_is_right(tiny_8bit_dir, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+CONTINUE = """
+import sys, bitsandbytes, torch, gptj8
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+def continued(model, answers):
+    ids = torch.arange(1, 25).view(2, 12)
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    # From 64 weights on in 8 bits, or the optimizer would keep matrices this small in 32.
+    optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=1e-2, min_8bit_size=64)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    save_file({**state, "logits": model(ids).logits.detach()}, answers)
+
+if __name__ == "__main__":
+    continued(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+"""
+
+
 def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, tmp_path):
-    """Quantize, save, load in a new process, go on: bit for bit what the first process computes."""
+    """Quantize, save, load in a new process, train on: bit for bit what the first one computes."""
     config = gptj8.Blockwise8bitConfig(block_size=256)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
     model.save_pretrained(tmp_path / "model")
-    torch.save({"ids": IDS, "logits": model(IDS).logits.detach()}, tmp_path / "expected.pt")
-    code = (
-        "import sys, torch, gptj8\nfrom transformers import AutoModelForCausalLM\n"
-        "folder = sys.argv[1]\nexpected = torch.load(folder + '/expected.pt', weights_only=True)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder + '/model').eval()\n"
-        "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    (tmp_path / "continue.py").write_text(CONTINUE)
+    script = [sys.executable, tmp_path / "continue.py", tmp_path / "model", tmp_path / "reloaded"]
+    subprocess.run(script, check=True)
+    namespace: dict = {"__name__": "here"}
+    exec(CONTINUE, namespace)
+    namespace["continued"](model, tmp_path / "never-saved")
+    ours, theirs = load_file(tmp_path / "reloaded"), load_file(tmp_path / "never-saved")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    moved = [n for n in ours if "lora_B" in n]
+    assert all(bool(ours[name].any()) for name in moved) and len(moved) == 12
 
 
 @pytest.mark.parametrize(
@@ -185,6 +213,7 @@ def test_damaged_scales_are_refused_by_name(tiny_8bit_dir, tmp_path, part, chang
     name = f"transformer.h.1.mlp.fc_in.{part}"
     state[name] = change(state[name]).contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "manifest.json").unlink()  # it would name the file, and not the tensor
     with pytest.raises((ValueError, RuntimeError, UserError), match=message) as caught:
         load_model(folder, torch.float32, torch.device("cpu"))
     assert "fc_in" in str(caught.value)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from gptj8 import layers
 from gptj8.codec import quantize_blockwise
 from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
 
@@ -91,6 +92,27 @@ def test_autocast_computes_in_its_dtype(make):
         ours, theirs = frozen(x), twin(x)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("block_size", [64, 256], ids=lambda b: f"block{b}")
+@pytest.mark.parametrize("columns", [48, 64, 80])
+def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, block_size):
+    torch.manual_seed(4)
+    original = nn.Linear(columns, 100)
+    frozen = frozen_twin(original, block_size, torch.float32)
+    frozen.load_quantized(quantize_blockwise(original.weight, block_size, "fitted"))
+    x = torch.randn(3, 5, columns)
+    twin = full_precision_twin(frozen, torch.float32)
+    monkeypatch.setattr(layers, "_PIECE", 1500)
+    q = frozen.quantized_weight
+    pieces = layers._restored_pieces(
+        q.codes, q.absmax, q.codebook, block_size, torch.float32, whole=False
+    )
+    assert len(list(pieces)) > 3
+    torch.testing.assert_close(frozen(x), twin(x), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(frozen, x, None), gradients(twin, x, None), strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_output_may_be_changed_in_place():

@@ -1,0 +1,67 @@
+"""What a directory held when it was written: a SHA-256 for each file, in `manifest.json`.
+
+safetensors has no checksum: a flipped bit in a weight loads without a word. A converted model
+carries this manifest, and the pipeline compares before it uses the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from gptj8.errors import UserError
+from gptj8.files import list_files, read_json, sha256_file, write_json
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Record every file below `folder`.
+
+    Args:
+        known: digests by relative path of files that were hashed as they were written.
+    """
+    digests = {}
+    for file in list_files(folder):
+        name = file.relative_to(folder).as_posix()
+        digests[name] = (known or {}).get(name) or sha256_file(file)
+    write_json(folder / MANIFEST, digests)
+
+
+def verify_manifest(folder: str | Path) -> int | None:
+    """Compare a directory with its manifest; all its bytes are read.
+
+    Returns:
+        how many files are as they were written; None where there is no manifest.
+
+    Raises:
+        UserError: a line for each file that is altered, missing or, if it holds weights, added.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return None
+    expected = read_json(folder / MANIFEST)
+    if not isinstance(expected, dict) or not all(
+        isinstance(digest, str) and _is_inside(name) for name, digest in expected.items()
+    ):
+        raise UserError(f"{folder / MANIFEST} is no manifest: digests by relative path")
+    problems = []
+    for name, digest in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{file} is missing; {MANIFEST} lists it")
+        elif (actual := sha256_file(file)) != digest:
+            problems.append(
+                f"{file} was altered: its SHA-256 is {actual}, and {MANIFEST} says {digest}"
+            )
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in expected:
+            problems.append(f"{file} is not in {MANIFEST}; it is no part of this model")
+    if problems:
+        raise UserError("\n".join(problems))
+    return len(expected)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

@@ -1,0 +1,129 @@
+"""What transformers, PEFT, accelerate and DDP do with an 8-bit model, with no special call."""
+
+import pytest
+import torch
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import gptj8
+from gptj8.layers import Frozen8bitLinear
+
+IDS = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+ON_THE_FLY = {"quantization_config": gptj8.Blockwise8bitConfig(block_size=256)}
+
+
+@pytest.fixture(params=["converted", "on-the-fly"])
+def source(request, tiny_model_dir, tiny_8bit_dir):
+    """Arguments of from_pretrained for the same 8-bit model."""
+    return (tiny_8bit_dir, {}) if request.param == "converted" else (tiny_model_dir, ON_THE_FLY)
+
+
+def gradients(model, batch):
+    model(input_ids=batch, labels=batch).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=["auto", "cpu"])
+def test_a_device_map_places_the_model(source, device_map):
+    path, arguments = source
+    placed = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, **arguments)
+    plain = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    assert isinstance(placed.lm_head, Frozen8bitLinear)
+    assert torch.equal(placed(IDS).logits, plain(IDS).logits)
+
+
+def test_layers_that_do_not_fit_are_kept_on_the_disk(tiny_8bit_dir, tmp_path):
+    """What device_map="auto" does with a model larger than the machine's memory."""
+    device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    device_map |= {"transformer.ln_f": "cpu", "transformer.drop": "cpu", "lm_head": "disk"}
+    placed = AutoModelForCausalLM.from_pretrained(
+        tiny_8bit_dir, device_map=device_map, offload_folder=tmp_path
+    )
+    assert placed.transformer.h[1].mlp.fc_in.weight.device.type == "meta"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    with torch.no_grad():
+        assert torch.equal(placed(IDS).logits, plain(IDS).logits)
+
+
+def test_trainer_accepts_the_model(source, tmp_path):
+    path, arguments = source
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    settings = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        optim="adamw_bnb_8bit",
+        gradient_checkpointing=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    result = Trainer(model, settings, train_dataset=rows).train()
+    assert result.training_loss > 0
+    assert all(bool(p.detach().any()) for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+def test_biases_are_trained_beside_lora(tiny_8bit_dir, which):
+    def biases(model):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["fc_in"], bias=which, init_lora_weights=False)
+        found = gradients(get_peft_model(model, config), IDS)
+        return {n: g for n, g in found.items() if n.endswith("bias")}
+
+    load = AutoModelForCausalLM.from_pretrained
+    ours, theirs = biases(load(tiny_8bit_dir)), biases(load(tiny_8bit_dir).dequantize())
+    assert len(ours) == (2 if which == "lora_only" else 8)  # ln_1, fc_in, fc_out; ln_f, lm_head
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_layer_norms_are_tuned_through_peft(tiny_8bit_dir):
+    def norms(model):
+        config = LNTuningConfig(target_modules=["ln_1", "ln_f"])
+        return gradients(get_peft_model(model, config), IDS)
+
+    load = AutoModelForCausalLM.from_pretrained
+    ours, theirs = norms(load(tiny_8bit_dir)), norms(load(tiny_8bit_dir).dequantize())
+    assert len(ours) == 6
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_without_gradients_nothing_is_kept(tiny_8bit_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    expected = model(IDS).logits
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+        assert not model(IDS).logits.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def _worker(rank: int, model: torch.nn.Module, port_file: str, answers) -> None:
+    distributed.init_process_group("gloo", f"file://{port_file}", rank=rank, world_size=2)
+    parallel = DistributedDataParallel(model)
+    batch = IDS[2 * rank : 2 * rank + 2]
+    parallel(input_ids=batch, labels=batch).loss.backward()
+    if rank == 0:
+        answers.update({n: p.grad.tolist() for n, p in model.named_parameters() if p.requires_grad})
+    distributed.destroy_process_group()
+
+
+def test_data_parallel_workers_get_the_model_and_agree_with_one_process(tiny_8bit_dir, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(model, config)
+    with multiprocessing.Manager() as manager:
+        answers = manager.dict()
+        multiprocessing.spawn(_worker, (model, str(tmp_path / "meet"), answers), nprocs=2)
+        averaged = {name: torch.tensor(values) for name, values in answers.items()}
+    alone = gradients(model, IDS)  # rows are of one length: the mean of two means is the mean
+    assert averaged.keys() == alone.keys() and len(alone) == 4
+    for name, gradient in alone.items():
+        torch.testing.assert_close(averaged[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
