@@ -36,7 +36,7 @@ lock: ## pin the newest versions of everything in requirements.txt
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet '.[dev]'
 	sed -n '/^#/p' requirements.txt > requirements.new
-	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude gptj8 | sed 's/+cpu$$//' >> requirements.new
+	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude gptj8 | sed -e 's/+cpu$$//' -e "s/^triton==.*/& ; sys_platform == 'linux' and platform_machine == 'x86_64'/" >> requirements.new
 	mv requirements.new requirements.txt
 	rm -rf .venv-lock
 

@@ -16,7 +16,6 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Blockwise8bitConfig": "gptj8.integration",
-    "Blockwise8bitTensor": "gptj8.codec",
     "convert_checkpoint": "gptj8.checkpoint",
     "dequantize_blockwise": "gptj8.codec",
     "quantize_blockwise": "gptj8.codec",

@@ -105,10 +105,11 @@ def convert_checkpoint(
     source, target = Path(source_dir), Path(target_dir)
     check_model_directory(source)
     model_config = read_json(source / "config.json")
-    if "quantization_config" in model_config:
-        method = model_config["quantization_config"].get("quant_method")
+    if quantization := model_config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(f"{source} is already quantized ({method}); convert the original model")
 
+    _check_target(target)
     weights = ShardedWeights(source)
     stored = legacy.quantized_modules(weights.shapes)
     if stored:
@@ -165,10 +166,11 @@ def check_model_directory(path: str | Path) -> None:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"model.path = {path} is not a directory; see data/models for recipes")
+        raise UserError(f"{path} is not a directory; a model is one, as save_pretrained writes it")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
-    if not read_json(path / "config.json").get("model_type"):
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict) or not config.get("model_type"):
         raise UserError(f"{path}/config.json names no model_type")
     if not any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
         raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
@@ -183,9 +185,30 @@ def check_tensors(path: str | Path) -> None:
     path = Path(path)
     skeleton = _build_skeleton(path)
     quantization = read_json(path / "config.json").get("quantization_config")
-    if quantization and quantization.get("quant_method") == QUANT_METHOD:
+    weights = ShardedWeights(path)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         swap_modules(skeleton, Blockwise8bitConfig(**quantization))
-    _match_names(ShardedWeights(path), skeleton, path, ConversionReport())
+        missing = [
+            f"{name}.{part}"
+            for name, module in skeleton.named_modules()
+            if isinstance(module, Frozen8bitModule) and f"{name}.weight" in weights.shapes
+            for part in ("absmax", "codebook")
+            if f"{name}.{part}" not in weights.shapes
+        ]
+        if missing:
+            raise UserError(
+                "\n".join(f"{path}: the checkpoint has no tensor {name}" for name in missing[:5])
+            )
+    _match_names(weights, skeleton, path, ConversionReport())
+
+
+def _check_target(target: Path) -> None:
+    """Refuse before the work what could not be put in place after it."""
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{target} is a link to {target.readlink()}, which does not exist")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{target} cannot be made: {parent} is a file")
 
 
 def _build_skeleton(source: Path) -> PreTrainedModel:
@@ -195,7 +218,15 @@ def _build_skeleton(source: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        AttributeError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source} is not a causal language model: {reason}") from error
 

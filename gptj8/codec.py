@@ -23,16 +23,12 @@ import torch
 
 from gptj8 import blockwise, kernels
 from gptj8.codebooks import CODEBOOK_SIZE, HISTOGRAM_BINS, dynamic_codebook, fit_codebook
-from gptj8.errors import UserError
+from gptj8.errors import QuantizationError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 CODEBOOKS = ("dynamic", "fitted")
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class QuantizationError(UserError, ValueError):
-    """A tensor, block size or codebook that cannot be quantized or restored, named."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def quantize_blockwise(
     check_block_size(block_size)
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
-    flat = weight.detach().reshape(-1)
+    flat = _flat(weight)
     absmax = kernels.absmax(flat, block_size)
     _refuse_non_finite(weight, absmax, name)
     if isinstance(codebook, torch.Tensor):
@@ -103,7 +99,7 @@ def dequantize_blockwise(
         product of codebook value and absmax, rounded to nearest.
     """
     return kernels.dequantize(
-        quantized.codes.contiguous(),
+        quantized.codes,
         quantized.absmax,
         quantized.codebook,
         quantized.block_size,
@@ -114,8 +110,12 @@ def dequantize_blockwise(
 def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
     """Return the sums of squared error and squared weight, float64. Their quotient's root is the
     relative RMS error, and sums of several tensors add up to the error of all."""
+    if weight.shape != quantized.codes.shape:
+        raise QuantizationError(
+            f"the weight has shape {tuple(weight.shape)}, its codes {tuple(quantized.codes.shape)}"
+        )
     errors, norms = kernels.squared_errors(
-        weight.detach().reshape(-1),
+        _flat(weight),
         quantized.codes.reshape(-1),
         quantized.absmax,
         quantized.codebook,
@@ -126,7 +126,7 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
 
 def check_block_size(block_size: int) -> None:
     """Raise QuantizationError unless the block size is one that every backend supports."""
-    if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise QuantizationError(f"block_size = {block_size!r} is none of {sizes}")
 
@@ -180,6 +180,11 @@ def check_quantized(
         if not bool(torch.isfinite(absmax).all()):
             at = int((~torch.isfinite(absmax)).nonzero()[0])
             raise QuantizationError(f"{name}: absmax[{at}] = {float(absmax[at])} is not finite")
+
+
+def _flat(weight: torch.Tensor) -> torch.Tensor:
+    # A view may be strided, and negative only by a flag; kernels read memory as it is.
+    return weight.detach().resolve_neg().reshape(-1).contiguous()
 
 
 def _refuse_non_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) -> None:

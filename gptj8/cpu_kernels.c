@@ -18,7 +18,7 @@
 #endif
 
 /* Raised whenever the meaning of a function or argument changes; native.py asks for its own. */
-#define INTERFACE 1
+#define INTERFACE 2
 
 #define MAX_BLOCK 4096
 /* Blocks at least this long get a table of all 256 products with their absmax. */
@@ -300,4 +300,167 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
       look_up(codes + start, length, table, (uint16_t *)out + start);
     }
   }
+}
+
+/* Products with few rows of x, straight from the codes.
+
+   y[t][r] = sum over the blocks of row r of absmax * sum of codebook[codes[r][c]] * x[t][c]
+
+   A block may begin or end inside a row. One byte a weight is read and no restored weight is
+   written: memory, which bounds a product with few rows, moves a fifth of what restoring takes. */
+
+#define MAX_ROWS 8
+
+static inline int64_t segment_end(int64_t at, int64_t row_end, int64_t block_size) {
+  int64_t end = (at / block_size + 1) * block_size;
+  return end < row_end ? end : row_end;
+}
+
+/* sums[t] += codebook[codes[i]] * x[t][i], in 16 running sums each. */
+FOR_EACH_MACHINE
+static void multiply_add(const uint8_t *codes, int64_t length, const float *codebook, const float *x,
+                         int64_t stride, int64_t rows, float scale, float *sums) {
+  for (int64_t start = 0; start < length; start += 256) {
+    float restored[256];
+    int64_t count = length - start < 256 ? length - start : 256;
+    for (int64_t i = 0; i < count; i++) restored[i] = codebook[codes[start + i]];
+    for (int64_t t = 0; t < rows; t++) {
+      const float *values = x + t * stride + start;
+      float lanes[16] = {0}, sum = 0;
+      int64_t i = 0;
+      for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; lane++) lanes[lane] += restored[i + lane] * values[i + lane];
+      for (; i < count; i++) lanes[0] += restored[i] * values[i];
+      for (int lane = 0; lane < 16; lane++) sum += lanes[lane];
+      sums[t] += scale * sum;
+    }
+  }
+}
+
+/* x float32 (rows, in), y float32 (rows, out); rows at most MAX_ROWS. */
+void gptj8_linear_float32(const float *x, int64_t rows, const uint8_t *codes, int64_t out,
+                          int64_t in, int64_t block_size, const float *absmax,
+                          const float *codebook, float *y, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < out; r++) {
+    float sums[MAX_ROWS] = {0};
+    int64_t row = r * in, row_end = row + in;
+    for (int64_t at = row; at < row_end;) {
+      int64_t end = segment_end(at, row_end, block_size);
+      multiply_add(codes + at, end - at, codebook, x + (at - row), in, rows,
+                   absmax[at / block_size], sums);
+      at = end;
+    }
+    for (int64_t t = 0; t < rows; t++) y[t * out + r] = sums[t];
+  }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")))
+
+/* 64 codes -> 64 bfloat16 values in the order that unpacking bytes leaves them in: `x` is brought
+   into the same order once, a dot product does not mind. */
+typedef struct {
+  __m512i low[4], high[4];
+} byte_tables;
+
+WITH_BFLOAT16 static inline void look_up_64(const uint8_t *codes, const byte_tables *tables,
+                                            __m512bh *first, __m512bh *second) {
+  __m512i code = _mm512_loadu_si512(codes);
+  __mmask64 upper = _mm512_movepi8_mask(code);
+  __m512i low = _mm512_mask_blend_epi8(
+      upper, _mm512_permutex2var_epi8(tables->low[0], code, tables->low[1]),
+      _mm512_permutex2var_epi8(tables->low[2], code, tables->low[3]));
+  __m512i high = _mm512_mask_blend_epi8(
+      upper, _mm512_permutex2var_epi8(tables->high[0], code, tables->high[1]),
+      _mm512_permutex2var_epi8(tables->high[2], code, tables->high[3]));
+  *first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+  *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
+}
+
+/* One row of codes with ROWS rows of x; a constant, so that the sums stay in registers. */
+#define DEFINE_ROW(ROWS)                                                                          \
+  WITH_BFLOAT16 static void row_##ROWS(const uint8_t *codes, int64_t row, int64_t in,             \
+                                       int64_t block_size, const float *absmax,                   \
+                                       const byte_tables *tables, const uint16_t *x, float *sums) { \
+    __m512 totals[ROWS];                                                                          \
+    for (int t = 0; t < ROWS; t++) totals[t] = _mm512_setzero_ps();                               \
+    for (int64_t at = row; at < row + in;) {                                                      \
+      int64_t end = segment_end(at, row + in, block_size);                                        \
+      __m512 scale = _mm512_set1_ps(absmax[at / block_size]);                                     \
+      __m512 part[ROWS];                                                                          \
+      for (int t = 0; t < ROWS; t++) part[t] = _mm512_setzero_ps();                               \
+      for (; at < end; at += 64) {                                                                \
+        __m512bh first, second;                                                                   \
+        look_up_64(codes + at, tables, &first, &second);                                          \
+        for (int t = 0; t < ROWS; t++) {                                                          \
+          const uint16_t *values = x + t * in + (at - row);                                       \
+          part[t] = _mm512_dpbf16_ps(part[t], first, (__m512bh)_mm512_loadu_si512(values));       \
+          part[t] = _mm512_dpbf16_ps(part[t], second, (__m512bh)_mm512_loadu_si512(values + 32)); \
+        }                                                                                         \
+      }                                                                                           \
+      for (int t = 0; t < ROWS; t++) totals[t] = _mm512_fmadd_ps(part[t], scale, totals[t]);      \
+    }                                                                                             \
+    for (int t = 0; t < ROWS; t++) sums[t] = _mm512_reduce_add_ps(totals[t]);                     \
+  }
+
+DEFINE_ROW(1)
+DEFINE_ROW(2)
+DEFINE_ROW(3)
+DEFINE_ROW(4)
+DEFINE_ROW(5)
+DEFINE_ROW(6)
+DEFINE_ROW(7)
+DEFINE_ROW(8)
+
+WITH_BFLOAT16 static void linear_bfloat16(const uint16_t *x, int64_t rows, const uint8_t *codes,
+                                          int64_t out, int64_t in, int64_t block_size,
+                                          const float *absmax, const float *codebook, uint16_t *y,
+                                          uint16_t *ordered, int64_t threads) {
+  static void (*const kernels[])(const uint8_t *, int64_t, int64_t, int64_t, const float *,
+                                 const byte_tables *, const uint16_t *, float *) = {
+      row_1, row_2, row_3, row_4, row_5, row_6, row_7, row_8};
+  uint8_t low_bytes[256], high_bytes[256];
+  for (int k = 0; k < 256; k++) {
+    uint16_t value = to_bfloat16(codebook[k]);
+    low_bytes[k] = (uint8_t)value;
+    high_bytes[k] = (uint8_t)(value >> 8);
+  }
+  byte_tables tables;
+  for (int part = 0; part < 4; part++) {
+    tables.low[part] = _mm512_loadu_si512(low_bytes + 64 * part);
+    tables.high[part] = _mm512_loadu_si512(high_bytes + 64 * part);
+  }
+  for (int64_t at = 0; at < rows * in; at += 64)
+    for (int eight = 0; eight < 8; eight++) /* groups 0 2 4 6, then 1 3 5 7 */
+      memcpy(ordered + at + 8 * eight, x + at + 8 * (eight < 4 ? 2 * eight : 2 * eight - 7),
+             8 * sizeof *x);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < out; r++) {
+    float sums[MAX_ROWS];
+    kernels[rows - 1](codes, r * in, in, block_size, absmax, &tables, ordered, sums);
+    for (int64_t t = 0; t < rows; t++) y[t * out + r] = to_bfloat16(sums[t]);
+  }
+}
+#endif
+
+/* Whether this machine has what `gptj8_linear_bfloat16` takes; elsewhere that does nothing. */
+int gptj8_multiplies_bfloat16(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
+}
+
+/* x and y bfloat16; `in` a multiple of 64; `ordered` has room for a copy of x. */
+void gptj8_linear_bfloat16(const uint16_t *x, int64_t rows, const uint8_t *codes, int64_t out,
+                           int64_t in, int64_t block_size, const float *absmax,
+                           const float *codebook, uint16_t *y, uint16_t *ordered, int64_t threads) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  linear_bfloat16(x, rows, codes, out, in, block_size, absmax, codebook, y, ordered, threads);
+#else
+  (void)x, (void)rows, (void)codes, (void)out, (void)in, (void)block_size, (void)absmax;
+  (void)codebook, (void)y, (void)ordered, (void)threads;
+#endif
 }

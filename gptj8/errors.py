@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The exceptions whose message is meant for the person at the terminal."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the thing, the value and the way out. Stages and the command
     line print it without a traceback and exit with code 2 (`gptj8.runtime.run`).
     """
+
+
+class QuantizationError(UserError, ValueError):
+    """A tensor, block size or codebook that cannot be quantized or restored, named."""

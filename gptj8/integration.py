@@ -68,6 +68,12 @@ class Blockwise8bitQuantizer(HfQuantizer):
 
     quantization_config: Blockwise8bitConfig
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        # Called before the model is built, when it is still open which attention it gets.
+        from gptj8 import attention  # here: it needs models, which may be about to be imported
+
+        attention.register()
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
@@ -81,6 +87,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
         # What a file claims is checked before native code is given it.
         for name, module in model.named_modules():
             if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
+                if self.pre_quantized:
+                    _require_loaded(name, module)
                 parts = (module.weight, module.absmax, module.codebook)
                 check_quantized(*parts, module.block_size, f"{name}.weight")
         return model
@@ -88,9 +96,17 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
+        name = converter.target_patterns[0]
         # `from_pretrained(dtype=torch.bfloat16)` would round absmax and codebook as well.
-        if converter.target_patterns[0].rpartition(".")[2] in ("absmax", "codebook"):
+        if name.rpartition(".")[2] in ("absmax", "codebook"):
             return None
+        # Codes are never cast: floats would become zeros, and codes the weights of another module.
+        stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
+        if (stored in ("U8", "torch.uint8")) != (dtype == torch.uint8):
+            raise QuantizationError(
+                f"{name} is {stored} in the checkpoint, and its quantization_config makes it "
+                f"{dtype}; skip_modules or the file was changed after the conversion"
+            )
         return super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -197,6 +213,15 @@ def _tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitMo
         if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
             pairs.append((tied, origin))
     return pairs
+
+
+def _require_loaded(name: str, module: Frozen8bitModule) -> None:
+    """Refuse a module whose tensors were not all in the checkpoint: it would compute with whatever
+    its memory held."""
+    for part in ("weight", "absmax", "codebook"):
+        # transformers marks what it has loaded, so as not to initialize it.
+        if not getattr(getattr(module, part), "_is_hf_initialized", False):
+            raise QuantizationError(f"the checkpoint has no tensor {name}.{part}")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -1,13 +1,15 @@
 """The fastest way at hand to do what `gptj8.blockwise` does, bit for bit.
 
-On a CPU the compiled kernels of `gptj8.native`, else bitsandbytes' operator for dequantization; on
-CUDA bitsandbytes' operator; the torch reference for everything else. Chosen per call by device;
+On a CPU the compiled kernels of `gptj8.native`. On CUDA, and on a CPU without those, bitsandbytes'
+operator restores weights; where that is absent, Triton does on CUDA, which also multiplies few rows
+(`gptj8.gpu_kernels`). The torch reference does everything else. Chosen per call by device;
 `describe` says what was chosen.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import threading
@@ -16,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from gptj8 import blockwise, native
+from gptj8 import blockwise, gpu_kernels, native
 
 _logger = logging.getLogger(__name__)
 _scratch = threading.local()
@@ -70,13 +72,47 @@ def dequantize(
         out: where to put the result: contiguous, of `dtype`, the codes' shape and device.
     """
     backend = _backend(codes)
-    if backend is native:
+    if backend is native and dtype in native.DTYPES:
         return native.dequantize(codes, absmax, codebook, block_size, dtype, out)
     restore: Callable[..., torch.Tensor] = blockwise.dequantize
-    if codes.device.type in ("cpu", "cuda") and codes.numel():
+    if codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in native.DTYPES:
+        codes = codes.contiguous()
         restore = _bitsandbytes() or restore
+        if restore is blockwise.dequantize and gpu_kernels.is_available(codes.device):
+            restore = gpu_kernels.dequantize
     restored = restore(codes, absmax, codebook, block_size, dtype)
     return restored if out is None else out.copy_(restored)
+
+
+def few_rows(x: torch.Tensor) -> int:
+    """Return up to how many rows of x a product straight from the codes (`linear`) is faster."""
+    if x.dtype not in native.DTYPES:
+        return 0
+    if x.device.type == "cuda":
+        return gpu_kernels.MAX_ROWS if gpu_kernels.is_available(x.device) else 0
+    return native.MAX_ROWS if x.device.type == "cpu" and _native_works() else 0
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """Return x W^T without restoring W, summed in float32.
+
+    Args:
+        x: (..., in), of at most `few_rows` rows.
+        codes: uint8 (out, in).
+
+    Returns:
+        (..., out) in the dtype of x. In bfloat16 the codebook is rounded, where restoring rounds
+        its products with absmax: the same error, not the same bits.
+    """
+    if x.device.type == "cuda":
+        return gpu_kernels.linear(x, codes, absmax, codebook, None, block_size)
+    return native.linear(x, codes, absmax, codebook, block_size)
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -90,7 +126,9 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     size = math.prod(shape) * dtype.itemsize
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        _scratch.buffer = buffer = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # or only inference could use it from then on
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _scratch.buffer = buffer
     return buffer[:size].view(dtype).view(*shape)
 
 
@@ -112,18 +150,20 @@ def _native_works() -> bool:
     """Whether the compiled kernels are there and agree with the reference on a small tensor."""
     if native.library() is None:
         return False
-    flat = torch.linspace(-3.0, 2.0, 5001).sin().half()
-    codebook = torch.linspace(-1.0, 1.0, 256)
+    weights = torch.linspace(-3.0, 2.0, 5001, device="cpu").sin()
+    codebook = torch.linspace(-1.0, 1.0, 256, device="cpu")
     codebook[127] = 0.0
-    boundaries = blockwise.exact_midpoints(codebook)
-    results = []
-    for backend in (native, blockwise):
-        scales = backend.absmax(flat, 2048)
-        mass = backend.histogram(flat, scales, scales.double().ceil(), 2048, 1024)
-        codes = backend.encode(flat, scales, boundaries, 2048)
-        restored = backend.dequantize(codes, scales, codebook, 2048, torch.bfloat16)
-        results.append((scales, mass, codes, restored))
-    agree = all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    results: dict[ModuleType, list[torch.Tensor]] = {native: [], blockwise: []}
+    for backend, found in results.items():
+        for dtype, block_size in itertools.product(native.DTYPES, (64, 2048)):
+            flat = weights.to(dtype)
+            scales = backend.absmax(flat, block_size)
+            mass = backend.histogram(flat, scales, scales.double().ceil(), block_size, 1024)
+            boundaries = blockwise.exact_midpoints(codebook)
+            codes = backend.encode(flat, scales, boundaries, block_size)
+            restored = backend.dequantize(codes, scales, codebook, block_size, dtype)
+            found += [scales, mass, codes, restored]
+    agree = all(itertools.starmap(torch.equal, zip(*results.values(), strict=True)))
     if not agree:
         _logger.warning("the compiled CPU kernels disagree with the reference and are not used")
     return agree

@@ -1,11 +1,7 @@
-"""Modules whose weight is frozen in 8 bits and restored just in time.
+"""Modules whose weight is frozen in 8 bits and restored just in time (`gptj8.operators`).
 
-    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored and dropped again
-    backward    dx = dy W,         W restored once more; there is no dW
-
-Between the two only the 8-bit tensors are kept, which the module holds anyway, so a frozen layer
-costs one byte a weight and, for a moment, one restored matrix. They subclass torch's own modules:
-PEFT wraps them like any other, and nothing has to be registered with it.
+A frozen layer costs one byte a weight and, for a moment, one restored matrix. They subclass torch's
+own modules: PEFT wraps them like any other, and nothing has to be registered with it.
 
 (Rejected: a tensor subclass, which needs a handler for every operator that a model may call;
 keeping restored weights, which is what 8 bits are there to avoid.)
@@ -17,22 +13,18 @@ would shift every block by up to 0.4 %, without a word.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from gptj8 import operators  # noqa: F401 (defines the operator)
 from gptj8.codebooks import CODEBOOK_SIZE
 from gptj8.codec import QuantizedTensor, dequantize_blockwise
-from gptj8.kernels import dequantize, scratch
 
 _FLOAT32_BUFFERS = ("absmax", "codebook")
-
-# Weights restored at a time: an MLP matrix of GPT-J-6B.
-_PIECE = 1 << 26
 
 
 class FrozenCodes(nn.Parameter):
@@ -68,66 +60,6 @@ class FrozenCodes(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return FrozenCodes, (self.as_subclass(torch.Tensor),)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """x (..., in), codes (out, in) or, transposed, (in, out) -> (..., out)."""
-
-    @staticmethod
-    def forward(ctx, x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(codes, absmax, codebook)
-        ctx.block_size, ctx.transposed = block_size, transposed
-        bias = None if bias is None else bias.to(x.dtype)
-        pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, transposed)
-        outputs = []
-        for rows, weight in pieces:
-            part = bias if transposed or bias is None else bias[rows]
-            outputs.append(functional.linear(x, weight.t() if transposed else weight, part))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        codes, absmax, codebook = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            pieces = _restored_pieces(
-                codes, absmax, codebook, ctx.block_size, grad.dtype, ctx.transposed
-            )
-            for rows, weight in pieces:
-                part = grad.matmul(weight.t()) if ctx.transposed else grad[..., rows].matmul(weight)
-                grad_x = part if grad_x is None else grad_x.float().add_(part)
-            grad_x = None if grad_x is None else grad_x.to(grad.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_bias = grad.flatten(0, -2).float().sum(0)
-        return grad_x, None, None, None, grad_bias, None, None
-
-
-def _restored_pieces(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    codebook: torch.Tensor,
-    block_size: int,
-    dtype: torch.dtype,
-    whole: bool,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield a matrix in pieces of at most `_PIECE` weights, each valid until the next is asked for.
-
-    Most matrices are one piece; the language-model head, the largest of all, is several.
-    """
-    rows, columns = codes.shape
-    step = rows
-    if not whole and codes.numel() > _PIECE:
-        aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
-        step = max(aligned, _PIECE // columns // aligned * aligned)
-    for start in range(0, rows, step):
-        part = codes[start : start + step]
-        first = start * columns // block_size
-        scales = absmax[first : first + -(-part.numel() // block_size)]
-        out = scratch(part.shape, dtype, codes.device)
-        yield (
-            slice(start, start + len(part)),
-            dequantize(part, scales, codebook, block_size, dtype, out),
-        )
 
 
 class Frozen8bitModule(nn.Module):
@@ -282,10 +214,10 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
 
 def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     codes = module.weight.detach()
-    return _FrozenLinear.apply(
+    return torch.ops.gptj8.frozen_linear(
         x, codes, module.absmax, module.codebook, module.bias, module.block_size, transposed
     )
 

@@ -72,7 +72,9 @@ def take_over(weights: ShardedWeights, module: str, block_size: int) -> Quantize
         QuantizationError: if codes, absmax and code do not belong together, by the tensor's name.
     """
     codes = weights.read(f"{module}.weight")
-    absmax, code = (weights.read(f"{module}.{part}").flatten().float() for part in _PARTS)
+    # Copies: in one file all modules may share one code, and what shares memory cannot be saved.
+    parts = (weights.read(f"{module}.{part}") for part in _PARTS)
+    absmax, code = (part.flatten().to(torch.float32, copy=True) for part in parts)
     check_quantized(codes, absmax, code, block_size, f"{module}.weight")
     return QuantizedTensor(codes, absmax, code, block_size)
 

@@ -14,6 +14,8 @@ from gptj8.files import list_files, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
 
 def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Record every file below `folder`.
@@ -48,14 +50,21 @@ def verify_manifest(folder: str | Path) -> int | None:
     problems = []
     for name, digest in expected.items():
         file = folder / name
-        if not file.is_file():
+        try:
+            actual = sha256_file(file)
+        except FileNotFoundError:
             problems.append(f"{file} is missing; {MANIFEST} lists it")
-        elif (actual := sha256_file(file)) != digest:
+            continue
+        except OSError as error:
+            problems.append(f"{file} cannot be read ({error.strerror}); {MANIFEST} lists it")
+            continue
+        if actual != digest:
             problems.append(
                 f"{file} was altered: its SHA-256 is {actual}, and {MANIFEST} says {digest}"
             )
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in expected:
+    for file in list_files(folder):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix in _WEIGHT_SUFFIXES and name not in expected:
             problems.append(f"{file} is not in {MANIFEST}; it is no part of this model")
     if problems:
         raise UserError("\n".join(problems))

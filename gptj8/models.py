@@ -50,8 +50,11 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
     """
     from transformers import AutoModelForCausalLM
 
+    from gptj8 import attention
+
     check_model_directory(path)
     verify_manifest(path)
+    attention.register()
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
     placement = {"device_map": "auto"} if device.type == "cuda" else {}

@@ -1,8 +1,9 @@
 """`gptj8.blockwise` in C for CPUs, from `cpu_kernels.c`; absent where it was not compiled.
 
 Installing the package compiles the file if there is a compiler. It needs no headers of torch or
-Python: tensors are handed over as addresses, by ctypes, which lets other threads run meanwhile. The
-library uses OpenMP as torch does, and so the threads that torch already has.
+Python: tensors are handed over as addresses, by ctypes, which lets other threads run meanwhile. So
+every tensor is compared with the size and dtype that the kernel takes it for (`_Array`) before its
+address is. The library uses OpenMP as torch does, and so the threads that torch already has.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ from pathlib import Path
 
 import torch
 
+from gptj8.errors import QuantizationError
+
 # Must equal INTERFACE in cpu_kernels.c: a library of an older source tree is not used.
-_INTERFACE = 1
+_INTERFACE = 2
 _CELLS = 4096
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ENTRIES = 256
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MAX_ROWS = 8
+# Waking a thread takes longer than handling fewer.
+_WEIGHTS_A_THREAD = 1 << 18
 
 
 @functools.cache
@@ -37,8 +44,9 @@ def library() -> ctypes.CDLL | None:
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
     """See `blockwise.absmax`."""
-    found = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    _call("absmax", flat, _DTYPES[flat.dtype], flat.numel(), block_size, found)
+    n = flat.numel()
+    found = torch.empty(_blocks(n, block_size), dtype=torch.float32, device="cpu")
+    _call("absmax", n, _weights(flat), DTYPES[flat.dtype], n, block_size, _Array(found))
     return found
 
 
@@ -50,9 +58,20 @@ def histogram(
     bins: int,
 ) -> torch.Tensor:
     """See `blockwise.histogram`."""
-    mass = torch.zeros(torch.get_num_threads(), bins, dtype=torch.float64)
-    dtype = _DTYPES[flat.dtype]
-    _call("histogram", flat, dtype, flat.numel(), block_size, absmax, block_mass, mass, bins)
+    n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
+    mass = torch.zeros(torch.get_num_threads(), bins, dtype=torch.float64, device="cpu")
+    _call(
+        "histogram",
+        n,
+        _weights(flat),
+        DTYPES[flat.dtype],
+        n,
+        block_size,
+        _Array(absmax, torch.float32, blocks),
+        _Array(block_mass, torch.float64, blocks),
+        _Array(mass),
+        bins,
+    )
     return mass.sum(0)
 
 
@@ -60,15 +79,26 @@ def encode(
     flat: torch.Tensor, absmax: torch.Tensor, boundaries: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """See `blockwise.encode`."""
-    codes = torch.empty(flat.shape, dtype=torch.uint8)
+    n = flat.numel()
+    codes = torch.empty(n, dtype=torch.uint8, device="cpu")
     # In which of equal cells over [-1, 1] each boundary lies, computed as the kernel computes it
     # for a weight; that is monotone, so boundaries in lower cells are below the weight.
-    cells = ((boundaries + 1.0) * (_CELLS / 2)).to(torch.int32)
-    every = torch.arange(_CELLS + 1, dtype=torch.int32)
+    cells = ((boundaries + 1.0) * (_CELLS / 2)).clamp(0, _CELLS + 1).to(torch.int32)
+    every = torch.arange(_CELLS + 1, dtype=torch.int32, device="cpu")
     first = torch.searchsorted(cells, every, out_int32=True)
-    padded = torch.cat([boundaries, torch.tensor([torch.inf])])
-    dtype = _DTYPES[flat.dtype]
-    _call("encode", flat, dtype, flat.numel(), block_size, absmax, padded, first, codes)
+    padded = torch.cat([boundaries, boundaries.new_full((1,), torch.inf)])
+    _call(
+        "encode",
+        n,
+        _weights(flat),
+        DTYPES[flat.dtype],
+        n,
+        block_size,
+        _Array(absmax, torch.float32, _blocks(n, block_size)),
+        _Array(padded, torch.float32, _ENTRIES),
+        _Array(first, torch.int32, _CELLS + 1),
+        _Array(codes),
+    )
     return codes
 
 
@@ -81,8 +111,20 @@ def dequantize(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.dequantize`."""
-    out = torch.empty(codes.shape, dtype=dtype) if out is None else out
-    _call("dequantize", codes, codes.numel(), block_size, absmax, codebook, out, _DTYPES[dtype])
+    n = codes.numel()
+    if out is None:
+        out = torch.empty(codes.shape, dtype=dtype, device="cpu")
+    _call(
+        "dequantize",
+        n,
+        _Array(codes, torch.uint8, n),
+        n,
+        block_size,
+        _Array(absmax, torch.float32, _blocks(n, block_size)),
+        _Array(codebook, torch.float32, _ENTRIES),
+        _Array(out, dtype, n),
+        DTYPES[dtype],
+    )
     return out
 
 
@@ -94,22 +136,100 @@ def squared_errors(
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `blockwise.squared_errors`."""
-    errors, norms = torch.empty(2, absmax.numel(), dtype=torch.float64)
-    dtype, n = _DTYPES[flat.dtype], flat.numel()
-    _call("squared_errors", flat, dtype, n, block_size, codes, absmax, codebook, errors, norms)
+    n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
+    errors, norms = torch.empty(2, blocks, dtype=torch.float64, device="cpu")
+    _call(
+        "squared_errors",
+        n,
+        _weights(flat),
+        DTYPES[flat.dtype],
+        n,
+        block_size,
+        _Array(codes, torch.uint8, n),
+        _Array(absmax, torch.float32, blocks),
+        _Array(codebook, torch.float32, _ENTRIES),
+        _Array(errors),
+        _Array(norms),
+    )
     return errors, norms
 
 
-def _call(name: str, *arguments: torch.Tensor | int) -> None:
-    """Call a function of the library with tensors as addresses and the number of threads last."""
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """See `kernels.linear`."""
+    rows, n, (out, columns) = x.numel() // x.shape[-1], codes.numel(), codes.shape
+    in_bfloat16 = x.dtype == torch.bfloat16 and columns % 64 == 0 and _multiplies_bfloat16()
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    y = torch.empty(*x.shape[:-1], out, dtype=dtype, device="cpu")
+    arguments: list[_Array | int] = [
+        _Array(x.to(dtype), dtype, rows * columns),
+        rows,
+        _Array(codes, torch.uint8, n),
+        out,
+        columns,
+        block_size,
+        _Array(absmax, torch.float32, _blocks(n, block_size)),
+        _Array(codebook, torch.float32, _ENTRIES),
+        _Array(y),
+    ]
+    if in_bfloat16:
+        _call("linear_bfloat16", n, *arguments, _Array(torch.empty_like(x).contiguous()))
+    else:
+        _call("linear_float32", n, *arguments)
+    return y.to(x.dtype)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    loaded = library()
+    return loaded is not None and bool(loaded.gptj8_multiplies_bfloat16())
+
+
+class _Array:
+    """A tensor on its way to a kernel: on the CPU, contiguous, of the dtype and size expected."""
+
+    def __init__(
+        self, tensor: torch.Tensor, dtype: torch.dtype | None = None, size: int | None = None
+    ) -> None:
+        if tensor.device.type != "cpu" or tensor.dtype != (dtype or tensor.dtype):
+            raise QuantizationError(
+                f"a tensor is {tensor.dtype} on {tensor.device}, and a CPU kernel takes {dtype}"
+            )
+        if tensor.numel() != (tensor.numel() if size is None else size):
+            raise QuantizationError(
+                f"a tensor has {tensor.numel()} values ({tuple(tensor.shape)}), where a CPU kernel "
+                f"takes {size}"
+            )
+        self.tensor = tensor.contiguous()  # keeps a copy alive as long as it is needed
+
+
+def _weights(flat: torch.Tensor) -> _Array:
+    if flat.dtype not in DTYPES:
+        raise QuantizationError(f"dtype {flat.dtype} is not float32, float16 or bfloat16")
+    return _Array(flat)
+
+
+def _blocks(n: int, block_size: int) -> int:
+    return -(-n // block_size)
+
+
+def _call(name: str, weights: int, *arguments: _Array | int) -> None:
+    """Call a function of the library: tensors as addresses, the number of threads for so many
+    weights last."""
     loaded = library()
     assert loaded is not None
-    converted: list[ctypes.c_void_p | ctypes.c_int64] = []
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            assert argument.is_contiguous() and argument.device.type == "cpu"
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        else:
-            converted.append(ctypes.c_int64(argument))
-    threads = ctypes.c_int64(torch.get_num_threads())
-    getattr(loaded, f"gptj8_{name}")(*converted, threads)
+    threads = min(torch.get_num_threads(), 1 + weights // _WEIGHTS_A_THREAD)
+    getattr(loaded, f"gptj8_{name}")(
+        *(
+            ctypes.c_void_p(argument.tensor.data_ptr())
+            if isinstance(argument, _Array)
+            else ctypes.c_int64(argument)
+            for argument in arguments
+        ),
+        ctypes.c_int64(threads),
+    )

@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -62,18 +62,36 @@ class ShardedWeights:
                 opened = safe_open(file, framework="pt")
                 return {name: opened.get_slice(name) for name in opened.keys()}
             try:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return _dense_tensors(
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=True), file
+                )
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
             # Files from before torch 1.6 cannot be mapped, and are read once.
-            self._unmapped = {file: torch.load(file, map_location="cpu", weights_only=True)}
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            self._unmapped = {file: _dense_tensors(loaded, file)}
             return self._unmapped[file]
         except pickle.UnpicklingError as error:
             raise UserError(f"{file} holds more than tensors and is not read") from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from error
+
+
+def _dense_tensors(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
+    """Return what a file of torch holds if that is a state dict: names and dense tensors."""
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{file}: {name!r} is a {type(value).__name__}, not a tensor; save the model's "
+                "state dict alone"
+            )
+        if value.layout != torch.strided:
+            raise UserError(f"{file}: {name} is not dense ({value.layout})")
+    return loaded
 
 
 def _shape_and_item_bytes(tensor: Any) -> tuple[tuple[int, ...], int]:
@@ -91,14 +109,16 @@ def _weight_files(source: Path) -> list[Path]:
         if (source / single).is_file():
             return [source / single]
         if (source / index).is_file():
-            mapping = read_json(source / index).get("weight_map")
+            content = read_json(source / index)
+            mapping = content.get("weight_map") if isinstance(content, dict) else None
             names = mapping.values() if isinstance(mapping, dict) else ()
             if not names or not all(isinstance(name, str) for name in names):
                 raise UserError(f"{source / index} has no weight_map")
             files = [source / name for name in sorted(set(names))]
-            outside = [f for f in files if f.resolve().parent != source.resolve()]
+            # By name and not by where a link leads: a cache of the Hub links its files elsewhere.
+            outside = [name for name in names if len(PurePath(name).parts) != 1 or name == ".."]
             if outside:
-                raise UserError(f"{source / index} names {outside[0]}, which is not in {source}")
+                raise UserError(f"{source / index} names {outside[0]!r}, which is not in {source}")
             for file in files:
                 if not file.is_file():
                     raise UserError(f"{file} is listed in {index} and does not exist")

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gptj8.adapters import trainable_parameters
 from gptj8.errors import UserError
 from gptj8.examples import IGNORED, Example
+from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -195,17 +196,26 @@ class _CompletionTrainer(Trainer):
     ) -> Any:
         targets = inputs["labels"][:, 1:]  # the logits at a position predict the next one's token
         learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=learned,
-        )
-        total = torch.nn.functional.cross_entropy(
-            outputs.logits.flatten(0, 1).float(),
-            targets[:, learned].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        targets = targets[:, learned]
+        arguments = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "logits_to_keep": learned,
+        }
+        head = frozen_head(model)
+        if head is None:
+            outputs = model(**arguments)
+            total = torch.nn.functional.cross_entropy(
+                outputs.logits.flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+        else:
+            with input_of(head) as taken:
+                outputs = model(**arguments)
+            is_learned = targets != IGNORED
+            total = frozen_cross_entropy(taken[0][is_learned], targets[is_learned], head)
         # With accumulated gradients, Trainer counts the learned tokens of all micro-batches.
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / count

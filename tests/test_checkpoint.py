@@ -254,6 +254,105 @@ def test_a_model_of_modules_without_a_twin_is_refused_by_their_names(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_of_the_hub_links_its_shards(tiny_8bit_dir, model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    (model_dir / "model.safetensors").unlink()
+    model.save_pretrained(model_dir, max_shard_size="100KB")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(model_dir.glob("model-*.safetensors")):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(tmp_path / "blobs" / str(number))
+    gptj8.convert_checkpoint(model_dir, tmp_path / "out", CONFIG)
+    assert all(
+        torch.equal(t, tensors_of(tiny_8bit_dir)[n])
+        for n, t in tensors_of(tmp_path / "out").items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "'state_dict' is a dict, not a tensor"),
+        ({"epoch": 3}, "'epoch' is a int, not a tensor"),
+        ({7: torch.ones(1)}, "7 is a Tensor, not a tensor|7 is a"),
+        ([torch.ones(1)], "holds a list, not tensors by name"),
+        (torch.ones(1), "holds a Tensor, not tensors by name"),
+        ({"x": torch.ones(2, 2).to_sparse()}, "x is not dense"),
+    ],
+    ids=["nested", "number", "integer-name", "list", "tensor", "sparse"],
+)
+def test_a_file_of_something_else_than_tensors_is_refused(model_dir, tmp_path, content, message):
+    (model_dir / "model.safetensors").unlink()
+    torch.save(content, model_dir / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        gptj8.convert_checkpoint(model_dir, tmp_path / "out", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_head": 0}, "is not a causal language model"),
+        ({"quantization_config": "x"}, "is already quantized"),
+        ([], "names no model_type"),
+    ],
+    ids=["no-heads", "quantization-text", "list"],
+)
+def test_odd_configs_are_refused(model_dir, tmp_path, change, message):
+    config = json.loads((model_dir / "config.json").read_text())
+    content = config | change if isinstance(change, dict) else change
+    (model_dir / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        gptj8.convert_checkpoint(model_dir, tmp_path / "out", CONFIG)
+
+
+def test_a_target_that_cannot_be_made_is_found_before_the_work(tiny_model_dir, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "link", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=r"which does not exist|is a file"):
+            gptj8.convert_checkpoint(tiny_model_dir, target, CONFIG)
+
+
+def drop(name):
+    return lambda state: state.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("lm_head.absmax"), "no tensor lm_head.absmax"),
+        (drop("transformer.h.0.attn.q_proj.codebook"), "no tensor .*q_proj.codebook"),
+        (drop("transformer.wte.weight"), "no tensor transformer.wte.weight"),
+        (
+            lambda state: state.update({"lm_head.weight": torch.randn(400, 64)}),
+            r"lm_head\.weight is .*F32.* makes it torch\.uint8",
+        ),
+    ],
+    ids=["absmax", "codebook", "codes", "floats"],
+)
+def test_a_converted_model_that_lacks_something_is_refused_by_name(
+    tiny_8bit_dir, tmp_path, change, message
+):
+    folder = shutil.copytree(tiny_8bit_dir, tmp_path / "model")
+    (folder / "manifest.json").unlink()
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        load_model(folder, torch.float32, torch.device("cpu"))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_modules_skipped_after_the_conversion_are_refused(tiny_8bit_dir, tmp_path):
+    folder = shutil.copytree(tiny_8bit_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["skip_modules"] = ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError), match=r"lm_head\.weight is .*U8.* makes it"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 KILLED = """
 import sys, gptj8
 from gptj8 import shards

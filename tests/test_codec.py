@@ -191,3 +191,33 @@ def test_parts_that_do_not_belong_together_are_refused():
         QuantizedTensor(q.codes, q.absmax.bfloat16(), q.codebook, 64)
     with pytest.raises(QuantizationError, match="codes are"):
         QuantizedTensor(q.codes.int(), q.absmax, q.codebook, 64)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w.flatten()[::2],
+        lambda w: w[:, :1],
+        lambda w: w[:1, :1].expand(5, 100),
+        lambda w: torch._neg_view(w),
+        lambda w: w.t(),
+    ],
+    ids=["strided", "column", "expanded", "negated", "transposed"],
+)
+def test_a_view_is_quantized_as_its_copy(view):
+    weight = view(torch.randn(200, 30, generator=torch.Generator().manual_seed(7)))
+    copied = torch.tensor(weight.tolist())
+    ours, expected = quantize_blockwise(weight, 64), quantize_blockwise(copied, 64)
+    assert torch.equal(ours.codes, expected.codes)
+    assert squared_errors(weight, ours) == squared_errors(copied, expected)
+
+
+def test_the_error_of_another_tensor_is_refused():
+    q = quantize_blockwise(torch.randn(100), 64)
+    with pytest.raises(QuantizationError, match=r"shape \(10000,\), its codes \(100,\)"):
+        squared_errors(torch.randn(10_000), q)
+
+
+def test_float64_is_the_float32_product():
+    q = quantize_blockwise(torch.randn(100), 64)
+    assert torch.equal(dequantize_blockwise(q, torch.float64), dequantize_blockwise(q).double())

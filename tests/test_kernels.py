@@ -11,7 +11,7 @@ import torch
 
 from gptj8 import blockwise, kernels, native
 from gptj8.codebooks import dynamic_codebook, fit_codebook
-from gptj8.codec import quantize_blockwise
+from gptj8.codec import QuantizationError, quantize_blockwise
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROOT = Path(__file__).parents[1]
@@ -124,11 +124,56 @@ def test_absmax_shows_what_is_not_finite(dtype, value):
     assert native.absmax(flat, 64).isfinite().tolist() == [True, False, True, True]
 
 
-def test_a_tensor_that_is_not_contiguous_is_quantized_as_its_copy():
-    weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(1)).t()
-    assert torch.equal(
-        quantize_blockwise(weight, 64).codes, quantize_blockwise(weight.contiguous(), 64).codes
-    )
+@compiled
+@pytest.mark.parametrize("reach", [1.2e6, 1e7, 1e10])
+def test_a_codebook_beyond_one_is_searched_right(reach):
+    codebook = torch.cat([torch.linspace(-1, 1, 255), torch.tensor([reach])])
+    for table in (codebook, torch.linspace(-reach, reach, 256)):
+        flat = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
+        absmax, boundaries = blockwise.absmax(flat, 64), blockwise.exact_midpoints(table)
+        codes = native.encode(flat, absmax, boundaries, 64)
+        assert torch.equal(codes, blockwise.encode(flat, absmax, boundaries, 64))
+
+
+@compiled
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize(
+    ("out", "columns", "block_size"),
+    [(33, 128, 4096), (50, 320, 256), (64, 4096, 4096), (7, 200, 64), (100, 192, 64)],
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)],
+    ids=str,
+)
+def test_few_rows_are_multiplied_from_the_codes(dtype, tolerance, out, columns, block_size, rows):
+    torch.manual_seed(rows)
+    q = quantize_blockwise(torch.randn(out, columns), block_size)
+    x = torch.randn(rows, columns).to(dtype)
+    weight = blockwise.dequantize(q.codes, q.absmax, q.codebook, block_size, torch.float64)
+    exact = x.double() @ weight.t()
+    ours = kernels.linear(x, q.codes, q.absmax, q.codebook, block_size)
+    assert ours.dtype == dtype
+    assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
+
+
+@compiled
+def test_what_does_not_fit_together_never_reaches_the_kernel():
+    q = quantize_blockwise(torch.randn(96, 64), 64)
+    parts = {"codes": q.codes, "absmax": q.absmax, "codebook": q.codebook}
+    wrong = [
+        {"absmax": q.absmax[:3]},
+        {"absmax": q.absmax.half()},
+        {"codebook": q.codebook[:255]},
+        {"codebook": q.codebook.double()},
+        {"codes": q.codes.int()},
+        {"codes": q.codes.to("meta")},
+    ]
+    for change in wrong:
+        with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
+            native.dequantize(**(parts | change), block_size=64, dtype=torch.bfloat16)
+        with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
+            native.linear(torch.randn(2, 64), **(parts | change), block_size=64)
 
 
 @pytest.mark.parametrize("replacement", ["absent", "of another interface", "wrong"])
@@ -140,7 +185,7 @@ def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
     if replacement != "absent":
         source = (package / "cpu_kernels.c").read_text()
         if replacement == "wrong":
-            source = source.replace("at += boundaries[at] < x", "at += 1")
+            source = source.replace("code[i] = at;", "code[i] = at / 2;")
         else:
             source = source.replace("#define INTERFACE ", "#define INTERFACE 9")
         (tmp_path / "kernels.c").write_text(source)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from gptj8 import layers
+from gptj8 import operators
 from gptj8.codec import quantize_blockwise
 from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
 
@@ -103,9 +103,9 @@ def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, blo
     frozen.load_quantized(quantize_blockwise(original.weight, block_size, "fitted"))
     x = torch.randn(3, 5, columns)
     twin = full_precision_twin(frozen, torch.float32)
-    monkeypatch.setattr(layers, "_PIECE", 1500)
+    monkeypatch.setattr(operators, "_PIECE", 1500)
     q = frozen.quantized_weight
-    pieces = layers._restored_pieces(
+    pieces = operators._restored_pieces(
         q.codes, q.absmax, q.codebook, block_size, torch.float32, whole=False
     )
     assert len(list(pieces)) > 3
@@ -113,6 +113,67 @@ def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, blo
     for ours, theirs in zip(gradients(frozen, x, None), gradients(twin, x, None), strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 20], ids=["few-rows", "restored"])
+@pytest.mark.parametrize("make", LINEARS)
+def test_second_derivatives_equal_the_twins(make, rows):
+    frozen, twin = frozen_pair(make)
+    second = []
+    for module in (frozen, twin):
+        torch.manual_seed(5)
+        x = torch.randn(rows, 48, requires_grad=True)
+        (first,) = torch.autograd.grad(module(x.tanh()).tanh().sum(), x, create_graph=True)
+        module(torch.randn(rows, 48))  # uses the memory that restored weights share
+        second.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", LINEARS)
+def test_input_of_another_width_is_refused(make):
+    frozen, _ = frozen_pair(make)
+    for width in (32, 96):
+        with pytest.raises(RuntimeError, match="does not end in 48 features"):
+            frozen(torch.randn(2, width))
+
+
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48)], ids=str)
+def test_odd_shapes_compute_what_the_twin_computes(shape):
+    frozen, twin = frozen_pair(linear)
+    x = torch.randn(shape)
+    torch.testing.assert_close(frozen(x), twin(x))
+    for module in (frozen, twin):
+        module(x).sum().backward()
+    torch.testing.assert_close(frozen.bias.grad, twin.bias.grad)
+
+
+def test_float64_is_computed_in_float64():
+    frozen, twin = frozen_pair(linear)
+    x = torch.randn(3, 48, dtype=torch.float64)
+    assert torch.equal(frozen.double()(x), twin.double()(x))
+
+
+def test_a_default_device_is_of_no_consequence():
+    frozen, _ = frozen_pair(linear)
+    x = torch.randn(12, 48)
+    expected = frozen(x), frozen(x[:2])
+    with torch.device("meta"):
+        assert torch.equal(frozen(x), expected[0])
+        assert torch.equal(frozen(x[:2]), expected[1])
+
+
+@pytest.mark.parametrize("rows", [2, 20], ids=["few-rows", "restored"])
+@pytest.mark.parametrize("make", LINEARS)
+def test_compiled_and_exported_and_on_the_meta_device(make, rows):
+    frozen, _ = frozen_pair(make)
+    x = torch.randn(rows, 48)
+    expected = gradients(frozen, x, None)
+    compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(gradients(compiled, x, None), expected, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(frozen, (x,)).module()(x), expected[0])
+    assert frozen.to("meta")(x.to("meta")).shape == (rows, 40)
 
 
 def test_output_may_be_changed_in_place():

@@ -23,11 +23,11 @@ STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 # Modules that decide how a stage talks to its surroundings and not what it writes. Were they deps,
 # every new param and every change of tracking would reconvert the model.
 NEUTRAL = {"__init__", "_registration", "errors", "files", "params", "runtime", "tracking"}
-# Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py): a faster one
-# is no reason to convert again. Loading a model shares a module with conversion, and never
-# converts.
+# Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
+# computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
+# module with conversion, and never converts.
 UNUSED = {
-    "convert": {"kernels", "native"},
+    "convert": {"attention", "gpu_kernels", "kernels", "native", "operators"},
     "finetune": {"legacy"},
     "evaluate": {"legacy"},
     "export": {"legacy"},

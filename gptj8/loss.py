@@ -1,0 +1,111 @@
+"""Cross-entropy of a frozen 8-bit head, a few hundred tokens at a time.
+
+A vocabulary of 50,000 makes 200 KB of float32 logits a token, and softmax and its gradient as much
+again: they are the largest tensors of a step. The head is frozen, so the gradient of the loss with
+respect to its input is all that backward needs of them; it is computed in forward, chunk by chunk,
+and the logits are dropped (as Liger and cut cross-entropy do for trained heads, arXiv:2411.09009).
+
+    loss = sum_t  log sum_v exp(l_tv) - l_t,target        l = h W^T + b
+    dh_t = (softmax(l_t) - onehot(target)) W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gptj8.layers import Frozen8bitLinear
+
+_PLAIN_HEADS = frozenset(
+    ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")
+)
+_CHUNK_BYTES = 1 << 26
+# float16 has no numbers below 6e-8, where most probabilities are; powers of two cost no precision.
+_FLOAT16_SCALE = 1024.0
+
+
+def frozen_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Frozen8bitLinear
+) -> torch.Tensor:
+    """Return the sum of -log softmax(head(hidden))[target] over all tokens: float32, in nats.
+
+    Args:
+        hidden: (tokens, in), the arithmetic's dtype, or autocast's takes its place.
+        targets: (tokens,) int64.
+        head: whose weight and bias get no gradient.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _FrozenCrossEntropy.apply(hidden, targets, head)
+
+
+def frozen_head(model: Any) -> Frozen8bitLinear | None:
+    """Return the head whose output is the model's logits as they are; None where it is trained, in
+    full precision, or followed by something else, as in models that scale or cap their logits.
+
+    Args:
+        model: of transformers, PEFT, or wrapped for data-parallel training.
+    """
+    model = getattr(model, "module", model)
+    head = model.get_output_embeddings()
+    is_plain = type(head) is Frozen8bitLinear and not (
+        head.bias is not None and head.bias.requires_grad
+    )
+    return head if is_plain and model.config.model_type in _PLAIN_HEADS else None
+
+
+@contextmanager
+def input_of(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that takes what the head is given; it hands on one number a token in place of
+    its logits. The model is called as always, which what wraps it relies on."""
+    taken: list[torch.Tensor] = []
+
+    def take(hidden: torch.Tensor) -> torch.Tensor:
+        taken.append(hidden)
+        return hidden[..., :1]
+
+    head.forward = take  # type: ignore[method-assign]  # the instance's own, found first
+    try:
+        yield taken
+    finally:
+        del head.forward
+
+
+class _FrozenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Frozen8bitLinear):  # type: ignore[no-untyped-def]
+        needs_grad = ctx.needs_input_grad[0]
+        quantized = (head.weight.detach(), head.absmax, head.codebook)
+        scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if needs_grad else None
+        tokens_a_chunk = max(1, _CHUNK_BYTES // (4 * head.out_features))
+        for start in range(0, len(hidden), tokens_a_chunk):
+            chunk = slice(start, start + tokens_a_chunk)
+            logits = torch.ops.gptj8.frozen_linear(
+                hidden[chunk], *quantized, head.bias, head.block_size, False
+            ).float()
+            target = targets[chunk, None]
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += (normalizer - logits.gather(1, target)).sum()
+            if gradient is not None:
+                difference = logits.sub_(normalizer).exp_()
+                difference.scatter_add_(1, target, difference.new_full(target.shape, -1.0))
+                gradient[chunk] = (
+                    torch.ops.gptj8.frozen_linear_backward(
+                        difference.mul_(scale).to(hidden.dtype), *quantized, head.block_size, False
+                    )
+                    / scale
+                )
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(gradient.dtype), None, None

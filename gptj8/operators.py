@@ -1,0 +1,170 @@
+"""The product with a frozen 8-bit matrix, as an operator of torch.
+
+    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored and dropped again
+    backward    dx = dy W,         W restored once more; there is no dW
+
+Between the two only the 8-bit tensors are kept, which the module holds anyway. With few rows of x
+W is never restored: the kernel multiplies from the codes, which is what makes generating a token
+faster than in 16 bits (`kernels.few_rows`).
+
+An operator and not a `torch.autograd.Function`: torch.compile and meta tensors see one opaque step
+with a known shape, where they would look into a Function and stop at the first native call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from gptj8 import kernels
+
+# Weights restored at a time: an MLP matrix of GPT-J-6B.
+_PIECE = 1 << 26
+
+
+def frozen_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor | None,
+    block_size: int,
+    transposed: bool,
+) -> torch.Tensor:
+    """Return x W^T + bias.
+
+    Args:
+        x: (..., in) float32, float16 or bfloat16; the arithmetic's dtype.
+        codes: uint8 (out, in) or, transposed, (in, out).
+        absmax: float32 (blocks,).
+        codebook: float32 (256,).
+        bias: (out,) or None, any floating dtype.
+        block_size: weights a block, in the order of the codes.
+        transposed: whether codes are (in, out), as in GPT-2.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    columns = codes.shape[0 if transposed else 1]
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise RuntimeError(f"x of shape {tuple(x.shape)} does not end in {columns} features")
+    if not transposed and 0 < x.numel() <= kernels.few_rows(x) * columns:
+        y = kernels.linear(x, codes, absmax, codebook, block_size)
+        return y if bias is None else y.add_(bias)
+    outputs = []
+    for rows, weight in _restored_pieces(codes, absmax, codebook, block_size, x.dtype, transposed):
+        part = bias if transposed or bias is None else bias[rows]
+        outputs.append(functional.linear(x, weight.t() if transposed else weight, part))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def frozen_linear_backward(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+    transposed: bool,
+) -> torch.Tensor:
+    """Return the gradient of x, (..., in), given that of y, (..., out)."""
+    grad_x = None
+    for rows, weight in _restored_pieces(
+        codes, absmax, codebook, block_size, grad.dtype, transposed
+    ):
+        part = grad.matmul(weight.t()) if transposed else grad[..., rows].matmul(weight)
+        grad_x = part if grad_x is None else grad_x.float().add_(part)
+    assert grad_x is not None
+    return grad_x.to(grad.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, codes, absmax, codebook, _, ctx.block_size, ctx.transposed = inputs
+    ctx.save_for_backward(codes, absmax, codebook)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        backward = torch.ops.gptj8.frozen_linear_backward
+        grad_x = backward(grad, *ctx.saved_tensors, ctx.block_size, ctx.transposed)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+def _restored_pieces(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    whole: bool,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield a matrix in pieces of at most `_PIECE` weights, each valid until the next is asked for.
+
+    Most matrices are one piece; the language-model head, the largest of all, is several.
+    """
+    rows, columns = codes.shape
+    step = rows
+    if not whole and codes.numel() > _PIECE:
+        aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
+        step = max(aligned, _PIECE // columns // aligned * aligned)
+    for start in range(0, rows, step):
+        part = codes[start : start + step]
+        first = start * columns // block_size
+        scales = absmax[first : first + -(-part.numel() // block_size)]
+        out = kernels.scratch(part.shape, dtype, codes.device)
+        yield (
+            slice(start, start + len(part)),
+            kernels.dequantize(part, scales, codebook, block_size, dtype, out),
+        )
+
+
+def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, codes, absmax, codebook, ctx.block_size, ctx.transposed = inputs
+    ctx.save_for_backward(codes, absmax, codebook)
+
+
+def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """dx = dy W is linear in dy: its gradient is the forward product, without a bias."""
+    forward = torch.ops.gptj8.frozen_linear
+    grad_grad = forward(grad, *ctx.saved_tensors, None, ctx.block_size, ctx.transposed)
+    return grad_grad, None, None, None, None, None
+
+
+# By hand and not with `torch.library.custom_op`, whose wrapper takes as long as a small product.
+_LIBRARY = torch.library.Library("gptj8", "DEF")
+_LIBRARY.define(
+    "frozen_linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "
+    "int block_size, bool transposed) -> Tensor"
+)
+_LIBRARY.define(
+    "frozen_linear_backward(Tensor grad, Tensor codes, Tensor absmax, Tensor codebook, "
+    "int block_size, bool transposed) -> Tensor"
+)
+_LIBRARY.impl("frozen_linear", frozen_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("frozen_linear_backward", frozen_linear_backward, "CompositeExplicitAutograd")
+torch.library.register_autograd(
+    "gptj8::frozen_linear", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "gptj8::frozen_linear_backward",
+    _double_backward,
+    setup_context=_setup_double_context,
+    lib=_LIBRARY,
+)
+
+
+@torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
+def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])
+
+
+@torch.library.register_fake("gptj8::frozen_linear_backward", lib=_LIBRARY)
+def _(grad, codes, absmax, codebook, block_size, transposed):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], codes.shape[0 if transposed else 1])
