@@ -10,10 +10,13 @@ import torch
 from gptj8.checkpoint import check_model_directory, check_tensors
 from gptj8.errors import UserError
 from gptj8.manifest import verify_manifest
+from gptj8.runtime import keep_large_blocks_out_of_the_heap
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+_LARGE_BYTES = 1 << 30
 
 
 def pick_device() -> torch.device:
@@ -66,6 +69,8 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
         check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+    if device.type == "cpu" and model.get_memory_footprint() > _LARGE_BYTES:
+        keep_large_blocks_out_of_the_heap()
     return model.eval()
 
 
