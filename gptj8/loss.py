@@ -22,7 +22,7 @@ from gptj8.layers import Frozen8bitLinear
 _PLAIN_HEADS = frozenset(
     ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")
 )
-_CHUNK_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 27
 # float16 has no numbers below 6e-8, where most probabilities are; powers of two cost no precision.
 _FLOAT16_SCALE = 1024.0
 
@@ -83,9 +83,11 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_grad else None
-        tokens_a_chunk = max(1, _CHUNK_BYTES // (4 * head.out_features))
-        for start in range(0, len(hidden), tokens_a_chunk):
-            chunk = slice(start, start + tokens_a_chunk)
+        # Of one size: a product with the few tokens that would be left over is a slow one.
+        at_most = max(1, _CHUNK_BYTES // (4 * head.out_features))
+        chunks = -(-len(hidden) // at_most)
+        for number in range(chunks):
+            chunk = slice(len(hidden) * number // chunks, len(hidden) * (number + 1) // chunks)
             logits = torch.ops.gptj8.frozen_linear(
                 hidden[chunk], *quantized, head.bias, head.block_size, False
             ).float()

@@ -22,8 +22,11 @@ from torch.nn import functional
 
 from gptj8 import kernels
 
-# Weights restored at a time: an MLP matrix of GPT-J-6B.
+# Weights restored at a time: an MLP matrix of GPT-J-6B; with few rows of x on a CPU, what its
+# caches hold until it is multiplied. With many rows the product is faster in one piece.
 _PIECE = 1 << 26
+_CACHED_PIECE = 1 << 21
+_CACHED_ROWS = 64
 
 
 def frozen_linear(
@@ -57,7 +60,7 @@ def frozen_linear(
         y = kernels.linear(x, codes, absmax, codebook, block_size)
         return y if bias is None else y.add_(bias)
     outputs = []
-    for rows, weight in _restored_pieces(codes, absmax, codebook, block_size, x.dtype, transposed):
+    for rows, weight in _restored_pieces(x, codes, absmax, codebook, block_size, transposed):
         part = bias if transposed or bias is None else bias[rows]
         outputs.append(functional.linear(x, weight.t() if transposed else weight, part))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -73,9 +76,7 @@ def frozen_linear_backward(
 ) -> torch.Tensor:
     """Return the gradient of x, (..., in), given that of y, (..., out)."""
     grad_x = None
-    for rows, weight in _restored_pieces(
-        codes, absmax, codebook, block_size, grad.dtype, transposed
-    ):
+    for rows, weight in _restored_pieces(grad, codes, absmax, codebook, block_size, transposed):
         part = grad.matmul(weight.t()) if transposed else grad[..., rows].matmul(weight)
         grad_x = part if grad_x is None else grad_x.float().add_(part)
     assert grad_x is not None
@@ -83,37 +84,39 @@ def frozen_linear_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, codes, absmax, codebook, _, ctx.block_size, ctx.transposed = inputs
-    ctx.save_for_backward(codes, absmax, codebook)
+    # Kept by hand and not saved for backward, which is for what a step computes: checkpointing
+    # computes a block again up to the last tensor that was saved in it. So the block's last
+    # product, a third of GPT-J's, is not repeated: its gradient needs these constants only.
+    _, *quantized, _, ctx.block_size, ctx.transposed = inputs
+    ctx.quantized = quantized
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         backward = torch.ops.gptj8.frozen_linear_backward
-        grad_x = backward(grad, *ctx.saved_tensors, ctx.block_size, ctx.transposed)
+        grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0)
     return grad_x, None, None, None, grad_bias, None, None
 
 
 def _restored_pieces(
+    x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
-    dtype: torch.dtype,
     whole: bool,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield a matrix in pieces of at most `_PIECE` weights, each valid until the next is asked for.
-
-    Most matrices are one piece; the language-model head, the largest of all, is several.
-    """
+    """Yield a matrix in pieces of rows in the dtype of x, each valid until the next is asked."""
     rows, columns = codes.shape
-    step = rows
-    if not whole and codes.numel() > _PIECE:
+    dtype, step = x.dtype, rows
+    is_small = x.device.type == "cpu" and x.numel() <= _CACHED_ROWS * x.shape[-1]
+    piece = _CACHED_PIECE if is_small else _PIECE
+    if not whole and codes.numel() > piece:
         aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
-        step = max(aligned, _PIECE // columns // aligned * aligned)
+        step = max(aligned, piece // columns // aligned * aligned)
     for start in range(0, rows, step):
         part = codes[start : start + step]
         first = start * columns // block_size
@@ -126,14 +129,13 @@ def _restored_pieces(
 
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, codes, absmax, codebook, ctx.block_size, ctx.transposed = inputs
-    ctx.save_for_backward(codes, absmax, codebook)
+    _, *ctx.quantized, ctx.block_size, ctx.transposed = inputs
 
 
 def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """dx = dy W is linear in dy: its gradient is the forward product, without a bias."""
     forward = torch.ops.gptj8.frozen_linear
-    grad_grad = forward(grad, *ctx.saved_tensors, None, ctx.block_size, ctx.transposed)
+    grad_grad = forward(grad, *ctx.quantized, None, ctx.block_size, ctx.transposed)
     return grad_grad, None, None, None, None, None
 
 

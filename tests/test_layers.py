@@ -69,7 +69,7 @@ def test_gradients_equal_the_twins(make, use_checkpoint):
 
 
 @pytest.mark.parametrize("make", LINEARS)
-def test_backward_keeps_only_eight_bit_tensors(make):
+def test_backward_keeps_nothing_but_the_modules_own_tensors(make):
     frozen, _ = frozen_pair(make)
     kept = []
 
@@ -78,10 +78,27 @@ def test_backward_keeps_only_eight_bit_tensors(make):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        frozen(torch.randn(2, 48, requires_grad=True))
-    assert {t.data_ptr() for t in kept} == {
+        y = frozen(torch.randn(2, 48, requires_grad=True))
+    assert kept == []
+    assert {t.data_ptr() for t in y.grad_fn.quantized} == {
         t.data_ptr() for t in (frozen.weight, frozen.absmax, frozen.codebook)
     }
+
+
+@pytest.mark.parametrize("make", LINEARS)
+def test_checkpointing_does_not_repeat_the_last_product(make, monkeypatch):
+    frozen, _ = frozen_pair(make)
+    products = []
+    restored_pieces = operators._restored_pieces
+
+    def counted(*arguments):
+        products.append(arguments)
+        return restored_pieces(*arguments)
+
+    monkeypatch.setattr(operators, "_restored_pieces", counted)
+    x = torch.randn(20, 48, requires_grad=True)
+    checkpoint(lambda x: frozen(x.tanh()), x, use_reentrant=False).sum().backward()
+    assert len(products) == 2  # forward and backward
 
 
 @pytest.mark.parametrize("make", LINEARS)
@@ -103,11 +120,9 @@ def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, blo
     frozen.load_quantized(quantize_blockwise(original.weight, block_size, "fitted"))
     x = torch.randn(3, 5, columns)
     twin = full_precision_twin(frozen, torch.float32)
-    monkeypatch.setattr(operators, "_PIECE", 1500)
+    monkeypatch.setattr(operators, "_CACHED_PIECE", 1500)
     q = frozen.quantized_weight
-    pieces = operators._restored_pieces(
-        q.codes, q.absmax, q.codebook, block_size, torch.float32, whole=False
-    )
+    pieces = operators._restored_pieces(x, q.codes, q.absmax, q.codebook, block_size, whole=False)
     assert len(list(pieces)) > 3
     torch.testing.assert_close(frozen(x), twin(x), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(gradients(frozen, x, None), gradients(twin, x, None), strict=True):
