@@ -73,7 +73,7 @@ def quantize_blockwise(
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
     flat = _flat(weight)
-    absmax = kernels.absmax(flat, block_size)
+    absmax = kernels.backend(flat).absmax(flat, block_size)
     _refuse_non_finite(weight, absmax, name)
     if isinstance(codebook, torch.Tensor):
         table = check_codebook(codebook, name)
@@ -85,7 +85,7 @@ def quantize_blockwise(
         raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
     # A copy: tensors that share memory cannot be saved, and no caller may change another's table.
     table = table.to(weight.device, copy=True)
-    codes = kernels.encode(flat, absmax, blockwise.exact_midpoints(table), block_size)
+    codes = kernels.backend(flat).encode(flat, absmax, blockwise.exact_midpoints(table), block_size)
     return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size)
 
 
@@ -114,8 +114,9 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
         raise QuantizationError(
             f"the weight has shape {tuple(weight.shape)}, its codes {tuple(quantized.codes.shape)}"
         )
-    errors, norms = kernels.squared_errors(
-        _flat(weight),
+    flat = _flat(weight)
+    errors, norms = kernels.backend(flat).squared_errors(
+        flat,
         quantized.codes.reshape(-1),
         quantized.absmax,
         quantized.codebook,
@@ -206,5 +207,5 @@ def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Ten
     unit = 2.0 ** (52 - math.ceil(math.log2(flat.numel())))
     block_mass = (absmax / largest).double().square().mul_(unit).round_()
     return fit_codebook(
-        kernels.histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS).cpu()
+        kernels.backend(flat).histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS).cpu()
     )

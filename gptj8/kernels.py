@@ -24,38 +24,10 @@ _logger = logging.getLogger(__name__)
 _scratch = threading.local()
 
 
-def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    """See `blockwise.absmax`."""
-    return _backend(flat).absmax(flat, block_size)
-
-
-def histogram(
-    flat: torch.Tensor,
-    absmax: torch.Tensor,
-    block_mass: torch.Tensor,
-    block_size: int,
-    bins: int,
-) -> torch.Tensor:
-    """See `blockwise.histogram`."""
-    return _backend(flat).histogram(flat, absmax, block_mass, block_size, bins)
-
-
-def encode(
-    flat: torch.Tensor, absmax: torch.Tensor, boundaries: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """See `blockwise.encode`."""
-    return _backend(flat).encode(flat, absmax, boundaries, block_size)
-
-
-def squared_errors(
-    flat: torch.Tensor,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    codebook: torch.Tensor,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `blockwise.squared_errors`; sums may differ in their last bits."""
-    return _backend(flat).squared_errors(flat, codes, absmax, codebook, block_size)
+def backend(tensor: torch.Tensor) -> ModuleType:
+    """Return the module whose `absmax`, `histogram`, `encode` and `squared_errors` serve a tensor:
+    `blockwise`, or its twin `native`, whose sums of errors may differ in their last bits."""
+    return native if tensor.device.type == "cpu" and _native_works() else blockwise
 
 
 def dequantize(
@@ -71,8 +43,7 @@ def dequantize(
     Args:
         out: where to put the result: contiguous, of `dtype`, the codes' shape and device.
     """
-    backend = _backend(codes)
-    if backend is native and dtype in native.DTYPES:
+    if backend(codes) is native and dtype in native.DTYPES:
         return native.dequantize(codes, absmax, codebook, block_size, dtype, out)
     restore: Callable[..., torch.Tensor] = blockwise.dequantize
     if codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in native.DTYPES:
@@ -138,11 +109,7 @@ def describe(device: torch.device) -> str:
         return "compiled kernels"
     if device.type in ("cpu", "cuda") and _bitsandbytes():
         return "bitsandbytes' operator"
-    return "plain torch"
-
-
-def _backend(tensor: torch.Tensor) -> ModuleType:
-    return native if tensor.device.type == "cpu" and _native_works() else blockwise
+    return "Triton" if gpu_kernels.is_available(device) else "plain torch"
 
 
 @functools.cache
@@ -154,14 +121,14 @@ def _native_works() -> bool:
     codebook = torch.linspace(-1.0, 1.0, 256, device="cpu")
     codebook[127] = 0.0
     results: dict[ModuleType, list[torch.Tensor]] = {native: [], blockwise: []}
-    for backend, found in results.items():
+    for module, found in results.items():
         for dtype, block_size in itertools.product(native.DTYPES, (64, 2048)):
             flat = weights.to(dtype)
-            scales = backend.absmax(flat, block_size)
-            mass = backend.histogram(flat, scales, scales.double().ceil(), block_size, 1024)
+            scales = module.absmax(flat, block_size)
+            mass = module.histogram(flat, scales, scales.double().ceil(), block_size, 1024)
             boundaries = blockwise.exact_midpoints(codebook)
-            codes = backend.encode(flat, scales, boundaries, block_size)
-            restored = backend.dequantize(codes, scales, codebook, block_size, dtype)
+            codes = module.encode(flat, scales, boundaries, block_size)
+            restored = module.dequantize(codes, scales, codebook, block_size, dtype)
             found += [scales, mass, codes, restored]
     agree = all(itertools.starmap(torch.equal, zip(*results.values(), strict=True)))
     if not agree:

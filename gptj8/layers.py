@@ -212,13 +212,24 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
         return self
 
 
-def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
+    """Return x in the dtype that autocast computes products in; as it is where autocast is off."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tensor:
     codes = module.weight.detach()
     return torch.ops.gptj8.frozen_linear(
-        x, codes, module.absmax, module.codebook, module.bias, module.block_size, transposed
+        in_autocast_dtype(x),
+        codes,
+        module.absmax,
+        module.codebook,
+        module.bias,
+        module.block_size,
+        transposed,
     )
 
 

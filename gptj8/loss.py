@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gptj8.layers import Frozen8bitLinear
+from gptj8.layers import Frozen8bitLinear, in_autocast_dtype
 
 _PLAIN_HEADS = frozenset(
     ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")
@@ -37,10 +37,7 @@ def frozen_cross_entropy(
         targets: (tokens,) int64.
         head: whose weight and bias get no gradient.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _FrozenCrossEntropy.apply(hidden, targets, head)
+    return _FrozenCrossEntropy.apply(in_autocast_dtype(hidden), targets, head)
 
 
 def frozen_head(model: Any) -> Frozen8bitLinear | None:

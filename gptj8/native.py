@@ -178,7 +178,12 @@ def linear(
         _Array(y),
     ]
     if in_bfloat16:
-        _call("linear_bfloat16", n, *arguments, _Array(torch.empty_like(x).contiguous()))
+        _call(
+            "linear_bfloat16",
+            n,
+            *arguments,
+            _Array(torch.empty(rows * columns, dtype=dtype, device="cpu")),
+        )
     else:
         _call("linear_float32", n, *arguments)
     return y.to(x.dtype)
@@ -196,11 +201,11 @@ class _Array:
     def __init__(
         self, tensor: torch.Tensor, dtype: torch.dtype | None = None, size: int | None = None
     ) -> None:
-        if tensor.device.type != "cpu" or tensor.dtype != (dtype or tensor.dtype):
+        if tensor.device.type != "cpu" or (dtype is not None and tensor.dtype != dtype):
             raise QuantizationError(
                 f"a tensor is {tensor.dtype} on {tensor.device}, and a CPU kernel takes {dtype}"
             )
-        if tensor.numel() != (tensor.numel() if size is None else size):
+        if size is not None and tensor.numel() != size:
             raise QuantizationError(
                 f"a tensor has {tensor.numel()} values ({tuple(tensor.shape)}), where a CPU kernel "
                 f"takes {size}"

@@ -178,7 +178,7 @@ def test_what_does_not_fit_together_never_reaches_the_kernel():
 
 @pytest.mark.parametrize("replacement", ["absent", "of another interface", "wrong"])
 def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
-    if replacement == "of another interface" and shutil.which("cc") is None:
+    if replacement != "absent" and shutil.which("cc") is None:
         pytest.skip("there is no compiler here")
     package = tmp_path / "gptj8"
     shutil.copytree(ROOT / "gptj8", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
