@@ -2,27 +2,47 @@
 
 Kept apart from the reading and checking of a user's files (`gptj8.sources`, `gptj8.validation`), so
 that an edit there does not make DVC train again what has not changed.
+
+`<split>.parquet` has the rows; `<split>.arrow`, of the splits that training reads, has their tokens
+as an Arrow stream, which `datasets` maps into memory: training on ten million rows takes no more of
+it than training on ten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptj8.errors import UserError
-from gptj8.files import read_json, replace_directory, write_json
+from gptj8.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
+TRAINED_SPLITS = ("train", "validation")
 FIELDS = {
     "classification": ("text", "label"),
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
+
+_TOKENS = pa.schema(
+    [
+        ("input_ids", pa.large_list(pa.int32())),
+        ("prompt_length", pa.int32()),
+        ("length", pa.int32()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +54,42 @@ class PreparedDataset:
         task: `classification`, `completion` or `text`.
         labels: sorted; empty unless the task is classification.
         rows: the number of rows of each split.
+        prompt_template: how a row's text becomes its prompt, with the one field of the task.
     """
 
     directory: Path
     task: str
     labels: tuple[str, ...]
     rows: Mapping[str, int]
+    prompt_template: str
 
     def split(self, name: str) -> pd.DataFrame:
         """Return a split: the task's fields, `file` and `row`, in the order of the source."""
-        if name not in SPLITS:
-            raise ValueError(f"{name!r} is not one of {', '.join(SPLITS)}")
-        path = self.directory / f"{name}.parquet"
+        path = self._file(name, SPLITS, "parquet")
         try:
             return pq.read_table(path).to_pandas()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+
+    def examples(self, name: str) -> Dataset:
+        """Return what of a split is trained on: `input_ids`, of which the first `prompt_length` are
+        not learned, and `length`, how many there are. It stays on the disk.
+
+        Rows of prompt and completion are as they are; running text is packed, so that every example
+        but the last has `data.max_length` tokens.
+        """
+        from datasets import Dataset
+
+        path = self._file(name, TRAINED_SPLITS, "arrow")
+        try:
+            return Dataset.from_file(str(path))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    def _file(self, name: str, known: Sequence[str], suffix: str) -> Path:
+        if name not in known:
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+        return self.directory / f"{name}.{suffix}"
 
 
 def load_prepared(directory: str | Path) -> PreparedDataset:
@@ -62,33 +102,113 @@ def load_prepared(directory: str | Path) -> PreparedDataset:
     content = read_json(directory / "dataset.json")
     try:
         return PreparedDataset(
-            directory, content["task"], tuple(content["labels"]), dict(content["rows"])
+            directory,
+            content["task"],
+            tuple(content["labels"]),
+            dict(content["rows"]),
+            content["prompt_template"],
         )
     except (KeyError, TypeError):
         raise UserError(f"{directory / 'dataset.json'} was not written by validate") from None
 
 
-def save_prepared(
-    directory: str | Path,
-    task: str,
-    splits: Mapping[str, pd.DataFrame],
-    rejected: pd.DataFrame,
-) -> None:
-    """Write a prepared dataset, whole or not at all; the same rows give the same bytes."""
-    columns = [*FIELDS[task], "file", "row"]
-    labels = {label for rows in splits.values() for label in rows.get("label", ())}
-    with replace_directory(directory) as staging:
+class PreparedWriter:
+    """Write a prepared dataset batch by batch; the same rows give the same bytes.
+
+    Args:
+        directory: an existing one; `dataset.json`, without which it cannot be opened, comes last.
+        task: `classification`, `completion` or `text`.
+        prompt_template: with the task's field.
+        max_length: of packed examples.
+    """
+
+    def __init__(
+        self, directory: str | Path, task: str, prompt_template: str, max_length: int
+    ) -> None:
+        self.directory = Path(directory)
+        self.task = task
+        self.prompt_template = prompt_template
+        self.rows = dict.fromkeys(SPLITS, 0)
+        self.examples = dict.fromkeys(TRAINED_SPLITS, 0)
+        self._columns = [*FIELDS[task], "file", "row"]
+        types = [pa.int64() if name == "row" else pa.large_string() for name in self._columns]
+        schema = pa.schema(list(zip(self._columns, types, strict=True)))
+        self._files = ExitStack()
+        self._tables: dict[str, pq.ParquetWriter] = {}
+        self._tokens: dict[str, pa.RecordBatchStreamWriter] = {}
         for name in SPLITS:
-            _write_parquet(splits[name][columns], staging / f"{name}.parquet")
-        _write_parquet(rejected, staging / "rejected.parquet")
-        rows = {name: len(splits[name]) for name in SPLITS}
-        content = {"task": task, "labels": sorted(labels), "rows": rows}
-        write_json(staging / "dataset.json", content)
+            file = self.directory / f"{name}.parquet"
+            table = pq.ParquetWriter(file, schema, compression="zstd")
+            self._tables[name] = self._files.enter_context(table)
+        for name in TRAINED_SPLITS:
+            sink = self._files.enter_context(pa.OSFile(str(self.directory / f"{name}.arrow"), "wb"))
+            self._tokens[name] = self._files.enter_context(pa.ipc.new_stream(sink, _TOKENS))
+        self._packers = {name: _Packer(max_length) for name in TRAINED_SPLITS}
+
+    def add(self, split: str, rows: pa.RecordBatch) -> None:
+        """Add rows to a split: the task's fields, `file`, `row`, `input_ids`, `prompt_length`."""
+        if not rows.num_rows:
+            return
+        self._tables[split].write_batch(rows.select(self._columns))
+        self.rows[split] += rows.num_rows
+        if split not in TRAINED_SPLITS:
+            return
+        ids = rows.column("input_ids")
+        if self.task == "text":
+            self._write_examples(split, self._packers[split].add(ids.flatten().to_numpy()))
+        else:
+            self._write(split, ids, rows.column("prompt_length"))
+
+    def finish(self, labels: Sequence[str]) -> None:
+        """Complete all files; `labels` are those of a classification."""
+        for name, packer in self._packers.items():
+            self._write_examples(name, packer.rest())
+        self._files.close()
+        content = {
+            "task": self.task,
+            "labels": sorted(labels),
+            "rows": self.rows,
+            "prompt_template": self.prompt_template,
+        }
+        write_json(self.directory / "dataset.json", content)
+
+    def __enter__(self) -> PreparedWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def _write_examples(self, split: str, examples: list[np.ndarray]) -> None:
+        if examples:
+            ids = pa.array(examples, _TOKENS.field("input_ids").type)
+            self._write(split, ids, pa.array([0] * len(examples), pa.int32()))
+
+    def _write(self, split: str, ids: pa.Array, prompt_lengths: pa.Array) -> None:
+        lengths = ids.value_lengths().cast(pa.int32())
+        batch = pa.RecordBatch.from_arrays([ids, prompt_lengths, lengths], schema=_TOKENS)
+        self._tokens[split].write_batch(batch)
+        self.examples[split] += len(ids)
 
 
-def _write_parquet(rows: pd.DataFrame, path: Path) -> None:
-    # Columns that are empty have no type of their own; metadata would name versions of libraries.
-    types = [pa.int64() if name == "row" else pa.large_string() for name in rows.columns]
-    schema = pa.schema(list(zip(rows.columns, types, strict=True)))
-    table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
-    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
+class _Packer:
+    """Cut a stream of tokens into examples of one length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._left = np.empty(0, dtype=np.int32)
+
+    def add(self, ids: np.ndarray) -> list[np.ndarray]:
+        stream = np.concatenate([self._left, ids])
+        whole = len(stream) // self.length * self.length
+        self._left = stream[whole:]
+        return list(stream[:whole].reshape(-1, self.length))
+
+    def rest(self) -> list[np.ndarray]:
+        """Return the last, shorter example; one token predicts nothing and is left out."""
+        rest, self._left = self._left, self._left[:0]
+        return [rest] if len(rest) > 1 else []

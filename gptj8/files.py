@@ -148,6 +148,28 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def dvc_digest(path: str | Path) -> str:
+    """Return the digest by which DVC knows a file or a directory, as dvc.lock has it.
+
+    Of a file its MD5; of a directory that of the list of its files and theirs, with `.dir` behind.
+    """
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, _md5).hexdigest()
+    entries = [
+        {"md5": dvc_digest(file), "relpath": file.relative_to(path).as_posix()}
+        for file in list_files(path)
+    ]
+    entries.sort(key=lambda entry: entry["relpath"])
+    listing = json.dumps(entries, sort_keys=True).encode()
+    return f"{_md5(listing).hexdigest()}.dir"
+
+
+def _md5(content: bytes = b"") -> Any:
+    return hashlib.md5(content, usedforsecurity=False)
+
+
 def sha256_tree(path: str | Path, cache: str | Path | None = None) -> str:
     """Return one SHA-256 for a file, or for the names and contents of all files in a directory.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gptj8.errors import UserError
+from gptj8.templates import parse_template
 
 PARAMS_FILE = "params.yaml"
 
@@ -38,11 +38,17 @@ class Data(_Section):
     """Where the rows are and how one becomes a prompt."""
 
     train: str
-    """A CSV, TSV, JSONL, Parquet or text file, or a directory with files named after the splits."""
+    """A file, or a directory: of files named after the splits, or of training rows only."""
     validation: str | None = None
-    """Optional; null: the directory's own file, else rows held out of `train`."""
+    """A file or directory; null: `train`'s own, else rows held out of `train`."""
     test: str | None = None
-    """Optional; null: the directory's own file, else rows held out of `train`."""
+    """A file or directory; null: `train`'s own, else rows held out of `train`."""
+    train_files: str | None = None
+    """Pattern of the files to read where `train` is a directory, such as `2024-*.csv.gz`."""
+    validation_files: str | None = None
+    test_files: str | None = None
+    text_row: Literal["line", "file"] = "line"
+    """What a row of plain text is: a line, or a whole file."""
     validation_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of the rows held out by content hash where no validation file is given."""
     test_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
@@ -52,8 +58,13 @@ class Data(_Section):
     label_column: str = "label"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
+    messages_column: str = "messages"
+    optional_columns: tuple[str, ...] = ("input",)
+    """Columns of the template that may be empty; the words before such a cell are left out."""
+    labels: tuple[str, ...] | None = None
+    """The labels there are; another one is an invalid row. null: whatever train has."""
     prompt_template: str = "{text}\n\nLabel:"
-    """How a row becomes a prompt; `{text}` (or `{prompt}`, for completion) is replaced."""
+    """How a row becomes a prompt: fields in braces are columns, see `gptj8.shapes`."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of prompt and completion together; a longer text is cut, its completion never."""
     on_invalid: Literal["error", "drop"] = "drop"
@@ -61,22 +72,20 @@ class Data(_Section):
     max_invalid_fraction: Fraction = 0.05
     """More invalid rows than this share stop the run even when they could be dropped."""
     on_leak: Literal["error", "drop", "warn"] = "error"
-    """What to do with a training row whose text is in validation or test as well."""
+    """What to do with a row whose text, or nearly so, is in a later split as well."""
+    near_duplicate_threshold: Annotated[float, Field(ge=0.5, lt=1)] | None = 0.7
+    """Texts at least this alike (Jaccard, runs of 5 characters) are near-duplicates; null: off."""
+    on_near_duplicate: Literal["drop", "warn"] = "warn"
+    """What to do with near-duplicates within a split; exact ones are always dropped."""
+    engine: Literal["local", "dask"] = "local"
+    """Where rows are checked: this process, or the workers of a Dask cluster."""
 
     @model_validator(mode="after")
-    def _template_has_its_field(self) -> Data:
-        field = "prompt" if self.task == "completion" else "text"
-        try:
-            names = {
-                name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name
-            }
-        except ValueError as error:
-            raise ValueError(f"prompt_template is not a template: {error}") from None
-        if self.task != "text" and names != {field}:
-            raise ValueError(
-                f"prompt_template must hold {{{field}}} and no other field for "
-                f"task={self.task}, but has {sorted(names)}"
-            )
+    def _template_fits_the_task(self) -> Data:
+        if self.task != "text":
+            # The rules for templates live with their meaning, and need nothing but the standard
+            # library.
+            parse_template(self.prompt_template, self.task)
         return self
 
 

@@ -15,11 +15,13 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from gptj8.errors import UserError
 
+_PIECE = 1 << 16
 _SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -47,6 +49,7 @@ class TextEncoder:
         prefix_ids: the tokens that the tokenizer puts before every text, such as Llama's BOS.
         eos_id: the token that ends a completion.
         vocab_size: ids are below it; the model may have more embedding rows than that.
+        special_tokens: what the special tokens are called.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
@@ -56,6 +59,11 @@ class TextEncoder:
         self.prefix_ids: list[int] = tokenizer.encode("").ids
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.special_tokens = tuple(
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        )
         self.eos_id = eos_id
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -89,11 +97,28 @@ class TextEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` alone, without prefix or end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; the tokenizer uses all cores."""
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the ids of each text; the tokenizer uses all cores.
+
+        A text of more than `_PIECE` characters is encoded in pieces that begin at a space: a
+        tokenizer takes a hundred bytes for each character of a word, and a cell of ten megabytes
+        without a space would take a gigabyte.
+        """
+        pieces = [_pieces(text) for text in texts]
+        flat = [piece for text in pieces for piece in text]
+        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        return [
+            next(encoded).ids
+            if len(text) == 1
+            else [token for _ in text for token in next(encoded).ids]
+            for text in pieces
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A tokenizer forgets that special tokens are text when it is sent to another process.
+        return TextEncoder, (self._tokenizer, self.eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`."""
@@ -121,6 +146,11 @@ class PromptEncoder:
         self.before, self.after = literals
         self._before_ids = encoder.encode(self.before)
         self._after_ids = encoder.encode(self.after)
+
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind a prompt's text."""
+        return [*self.encoder.prefix_ids, *self._before_ids], self._after_ids
 
     def completion_ids(self, completion: str) -> list[int]:
         """Return the ids of a completion: a space, the text, the end-of-text token.
@@ -189,6 +219,19 @@ def check_context(model_path: str | Path, max_length: int) -> None:
                 f"data.max_length = {max_length} is more than the {positions} positions of "
                 f"{model_path} ({key}); lower it"
             )
+
+
+def _pieces(text: str) -> list[str]:
+    if len(text) <= _PIECE:
+        return [text]
+    pieces = []
+    start = 0
+    while len(text) - start > _PIECE:
+        end = text.rfind(" ", start + 1, start + _PIECE)
+        end = start + _PIECE if end < 0 else end
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def _share_room(lengths: Sequence[int], room: int) -> list[int]:

@@ -8,143 +8,154 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
-from gptj8.dataset import FIELDS, SPLITS
+from gptj8.dataset import SPLITS
 from gptj8.errors import UserError
-from gptj8.formats import SUFFIXES, explain_missing_file, read_rows
+from gptj8.formats import explain_missing_file
 from gptj8.params import Data
+from gptj8.parsers import SUFFIXES, suffix_of
 
-_FILE_NAMES = {
-    "train": ("train",),
+_NAMES = {
+    "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+_PATTERN_CHARACTERS = "*?["
 
 
-def columns_of(data: Data) -> dict[str, str]:
-    """Return for each field of the task the name of the user's column that holds it."""
-    return {field: getattr(data, f"{field}_column") for field in FIELDS[data.task]}
+def find_files(data: Data) -> dict[str, list[Path]]:
+    """Find the files of each split that has some; `train` is always among them.
 
-
-def read_splits(data: Data) -> dict[str, pd.DataFrame]:
-    """Read the files that `data` names or that lie in its directory.
-
-    Returns:
-        A frame for each split that has a file of its own; `train` is always among them.
+    `data.train` may be a file; a directory whose files or folders are named after the splits
+    (`train.csv`, `dev.jsonl.gz`, the Hub's `train-00000-of-00002.parquet`, `test/part1.csv`); or a
+    directory of files without such names, all of them training rows. `data.validation` and
+    `data.test` may be files or directories. A pattern (`data.train_files` and so on) chooses files
+    of a directory, at any depth with `**/`.
 
     Raises:
-        UserError: a line for each file that is missing, lacks a column, is empty or is damaged.
+        UserError: a line for each path that is missing or ambiguous.
     """
-    files = _files_of_splits(data)
-    columns = columns_of(data)
-    parts: dict[str, list[pd.DataFrame]] = {split: [] for split in files}
     problems: list[str] = []
+    files: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        value, pattern = getattr(data, split), getattr(data, f"{split}_files")
+        if value is None:
+            if pattern is not None:
+                problems.append(f"data.{split}_files = {pattern} needs a directory in data.{split}")
+            continue
+        path = Path(value)
+        if not path.exists():
+            problems.append(_explain_missing(split, path))
+        elif path.is_file():
+            if pattern is not None:
+                problems.append(
+                    f"data.{split}_files = {pattern} needs a directory, and {path} is a file"
+                )
+            files[split] = [path]
+        elif pattern is not None:
+            files[split] = _matching(path, pattern, split, problems)
+        elif split == "train":
+            files.update(_splits_in_directory(path, problems))
+        else:
+            files[split] = _all_readable(path, split, problems)
+    owners: dict[Path, str] = {}
     for split, paths in files.items():
         for path in paths:
-            try:
-                parts[split].append(read_rows(path, columns))
-            except UserError as error:
-                problems += [line for line in str(error).splitlines() if line not in problems]
+            other = owners.setdefault(path.resolve(), split)
+            if other != split:
+                problems.append(f"{path} is a file of data.{other} and of data.{split}")
     if problems:
         raise UserError("\n".join(problems))
-    return {split: pd.concat(frames, ignore_index=True) for split, frames in parts.items()}
+    return {split: files[split] for split in SPLITS if split in files}
 
 
-def content_key(text: str) -> str:
+def content_key(text: str) -> bytes:
     """Return the SHA-256 of a text in which only its characters count.
 
     Canonically equivalent Unicode (NFC) is the same text, and any run of whitespace is one space.
     Case and punctuation count: two texts that differ in them are not duplicates but relatives.
     """
     normalized = " ".join(unicodedata.normalize("NFC", text).split())
-    return hashlib.sha256(normalized.encode()).hexdigest()
+    return hashlib.sha256(normalized.encode()).digest()
 
 
-def hold_out(
-    rows: pd.DataFrame,
-    shares: Mapping[str, float],
-    keys: pd.Series,
-    labels: pd.Series | None = None,
-) -> dict[str, pd.DataFrame]:
-    """Take splits out of `rows` by the rank of each text's content hash.
-
-    What is chosen depends on the texts alone, neither on their order nor on a seed, and all rows of
-    one text go together, so that no duplicate is ever in two splits. Ranks and not a threshold on
-    the hash: of 12 rows a threshold may well take none, a rank takes its exact share. With labels,
-    each label is divided on its own and gives at least one text to every split; a label with fewer
-    texts than there are splits stays in `train` whole. A text with several labels counts for the
-    first of them.
-
-    Args:
-        rows: what to divide.
-        shares: splits to take out, and the share of the distinct texts for each, the test split
-            first: then a change of the validation's share leaves the test split as it is.
-        keys: `content_key` of each row's text.
-        labels: the label of each row.
-
-    Returns:
-        The given splits and `train`, which holds the rest; each in the order of `rows`.
-    """
-    texts = pd.DataFrame({"key": keys, "label": "" if labels is None else labels})
-    texts = texts.sort_values(["key", "label"]).drop_duplicates("key")
-    split_of: dict[str, str] = {}
-    for _, group in texts.groupby("label", sort=True):
-        ranked = group["key"].tolist()
-        if len(ranked) <= len(shares):
-            continue
-        start = 0
-        for split, share in shares.items():
-            count = max(1, round(share * len(ranked)))
-            split_of.update(dict.fromkeys(ranked[start : start + count], split))
-            start += count
-        if start >= len(ranked):  # rounding took everything: the last one goes back
-            split_of.pop(ranked[-1])
-    splits = keys.map(lambda key: split_of.get(key, "train"))
-    return {name: rows[splits == name] for name in ("train", *shares)}
+def _explain_missing(split: str, path: Path) -> str:
+    text = str(path)
+    if text.startswith("hf:") or "://" in text:
+        return (
+            f"data.{split}: {text} is not a path; for a dataset of the Hub set `dataset` in "
+            "data/datasets/hub/params.yaml and data.train to data/datasets/hub/splits"
+        )
+    if any(character in text for character in _PATTERN_CHARACTERS):
+        folder = path.parent
+        while any(character in str(folder) for character in _PATTERN_CHARACTERS):
+            folder = folder.parent
+        return (
+            f"data.{split}: {path} is a pattern, and DVC follows paths; set data.{split}: {folder} "
+            f"and data.{split}_files: {path.relative_to(folder)}"
+        )
+    return f"data.{split}: {explain_missing_file(path)}"
 
 
-def _files_of_splits(data: Data) -> dict[str, list[Path]]:
-    problems: list[str] = []
-    files: dict[str, list[Path]] = {}
-    for split in SPLITS:
-        value = getattr(data, split)
-        if value is None:
-            continue
-        path = Path(value)
-        if not path.exists():
-            problems.append(f"data.{split}: {explain_missing_file(path)}")
-        elif path.is_file():
-            files[split] = [path]
-        elif split != "train":
-            problems.append(f"data.{split}: {path} is a directory; name a file")
-        else:
-            files.update(_files_in_directory(path, problems))
-    if problems:
-        raise UserError("\n".join(problems))
-    return {split: files[split] for split in SPLITS if split in files}
+def _readable(paths: list[Path]) -> list[Path]:
+    hidden = (".", "_")
+    return sorted(
+        path
+        for path in paths
+        if path.is_file() and suffix_of(path) in SUFFIXES and not path.name.startswith(hidden)
+    )
 
 
-def _files_in_directory(directory: Path, problems: list[str]) -> dict[str, list[Path]]:
-    """Find `train.csv`, `dev.jsonl`, or the Hub's `train-00000-of-00002.parquet`."""
-    names = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    files: dict[str, list[Path]] = {}
-    for split, stems in _FILE_NAMES.items():
+def _matching(directory: Path, pattern: str, split: str, problems: list[str]) -> list[Path]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        problems.append(f"data.{split}_files = {pattern} leaves {directory}")
+        return []
+    found = _readable(list(directory.glob(pattern)))
+    if not found:
+        near = ", ".join(p.name for p in _readable(list(directory.rglob("*")))[:10]) or "none"
+        problems.append(
+            f"data.{split}_files = {pattern} matches no readable file in {directory}; "
+            f"files that could be read: {near}"
+        )
+    return found
+
+
+def _all_readable(directory: Path, split: str, problems: list[str]) -> list[Path]:
+    found = _readable(list(directory.rglob("*")))
+    if not found:
+        problems.append(
+            f"data.{split}: {directory} has no file with one of the suffixes {', '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def _splits_in_directory(directory: Path, problems: list[str]) -> dict[str, list[Path]]:
+    readable = _all_readable(directory, "train", problems)
+    named: dict[str, list[Path]] = {}
+    for split, stems in _NAMES.items():
         pattern = re.compile(rf"({'|'.join(stems)})(-\d+-of-\d+)?", re.IGNORECASE)
-        found = [path for path in names if pattern.fullmatch(path.stem)]
-        whole = [path for path in found if "-of-" not in path.stem]
+        found = [path for path in readable if pattern.fullmatch(_first_part(directory, path))]
+        in_top = [path for path in found if path.parent == directory]
+        whole = [path for path in in_top if "-of-" not in path.name]
         if whole and len(found) > 1:
-            listed = ", ".join(path.name for path in found)
+            listed = ", ".join(path.relative_to(directory).as_posix() for path in found)
             problems.append(f"{directory} has more than one {split} file: {listed}")
         if found:
-            files[split] = found
-    if "train" not in files:
-        listed = ", ".join(path.name for path in names[:10]) or "none"
+            named[split] = found
+    if not named:
+        return {"train": readable}
+    if "train" not in named:
+        listed = ", ".join(path.relative_to(directory).as_posix() for path in readable[:10])
         problems.append(
-            f"data.train: {directory} has no file train with one of the suffixes "
-            f"{', '.join(SUFFIXES)}; files that could be read: {listed}"
+            f"data.train: {directory} has files for {' and '.join(named)} and no file or folder "
+            f"named train; files that could be read: {listed}"
         )
-    return files
+        return {}
+    return named
+
+
+def _first_part(directory: Path, path: Path) -> str:
+    """Return the name that tells the split: of the folder below `directory`, or of the file."""
+    first = path.relative_to(directory).parts[0]
+    return first if first != path.name else first.partition(".")[0]

@@ -131,7 +131,26 @@ class StageRun:
             step = self._replay(stage)
         self._log_stage_metrics(stage, read_json(folder / "metrics.json"), step)
         self._call("log_artifacts", str(folder), f"reports/{stage}")
+        self._log_datasets(folder / "inputs.json")
         self.set_tag(tag, origin)
+
+    def _log_datasets(self, file: Path) -> None:
+        """Record the datasets that a stage read and made, by the digests that DVC knows them by."""
+        if not self._alive or not file.is_file():
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        content = read_json(file)
+        read = [(item["split"], item["path"], item["md5"]) for item in content["files"]]
+        made = [("prepared", "artifacts/dataset", content["prepared"])]
+        inputs = [
+            DatasetInput(
+                Dataset(Path(path).name, digest, "local", json.dumps({"uri": path})),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for context, path, digest in read + made
+        ]
+        self._call("log_inputs", datasets=inputs)
 
     def _replay(self, stage: str) -> int:
         """Record the curves and artifacts of a stage that did not run; return its last step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gptj8.examples import IGNORED, Example
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
 
 _LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
@@ -71,8 +72,8 @@ class TrainingResult:
 
 def train(
     model: PeftModel,
-    train_examples: list[Example],
-    eval_examples: list[Example],
+    train_examples: Sequence[Example] | Dataset,
+    eval_examples: Sequence[Example] | Dataset,
     settings: TrainingSettings,
     pad_id: int,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
@@ -81,7 +82,7 @@ def train(
 
     Args:
         model: from `adapters.add_adapter`.
-        train_examples, eval_examples: `input_ids` and `labels`, each as long as the other.
+        train_examples, eval_examples: from `PreparedDataset.examples`, or a list of the same.
         pad_id: any token id; padding is masked by position.
         log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
             `eval_loss`, `tokens_per_second`.
@@ -151,6 +152,7 @@ def _training_arguments(
         bf16=half is torch.bfloat16,
         fp16=half is torch.float16,
         train_sampling_strategy="group_by_length",
+        length_column_name="length",  # else every example is read once to be measured
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         prediction_loss_only=True,
@@ -229,7 +231,7 @@ class _Collator:
         self.pad_id = pad_id
         self.monitor = monitor
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         length = max(len(e["input_ids"]) for e in examples)
         batch = {
             "input_ids": torch.full((len(examples), length), self.pad_id),
@@ -239,7 +241,8 @@ class _Collator:
         for row, example in enumerate(examples):
             filled = len(example["input_ids"])
             batch["input_ids"][row, :filled] = torch.tensor(example["input_ids"])
-            batch["labels"][row, :filled] = torch.tensor(example["labels"])
+            learned = slice(example["prompt_length"], filled)
+            batch["labels"][row, learned] = batch["input_ids"][row, learned]
             batch["attention_mask"][row, :filled] = 1
         self.monitor.count(batch["attention_mask"])
         return batch

@@ -1,367 +1,376 @@
 """Checks that find what ruins fine-tuning, and the policies for what they find.
 
-`validate` is the whole of it, from params to splits: rows that are not usable, duplicates within a
-split, texts that leak from one split into another, labels that contradict each other or differ only
-in case, labels that training never sees, and texts too long for the model. What cannot be mended by
-leaving rows out is an error. Nothing disappears silently: every row left out becomes a finding.
+`validate` is the whole of it, from params to a prepared dataset, in three passes. The first reads,
+checks and tokenizes rows batch by batch (`gptj8.scan`) and keeps a few bytes of each. The second
+compares rows with each other by those bytes: duplicates within a split, texts that leak from one
+split into another, nearly equal texts, texts with several answers (`gptj8.relations`). The third
+writes what is left. Nothing disappears silently: every row left out is a finding; what no policy
+can mend is a problem, and all problems of a dataset are found before it is refused.
 
-Two texts are the same if `gptj8.sources.content_key` says so, which ignores whitespace and nothing
-else. All checks are exact, and the rows of all splits are held in memory.
+Memory is bounded by a few batches and some 40 bytes a row; see `gptj8.row_store`. All checks are
+exact, but that not all near-duplicates are looked at; see `gptj8.near_duplicates`. Two texts are
+the same if `gptj8.sources.content_key` says so, which ignores whitespace and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from gptj8 import schemas
-from gptj8.dataset import FIELDS, SPLITS
+from gptj8 import near_duplicates, policies, relations
+from gptj8.dataset import SPLITS, PreparedWriter
 from gptj8.errors import UserError
+from gptj8.findings import Findings, copy_dropped
 from gptj8.params import Data
-from gptj8.prompts import PromptEncoder, TextEncoder
-from gptj8.sources import columns_of, content_key, hold_out, read_splits
+from gptj8.prompts import TextEncoder
+from gptj8.row_store import RowStore
+from gptj8.scan import Scanner, scan_files
+from gptj8.sources import find_files
+from gptj8.words import listed
 
-INVALID_CHECKS = ("missing", "type", "empty", "nul", "replacement", "room")
-FINDING_COLUMNS = ("split", "file", "row", "check", "column", "value", "reason")
+FINDINGS_FILE = "findings.parquet"
+REJECTED_FILE = "rejected.parquet"
 
-_BATCH_ROWS = 1000
 _EXAMPLES = 3
-_EXCERPT = 60
+_CHUNK = 20_000  # findings described at a time
 
 
-@dataclass(frozen=True)
+@dataclass
 class Validated:
-    """A dataset that passed.
+    """What was found in a dataset.
 
     Attributes:
         task: `classification`, `completion` or `text`.
-        splits: the rows of `train`, `validation` and `test`, with their `tokens` as they are and
-            `cut_tokens`, how many of those do not fit into `data.max_length`.
-        findings: one line for each thing found in a row: `split`, `file`, `row`, `check`, the
-            user's `column`, `value` and `reason`, and `dropped`, whether the row was left out.
-        total_rows: rows in the files.
+        files: those read, by split.
+        findings: everything found in single rows.
+        problems: why the dataset cannot be used, a line each; empty if it can.
+        total_rows, invalid_rows: rows in the files, and those left out because they cannot be used.
+        rows: rows of each split, of what is left.
+        examples: what is trained on in each split that training reads.
+        tokens: tokens of each split that fit into max_length.
+        lengths: for each split how many rows have 0, 1, 2 ... tokens before they are cut.
+        labels: rows of each label in each split; empty unless the task is classification.
+        seconds: time taken.
     """
 
     task: str
-    splits: dict[str, pd.DataFrame]
-    findings: pd.DataFrame
-    total_rows: int
+    files: dict[str, list[Path]]
+    findings: Findings
+    problems: list[str] = field(default_factory=list)
+    total_rows: int = 0
+    invalid_rows: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    lengths: dict[str, np.ndarray] = field(
+        default_factory=lambda: {name: np.zeros(1, dtype=np.int64) for name in SPLITS}
+    )
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: {n: Counter() for n in SPLITS})
+    seconds: float = 0.0
 
-    @property
-    def rejected(self) -> pd.DataFrame:
-        """The findings whose rows were left out."""
-        dropped = self.findings[self.findings["dropped"]]
-        return dropped[list(FINDING_COLUMNS)].reset_index(drop=True)
 
-    def count(self, *checks: str) -> int:
-        """Return in how many rows one of these checks found something."""
-        found = self.findings[self.findings["check"].isin(checks)]
-        return len(found[["split", "file", "row"]].drop_duplicates())
+def validate(
+    data: Data,
+    encoder: TextEncoder,
+    directory: str | Path,
+    advance: Callable[[int], object] = lambda size: None,
+) -> Validated:
+    """Read, check and split the dataset that `data` describes, and write it for training.
 
-
-def validate(data: Data, encoder: TextEncoder) -> Validated:
-    """Read, check and split the dataset that `data` describes.
+    Args:
+        data: the params.
+        encoder: the model's tokenizer.
+        directory: an empty directory for the prepared dataset, which is complete only if there are
+            no problems, its findings and, while this runs, some bytes a row of scratch.
+        advance: called with the bytes of the files read since the last call.
 
     Raises:
-        UserError: if it cannot be read, or if no policy makes it usable.
+        UserError: a line for each file that cannot be read, or if nothing in them can be used.
     """
-    checker = _Checker(data, encoder)
-    sources = read_splits(data)
-    rows = pd.concat([frame.assign(split=split) for split, frame in sources.items()])
-    rows = rows.reset_index(drop=True)
-    total = len(rows)
-    rows = checker.drop_invalid(rows)
-    rows["key"] = rows[checker.input].map(content_key)
-    if checker.answer is not None:
-        rows[checker.answer] = rows[checker.answer].str.strip()
-    if data.task == "classification":
-        _require_consistent_labels(rows, data)
-    rows = checker.drop_duplicates(rows)
-    rows = checker.handle_leaks(rows)
-    rows = _complete_splits(rows, data, set(sources))
-    checker.report_conflicts(rows)
-    checker.report_truncated(rows)
-    splits = {
-        name: rows[rows["split"] == name].drop(columns=["split", "key"]).reset_index(drop=True)
-        for name in SPLITS
-    }
-    held_out = [name for name in ("validation", "test") if name not in sources]
-    _require_usable_splits(splits, held_out, data)
-    return Validated(data.task, splits, checker.findings(), total)
+    started = time.monotonic()
+    files = find_files(data)
+    directory = Path(directory)
+    scratch = directory / ".scratch"
+    try:
+        with (
+            Findings(directory / FINDINGS_FILE) as findings,
+            RowStore(scratch) as store,
+        ):
+            validated = Validated(data.task, files, findings)
+            _Validation(data, encoder, validated, store).run(directory, advance)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    copy_dropped(directory / FINDINGS_FILE, directory / REJECTED_FILE)
+    validated.seconds = time.monotonic() - started
+    return validated
 
 
-class _Checker:
-    """One dataset's checks, each of which takes rows and returns those that are left."""
+class _Validation:
+    """One dataset on its way through the passes.
 
-    def __init__(self, data: Data, encoder: TextEncoder) -> None:
-        self.data = data
-        self.encoder = encoder
-        self.fields = FIELDS[data.task]
-        self.input = self.fields[0]
-        self.answer = self.fields[1] if len(self.fields) > 1 else None
-        self.columns = columns_of(data)
-        self._found: list[pd.DataFrame] = []
+    Attributes:
+        split: the number of each row's split in `SPLITS`.
+        kept: which rows are left.
+        label: a number for each row's label, in the order of `label_names`.
+    """
 
-    def findings(self) -> pd.DataFrame:
-        empty = pd.DataFrame(columns=[*FINDING_COLUMNS, "dropped"])
-        found = pd.concat(self._found, ignore_index=True) if self._found else empty
-        return found.astype({"dropped": bool})
-
-    def drop_invalid(self, rows: pd.DataFrame) -> pd.DataFrame:
-        failed = schemas.failures(rows, self.fields)
-        valid = rows.drop(index=failed["index"].unique())
-        valid = valid.drop(columns=[f"{field}_kind" for field in self.fields])
-        valid = valid.join(_token_counts(valid, self.data, self.encoder))
-        no_room = valid[valid.pop("room") < 1]
-        if self.answer is not None and len(no_room):
-            reason = f"leaves no room for {self.input} within data.max_length"
-            reason += f" = {self.data.max_length}"
-            more = no_room.reset_index().rename(columns={self.answer: "value"})
-            more = more.assign(check="room", field=self.answer, reason=reason)
-            failed = pd.concat([failed, more[list(schemas.FAILURE_COLUMNS)]], ignore_index=True)
-            valid = valid.drop(index=no_room.index)
-        invalid = rows.loc[failed["index"]].reset_index(drop=True)
-        found = invalid[["split", "file", "row"]].assign(
-            check=failed["check"],
-            column=failed["field"].map(self.columns),
-            value=failed["value"],
-            reason=failed["reason"],
-            dropped=True,
-        )
-        self._add(found)
-        self._apply_policy(found, failed["index"].nunique(), len(rows))
-        if valid.empty:
-            raise UserError(f"{self.data.train}: not one of {len(rows)} rows is valid")
-        return valid
-
-    def _apply_policy(self, found: pd.DataFrame, invalid: int, total: int) -> None:
-        if not invalid:
-            return
-        allowed = self.data.max_invalid_fraction
-        if self.data.on_invalid == "error":
-            policy = "data.on_invalid is error; mend them, or set it to drop"
-        elif invalid > allowed * total:
-            policy = (
-                f"more than data.max_invalid_fraction = {allowed:g} allows to drop; mend them, "
-                "or raise it"
-            )
-        else:
-            return
-        problems = (
-            f"{_place(row)}: {row.column} {row.reason}{_shown(row.value)}"
-            for row in found.head(_EXAMPLES).itertuples()
-        )
-        more = f"; and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-        raise UserError(
-            f"invalid rows: {invalid} of {total}, {policy}: {'; '.join(problems)}{more}"
-        )
-
-    def drop_duplicates(self, rows: pd.DataFrame) -> pd.DataFrame:
-        same = ["split", "key"] + ([self.answer] if self.answer else [])
-        repeated = rows.duplicated(same)
-        if repeated.any():
-            first = rows[~repeated].set_index(same)
-            copies = rows[repeated]
-            originals = first.loc[pd.MultiIndex.from_frame(copies[same])]
-            reason = _like("is the same as", originals)
-            self._record(copies, "duplicate", self.input, reason, dropped=True)
-        return rows[~repeated]
-
-    def handle_leaks(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """A text belongs to the last of test, validation and train that has it."""
-        owners = rows.assign(rank=rows["split"].map(SPLITS.index)).sort_values(
-            "rank", kind="stable"
-        )
-        owners = owners.drop_duplicates("key", keep="last").set_index("key")
-        owners = owners.loc[rows["key"]].set_axis(rows.index)
-        leaked = owners["split"] != rows["split"]
-        if not leaked.any():
-            return rows
-        copies, originals = rows[leaked], owners[leaked]
-        pairs = (copies["split"] + " and " + originals["split"]).value_counts(sort=False)
-        if self.data.on_leak == "error":
-            counts = ", ".join(f"{count} in {pair}" for pair, count in pairs.items())
-            copy, original = next(copies.itertuples()), next(originals.itertuples())
-            text = _shown(getattr(copy, self.input))
-            raise UserError(
-                f"some texts are in two splits ({counts}), for example {_place(copy)} and "
-                f"{_place(original)}{text}; data.on_leak is error: mend them, or set it to drop "
-                "to keep each in the later split only"
-            )
-        dropped = self.data.on_leak == "drop"
-        reason = _like("is the same as", originals)
-        self._record(copies, "leak", self.input, reason, dropped=dropped)
-        return rows[~leaked] if dropped else rows
-
-    def report_conflicts(self, rows: pd.DataFrame) -> None:
-        """The same text with different answers teaches a model to guess; only a person can tell."""
-        if self.answer is None:
-            return
-        answers = rows.groupby("key")[self.answer].transform("nunique")
-        conflicting = rows[answers > 1]
-        if conflicting.empty:
-            return
-        known = conflicting.groupby("key")[self.answer].unique()
-        reason = [
-            f"has {len(known[key])} different answers: {_list(known[key], _EXAMPLES)}"
-            for key in conflicting["key"]
-        ]
-        self._record(conflicting, "conflict", self.input, reason, dropped=False)
-
-    def report_truncated(self, rows: pd.DataFrame) -> None:
-        cut = rows[rows["cut_tokens"] > 0].sort_values("cut_tokens", ascending=False, kind="stable")
-        if len(cut):
-            reason = "loses " + cut["cut_tokens"].astype(str) + " tokens at its end"
-            self._record(cut, "truncated", self.input, reason, dropped=False)
-
-    def _record(
-        self,
-        rows: pd.DataFrame,
-        check: str,
-        field: str,
-        reason: pd.Series | Sequence[str],
-        dropped: bool,
+    def __init__(
+        self, data: Data, encoder: TextEncoder, validated: Validated, store: RowStore
     ) -> None:
-        found = rows[["split", "file", "row"]].assign(
-            check=check,
-            column=self.columns[field],
-            value=rows[field],
-            reason=reason,
-            dropped=dropped,
-        )
-        self._add(found)
+        self.data = data
+        self.scanner = Scanner(data, encoder)
+        self.shape = self.scanner.shape
+        self.validated = validated
+        self.store = store
+        self.label_names: list[str] = []
+        self.split = self.kept = self.label = np.empty(0)
 
-    def _add(self, found: pd.DataFrame) -> None:
-        if len(found):
-            self._found.append(found)
+    def run(self, directory: Path, advance: Callable[[int], object]) -> None:
+        self._scan(advance)
+        findings = self.validated.findings
+        invalid, total = self.validated.invalid_rows, self.validated.total_rows
+        if not self.store.size:
+            raise UserError(policies.nothing_valid(self.data, findings, total))
+        self.validated.problems += policies.invalid_rows(self.data, findings, invalid, total)
+        self.split = self.store.fact("split")
+        self.kept = np.ones(self.store.size, dtype=bool)
+        if self.data.task == "classification":
+            self.label = self.store.fact("label")
+            self._check_label_spellings()
+        equal = self._drop_equal()
+        pairs = self._compare_near()
+        self._hold_out(equal, pairs)
+        self._report_conflicts(equal)
+        self._write(directory)
+        self._check_splits()
 
+    # --- pass 1 -----------------------------------------------------------------------------------
 
-def _token_counts(rows: pd.DataFrame, data: Data, encoder: TextEncoder) -> pd.DataFrame:
-    """Count tokens without keeping them.
+    def _scan(self, advance: Callable[[int], object]) -> None:
+        validated = self.validated
+        split_of = {p.as_posix(): split for split, paths in validated.files.items() for p in paths}
+        files = [path for paths in validated.files.values() for path in paths]
+        numbers: dict[str, int] = {}
+        for batch in scan_files(self.scanner, files, self.data.engine, advance):
+            split = split_of[batch.file]
+            validated.total_rows += batch.total
+            validated.invalid_rows += batch.invalid
+            validated.findings.add(batch.findings.assign(split=split))
+            size = batch.rows.num_rows
+            file = files.index(Path(batch.file))
+            facts = {
+                **batch.facts,
+                "split": np.full(size, SPLITS.index(split), dtype=np.uint8),
+                "file": np.full(size, file, dtype=np.int32),
+            }
+            if self.data.task == "classification":
+                labels = batch.rows.column("label").to_pylist()
+                found = (numbers.setdefault(label, len(numbers)) for label in labels)
+                facts["label"] = np.fromiter(found, dtype=np.int32, count=size)
+            self.store.append(batch.rows, facts, batch.normalized)
+        self.store.finish()
+        self.label_names = list(numbers)
 
-    Returns:
-        `tokens`, all that the row would take; `cut_tokens`, how many of its text do not fit into
-        `data.max_length` (what `PromptEncoder.example` cuts); and `room`, the tokens that are left
-        for the text.
-    """
-    if data.task == "text":
-        # Documents are packed end to end and none of them is cut; prefix, text, end-of-text token.
-        texts = pd.Series(list(_lengths(rows["text"], encoder)), rows.index, dtype="int64")
-        tokens = texts + len(encoder.prefix_ids) + 1
-        return pd.DataFrame({"tokens": tokens, "cut_tokens": 0, "room": data.max_length})
-    first, second = FIELDS[data.task]
-    texts = pd.Series(list(_lengths(rows[first].str.strip(), encoder)), rows.index, dtype="int64")
-    prompts = PromptEncoder(encoder, data.prompt_template, data.max_length)
-    distinct = {answer: len(prompts.completion_ids(answer)) for answer in rows[second].unique()}
-    template = len(prompts.prompt("", reserve=0).ids)
-    fixed = template + rows[second].map(distinct).astype("int64")
-    room = data.max_length - fixed
-    cut = (texts - room).clip(lower=0)
-    return pd.DataFrame({"tokens": texts + fixed, "cut_tokens": cut, "room": room})
+    # --- pass 2 -----------------------------------------------------------------------------------
 
+    def _check_label_spellings(self) -> None:
+        counts = np.bincount(self.label, minlength=len(self.label_names)).tolist()
+        for numbers in policies.spelled_alike(self.label_names, counts):
+            names = [self.label_names[number] for number in numbers]
+            rows_of = [counts[number] for number in numbers]
+            self.validated.problems.append(policies.label_spellings(self.data, names, rows_of))
+            rows = np.flatnonzero(np.isin(self.label, numbers[1:]))
+            reason = f"differs from {names[0]!r}, which more rows have, only in case or spaces"
+            self._report("label_case", rows, [reason] * len(rows), field="label")
 
-def _lengths(texts: pd.Series, encoder: TextEncoder) -> Iterator[int]:
-    for start in range(0, len(texts), _BATCH_ROWS):
-        batch = texts.iloc[start : start + _BATCH_ROWS].tolist()
-        yield from map(len, encoder.encode_batch(batch))
+    def _drop_equal(self) -> pd.DataFrame:
+        """Find equal texts; return those that are left."""
+        high, low = self.store.fact("key_high"), self.store.fact("key_low")
+        equal = relations.equal_texts(high, low, np.arange(self.store.size))
+        found = relations.duplicates(equal, self.split, self.store.fact("answer"))
+        self._report_relation("duplicate", found, "is the same as", drop=True)
+        equal = equal[self.kept[equal["index"]]]
+        found = relations.leaks(equal, self.split)
+        self._handle_leaks("leak", found, "is the same as")
+        return equal[self.kept[equal["index"]]]
 
+    def _compare_near(self) -> np.ndarray:
+        """Find near-duplicates; return the pairs of those that are left."""
+        threshold = self.data.near_duplicate_threshold
+        if threshold is None or self.scanner.banding is None:
+            return np.empty((0, 2), dtype=np.int64)
+        rows = np.flatnonzero(self.kept)
+        # A text without a letter or digit has nothing to be compared by.
+        band = self.store.fact("band0")
+        rows = rows[band[rows] > 0] if not band.all() else rows
+        pairs = near_duplicates.candidate_pairs(self._bands(rows), self.split[rows])
+        pairs = rows[pairs]
+        # Equal texts are no news: they are reported as duplicates, leaks or conflicts.
+        high = self.store.fact("key_high")
+        pairs = pairs[high[pairs[:, 0]] != high[pairs[:, 1]]]
+        pairs, alike = near_duplicates.confirm(pairs, self.store.normalized, threshold)
+        found = relations.near_leaks(pairs, alike, self.split)
+        self._handle_leaks("near_leak", found, "is nearly the same as")
+        left = self.kept[pairs].all(axis=1)
+        pairs, alike = pairs[left], alike[left]
+        drop = self.data.on_near_duplicate == "drop"
+        found = relations.near_duplicates(pairs, alike, self.split, drop)
+        self._report_relation("near_duplicate", found, "is nearly the same as", drop)
+        return pairs[self.kept[pairs].all(axis=1)]
 
-def _require_consistent_labels(rows: pd.DataFrame, data: Data) -> None:
-    counts = rows["label"].value_counts()
-    alike: dict[str, list[str]] = {}
-    for label in counts.index:  # the most frequent first
-        alike.setdefault(" ".join(label.casefold().split()), []).append(label)
-    problems = []
-    for labels in alike.values():
-        if len(labels) > 1:
-            listed = " and ".join(f"{label!r} ({counts[label]} rows)" for label in labels)
-            problems.append(
-                f"labels {listed} in column {data.label_column} differ only in case or spaces; "
-                f"write {labels[0]!r} for all"
+    def _bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        assert self.scanner.banding is not None
+        for number in range(self.scanner.banding[0]):
+            yield self.store.fact(f"band{number}")[rows]
+
+    def _handle_leaks(self, check: str, found: pd.DataFrame, words: str) -> None:
+        if found.empty:
+            return
+        policy = self.data.on_leak
+        self._report_relation(check, found, words, drop=policy == "drop")
+        if policy != "error":
+            return
+        owners = self.split[found["other"]].tolist()
+        pairs = Counter(zip(self.split[found["index"]].tolist(), owners, strict=True))
+        example = next(self.validated.findings.examples[check].itertuples())
+        self.validated.problems.append(policies.leaks(check, pairs, example))
+
+    def _hold_out(self, equal: pd.DataFrame, pairs: np.ndarray) -> None:
+        """Hold validation and test out of train where they have no file of their own."""
+        sizes = {"test": self.data.test_size, "validation": self.data.validation_size}
+        shares = {
+            SPLITS.index(name): share
+            for name, share in sizes.items()
+            if name not in self.validated.files
+        }
+        if not shares:
+            return
+        rows = np.flatnonzero(self.kept & (self.split == 0))
+        cluster = relations.clusters(self.store.size, equal, pairs)[rows]
+        high, low = self.store.fact("key_high")[rows], self.store.fact("key_low")[rows]
+        label = self.label[rows] if self.data.task == "classification" else None
+        self.split[rows] = relations.hold_out(high, low, cluster, label, shares)
+
+    def _report_conflicts(self, equal: pd.DataFrame) -> None:
+        """The same text with different answers teaches a model to guess; only a person can tell."""
+        answer = self.shape.answer
+        if answer is None:
+            return
+        found = relations.conflicts(equal, self.store.fact("answer"))
+        if found.empty:
+            return
+        shown = found.groupby("group").head(_EXAMPLES + 1)
+        texts = self.store.rows(shown["index"].to_numpy(), [answer])[answer]
+        known = texts.groupby(shown["group"].to_numpy()).unique()
+        reasons = [
+            f"has {row.answers} different answers: {listed(known[row.group], _EXAMPLES)}"
+            for row in found.itertuples()
+        ]
+        self._report("conflict", found["index"].to_numpy(), reasons, field=self.shape.input)
+
+    # --- pass 3 -----------------------------------------------------------------------------------
+
+    def _write(self, directory: Path) -> None:
+        validated = self.validated
+        names = self.label_names
+        with PreparedWriter(
+            directory, self.data.task, self.shape.prompt_template, self.data.max_length
+        ) as writer:
+            for start, batch in self.store.batches():
+                end = start + batch.num_rows
+                self._report_truncated(start, batch)
+                for number, name in enumerate(SPLITS):
+                    inside = self.kept[start:end] & (self.split[start:end] == number)
+                    rows = batch.filter(pa.array(inside))
+                    writer.add(name, rows)
+                    self._count(name, rows)
+                    if names:
+                        found = np.bincount(self.label[start:end][inside], minlength=len(names))
+                        validated.labels[name].update(
+                            {names[i]: int(found[i]) for i in np.flatnonzero(found)}
+                        )
+            if not validated.problems:
+                writer.finish(names)
+            validated.rows, validated.examples = writer.rows, writer.examples
+
+    def _count(self, split: str, rows: pa.RecordBatch) -> None:
+        tokens = rows.column("tokens").to_numpy()
+        cut = rows.column("cut_tokens").to_numpy()
+        self.validated.tokens[split] += int((tokens - cut).sum())
+        known = self.validated.lengths[split]
+        counts = np.bincount(tokens, minlength=len(known))
+        counts[: len(known)] += known
+        self.validated.lengths[split] = counts
+
+    def _report_truncated(self, start: int, batch: pa.RecordBatch) -> None:
+        cut = batch.column("cut_tokens").to_numpy()
+        rows = np.flatnonzero((cut > 0) & self.kept[start : start + len(cut)])
+        if len(rows):
+            reasons = [f"loses {count} tokens at its end" for count in cut[rows].tolist()]
+            self._report("truncated", start + rows, reasons, field=self.shape.input)
+
+    def _check_splits(self) -> None:
+        validated = self.validated
+        labels = validated.labels if self.data.task == "classification" else None
+        files = frozenset(validated.files)
+        validated.problems += policies.splits(self.data, validated.rows, labels, files)
+        if labels is None or len(self.label_names) < 2:
+            return
+        for number, name in enumerate(SPLITS[1:], 1):
+            unseen = sorted(set(labels[name]) - set(labels["train"]))
+            if not unseen:
+                continue
+            validated.problems.append(policies.unseen_labels(name, unseen))
+            numbers = [self.label_names.index(label) for label in unseen]
+            rows = np.flatnonzero(self.kept & (self.split == number) & np.isin(self.label, numbers))
+            self._report("unseen_label", rows, ["is in no row of train"] * len(rows), "label")
+
+    # --- findings ---------------------------------------------------------------------------------
+
+    def _report_relation(self, check: str, found: pd.DataFrame, words: str, drop: bool) -> None:
+        for start in range(0, len(found), _CHUNK):
+            part = found.iloc[start : start + _CHUNK]
+            others = self.store.rows(part["other"].to_numpy(), [self.shape.input, "file", "row"])
+            reasons = [
+                f"{words} {file} row {row}"
+                for file, row in zip(others["file"], others["row"], strict=True)
+            ]
+            if "similarity" in part:
+                alike = part["similarity"]
+                reasons = [f"{r} (similarity {s:.2f})" for r, s in zip(reasons, alike, strict=True)]
+            others = others.rename(columns={self.shape.input: "value"}).add_prefix("other_")
+            rows = part["index"].to_numpy()
+            self._report(check, rows, reasons, self.shape.input, drop, others)
+        if drop:
+            self.kept[found["index"]] = False
+
+    def _report(
+        self,
+        check: str,
+        rows: np.ndarray,
+        reasons: Sequence[str],
+        field: str,
+        drop: bool = False,
+        others: pd.DataFrame | None = None,
+    ) -> None:
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            found = self.store.rows(part, [field, "file", "row"])
+            found = found.rename(columns={field: "value"}).assign(
+                split=[SPLITS[number] for number in self.split[part]],
+                check=check,
+                column=self.shape.column_of(field),
+                reason=list(reasons[start : start + _CHUNK]),
+                dropped=drop,
             )
-    if problems:
-        raise UserError("\n".join(problems))
-    labels = rows.loc[rows["split"] == "train", "label"].unique()
-    if len(labels) == 1:
-        raise UserError(
-            f"{data.train} has one label only, {labels[0]!r} in column {data.label_column}; "
-            "classification needs at least two"
-        )
-
-
-def _complete_splits(rows: pd.DataFrame, data: Data, present: set[str]) -> pd.DataFrame:
-    """Hold validation and test out of train where they have no file of their own."""
-    sizes = {"test": data.test_size, "validation": data.validation_size}
-    shares = {split: size for split, size in sizes.items() if split not in present}
-    if not shares:
-        return rows
-    train = rows[rows["split"] == "train"]
-    labels = train["label"] if data.task == "classification" else None
-    parts = hold_out(train, shares, train["key"], labels)
-    held_out = pd.concat([part.assign(split=split) for split, part in parts.items()])
-    return pd.concat([held_out, rows[rows["split"] != "train"]])
-
-
-def _require_usable_splits(
-    splits: dict[str, pd.DataFrame], held_out: Sequence[str], data: Data
-) -> None:
-    needed = 2 if data.task == "classification" else 1
-    problems = []
-    too_few = []
-    for name, rows in splits.items():
-        count = rows["label"].nunique() if data.task == "classification" else min(len(rows), 1)
-        if count >= needed:
-            continue
-        if name in held_out:
-            too_few.append(name)
-        elif rows.empty:
-            problems.append(f"the {name} split has no rows left; add rows to data.{name}")
-        else:
-            label = rows["label"].iloc[0]
-            problems.append(f"the {name} split has one label only, {label!r}; it needs two")
-    if too_few:
-        what = "texts" if needed == 1 else "texts of at least two labels"
-        problems.append(
-            f"{data.train} has too few {what} to hold out {' and '.join(too_few)}; add rows, or "
-            f"name files in {' and '.join(f'data.{name}' for name in too_few)}"
-        )
-    if data.task == "classification":
-        known = set(splits["train"]["label"])
-        for name in ("validation", "test"):
-            unseen = sorted(set(splits[name]["label"]) - known)
-            if unseen:
-                problems.append(
-                    f"labels in {name} that train never shows: {_list(unseen, 10)}; add rows "
-                    f"with them to train or remove them from {name}"
-                )
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _like(words: str, originals: pd.DataFrame) -> list[str]:
-    return [
-        f"{words} {file} row {row}"
-        for file, row in zip(originals["file"], originals["row"], strict=True)
-    ]
-
-
-def _list(values: Sequence[str], limit: int) -> str:
-    listed = ", ".join(excerpt(repr(value)) for value in list(values)[:limit])
-    return f"{listed} and {len(values) - limit} more" if len(values) > limit else listed
-
-
-def _place(row: object) -> str:
-    return f"{row.file} row {row.row}"  # type: ignore[attr-defined]
-
-
-def _shown(value: object) -> str:
-    text = excerpt(value) if isinstance(value, str) else ""
-    return f" ({text!r})" if text else ""
-
-
-def excerpt(text: str, length: int = _EXCERPT) -> str:
-    """Return the beginning of a text on one line."""
-    line = " ".join(text[: 4 * length].split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+            if others is not None:
+                found = found.join(others.iloc[start : start + _CHUNK].reset_index(drop=True))
+            self.validated.findings.add(found)

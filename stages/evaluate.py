@@ -45,7 +45,7 @@ def main() -> None:
         started = time.perf_counter()
         dataset = load_prepared(DATASET)
         train, test, labels = dataset.split("train"), dataset.split("test"), dataset.labels
-        encoder, template = TextEncoder.load(BASE), params.data.prompt_template
+        encoder, template = TextEncoder.load(BASE), dataset.prompt_template
         context = context_length(AutoConfig.from_pretrained(str(BASE)))
         prompts = PromptEncoder(encoder, template, min(params.data.max_length, context))
         rows, documents = _documents(params, dataset.task, test, prompts)

@@ -28,19 +28,17 @@ def main() -> None:
 
         from gptj8.adapters import add_adapter
         from gptj8.dataset import load_prepared
-        from gptj8.examples import prompt_ids, split_examples
+        from gptj8.examples import prompt_ids
         from gptj8.models import load_model, pick_device, pick_dtype
-        from gptj8.prompts import PromptEncoder, TextEncoder
+        from gptj8.prompts import TextEncoder
         from gptj8.reference import PROMPTS, save_reference
         from gptj8.training import TrainingSettings, train
 
         device = pick_device()
         model = load_model(BASE, pick_dtype(params.model.dtype, device), device)
         encoder = TextEncoder.load(BASE)
-        prompts = PromptEncoder(encoder, params.data.prompt_template, params.data.max_length)
         dataset = load_prepared(DATASET)
-        train_set = split_examples(dataset, "train", prompts)
-        validation_set = split_examples(dataset, "validation", prompts)
+        train_set, validation_set = dataset.examples("train"), dataset.examples("validation")
 
         set_seed(params.seed)  # before the adapter is made: its first weights are random
         adapted = add_adapter(
@@ -57,7 +55,8 @@ def main() -> None:
         )
         with replace_directory(OUTPUT) as staging:
             adapted.save_pretrained(str(staging))
-            save_reference(staging, adapted, [prompt_ids(e) for e in validation_set[:PROMPTS]])
+            compared = validation_set.take(min(PROMPTS, len(validation_set)))
+            save_reference(staging, adapted, [prompt_ids(example) for example in compared])
         for curve in ("loss", "eval_loss"):
             rows = [point for point in result.history if curve in point]
             write_csv(REPORT / f"{curve}.csv", rows)

@@ -1,24 +1,28 @@
 """Check the dataset, split it and write what is good: artifacts/dataset and reports/validate.
 
 Reads the files that `data` in params.yaml names and the tokenizer of `model.path`. A dataset that
-cannot be used ends here, before any model is loaded and without a row in MLflow.
+cannot be used ends here, before any model is loaded and without a row in MLflow; the report, which
+shows why, is written all the same.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gptj8.dataset import SPLITS, save_prepared
+from gptj8.dataset import SPLITS
 from gptj8.dataset_report import write_report
 from gptj8.errors import UserError
+from gptj8.files import replace_directory
 from gptj8.params import load_params
 from gptj8.prompts import TextEncoder, check_context
-from gptj8.runtime import run
+from gptj8.runtime import byte_progress, run
+from gptj8.sources import find_files
 from gptj8.tracking import REPORTS, stage_run
 from gptj8.validation import validate
 
 STAGE = "validate"
 DATASET = Path("artifacts/dataset")
+REPORT = REPORTS / STAGE
 
 
 def main() -> None:
@@ -28,14 +32,22 @@ def main() -> None:
         raise UserError(f"model.path: {params.model.path} is not a directory with a model")
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
-    validated = validate(params.data, encoder)
+    files = find_files(params.data)
+    size = sum(path.stat().st_size for paths in files.values() for path in paths)
+    with replace_directory(DATASET) as staging:
+        with byte_progress(size, STAGE) as advance:
+            validated = validate(params.data, encoder, staging, advance)
+        write_report(REPORT, validated, params.data, staging)
+        if validated.problems:
+            problems = "\n".join(validated.problems)
+            raise UserError(f"{problems} (everything found: {REPORT}/report.html)")
     with stage_run(STAGE, params):
-        save_prepared(DATASET, validated.task, validated.splits, validated.rejected)
-        report = REPORTS / STAGE
-        numbers = write_report(report, validated, params.data.max_length)
-    sizes = ", ".join(f"{numbers[f'{name}_rows']:,} {name}" for name in SPLITS)
-    left_out = len(validated.rejected[["file", "row"]].drop_duplicates())
-    print(f"{numbers['rows']:,} rows read: {sizes}; {left_out:,} left out ({report}/report.md)")
+        pass  # what is in the report is all there is to record
+    sizes = ", ".join(f"{validated.rows[name]:,} {name}" for name in SPLITS)
+    left_out = validated.findings.dropped_rows
+    print(
+        f"{validated.total_rows:,} rows read: {sizes}; {left_out:,} left out ({REPORT}/report.html)"
+    )
 
 
 if __name__ == "__main__":

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import hashlib
 import json
+import lzma
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepared_dataset import write_prepared
 
-from gptj8.dataset import SPLITS, load_prepared, save_prepared
+from gptj8.dataset import SPLITS, load_prepared
 from gptj8.errors import UserError
-from gptj8.formats import read_rows
+from gptj8.formats import read_batches, read_rows
 from gptj8.params import Data
-from gptj8.sources import content_key, hold_out, read_splits
+from gptj8.relations import hold_out
+from gptj8.sources import content_key, find_files
 
 BOTH = {"text": "text", "label": "label"}
 ROWS = [
@@ -149,28 +156,26 @@ DAMAGED = {
     "empty-array": ("t.json", b"[]", "has no rows"),
     "utf-16": ("t.csv", "text,label\na,b\n".encode("utf-16"), "is UTF-16"),
     "utf-16-without-mark": ("t.csv", "text,label\na,b\n".encode("utf-16-le"), "is UTF-16"),
-    "latin-1": ("t.csv", b"text,label\na,b\ncaf\xe9,b\n", "line 3: byte 0xE9 is not UTF-8"),
-    "too-many-cells": (
+    "open-quote": (
         "t.csv",
-        b"text,label\na,b\n\na,b,c\n",
-        "line 4 has 3 cells, the header has 2",
+        b'text,label\na,b\n"c,d\ne,f\n',
+        "line 3 column 1: a quote is opened and never closed",
     ),
-    "too-few-cells": (
+    "stray-quote": (
         "t.csv",
-        b'text,label\n"a\nb",c\na\n',
-        "line 4 has 1 cells, the header has 2",
+        b'text,label\r\nx,"a\nb" c\n',
+        "line 3 column 3: text follows a closing quote",
     ),
-    "open-quote": ("t.csv", b'text,label\na,b\n"c,d\ne,f\n', "line 3: a quote is opened and never"),
-    "stray-quote": ("t.csv", b'text,label\n"a" b,c\n', "line 2: text follows a closing quote"),
+    "latin-1-header": ("t.csv", b"text,caf\xe9\na,b\n", "line 1: its column names are not UTF-8"),
     "repeated-column": ("t.csv", b"text,label,text\na,b,c\n", "more than one column text"),
     "semicolons": ("t.csv", b"text;label\na;b\n", "separated by commas?"),
-    "truncated-json": ("t.jsonl", b'{"text": "a", "label": "b"}\n{"text"', "line 2 column 8"),
     "json-array": ("t.json", b'[{"text": "a"},\n {"text" 1}]', "line 2 column 10"),
-    "json-list-line": ("t.jsonl", b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
     "pretty-json": ("t.jsonl", b'{\n"text": "a"\n}\n', "has an object on each line"),
-    "huge-integer": ("t.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n", "line 1 is not usable JSON"),
-    "deep-json": ("t.jsonl", b'{"text": ' + b"[" * 99999 + b"\n", "line 1 is not usable JSON"),
     "not-parquet": ("t.parquet", b"PAR1 is not enough", "is not a Parquet file"),
+    "not-gzip": ("t.csv.gz", b"text,label\na,b\n", "cannot be decompressed"),
+    "truncated-gzip": ("t.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "decompressed"),
+    "truncated-xz": ("t.csv.xz", lzma.compress(b"text,label\na,b\n")[:-9], "decompressed"),
+    "packed-parquet": ("t.parquet.gz", gzip.compress(b"PAR1"), "unpack .gz first"),
     "no-columns": ("t.txt", b"hello\n", "plain text and has no columns"),
     "spreadsheet": ("t.xlsx", b"PK", ".xlsx is not one of .csv"),
 }
@@ -188,6 +193,90 @@ def test_damaged_files_are_refused_by_name_and_line(
     assert text.startswith(str(path))
     assert message in text
     assert "\n" not in text
+
+
+MALFORMED = {
+    "too-many-cells": ("t.csv", b"text,label\na,b\n\na,b,c\nd,e\n", "has 3 cells on line 4"),
+    "too-few-cells": ("t.csv", b'text,label\n"a\nb",c\na\nd,e\n', "has 1 cells on line 4"),
+    "truncated-json": (
+        "t.jsonl",
+        b'{"text": "a", "label": "b"}\n{"text"\n{"text": "d", "label": "e"}',
+        "at column 8",
+    ),
+    "list-line": ("t.jsonl", b'{"text": "a"}\n[1]\n{"label": 1}\n', "is not a JSON object"),
+    "huge-integer": ("t.jsonl", b'{"label": 1}\n' + b"1" * 5000 + b"\n{}", "is not usable JSON"),
+    "deep-json": ("t.jsonl", b'{"label": 1}\n' + b"[" * 99999 + b"\n{}", "is not usable JSON"),
+    "element": ("t.json", b'[{"text": "a", "label": 1}, 2, {}]', "is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), MALFORMED.values(), ids=MALFORMED)
+def test_a_row_that_cannot_be_taken_apart_says_why(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    columns = BOTH if b"text" in content else {"label": "label"}
+    rows = read_rows(tmp_path / name, columns)
+    assert list(rows["row"]) == [1, 2, 3]
+    assert list(rows["problem"].isna()) == [True, False, True]
+    assert problem in rows["problem"][1]
+    assert rows["label_kind"][1] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"text,label\na,b\ncaf\xe9,b\nc,d\n"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "c", "label": "d"}\n'),
+        ("t.txt", b"a\ncaf\xe9\nc\n"),
+    ],
+)
+def test_bytes_that_are_not_utf_8_are_a_matter_of_their_cell(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    rows = read_rows(tmp_path / name, {"text": "text"})
+    assert list(rows["text_kind"]) == ["text", "undecodable", "text"]
+    assert list(rows["text"]) == ["a", "caf\ufffd", "c"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda content: pa.Codec("zstd").compress(content, asbytes=True)),
+    ],
+    ids=["gzip", "bzip2", "xz", "zstd"],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json"])
+def test_compressed_files_are_what_they_hold(
+    tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    plain = write_rows(tmp_path / name)
+    packed = tmp_path / f"{name}{suffix}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    rows = read_rows(packed, BOTH)
+    assert rows["file"].unique().tolist() == [packed.as_posix()]
+    pd.testing.assert_frame_equal(
+        rows.drop(columns="file"), read_rows(plain, BOTH).drop(columns="file")
+    )
+
+
+def test_a_file_is_a_row_of_plain_text_on_request(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"one\r\n\ntwo\n")
+    rows = read_rows(tmp_path / "t.txt", {"text": "text"}, text_row="file")
+    assert rows[["row", "text"]].values.tolist() == [[1, "one\n\ntwo\n"]]
+
+
+def test_batches_are_the_whole_and_report_every_byte(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ["text"], [[f"row {i}"] for i in range(10_000)])
+    done: list[int] = []
+    batches = list(read_batches(path, {"text": "text"}, advance=done.append))
+    assert [len(batch) for batch in batches] == [4096, 4096, 1808]
+    assert sum(done) == path.stat().st_size and len(done) == 3
+    assert [text for b in batches for text in b["text"]] == [f"row {i}" for i in range(10_000)]
 
 
 def test_damaged_parquet_pages_are_refused(tmp_path: Path) -> None:
@@ -219,41 +308,95 @@ def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.csv")
     data = Data(train=str(tmp_path / "mime.csv"), test=str(tmp_path / "no" / "x.csv"))
     with pytest.raises(UserError) as caught:
-        read_splits(data)
+        find_files(data)
     assert str(caught.value).splitlines() == [
         f"data.train: {tmp_path / 'mime.csv'} does not exist, did you mean mine.csv?",
         f"data.test: {tmp_path / 'no' / 'x.csv'} does not exist",
     ]
 
 
+def found(folder: Path, **data: object) -> dict[str, list[str]]:
+    """Write no file and return what would be read, relative to the folder."""
+    files = find_files(Data(**{"train": str(folder)} | data))
+    return {
+        split: [path.relative_to(folder).as_posix() for path in paths]
+        for split, paths in files.items()
+    }
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def test_a_directory_gives_its_splits(tmp_path: Path) -> None:
-    for name in ("train.csv", "dev.jsonl", "test.parquet", "notes.csv"):
-        write_rows(tmp_path / name)
-    splits = read_splits(Data(train=str(tmp_path)))
-    files = {name: {Path(file).name for file in rows["file"]} for name, rows in splits.items()}
-    assert files == {"train": {"train.csv"}, "validation": {"dev.jsonl"}, "test": {"test.parquet"}}
+    touch(tmp_path, "train.csv", "dev.jsonl.gz", "Test.parquet", "notes.csv", "README.md")
+    assert found(tmp_path) == {
+        "train": ["train.csv"],
+        "validation": ["dev.jsonl.gz"],
+        "test": ["Test.parquet"],
+    }
+
+
+def test_folders_may_be_named_after_the_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "train/b/1.csv", "train/a.csv", "test/x.csv", "train/.hidden.csv")
+    assert found(tmp_path) == {"train": ["train/a.csv", "train/b/1.csv"], "test": ["test/x.csv"]}
+
+
+def test_a_directory_without_such_names_is_all_train(tmp_path: Path) -> None:
+    touch(tmp_path, "2024/b.csv", "2024/a.csv.zst", "2025/c.csv", "2025/_SUCCESS")
+    assert found(tmp_path) == {"train": ["2024/a.csv.zst", "2024/b.csv", "2025/c.csv"]}
+
+
+def test_patterns_choose_files_of_a_directory(tmp_path: Path) -> None:
+    touch(tmp_path, "2024/b.csv", "2024/a.csv.gz", "2025/c.csv", "d.csv")
+    assert found(tmp_path, train_files="2024/*") == {"train": ["2024/a.csv.gz", "2024/b.csv"]}
+    both = {"train_files": "2024/*.csv", "test": str(tmp_path), "test_files": "**/c.csv"}
+    assert found(tmp_path, **both) == {"train": ["2024/b.csv"], "test": ["2025/c.csv"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train_files": "*.parquet"}, "matches no readable file.*could be read: a.csv"),
+        ({"train_files": "../*.csv"}, "leaves"),
+        ({"train_files": "*.csv", "test_files": "*.csv"}, "needs a directory in data.test"),
+        ({"test": "a.csv", "test_files": "a*"}, "needs a directory, and .*a.csv is a file"),
+        ({"test": "a.csv"}, "a.csv is a file of data.train and of data.test"),
+        ({"train": "*.csv"}, r"set data.train: .* and data.train_files: \*.csv"),
+        ({"train": "hf://datasets/a/b"}, "data/datasets/hub/params.yaml"),
+    ],
+)
+def test_paths_and_patterns_that_cannot_be_meant(tmp_path: Path, data: dict, message: str) -> None:
+    touch(tmp_path, "a.csv", "b.csv")
+    paths = {
+        key: str(tmp_path / value)
+        for key, value in data.items()
+        if "files" not in key and "://" not in value
+    }
+    with pytest.raises(UserError, match=message):
+        found(tmp_path, **data | paths)
 
 
 def test_a_file_of_one_s_own_replaces_the_directory_s(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.csv")
-    write_rows(tmp_path / "test.csv")
-    own = write_rows(tmp_path / "own.csv")
-    splits = read_splits(Data(train=str(tmp_path), test=str(own)))
-    assert list(splits) == ["train", "test"]
-    assert set(splits["test"]["file"]) == {own.as_posix()}
+    touch(tmp_path, "train.csv", "test.csv", "own.csv")
+    assert found(tmp_path, test=str(tmp_path / "own.csv")) == {
+        "train": ["train.csv"],
+        "test": ["own.csv"],
+    }
 
 
 def test_shards_are_joined_in_order(tmp_path: Path) -> None:
-    for index in (1, 0):
-        write_csv(tmp_path / f"train-0000{index}-of-00002.csv", ["text", "label"], [[index, "a"]])
-    rows = read_splits(Data(train=str(tmp_path)))["train"]
-    assert list(rows["text"]) == ["0", "1"]
+    names = [f"train-0000{index}-of-00002.csv" for index in (1, 0)]
+    touch(tmp_path, *names)
+    assert found(tmp_path) == {"train": sorted(names)}
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["tain.csv"], "no file train.*could be read: tain.csv"),
+        (["tain.csv", "test.csv"], "no file or folder named train.*could be read: tain.csv"),
         (["train.csv", "train.jsonl"], "more than one train file: train.csv, train.jsonl"),
     ],
     ids=["none", "two"],
@@ -262,7 +405,7 @@ def test_a_directory_without_one_train_file(tmp_path: Path, names: list, message
     for name in names:
         write_rows(tmp_path / name)
     with pytest.raises(UserError, match=message):
-        read_splits(Data(train=str(tmp_path)))
+        find_files(Data(train=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -278,11 +421,10 @@ def test_a_directory_without_one_train_file(tmp_path: Path, names: list, message
 )
 def test_content_key_ignores_whitespace_only(one: str, other: str, same: bool) -> None:
     assert (content_key(one) == content_key(other)) is same
-    assert len(content_key(one)) == 64
 
 
 def test_content_key_is_the_sha256_of_plain_text() -> None:
-    assert content_key("plain text") == hashlib.sha256(b"plain text").hexdigest()
+    assert content_key("plain text") == hashlib.sha256(b"plain text").digest()
 
 
 def labelled(count: int, labels: int, seed: int = 0) -> pd.DataFrame:
@@ -292,7 +434,23 @@ def labelled(count: int, labels: int, seed: int = 0) -> pd.DataFrame:
 
 
 def held_out(rows: pd.DataFrame, **shares: float) -> dict[str, pd.DataFrame]:
-    return hold_out(rows, shares, rows["text"].map(content_key), rows["label"])
+    keys = [content_key(text) for text in rows["text"]]
+    high, low = (np.array([int.from_bytes(k[i : i + 8]) for k in keys], np.uint64) for i in (0, 8))
+    cluster = pd.factorize(pd.Series(keys))[0]
+    numbers = {SPLITS.index(name): share for name, share in shares.items()}
+    split = hold_out(high, low, cluster, pd.factorize(rows["label"], sort=True)[0], numbers)
+    return {name: rows[split == SPLITS.index(name)] for name in ("train", *shares)}
+
+
+def test_hold_out_keeps_relatives_together_and_large_families_in_train() -> None:
+    rows = labelled(100, 1)
+    high = np.arange(100, dtype=np.uint64)
+    cluster = np.concatenate([np.zeros(40), np.repeat(np.arange(1, 31), 2)]).astype(int)
+    split = hold_out(high, high, cluster, None, {2: 0.1, 1: 0.2})
+    assert Counter(split.tolist()) == {0: 70, 1: 20, 2: 10}
+    assert all(len(set(split[cluster == number])) == 1 for number in range(31))
+    assert set(split[:40]) == {0}
+    assert len(rows) == len(split)
 
 
 def test_hold_out_takes_exact_shares_of_each_label() -> None:
@@ -348,10 +506,9 @@ def test_a_new_validation_share_leaves_the_test_split_alone() -> None:
 
 
 def prepared(directory: Path) -> dict[str, pd.DataFrame]:
-    rows = labelled(12, 2).assign(file="mine.csv", row=range(1, 13), tokens=5)
+    rows = labelled(12, 2).assign(file="mine.csv", row=range(1, 13))
     splits = dict(zip(SPLITS, (rows[:8], rows[8:10], rows[10:]), strict=True))
-    rejected = pd.DataFrame(columns=["file", "row", "reason"])
-    save_prepared(directory, "classification", splits, rejected)
+    write_prepared(directory, "classification", splits, "{text}:")
     return splits
 
 
@@ -361,6 +518,12 @@ def test_a_prepared_dataset_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert dataset.task == "classification"
     assert dataset.labels == ("label 0", "label 1")
     assert dataset.rows == {"train": 8, "validation": 2, "test": 2}
+    assert dataset.prompt_template == "{text}:"
+    assert [dict(example) for example in dataset.examples("validation")] == [
+        {"input_ids": [1, 2, 3], "prompt_length": 1, "length": 3}
+    ] * 2
+    with pytest.raises(ValueError, match="'test' is not one of"):
+        dataset.examples("test")
     for name in SPLITS:
         rows = dataset.split(name)
         assert list(rows.columns) == ["text", "label", "file", "row"]
@@ -383,6 +546,9 @@ def test_a_prepared_dataset_that_is_absent_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "dataset" / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"test\.parquet cannot be read"):
         load_prepared(tmp_path / "dataset").split("test")
+    (tmp_path / "dataset" / "train.arrow").write_bytes(b"ARROW")
+    with pytest.raises(UserError, match=r"train\.arrow cannot be read"):
+        load_prepared(tmp_path / "dataset").examples("train")
     (tmp_path / "dataset" / "dataset.json").write_text("[]")
     with pytest.raises(UserError, match="was not written by validate"):
         load_prepared(tmp_path / "dataset")

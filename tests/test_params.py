@@ -76,7 +76,15 @@ def test_a_missing_key_is_named():
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("no field", "must hold"), ("{text} {label}", "no other field"), ("{text", "not a template")],
+    [
+        ("no field", "must hold a field, such as {text}"),
+        ("{text} {label}", "cannot hold {label}"),
+        ("{text", "not a template"),
+        ("{}", "a field is a column's name in braces"),
+        ("{text!r}", "a field is a column's name in braces"),
+        ("{prompt}", "must hold {text} and not {prompt}"),
+        ("{messages}", "its task is completion"),
+    ],
 )
 def test_a_template_without_its_field_is_refused(template, message):
     (line,) = problems(data={"prompt_template": template})

@@ -7,7 +7,7 @@ import torch
 
 from gptj8.adapters import add_adapter, trainable_parameters
 from gptj8.errors import UserError
-from gptj8.examples import IGNORED, completion_examples, prompt_ids, text_examples
+from gptj8.examples import IGNORED, make_example, prompt_ids
 from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_adapter, load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
@@ -39,7 +39,9 @@ def encoder(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def examples(encoder):
-    return completion_examples(ROWS, PromptEncoder(encoder, "{text} =", 32))
+    prompts = PromptEncoder(encoder, "{text} =", 32)
+    encoded = [prompts.example(text, completion) for text, completion in ROWS]
+    return [make_example(example.ids, example.prompt_length) for example in encoded]
 
 
 def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float32):
@@ -48,22 +50,11 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
 
 
 def test_only_the_completion_is_learned(encoder, examples):
-    first = examples[0]
-    learned = [
-        i for i, label in zip(first["input_ids"], first["labels"], strict=True) if label != IGNORED
-    ]
-    assert learned == [*encoder.encode(" dog"), encoder.eos_id]
-    assert encoder.decode(prompt_ids(first)) == "the quick brown fox ="
-
-
-def test_text_is_packed_without_loss(encoder):
-    texts = ["the quick brown fox", "a lazy dog while seven wizards", "box"]
-    packed = text_examples(texts, encoder, 8)
-    stream = [i for example in packed for i in example["input_ids"]]
-    expected = [i for text in texts for i in [*encoder.encode(text), encoder.eos_id]]
-    assert stream == expected[: len(stream)] and len(expected) - len(stream) <= 1
-    assert {len(example["input_ids"]) for example in packed[:-1]} == {8}
-    assert all(example["labels"] == example["input_ids"] for example in packed)
+    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    for row, (_, completion) in enumerate(ROWS[:3]):
+        learned = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
+        assert learned == [*encoder.encode(" " + completion), encoder.eos_id]
+    assert encoder.decode(prompt_ids(examples[0])) == "the quick brown fox ="
 
 
 def test_batches_are_padded_on_the_right_and_masked(examples):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import html
 import json
 import os
 import random
+import re
+import string
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gptj8.dataset import SPLITS, load_prepared
+from gptj8.dataset import SPLITS, PreparedDataset, load_prepared
 from gptj8.dataset_report import metrics, token_lengths, write_report
 from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.sources import content_key
-from gptj8.validation import Validated, validate
+from gptj8.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "red green blue cyan lime teal navy gold pink gray plum rust sand snow mint".split()
@@ -58,20 +63,41 @@ def write_csv(path: Path, rows: list, header: Sequence[str] = ("text", "label"))
     return str(path)
 
 
-def found(validated: Validated, check: str) -> list[tuple]:
-    rows = validated.findings[validated.findings["check"] == check]
-    return list(zip(rows["split"], rows["row"], rows["dropped"], strict=True))
+class Checked:
+    """What validation left of a dataset, read back from the disk."""
+
+    def __init__(self, data: Data, encoder: TextEncoder) -> None:
+        self.directory = Path(tempfile.mkdtemp(dir=Path(data.train).absolute().parent))
+        self.validated = validate(data, encoder, self.directory)
+        self.problems = self.validated.problems
+        self.findings = self.validated.findings.frame()
+        self.rejected = pq.read_table(self.directory / "rejected.parquet").to_pandas()
+        self.metrics = metrics(self.validated)
+
+    @property
+    def prepared(self) -> PreparedDataset:
+        assert not self.problems
+        return load_prepared(self.directory)
+
+    @property
+    def splits(self) -> dict[str, pd.DataFrame]:
+        return {name: self.prepared.split(name) for name in SPLITS}
+
+    def found(self, check: str) -> list[tuple]:
+        rows = self.findings[self.findings["check"] == check]
+        return list(zip(rows["split"], rows["row"], rows["dropped"], strict=True))
 
 
 def error_of(data: Data, encoder: TextEncoder) -> str:
-    with pytest.raises(UserError) as caught:
-        validate(data, encoder)
-    return str(caught.value)
+    try:
+        return "\n".join(Checked(data, encoder).problems)
+    except UserError as error:
+        return str(error)
 
 
 def test_a_clean_dataset_has_no_findings(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = pairs(60, ("very good", "not so good", "neither"))
-    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    validated = Checked(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
     assert validated.findings.empty
     assert {name: len(split) for name, split in validated.splits.items()} == {
         "train": 48,
@@ -103,7 +129,7 @@ def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncod
         rows[row - 1] = content
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    validated = validate(Data(train=str(path), max_invalid_fraction=0.5), encoder)
+    validated = Checked(Data(train=str(path), max_invalid_fraction=0.5), encoder)
     findings = validated.findings
     assert {
         row: (column, check)
@@ -118,10 +144,10 @@ def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncod
 
 def test_a_row_with_two_failures_is_one_row(tmp_path: Path, encoder: TextEncoder) -> None:
     train = write_csv(tmp_path / "t.csv", [*pairs(40), ["", ""]])
-    validated = validate(Data(train=train), encoder)
+    validated = Checked(Data(train=train), encoder)
     assert len(validated.rejected) == 2
-    assert metrics(validated)["rejected_rows"] == 1
-    assert metrics(validated)["rows"] == 41
+    assert validated.metrics["rejected_rows"] == 1
+    assert validated.metrics["rows"] == 41
 
 
 @pytest.mark.parametrize(
@@ -139,7 +165,7 @@ def test_the_policy_for_invalid_rows(
     train = write_csv(tmp_path / "t.csv", [*pairs(38), ["", "ham"], ["x", ""]])
     data = Data(train=train, **policy)
     if message is None:
-        assert metrics(validate(data, encoder))["rejected_rows"] == 2
+        assert Checked(data, encoder).metrics["rejected_rows"] == 2
         return
     error = error_of(data, encoder)
     assert message in error
@@ -151,8 +177,8 @@ def test_the_policy_for_invalid_rows(
 def test_duplicates_are_dropped_after_the_first(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = pairs(40)
     rows += [[f"  {rows[3][0]}\n", rows[3][1]], rows[7], rows[7]]
-    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
-    assert found(validated, "duplicate") == [("train", row, True) for row in (41, 42, 43)]
+    validated = Checked(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    assert validated.found("duplicate") == [("train", row, True) for row in (41, 42, 43)]
     reasons = validated.rejected["reason"]
     assert [reason.rpartition(" ")[2] for reason in reasons] == ["4", "8", "8"]
     assert sum(map(len, validated.splits.values())) == 40
@@ -161,11 +187,11 @@ def test_duplicates_are_dropped_after_the_first(tmp_path: Path, encoder: TextEnc
 def test_held_out_splits_share_no_text(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = pairs(50)
     relabelled = [[text.replace(" ", "  "), "other"] for text, _ in rows[:20]]
-    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows + relabelled)), encoder)
+    validated = Checked(Data(train=write_csv(tmp_path / "t.csv", rows + relabelled)), encoder)
     keys = [set(validated.splits[name]["text"].map(content_key)) for name in SPLITS]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
-    assert len(found(validated, "conflict")) == 40
-    assert metrics(validated)["leaked_rows"] == 0
+    assert len(validated.found("conflict")) == 40
+    assert validated.metrics["leaked_rows"] == 0
 
 
 def leaking(folder: Path) -> dict[str, str]:
@@ -182,7 +208,7 @@ def leaking(folder: Path) -> dict[str, str]:
 
 def test_leaks_are_an_error_by_default(tmp_path: Path, encoder: TextEncoder) -> None:
     error = error_of(Data(**leaking(tmp_path)), encoder)
-    assert "2 in train and test, 1 in train and validation, 1 in validation and test" in error
+    assert "1 in train and validation, 2 in train and test, 1 in validation and test" in error
     assert f"{tmp_path}/train.csv row 2 and {tmp_path}/test.csv row 5" in error
     assert "set it to drop" in error
     assert "\n" not in error
@@ -191,19 +217,19 @@ def test_leaks_are_an_error_by_default(tmp_path: Path, encoder: TextEncoder) -> 
 def test_leaks_are_dropped_in_favour_of_the_later_split(
     tmp_path: Path, encoder: TextEncoder
 ) -> None:
-    validated = validate(Data(**leaking(tmp_path), on_leak="drop"), encoder)
+    validated = Checked(Data(**leaking(tmp_path), on_leak="drop"), encoder)
     expected = [("train", 2, True), ("train", 3, True), ("train", 5, True), ("validation", 9, True)]
-    assert found(validated, "leak") == expected
+    assert validated.found("leak") == expected
     assert [len(validated.splits[name]) for name in SPLITS] == [27, 9, 10]
-    assert metrics(validated)["leaked_rows"] == 4
+    assert validated.metrics["leaked_rows"] == 4
 
 
 def test_leaks_are_kept_and_counted_on_request(tmp_path: Path, encoder: TextEncoder) -> None:
-    validated = validate(Data(**leaking(tmp_path), on_leak="warn"), encoder)
-    assert [dropped for *_, dropped in found(validated, "leak")] == [False] * 4
+    validated = Checked(Data(**leaking(tmp_path), on_leak="warn"), encoder)
+    assert [dropped for *_, dropped in validated.found("leak")] == [False] * 4
     assert [len(validated.splits[name]) for name in SPLITS] == [30, 10, 10]
     assert validated.rejected.empty
-    assert metrics(validated)["leaked_rows"] == 4
+    assert validated.metrics["leaked_rows"] == 4
 
 
 def test_the_validation_split_is_held_out_behind_the_leaks(
@@ -211,14 +237,14 @@ def test_the_validation_split_is_held_out_behind_the_leaks(
 ) -> None:
     files = leaking(tmp_path)
     del files["validation"]
-    validated = validate(Data(**files, on_leak="drop"), encoder)
-    assert found(validated, "leak") == [("train", 2, True), ("train", 3, True)]
+    validated = Checked(Data(**files, on_leak="drop"), encoder)
+    assert validated.found("leak") == [("train", 2, True), ("train", 3, True)]
     assert [len(validated.splits[name]) for name in SPLITS] == [26, 2, 10]
 
 
 def test_conflicting_answers_are_reported_and_kept(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = [*pairs(40), ["same", "ham"], ["same ", "spam"]]
-    validated = validate(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    validated = Checked(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
     conflicts = validated.findings[validated.findings["check"] == "conflict"]
     assert list(conflicts["row"]) == [41, 42]
     assert set(conflicts["reason"]) == {"has 2 different answers: 'ham', 'spam'"}
@@ -240,17 +266,21 @@ def test_cut_tokens_are_those_of_the_prompt_encoder(
         max_length=96,
     )
     prompts = PromptEncoder(encoder, template, 96)
-    validated = validate(data, encoder)
-    truncated = 0
-    for split in validated.splits.values():
-        for row in split.itertuples():
-            example = prompts.example(getattr(row, first), getattr(row, second))
-            assert row.cut_tokens == example.cut_tokens
-            assert row.tokens == len(example.ids) + example.cut_tokens
-            truncated += example.cut_tokens > 0
-    assert 0 < truncated < 60
-    numbers = metrics(validated)
-    assert numbers["truncated_rows"] == truncated == len(found(validated, "truncated"))
+    validated = Checked(data, encoder)
+    cut = {row.row: row.reason for row in validated.findings.itertuples()}
+    assert set(validated.findings["check"]) == {"truncated"}
+    for name in ("train", "validation"):
+        rows, examples = validated.splits[name], validated.prepared.examples(name)
+        for row, example in zip(rows.itertuples(), examples, strict=True):
+            expected = prompts.example(getattr(row, first), getattr(row, second))
+            assert example["input_ids"] == expected.ids
+            assert example["prompt_length"] == expected.prompt_length
+            assert example["length"] == len(expected.ids)
+            reason = f"loses {expected.cut_tokens} tokens at its end"
+            assert cut.get(row.row) == (reason if expected.cut_tokens else None)
+    assert 0 < len(cut) < 60
+    numbers = validated.metrics
+    assert numbers["truncated_rows"] == len(cut)
     assert numbers["tokens_max"] > 96
     assert numbers["tokens"] <= 96 * 60
 
@@ -260,8 +290,8 @@ def test_an_answer_without_room_is_invalid(tmp_path: Path, encoder: TextEncoder)
     data = Data(
         train=write_csv(tmp_path / "t.csv", rows), max_length=64, prompt_template="{text} ="
     )
-    validated = validate(data, encoder)
-    assert found(validated, "room") == [("train", 41, True)]
+    validated = Checked(data, encoder)
+    assert validated.found("room") == [("train", 41, True)]
     assert validated.rejected["column"].tolist() == ["label"]
 
 
@@ -276,23 +306,28 @@ def test_completion_task(tmp_path: Path, encoder: TextEncoder) -> None:
         completion_column="reply",
         prompt_template="{prompt}",
     )
-    validated = validate(data, encoder)
-    assert found(validated, "duplicate") == [("train", 41, True)]
-    assert {row for _, row, _ in found(validated, "conflict")} == {2, 42}
+    validated = Checked(data, encoder)
+    assert validated.found("duplicate") == [("train", 41, True)]
+    assert {row for _, row, _ in validated.found("conflict")} == {2, 42}
     assert [len(validated.splits[name]) for name in SPLITS] == [33, 4, 4]
-    assert "labels" not in metrics(validated)
+    assert "labels" not in validated.metrics
 
 
 def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
     lines = sentences(30)
     (tmp_path / "t.txt").write_text("\n\n".join([*lines, "word " * 30]) + "\n")
     data = Data(train=str(tmp_path / "t.txt"), task="text", max_length=96)
-    validated = validate(data, encoder)
+    validated = Checked(data, encoder)
     assert [len(validated.splits[name]) for name in SPLITS] == [25, 3, 3]
-    assert found(validated, "truncated") == []  # documents are packed, not cut
-    tokens = pd.concat(validated.splits.values()).set_index("row")["tokens"]
-    assert tokens[1] == len(lines[0]) + 1  # the end-of-text token
-    assert tokens[61] == len("word ") * 30 + 1
+    assert validated.found("truncated") == []  # documents are packed, not cut
+    examples = [list(e["input_ids"]) for e in validated.prepared.examples("train")]
+    assert {len(ids) for ids in examples[:-1]} == {96}  # packed to the last token
+    assert [e["prompt_length"] for e in validated.prepared.examples("train")] == [0] * len(examples)
+    stream = [token for ids in examples for token in ids]
+    texts = validated.splits["train"]["text"]
+    expected = [token for text in texts for token in (*encoder.encode(text), encoder.eos_id)]
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) <= 1
+    assert validated.metrics["train_tokens"] == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -347,38 +382,45 @@ def test_a_template_too_long_for_any_text(tmp_path: Path, encoder: TextEncoder) 
 
 
 def test_histogram_covers_every_row_once(tmp_path: Path, encoder: TextEncoder) -> None:
-    rows = [["x" * length, label] for length, (_, label) in enumerate(pairs(200), 1)]
+    letters = random.Random(3)
+    rows = [
+        ["".join(letters.choices(string.ascii_lowercase, k=length)), label]
+        for length, (_, label) in enumerate(pairs(200), 1)
+    ]
     train = write_csv(tmp_path / "t.csv", rows)
-    validated = validate(Data(train=train, max_length=100, prompt_template="{text}:"), encoder)
-    table = token_lengths(validated, 100)
-    assert table.groupby("split")["rows"].sum().to_dict() == metrics_rows(validated)
+    validated = Checked(Data(train=train, max_length=100, prompt_template="{text}:"), encoder)
+    table = token_lengths(validated.validated, 100)
+    assert table.groupby("split")["rows"].sum().to_dict() == validated.validated.rows
     starts = table["tokens"].unique().tolist()
     assert starts[0] == 1 and starts[-1] == 101
-    tokens = validated.splits["train"]["tokens"]
+    train_rows = validated.splits["train"]
+    # A token a byte: the text, a colon, a space and the label, the end-of-text token.
+    tokens = train_rows["text"].str.len() + train_rows["label"].str.len() + 3
     ends = [*starts[1:], 10**9]
     by_hand = [tokens.between(low, end - 1).sum() for low, end in zip(starts, ends, strict=True)]
     assert table.loc[table["split"] == "train", "rows"].tolist() == by_hand
-    assert by_hand[-1] == validated.splits["train"]["cut_tokens"].gt(0).sum() > 0
-
-
-def metrics_rows(validated: Validated) -> dict[str, int]:
-    numbers = metrics(validated)
-    return {name: numbers[f"{name}_rows"] for name in SPLITS}
+    assert by_hand[-1] == validated.validated.findings.count("truncated", split="train") > 0
 
 
 def test_report_shows_numbers_and_examples(tmp_path: Path, encoder: TextEncoder) -> None:
-    rows = [*pairs(60, ("a|b", "c")), ["`tick`\nnext", ""], ["x" * 400, "c"]]
-    train = write_csv(tmp_path / "t.csv", [*rows, rows[0]])
-    validated = validate(Data(train=train, max_length=128), encoder)
-    write_report(tmp_path / "report", validated, 128)
-    report = (tmp_path / "report" / "report.md").read_text()
-    assert "Read 63 rows" in report
-    assert "a\\|b" in report
-    assert f"- {train} row 61 (train): label is empty or only whitespace" in report
-    assert f"- {train} row 63 (train): text is the same as {train} row 1: `0 " in report
-    assert "row 62" in report and "tokens at its end" in report
+    rows = [*pairs(60, ("<b>", "c")), ["`tick`\nnext", ""], ["x" * 400, "c"]]
+    train = write_csv(tmp_path / "t.csv", [*rows, rows[0], [rows[1][0].upper(), "c"]])
+    data = Data(train=train, max_length=128)
+    checked = Checked(data, encoder)
+    write_report(tmp_path / "report", checked.validated, data, checked.directory)
+    page = (tmp_path / "report" / "report.html").read_text()
+    words = html.unescape(re.sub(r"<[^>]+>|\s+", " ", page))
+    words = " ".join(words.split())
+    assert "<b>" not in page and "<b>" in words  # what a text says is shown and never obeyed
+    assert "64 rows read" in words
+    assert f"{train} row 61 train label is empty or only whitespace" in words
+    assert f"{train} row 63 train text is the same as {train} row 1" in words
+    assert f"{train} row 64 train text is nearly the same as {train} row 2" in words
+    assert "loses" in words and "2 rows were left out" in words
+    assert "http" not in page.replace("https://", "http://").split("<body>")[0]  # self-contained
+    assert hashlib.sha256(Path(train).read_bytes()).hexdigest() in words
     labels = pd.read_csv(tmp_path / "report" / "labels.csv")
-    assert labels.groupby("label")["rows"].sum().to_dict() == {"a|b": 30, "c": 31}
+    assert labels.groupby("label")["rows"].sum().to_dict() == {"<b>": 30, "c": 32}
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["labels"] == 2
 
 
@@ -395,6 +437,7 @@ def project(tmp_path: Path) -> Path:
     config = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
     (folder / "model" / "config.json").write_text(json.dumps(config))
     write_csv(folder / "mine.csv", pairs(40))
+    write_csv(folder / "same.csv", pairs(40))
     write_params(folder)
     return folder
 
@@ -451,15 +494,19 @@ def test_stage_on_a_user_s_csv(project: Path) -> None:
         (2, "duplicate", "tweet"),
     ]
     reports = files(project / "reports" / "validate")
-    assert reports == {"metrics.json", "labels.csv", "token_lengths.csv", "report.md"}
+    tables = {"metrics.json", "inputs.json", "labels.csv", "token_lengths.csv"}
+    assert reports == {*tables, "report.html"}
     numbers = json.loads((project / "reports" / "validate" / "metrics.json").read_text())
-    assert all(isinstance(value, int) for value in numbers.values())
-    assert numbers["rows"] == 62
+    assert numbers["rows"] == 62 and numbers["rows_per_second"] > 0
     assert not files(project.parent / "home")
 
     before = contents(project)
     assert run_stage(project).returncode == 0
-    assert contents(project) == before
+    after = contents(project)
+    speeds = "reports/validate/metrics.json"
+    assert {k: v for k, v in after.items() if k != speeds} == {
+        k: v for k, v in before.items() if k != speeds
+    }
 
 
 def test_stage_on_integer_labels_without_torch(project: Path) -> None:
@@ -485,9 +532,11 @@ BAD_INPUT = {
     "empty-file": ({}, "", "mine.csv is empty"),
     "no-rows": ({}, "text,label\n", "mine.csv has no rows"),
     "one-label": ({}, "text,label\na,x\nb,x\nc,x\n", "mine.csv has one label only, 'x'"),
-    "leak": ({"test": "mine.csv"}, None, "some texts are in two splits (40 in train and test)"),
+    "leak": ({"test": "same.csv"}, None, "some texts are in two splits (40 in train and test)"),
     "wrong-type": ({"train": "n.jsonl"}, None, "n.jsonl row 1: text is an integer, not text ('1')"),
-    "ragged": ({}, "text,label\na,b,c\n", "mine.csv line 2 has 3 cells"),
+    "ragged": ({}, "text,label\na,b,c\n", "mine.csv row 1: has 3 cells on line 2"),
+    "pattern": ({"train": "*.csv"}, None, "set data.train: . and data.train_files: *.csv"),
+    "hub": ({"train": "hf://datasets/a/b"}, None, "data/datasets/hub/params.yaml"),
     "wrong-param": ({"task": "chat"}, None, "params.yaml: data.task = 'chat'"),
 }
 
@@ -509,7 +558,7 @@ def test_bad_input_ends_in_one_line(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert done.stdout == ""
-    assert files(project) == before
+    assert files(project) - {"reports/validate/report.html"} == before
     assert not files(project.parent / "home")
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from prepared_dataset import write_prepared
 from sklearn.metrics import accuracy_score
 
 import stages.evaluate as stage
-from gptj8.dataset import save_prepared
 from gptj8.errors import UserError
 
 WORDS = {"sql": "table select join", "fox": "quick brown fox", "dog": "lazy dog"}
@@ -58,15 +58,15 @@ def project(tmp_path, monkeypatch, models):
 
     def run(task, **evaluate):
         field = "prompt" if task == "completion" else "text"
-        template = f'"{{{field}}}\\n\\nLabel:"'
+        template = f"{{{field}}}\n\nLabel:"
         settings = "".join(f"  {key}: {value}\n" for key, value in evaluate.items())
         Path("params.yaml").write_text(
             f"data:\n  train: rows.csv\n  task: {task}\n  max_length: 64\n"
-            f"  prompt_template: {template}\n"
+            f"  prompt_template: {json.dumps(template)}\n"
             f"model:\n  path: {models / 'original'}\n"
             f"evaluate:\n  bootstrap_resamples: 100\n{settings}"
         )
-        save_prepared("artifacts/dataset", task, frames(task), pd.DataFrame({"file": []}))
+        write_prepared(Path("artifacts/dataset"), task, frames(task), template)
         stage.main()
         return json.loads(Path("reports/evaluate/metrics.json").read_text())
 

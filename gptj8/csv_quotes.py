@@ -1,0 +1,52 @@
+"""Where the quotes of a CSV record go wrong, which the standard library's reader does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class QuoteProblem(NamedTuple):
+    """A place in a record, both counted from 1, and what is wrong there."""
+
+    line: int
+    column: int
+    reason: str
+
+
+def find_quote_problem(lines: Iterable[str], delimiter: str, max_cell: int) -> QuoteProblem | None:
+    """Read one record as `csv.reader(strict=True)` does and return where it fails.
+
+    Args:
+        lines: the physical lines from the record's first one on, with their line ends.
+        delimiter: between cells.
+        max_cell: characters after which a quoted cell is not believed.
+    """
+    state = "start"
+    opened = (0, 0)
+    length = 0
+    for number, line in enumerate(lines, 1):
+        for column, character in enumerate(line, 1):
+            if state == "quoted":
+                length += 1
+                if character == '"':
+                    state = "closing"
+                elif length > max_cell:
+                    reason = f"a quote opens a cell of more than {max_cell:,} characters"
+                    return QuoteProblem(*opened, f"{reason}; is it ever closed?")
+            elif state == "closing" and character == '"':
+                state = "quoted"
+            elif character == delimiter:
+                state = "start"
+            elif character in "\r\n":
+                return None
+            elif state == "closing":
+                reason = "text follows a closing quote; a quote inside a cell is written twice"
+                return QuoteProblem(number, column, reason)
+            elif state == "start" and character == '"':
+                state, opened, length = "quoted", (number, column), 0
+            else:
+                state = "plain"
+    return (
+        QuoteProblem(*opened, "a quote is opened and never closed") if state == "quoted" else None
+    )

@@ -1,0 +1,130 @@
+"""Rows on the disk while they are checked: written once, in order, then read as the checks need.
+
+A dataset may be many times larger than memory. What a check across rows needs of each row is a few
+bytes (a fact), so facts are columns of their own, one file each, of which one or two are in memory
+at a time; the rows themselves are read again only for what is written or reported. Plain reads and
+no memory maps: mapped pages count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+
+class RowStore:
+    """A table of rows with facts, and a normalized text for each.
+
+    Append with `append`, then `finish`, then read.
+
+    Attributes:
+        size: rows so far.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True)
+        self.size = 0
+        self._files: dict[str, BinaryIO] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._sink: pa.NativeFile | None = None
+        self._starts: list[int] = []
+        self._text_end = 0
+        self._text_ends: np.ndarray | None = None
+        self._texts = -1
+        self._reader: pa.RecordBatchFileReader | None = None
+
+    def append(
+        self, rows: pa.RecordBatch, facts: Mapping[str, np.ndarray], normalized: list[str]
+    ) -> None:
+        """Add rows; each fact is an array and each text a string for every one of them."""
+        if not rows.num_rows:
+            return
+        if self._writer is None:
+            self._sink = pa.OSFile(str(self.directory / "rows.arrow"), "wb")
+            self._writer = pa.ipc.new_file(self._sink, rows.schema)
+        self._starts.append(self.size)
+        self._writer.write_batch(rows)
+        for name, values in facts.items():
+            self._dtypes.setdefault(name, values.dtype)
+            self._file(name).write(np.ascontiguousarray(values, self._dtypes[name]).tobytes())
+        encoded = [text.encode() for text in normalized]
+        ends = self._text_end + np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._file("texts").write(b"".join(encoded))
+        self._file("text_ends").write(ends.tobytes())
+        self._text_end = int(ends[-1])
+        self.size += rows.num_rows
+
+    def finish(self) -> None:
+        """Close what was written."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._writer is not None and self._sink is not None:
+            self._writer.close()
+            self._sink.close()
+            self._writer = None
+
+    def fact(self, name: str) -> np.ndarray:
+        """Return one fact of all rows."""
+        return np.fromfile(self.directory / name, dtype=self._dtypes[name])
+
+    def normalized(self, index: int) -> str:
+        """Return one row's normalized text."""
+        if self._text_ends is None:
+            self._text_ends = np.fromfile(self.directory / "text_ends", dtype=np.int64)
+            self._texts = os.open(self.directory / "texts", os.O_RDONLY)
+        start = int(self._text_ends[index - 1]) if index else 0
+        return os.pread(self._texts, int(self._text_ends[index]) - start, start).decode()
+
+    def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield the rows as they were appended, each batch with the index of its first row."""
+        reader = self._open()
+        for number, start in enumerate(self._starts):
+            yield start, reader.get_batch(number)
+
+    def rows(self, indices: np.ndarray, columns: list[str]) -> pd.DataFrame:
+        """Return rows by index, in the order asked for."""
+        reader = self._open()
+        order = np.argsort(indices, kind="stable")
+        batch_of = np.searchsorted(self._starts, indices[order], side="right") - 1
+        parts = []
+        for number in np.unique(batch_of):
+            wanted = indices[order][batch_of == number] - self._starts[number]
+            parts.append(reader.get_batch(int(number)).select(columns).take(pa.array(wanted)))
+        table = pa.Table.from_batches(parts, reader.schema.empty_table().select(columns).schema)
+        found = table.to_pandas()
+        back = np.empty(len(indices), dtype=np.int64)
+        back[order] = np.arange(len(indices))
+        return found.iloc[back].reset_index(drop=True)
+
+    def __enter__(self) -> RowStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish()
+        if self._texts >= 0:
+            os.close(self._texts)
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            self._files[name] = open(self.directory / name, "wb")
+        return self._files[name]
+
+    def _open(self) -> pa.RecordBatchFileReader:
+        if self._reader is None:
+            self._reader = pa.ipc.open_file(pa.OSFile(str(self.directory / "rows.arrow"), "rb"))
+        return self._reader

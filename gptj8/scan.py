@@ -1,0 +1,298 @@
+"""One batch of rows at a time: check it, tokenize it, and note what the checks across rows need.
+
+`Scanner` is a pure function of a batch, so where it runs is a matter of taste: here in two threads
+that overlap reading with tokenizing (which is Rust's), or on the workers of a Dask cluster, a file
+each. Pandera's own backend for Dask was tried for the latter and rejected: it runs the same schemas
+on the same partitions, but stops at the first partition that fails, where the report needs all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from gptj8 import near_duplicates, schemas
+from gptj8.checks import CHECKS, Kind
+from gptj8.errors import UserError
+from gptj8.formats import read_batches
+from gptj8.params import Data
+from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.shapes import Shape, shape_of
+from gptj8.sources import content_key
+
+_THREADS = 2
+_WAITING = 4  # batches read ahead: enough to keep the threads busy, few enough to stay small
+
+
+@dataclass(frozen=True)
+class ScannedBatch:
+    """What became of a batch.
+
+    Attributes:
+        rows: of the valid rows the task's fields, `file`, `row`, `tokens` (all that the row would
+            take), `cut_tokens` (how many of its text do not fit), `input_ids` (int32, what is
+            trained on) and `prompt_length` (how many of them are not learned).
+        facts: of each valid row `key_high` and `key_low` (uint64, of its text's SHA-256), `answer`
+            (uint64, of its answer), `row`, and one `band<i>` (uint32) a band.
+        normalized: of each valid row the text that near-duplicates are found by.
+        findings: in the columns of `gptj8.findings`, without `split`.
+        total, invalid: rows.
+    """
+
+    file: str
+    rows: pa.RecordBatch
+    facts: dict[str, np.ndarray]
+    normalized: list[str]
+    findings: pd.DataFrame
+    total: int
+    invalid: int
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Checks and encodes the rows of a dataset, a batch at a time.
+
+    Attributes:
+        data: the params.
+        encoder: the model's tokenizer.
+    """
+
+    data: Data
+    encoder: TextEncoder = field(repr=False)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The shape of the rows."""
+        return shape_of(self.data)
+
+    @cached_property
+    def prompts(self) -> PromptEncoder:
+        """How rows become prompts."""
+        return PromptEncoder(self.encoder, self.shape.prompt_template, self.data.max_length)
+
+    @cached_property
+    def banding(self) -> tuple[int, int] | None:
+        """Bands and values in a band, or null where near-duplicates are not looked for."""
+        threshold = self.data.near_duplicate_threshold
+        return None if threshold is None else near_duplicates.banding(threshold)
+
+    @cached_property
+    def _schema(self) -> Any:
+        return schemas.schema(self.shape, self.data.labels, self.encoder.special_tokens)
+
+    def read(self, path: Path, advance: Callable[[int], object]) -> Iterator[pd.DataFrame]:
+        """Read a file in frames that `scan` takes."""
+        return read_batches(
+            path, self.shape.columns, self.shape.optional, self.data.text_row, advance
+        )
+
+    def scan(self, batch: pd.DataFrame) -> ScannedBatch:
+        """Check and encode one batch, as `gptj8.formats.read_batches` yields it."""
+        failed = schemas.failures(batch, self._schema, self.shape)
+        kinds = failed["check"].map(lambda name: CHECKS[name].kind)
+        invalid = failed.loc[kinds == Kind.INVALID, "index"].unique()
+        valid = batch.drop(index=invalid)
+        fields = self.shape.to_fields(valid)
+        encoded = self._encode(fields)
+        no_room = encoded.pop("room") < 1
+        if no_room.any():
+            failed = pd.concat([failed, self._no_room(fields[no_room])], ignore_index=True)
+            invalid = np.concatenate([invalid, fields.index[no_room].to_numpy()])
+            fields, encoded = fields[~no_room], encoded[~no_room]
+        findings = self._findings(batch, failed, frozenset(invalid.tolist()))
+        texts = fields[self.shape.input]
+        kept = batch.loc[fields.index]
+        facts = self._facts(fields, texts)
+        facts["row"] = kept["row"].to_numpy(np.int64)
+        normalized = [near_duplicates.normalize(text) for text in texts] if self.banding else []
+        if self.banding:
+            facts |= self._bands(normalized)
+        rows = pd.concat([fields, kept[["file", "row"]], encoded], axis=1)
+        return ScannedBatch(
+            file=batch["file"].iloc[0],
+            rows=_record_batch(rows, row_schema(self.shape)),
+            facts=facts,
+            normalized=normalized or [""] * len(rows),
+            findings=findings,
+            total=len(batch),
+            invalid=len(invalid),
+        )
+
+    def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
+        """Tokenize; see `ScannedBatch.rows`. `room` is what is left for the text."""
+        prompts, encoder = self.prompts, self.encoder
+        texts, answer = fields[self.shape.input], self.shape.answer
+        rows: list[tuple[int, int, int, int, list[int]]] = []
+        if answer is None:
+            # Documents are packed end to end and none of them is cut.
+            for text in encoder.encode_batch(texts.tolist()):
+                ids = [*encoder.prefix_ids, *text, encoder.eos_id]
+                rows.append((len(ids), 0, 0, 1, ids))
+        else:
+            before, after = prompts.around
+            known = {value: prompts.completion_ids(value) for value in fields[answer].unique()}
+            completions = map(known.__getitem__, fields[answer])
+            encoded = encoder.encode_batch(texts.str.strip().tolist())
+            for text, completion in zip(encoded, completions, strict=True):
+                fixed = len(before) + len(after) + len(completion)
+                room = self.data.max_length - fixed
+                prompt = [*before, *text[: max(room, 0)], *after]
+                cut = max(len(text) - room, 0)
+                rows.append((len(text) + fixed, cut, len(prompt), room, prompt + completion))
+        names = ["tokens", "cut_tokens", "prompt_length", "room", "input_ids"]
+        return pd.DataFrame(rows, texts.index, names)
+
+    def _no_room(self, fields: pd.DataFrame) -> pd.DataFrame:
+        answer = self.shape.answer or ""
+        reason = f"leaves no room for {self.shape.input} within data.max_length"
+        found = fields.reset_index(names="index").rename(columns={answer: "value"})
+        found = found.assign(
+            check="room", field=answer, reason=f"{reason} = {self.data.max_length}"
+        )
+        return found[list(schemas.FAILURE_COLUMNS)]
+
+    def _findings(
+        self, batch: pd.DataFrame, failed: pd.DataFrame, invalid: frozenset[int]
+    ) -> pd.DataFrame:
+        suspect = failed["check"].map(lambda name: CHECKS[name].kind) == Kind.SUSPECT
+        # What is merely odd about a row that is left out anyway is of no interest.
+        failed = failed[~(suspect & failed["index"].isin(invalid))]
+        places = batch.loc[failed["index"], ["file", "row"]].reset_index(drop=True)
+        failed = failed.reset_index(drop=True)
+        return places.assign(
+            check=failed["check"],
+            column=failed["field"].map(
+                lambda field: "" if field == "problem" else self.shape.column_of(field)
+            ),
+            value=failed["value"],
+            reason=failed["reason"],
+            dropped=failed["index"].isin(invalid),
+        )
+
+    def _facts(self, fields: pd.DataFrame, texts: pd.Series) -> dict[str, np.ndarray]:
+        keys = np.frombuffer(b"".join(content_key(text)[:16] for text in texts), dtype=">u8")
+        keys = keys.astype(np.uint64).reshape(-1, 2)
+        if self.shape.answer is None:
+            answers = np.zeros(len(texts), dtype=np.uint64)
+        else:
+            hashes = {a: _answer_key(a) for a in fields[self.shape.answer].unique()}
+            answers = fields[self.shape.answer].map(hashes).to_numpy(np.uint64)
+        return {"key_high": keys[:, 0], "key_low": keys[:, 1], "answer": answers}
+
+    def _bands(self, normalized: Sequence[str]) -> dict[str, np.ndarray]:
+        assert self.banding is not None
+        bands, width = self.banding
+        hashes = np.zeros((bands, len(normalized)), dtype=np.uint32)
+        filled = [index for index, text in enumerate(normalized) if text]
+        if filled:
+            texts = [normalized[index] for index in filled]
+            hashes[:, filled] = near_duplicates.band_hashes(texts, bands, width)
+        return {f"band{number}": hashes[number] for number in range(bands)}
+
+
+def row_schema(shape: Shape) -> pa.Schema:
+    """Return the types of `ScannedBatch.rows`."""
+    fields = [shape.input] + ([shape.answer] if shape.answer else [])
+    return pa.schema(
+        [
+            *((name, pa.large_string()) for name in (*fields, "file")),
+            ("row", pa.int64()),
+            *((name, pa.int32()) for name in ("tokens", "cut_tokens", "prompt_length")),
+            ("input_ids", pa.large_list(pa.int32())),
+        ]
+    )
+
+
+def scan_files(
+    scanner: Scanner, files: Sequence[Path], engine: str, advance: Callable[[int], object]
+) -> Iterator[ScannedBatch]:
+    """Scan files in order.
+
+    Args:
+        scanner: what to do with each batch.
+        files: what to read.
+        engine: `local` or `dask`.
+        advance: called with the bytes read since the last call.
+
+    Raises:
+        UserError: a line for each file that cannot be read.
+    """
+    problems: list[str] = []
+    scan = _scan_on_dask if engine == "dask" else _scan_here
+    yield from scan(scanner, files, advance, problems)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _scan_here(
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], problems: list[str]
+) -> Iterator[ScannedBatch]:
+    waiting: deque[Future[ScannedBatch]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for file in files:
+                try:
+                    for batch in scanner.read(file, advance):
+                        waiting.append(pool.submit(scanner.scan, batch))
+                        if len(waiting) == _WAITING:
+                            yield waiting.popleft().result()
+                except UserError as error:
+                    problems += str(error).splitlines()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _scan_on_dask(
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], problems: list[str]
+) -> Iterator[ScannedBatch]:
+    """A file is a task. The cluster is the one that Dask's own configuration names
+    (DASK_SCHEDULER_ADDRESS), or the cores of this machine."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError("data.engine = dask needs Dask: pip install 'gptj8[dask]'") from None
+    with Client() as client:
+        ahead = 2 * max(1, len(client.scheduler_info()["workers"]))
+        started: deque[tuple[Path, Any]] = deque()
+        remaining = deque(files)
+        shared = client.scatter(scanner, broadcast=True)
+        while remaining or started:
+            while remaining and len(started) < ahead:
+                file = remaining.popleft()
+                started.append((file, client.submit(_scan_file, shared, file, pure=False)))
+            file, future = started.popleft()
+            batches, found = future.result()
+            problems += found
+            advance(file.stat().st_size)
+            yield from batches
+
+
+def _scan_file(scanner: Scanner, file: Path) -> tuple[list[ScannedBatch], list[str]]:
+    batches: list[ScannedBatch] = []
+    try:
+        batches += map(scanner.scan, scanner.read(file, lambda size: None))
+    except UserError as error:
+        return batches, str(error).splitlines()
+    return batches, []
+
+
+def _record_batch(rows: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
+    table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False).combine_chunks()
+    batches = table.replace_schema_metadata(None).to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema)
+
+
+def _answer_key(answer: str) -> int:
+    return int.from_bytes(content_key(answer)[:8], "big")

@@ -1,0 +1,149 @@
+"""The shapes that rows come in, and how each becomes the fields that a task has.
+
+| columns | how the params say so | becomes |
+|---|---|---|
+| a text | task: text | text |
+| one or more columns and a label | task: classification, a template with them | text, label |
+| a prompt and a completion | task: completion | prompt, completion |
+| instruction, input, output | the same, a template with {instruction} and {input} | the same |
+| chat messages | the same, a template with {messages} | the same |
+
+A conversation is learned from its last answer: the messages before are the prompt, a line
+`role: content` each, the last one, the assistant's, is the completion. Both common spellings are
+read: `role` and `content`, and `from` and `value` with `human` and `gpt`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from gptj8.dataset import FIELDS
+from gptj8.params import Data
+from gptj8.templates import MESSAGES, Template, parse_template
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a row has and what it becomes.
+
+    Attributes:
+        task: `classification`, `completion` or `text`.
+        columns: for each field of the row the user's column that holds it.
+        optional: fields whose cell may be missing or blank.
+        template: null for running text.
+    """
+
+    task: str
+    columns: Mapping[str, str]
+    optional: frozenset[str]
+    template: Template | None
+
+    @property
+    def input(self) -> str:
+        """The field that is read: `text` or `prompt`."""
+        return FIELDS[self.task][0]
+
+    @property
+    def answer(self) -> str | None:
+        """The field that is answered: `label`, `completion` or none."""
+        return FIELDS[self.task][1] if len(FIELDS[self.task]) > 1 else None
+
+    @property
+    def prompt_template(self) -> str:
+        """The template for rows that have their task's fields."""
+        return self.template.outer(self.input) if self.template else f"{{{self.input}}}"
+
+    def column_of(self, field: str) -> str:
+        """Return what to call a task's field to the user: the column or columns it comes from."""
+        if field in self.columns:
+            return self.columns[field]
+        parts = [c for f, c in self.columns.items() if f not in ("label", "completion")]
+        return ", ".join(parts)
+
+    def to_fields(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the task's fields of valid rows; answers without spaces around them."""
+        if MESSAGES in self.columns:
+            split = [_split_conversation(cell) for cell in rows[MESSAGES]]
+            prompts, completions = zip(*split, strict=True) if split else ((), ())
+            fields = {"prompt": prompts, "completion": completions}
+            return pd.DataFrame(fields, index=rows.index, dtype="str")
+        if self.template is None or self.template.fields == (self.input,):
+            texts = rows[self.input]
+        else:
+            cells = rows[list(self.template.fields)].astype(object)
+            cells = cells.where(cells.notna(), None)
+            texts = [self.template.text(row) for row in cells.to_dict("records")]
+        found = pd.DataFrame({self.input: pd.array(list(texts), dtype="str")}, index=rows.index)
+        if self.answer is not None:
+            found[self.answer] = rows[self.answer].str.strip()
+        return found
+
+
+def shape_of(data: Data) -> Shape:
+    """Return the shape that the params describe."""
+    if data.task == "text":
+        return Shape("text", {"text": data.text_column}, frozenset(), None)
+    template = parse_template(data.prompt_template, data.task)
+    named = {
+        "text": data.text_column,
+        "prompt": data.prompt_column,
+        MESSAGES: data.messages_column,
+    }
+    columns = {field: named.get(field, field) for field in template.fields}
+    optional = frozenset(f for f, column in columns.items() if column in data.optional_columns)
+    if MESSAGES not in columns:
+        answer = FIELDS[data.task][1]
+        columns[answer] = getattr(data, f"{answer}_column")
+    return Shape(data.task, columns, optional, template)
+
+
+def conversation_problem(cell: str) -> str | None:
+    """Return what keeps a conversation, as JSON, from being learned from."""
+    messages = json.loads(cell)
+    for number, message in enumerate(messages, 1):
+        role, content = _role(message), _content(message)
+        if role is None:
+            return f"message {number} has no role of {', '.join(_ROLES)}"
+        if not isinstance(content, str):
+            return f"message {number} has no text"
+        if not content.strip():
+            return f"message {number} is empty"
+        if "\0" in content:
+            return f"message {number} holds a NUL character"
+    if len(messages) < 2:
+        return "has fewer than two messages"
+    if _role(messages[-1]) != "assistant":
+        return "does not end with the assistant's answer"
+    if all(_role(message) != "user" for message in messages):
+        return "has no message of the user"
+    return None
+
+
+def _split_conversation(cell: str) -> tuple[str, str]:
+    messages = json.loads(cell)
+    lines = [f"{_role(message)}: {_content(message).strip()}" for message in messages[:-1]]
+    return "\n".join(lines), _content(messages[-1]).strip()
+
+
+def _role(message: Any) -> str | None:
+    if not isinstance(message, dict):
+        return None
+    role = message.get("role", message.get("from"))
+    return _ROLES.get(role.casefold()) if isinstance(role, str) else None
+
+
+def _content(message: dict[str, Any]) -> Any:
+    return message.get("content", message.get("value"))

@@ -1,0 +1,38 @@
+"""Words for people: texts and lists cut to what fits into a line, names and near names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+_EXCERPT = 60
+
+
+def excerpt(text: str, length: int = _EXCERPT) -> str:
+    """Return the beginning of a text on one line."""
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def listed(values: Sequence[str], limit: int) -> str:
+    """Return the first values, quoted, and how many more there are."""
+    shown = ", ".join(excerpt(repr(value)) for value in list(values)[:limit])
+    return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `, did you mean ...?` if a known name is near, else nothing."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return f", did you mean {quote(by_lower_case[close[0]])}?" if close else ""
+
+
+def quote(name: str) -> str:
+    """Quote a name only where it would be misread without."""
+    plain = name and name.isprintable() and not any(c in name for c in " ,;'\"")
+    return name if plain else repr(name)
+
+
+def one_line(error: object) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
