@@ -28,16 +28,19 @@ SHINGLE = 5
 _NUM_PERM = 256
 _RECALL = 0.95
 _SEED = 8
+_CHUNK = 256  # texts whose shingles stay in the processor's cache
 _TOP = np.uint64(32)
 
 _NOISE = re.compile(r"\bRT\s+@\w+:?|https?://\S+|\bwww\.\S+|@\w+")
+_NO_ENTITY = re.compile(r"&#[0-9]{8,};?")
 _WORD = re.compile(r"[^\W_]+")
 
 
 def normalize(text: str) -> str:
     """Return what of a text counts when it is compared with others."""
     if "&" in text:
-        text = html.unescape(text)
+        # No character has a number of so many digits, and Python refuses to read very many.
+        text = html.unescape(_NO_ENTITY.sub(" ", text))
     if "@" in text or "www." in text or "http" in text:
         text = _NOISE.sub(" ", text)
     return " ".join(_WORD.findall(text.casefold()))
@@ -45,8 +48,9 @@ def normalize(text: str) -> str:
 
 def similarity(one: str, other: str) -> float:
     """Return the Jaccard similarity of the shingles of two normalized texts, 0 to 1."""
-    a, b = _shingles(one), _shingles(other)
-    shared = len(a & b)
+    # As hashes: sets of strings would take gigabytes for texts of some megabytes.
+    a, b = (np.unique(_hashed_shingles([text])[0]) for text in (one, other))
+    shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
@@ -73,6 +77,14 @@ def band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarray
     Returns:
         (bands, texts) uint32.
     """
+    hashes = np.empty((bands, len(normalized)), dtype=np.uint32)
+    for start in range(0, len(normalized), _CHUNK):
+        chunk = normalized[start : start + _CHUNK]
+        hashes[:, start : start + len(chunk)] = _band_hashes(chunk, bands, width)
+    return hashes
+
+
+def _band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarray:
     import rensa
 
     hashes, offsets = _hashed_shingles(normalized)
@@ -83,7 +95,7 @@ def band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarray
     mixed = np.zeros((len(normalized), bands), dtype=np.uint64)
     for column in range(width):
         mixed = _mix(mixed ^ digests[:, :, column])
-    return np.ascontiguousarray((mixed >> _TOP).astype(np.uint32).T)
+    return (mixed >> _TOP).astype(np.uint32).T
 
 
 def candidate_pairs(bands: Iterator[np.ndarray], groups: np.ndarray) -> np.ndarray:
@@ -152,10 +164,6 @@ def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray
 
 def _pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (high.astype(np.uint64) << _TOP) | low.astype(np.uint64)
-
-
-def _shingles(text: str) -> set[str]:
-    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
 
 
 def _hashed_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

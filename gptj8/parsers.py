@@ -11,7 +11,8 @@ import io
 import itertools
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,9 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
     try:
         for cells in reader:
             line, start = reader.line_num, line + 1
-            if len(cells) < 2 and not "".join(cells).strip():
-                continue  # a blank line
+            # A blank line; a quoted cell without text is the row of a file with one column.
+            if not cells or (len(cells) == 1 and not cells[0].strip() and len(header or ()) != 1):
+                continue
             if header is None:
                 header = cells
                 _check_header(header, path)
@@ -165,10 +167,15 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
 def _check_header(header: list[str], path: Path) -> None:
     if any(is_undecodable(name) for name in header):
         raise UserError(f"{path} line 1: its column names are not UTF-8; save it as UTF-8")
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    check_names(header, path)
+
+
+def check_names(names: Sequence[str], path: Path) -> None:
+    """Refuse column names that are there twice: nobody can tell which is meant."""
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        names = ", ".join(map(quote, repeated))
-        raise UserError(f"{path} has more than one column {names}")
+        listed = ", ".join(map(quote, repeated[:10]))
+        raise UserError(f"{path} has more than one column {listed}")
 
 
 def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
@@ -181,7 +188,7 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 f"{path} is a JSON array of {format_bytes(size)}, which can only be read whole; "
                 "write JSON Lines, an object on each line"
             )
-        yield from _parse_json_array(first + text.read(), path)
+        yield from _parse_json_array(first + text.read(), path, first_number)
         return
     if first.strip() == "{":
         raise UserError(
@@ -202,15 +209,15 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 yield Row(number, {}, "is not a JSON object, such as {...}")
 
 
-def _parse_json_array(text: str, path: Path) -> Iterator[Row]:
+def _parse_json_array(text: str, path: Path, first_line: int) -> Iterator[Row]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
+        where = f"line {error.lineno + first_line - 1} column {error.colno}"
         raise UserError(f"{path} {where} is not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         reason = one_line(error).partition(";")[0]
-        raise UserError(f"{path} line 1 is not usable JSON: {reason}") from None
+        raise UserError(f"{path} line {first_line} is not usable JSON: {reason}") from None
     for number, value in enumerate(values, 1):
         if isinstance(value, dict):
             yield Row(number, value)
@@ -235,6 +242,9 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{path}: Parquet is compressed inside; unpack {path.suffix} first")
     try:
         file = pq.ParquetFile(path)
+        check_names(file.schema_arrow.names, path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: its column names are not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -246,18 +256,10 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 def _parse_parquet(
     path: Path, columns: Mapping[str, str], advance: Callable[[int], object]
 ) -> Iterator[Row]:
-    from datasets import ClassLabel, Features
-
     with open_parquet(path) as file:
         present = set(file.schema_arrow.names)
         wanted = [name for name in dict.fromkeys(columns.values()) if name in present]
-        features = Features.from_arrow_schema(file.schema_arrow)
-        # The Hub's way to store labels: numbers with names.
-        names_of = {
-            name: dict(enumerate(features[name].names))
-            for name in wanted
-            if isinstance(features[name], ClassLabel)
-        }
+        names_of = _label_names(file.schema_arrow, wanted)
         number, total = 0, file.metadata.num_rows
         size, position = path.stat().st_size, 0
         for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
@@ -271,12 +273,29 @@ def _parse_parquet(
             position = size * number // total
 
 
+def _label_names(schema: pa.Schema, columns: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Return for each column of the Hub's labels, which are numbers, the names of the numbers."""
+    from datasets import ClassLabel, Features
+
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}  # metadata that is damaged, or newer than this library: the numbers are left
+    return {
+        name: dict(enumerate(features[name].names))
+        for name in columns
+        if isinstance(features[name], ClassLabel)
+    }
+
+
 def _cells(column: pa.Array) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         cells = column.cast(pa.large_binary()).to_pylist()
         return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in cells]
+    except (OverflowError, ValueError):  # dates beyond Python's, which are no text anyway
+        return column.cast(pa.int64()).to_pylist()
 
 
 def is_undecodable(text: str) -> bool:

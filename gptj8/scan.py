@@ -28,6 +28,7 @@ from gptj8.params import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.shapes import Shape, shape_of
 from gptj8.sources import content_key
+from gptj8.words import one_line
 
 _THREADS = 2
 _WAITING = 4  # batches read ahead: enough to keep the threads busy, few enough to stay small
@@ -263,8 +264,12 @@ def _scan_on_dask(
         from distributed import Client
     except ImportError:
         raise UserError("data.engine = dask needs Dask: pip install 'gptj8[dask]'") from None
-    with Client() as client:
-        ahead = 2 * max(1, len(client.scheduler_info()["workers"]))
+    try:
+        connected = Client()
+    except OSError as error:
+        raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster up?") from None
+    with connected as client:
+        ahead = 2 * max(1, len(client.nthreads()))
         started: deque[tuple[Path, Any]] = deque()
         remaining = deque(files)
         shared = client.scatter(scanner, broadcast=True)

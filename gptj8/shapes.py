@@ -114,9 +114,9 @@ def conversation_problem(cell: str) -> str | None:
     """Return what keeps a conversation, as JSON, from being learned from."""
     messages = json.loads(cell)
     for number, message in enumerate(messages, 1):
-        role, content = _role(message), _content(message)
-        if role is None:
+        if _role(message) is None:
             return f"message {number} has no role of {', '.join(_ROLES)}"
+        content = _content(message)
         if not isinstance(content, str):
             return f"message {number} has no text"
         if not content.strip():

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _EXCERPT = 60
+_LONGEST_NAME = 100
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
@@ -22,7 +23,9 @@ def listed(values: Sequence[str], limit: int) -> str:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean ...?` if a known name is near, else nothing."""
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    by_lower_case = {c.lower(): c for c in known if len(c) <= _LONGEST_NAME}
+    if len(name) > _LONGEST_NAME:
+        return ""
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
     return f", did you mean {quote(by_lower_case[close[0]])}?" if close else ""
 
@@ -30,9 +33,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def quote(name: str) -> str:
     """Quote a name only where it would be misread without."""
     plain = name and name.isprintable() and not any(c in name for c in " ,;'\"")
-    return name if plain else repr(name)
+    return excerpt(name if plain else repr(name))
 
 
 def one_line(error: object) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return an error's message on one line, safe to print."""
+    line = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)

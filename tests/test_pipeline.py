@@ -217,6 +217,20 @@ def test_the_first_run_is_one_complete_row(clone, first_run):
     }
 
 
+def test_the_run_names_its_datasets_by_the_digests_of_dvc(clone, first_run):
+    lock = YAML(typ="safe").load((clone.folder / "dvc.lock").read_text())["stages"]["validate"]
+    digests = {item["path"]: item["md5"] for item in (*lock["deps"], *lock["outs"])}
+    (run,) = clone.runs().values()
+    inputs = {
+        item.dataset.name: (item.dataset.digest, item.tags[0].value)
+        for item in run.inputs.dataset_inputs
+    }
+    assert inputs == {
+        "rows.csv": (digests["rows.csv"], "train"),
+        "dataset": (digests["artifacts/dataset"], "prepared"),
+    }
+
+
 def test_a_second_run_does_nothing(clone, first_run):
     again = clone.dvc("repro")
     assert ran(again) == []
@@ -246,6 +260,7 @@ def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     (new,) = set(clone.runs()) - known
     assert_complete(clone.runs()[new], clone)
     assert clone.runs()[new].data.tags["stage.convert"] == "cached"
+    assert len(clone.runs()[new].inputs.dataset_inputs) == 2  # validate did not run
 
     known |= {new}
     assert ran(clone.dvc("exp", "run", "-S", "evaluate.few_shot=2")) == ["evaluate", "export"]

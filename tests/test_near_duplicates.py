@@ -1,0 +1,120 @@
+"""Near-duplicates: the similarity against scikit-learn, what is found against all pairs."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+
+from gptj8.near_duplicates import (
+    band_hashes,
+    banding,
+    candidate_pairs,
+    confirm,
+    normalize,
+    similarity,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzäöéß漢字"
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    return ["".join(rng.choices(LETTERS, k=rng.randint(2, 9))) for _ in range(count)]
+
+
+def related_texts(count: int, seed: int = 0) -> list[str]:
+    """Return texts of 6 to 30 words, half of them an earlier one with some words changed."""
+    rng = random.Random(seed)
+    texts: list[list[str]] = []
+    for _ in range(count):
+        text = words(rng, rng.randint(6, 30))
+        if texts and rng.random() < 0.5:
+            text = list(rng.choice(texts))
+            for _ in range(rng.randint(0, 6)):
+                text[rng.randrange(len(text))] = words(rng, 1)[0]
+        texts.append(text)
+    return [" ".join(text) for text in texts]
+
+
+def all_similarities(texts: list[str]) -> np.ndarray:
+    """Return the Jaccard similarity of all pairs, by another library."""
+    counts = CountVectorizer(analyzer="char", ngram_range=(5, 5), binary=True, lowercase=False)
+    shingles = counts.fit_transform(texts).astype(np.int64)
+    shared = (shingles @ shingles.T).toarray()
+    sizes = shared.diagonal()
+    return shared / (sizes[:, None] + sizes[None, :] - shared)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("It's  GREAT,\nisn't it?!", "it s great isn t it"),
+        ("RT @someone: good news https://example.org/x1", "good news"),
+        ("good &amp; bad &#33;", "good bad"),
+        ("STRASSE Straße", "strasse strasse"),
+        ("snake_case 42", "snake case 42"),
+        ("漢字、カナ", "漢字 カナ"),
+        ("🙂 ?!", ""),
+    ],
+)
+def test_what_counts_of_a_text(text: str, normal: str) -> None:
+    assert normalize(text) == normal
+
+
+def test_similarity_is_that_of_the_sets_of_shingles() -> None:
+    texts = related_texts(60)
+    expected = all_similarities(texts)
+    for i in range(60):
+        for j in range(60):
+            assert similarity(texts[i], texts[j]) == pytest.approx(expected[i, j])
+    assert similarity("ab", "ab") == 1 and similarity("ab", "cd") == 0
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
+def test_a_banding_misses_few_at_the_threshold_and_compares_few_far_below(threshold: float) -> None:
+    bands, width = banding(threshold)
+    assert bands * width <= 256
+
+    def found(s: float) -> float:
+        return 1 - (1 - s**width) ** bands
+
+    assert found(threshold) >= 0.95 and found(min(1, threshold + 0.1)) > 0.995
+    assert found(threshold / 4) < 0.05
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
+def test_nearly_all_similar_pairs_are_found_and_no_others(threshold: float) -> None:
+    texts = related_texts(1500, seed=1)
+    matrix = band_hashes(texts, *banding(threshold))
+    # Groups of their own, so that every text is compared with a relative and not only with one.
+    pairs = candidate_pairs(iter(matrix), np.zeros(len(texts), dtype=np.uint8))
+    confirmed, alike = confirm(pairs, texts.__getitem__, threshold)
+    expected = all_similarities(texts)
+    similar = {tuple(p) for p in np.argwhere(np.triu(expected >= threshold, 1)).tolist()}
+    found = {tuple(p) for p in confirmed.tolist()}
+    assert found <= similar and len(found) == len(confirmed)
+    assert alike.tolist() == pytest.approx([expected[i, j] for i, j in confirmed.tolist()])
+    # What matters is that a text with a relative is found to have one.
+    related = {row for pair in similar for row in pair}
+    assert len({row for pair in found for row in pair}) >= 0.97 * len(related)
+
+
+def test_many_equal_texts_are_not_compared_with_each_other() -> None:
+    texts = ["the same text again and again"] * 3000
+    groups = np.repeat(np.array([0, 1, 2], dtype=np.uint8), 1000)
+    pairs = candidate_pairs(iter(band_hashes(texts, *banding(0.7))), groups)
+    assert len(pairs) < 3 * 3000
+    assert set(pairs.ravel().tolist()) == set(range(3000))
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+    crossing = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
+    assert set(crossing[:, 1].tolist()) == set(range(1000, 3000))  # each meets one before its group
+
+
+def test_hashes_depend_on_the_text_alone() -> None:
+    texts = related_texts(700, seed=2)
+    together = band_hashes(texts, 36, 7)
+    alone = np.concatenate([band_hashes([text], 36, 7) for text in texts[:50]], axis=1)
+    assert (together[:, :50] == alone).all()
+    assert band_hashes(["a"], 36, 7).shape == (36, 1)
