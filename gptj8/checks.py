@@ -70,7 +70,7 @@ CHECKS = {
     ),
     "label_case": Check(
         Kind.FATAL,
-        "labels that differ only in case or spaces",
+        "labels that differ only in case, spaces or Unicode form",
         "The model would learn them as different answers; spell each label one way.",
     ),
     "unseen_label": Check(

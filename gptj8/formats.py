@@ -111,7 +111,8 @@ def _normalize(cell: Any) -> tuple[str | None, str]:
         return (str(int(cell)), "integer") if cell.is_integer() else (repr(cell), "number")
     if isinstance(cell, list | dict):
         kind = "list" if isinstance(cell, list) else "object"
-        return _normalize_unicode(json.dumps(cell, ensure_ascii=False, default=str))[0], kind
+        text, found = _normalize_unicode(json.dumps(cell, ensure_ascii=False, default=str))
+        return text, kind if found == "text" else found
     return str(cell), type(cell).__name__
 
 

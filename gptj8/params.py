@@ -73,7 +73,7 @@ class Data(_Section):
     """More invalid rows than this share stop the run even when they could be dropped."""
     on_leak: Literal["error", "drop", "warn"] = "error"
     """What to do with a row whose text, or nearly so, is in a later split as well."""
-    near_duplicate_threshold: Annotated[float, Field(ge=0.5, lt=1)] | None = 0.7
+    near_duplicate_threshold: Annotated[float, Field(ge=0.5, lt=1)] | None = 0.6
     """Texts at least this alike (Jaccard, runs of 5 characters) are near-duplicates; null: off."""
     on_near_duplicate: Literal["drop", "warn"] = "warn"
     """What to do with near-duplicates within a split; exact ones are always dropped."""

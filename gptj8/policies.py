@@ -15,7 +15,7 @@ from gptj8.checks import CHECKS, Kind
 from gptj8.dataset import SPLITS
 from gptj8.findings import Findings
 from gptj8.params import Data
-from gptj8.words import excerpt, listed
+from gptj8.words import canonical_words, excerpt, listed
 
 _EXAMPLES = 3
 
@@ -46,21 +46,22 @@ def invalid_rows(data: Data, findings: Findings, invalid: int, total: int) -> li
 
 
 def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
-    """Return the labels that differ only in case or spaces, by number, the commonest first."""
+    """Return the labels that only look different, by number, the commonest first."""
     alike: dict[str, list[int]] = {}
     for number in sorted(range(len(names)), key=lambda number: -counts[number]):
-        alike.setdefault(" ".join(names[number].casefold().split()), []).append(number)
+        spelling = " ".join(canonical_words(names[number], "NFC")).casefold()
+        alike.setdefault(spelling, []).append(number)
     return [numbers for numbers in alike.values() if len(numbers) > 1]
 
 
 def label_spellings(data: Data, names: Sequence[str], counts: Sequence[int]) -> str:
-    """Refuse labels that differ only in case or spaces; the commonest comes first."""
+    """Refuse labels that differ only in case, spaces or Unicode form; the commonest comes first."""
     described = " and ".join(
         f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True)
     )
     return (
-        f"labels {described} in column {data.label_column} differ only in case or spaces; write "
-        f"{names[0]!r} for all"
+        f"labels {described} in column {data.label_column} differ only in case, spaces "
+        f"or Unicode form; write {names[0]!r} for all"
     )
 
 

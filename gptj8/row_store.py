@@ -8,6 +8,7 @@ no memory maps: mapped pages count as this process's memory.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,15 +54,19 @@ class RowStore:
             self._writer = pa.ipc.new_file(self._sink, rows.schema)
         self._starts.append(self.size)
         self._writer.write_batch(rows)
-        for name, values in facts.items():
-            self._dtypes.setdefault(name, values.dtype)
-            self._file(name).write(np.ascontiguousarray(values, self._dtypes[name]).tobytes())
+        self.add_facts(facts)
         encoded = [text.encode() for text in normalized]
         ends = self._text_end + np.cumsum([len(text) for text in encoded], dtype=np.int64)
         self._file("texts").write(b"".join(encoded))
         self._file("text_ends").write(ends.tobytes())
         self._text_end = int(ends[-1])
         self.size += rows.num_rows
+
+    def add_facts(self, facts: Mapping[str, np.ndarray]) -> None:
+        """Add more facts, of the first rows that have none of that name yet."""
+        for name, values in facts.items():
+            self._dtypes.setdefault(name, values.dtype)
+            self._file(name).write(np.ascontiguousarray(values, self._dtypes[name]).tobytes())
 
     def finish(self) -> None:
         """Close what was written."""
@@ -77,13 +82,23 @@ class RowStore:
         """Return one fact of all rows."""
         return np.fromfile(self.directory / name, dtype=self._dtypes[name])
 
+    def normalized_lengths(self) -> np.ndarray:
+        """Return the bytes of each row's normalized text."""
+        return np.diff(np.fromfile(self.directory / "text_ends", dtype=np.int64), prepend=0)
+
     def normalized(self, index: int) -> str:
         """Return one row's normalized text."""
+        return self.normalized_between(index, index + 1)[0]
+
+    def normalized_between(self, start: int, end: int) -> list[str]:
+        """Return the normalized texts of the rows from `start` up to, but without, `end`."""
         if self._text_ends is None:
             self._text_ends = np.fromfile(self.directory / "text_ends", dtype=np.int64)
             self._texts = os.open(self.directory / "texts", os.O_RDONLY)
-        start = int(self._text_ends[index - 1]) if index else 0
-        return os.pread(self._texts, int(self._text_ends[index]) - start, start).decode()
+        begin = int(self._text_ends[start - 1]) if start else 0
+        ends = (self._text_ends[start:end] - begin).tolist()
+        content = os.pread(self._texts, ends[-1], begin)
+        return [content[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the rows as they were appended, each batch with the index of its first row."""

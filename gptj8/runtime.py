@@ -120,8 +120,8 @@ def _raise_terminated(signum: int, frame: object) -> None:
 
 
 @contextmanager
-def byte_progress(total: int, description: str) -> Iterator[Callable[[int], object]]:
-    """Show how much of `total` bytes is done, and yield what to call with each further number.
+def progress(total: int, description: str, unit: str) -> Iterator[Callable[[int], object]]:
+    """Show how much of `total` is done, and yield what to call with each further number.
 
     A bar on a terminal; elsewhere, where every refresh is one more line in a log, a line every half
     minute and none for what is done sooner.
@@ -132,7 +132,7 @@ def byte_progress(total: int, description: str) -> Iterator[Callable[[int], obje
     with tqdm(
         total=total,
         desc=description,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         mininterval=interval,
         delay=0 if sys.stderr.isatty() else interval,

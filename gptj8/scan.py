@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +23,12 @@ from gptj8 import near_duplicates, schemas
 from gptj8.checks import CHECKS, Kind
 from gptj8.errors import UserError
 from gptj8.formats import read_batches
+from gptj8.parallel import ordered_map
 from gptj8.params import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.shapes import Shape, shape_of
 from gptj8.sources import content_key
 from gptj8.words import one_line
-
-_THREADS = 2
-_WAITING = 4  # batches read ahead: enough to keep the threads busy, few enough to stay small
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class ScannedBatch:
             take), `cut_tokens` (how many of its text do not fit), `input_ids` (int32, what is
             trained on) and `prompt_length` (how many of them are not learned).
         facts: of each valid row `key_high` and `key_low` (uint64, of its text's SHA-256), `answer`
-            (uint64, of its answer), `row`, and one `band<i>` (uint32) a band.
-        normalized: of each valid row the text that near-duplicates are found by.
+            (uint64, of its answer).
+        normalized: of each valid row the text that near-duplicates are found by, or nothing.
         findings: in the columns of `gptj8.findings`, without `split`.
         total, invalid: rows.
     """
@@ -81,12 +78,6 @@ class Scanner:
         return PromptEncoder(self.encoder, self.shape.prompt_template, self.data.max_length)
 
     @cached_property
-    def banding(self) -> tuple[int, int] | None:
-        """Bands and values in a band, or null where near-duplicates are not looked for."""
-        threshold = self.data.near_duplicate_threshold
-        return None if threshold is None else near_duplicates.banding(threshold)
-
-    @cached_property
     def _schema(self) -> Any:
         return schemas.schema(self.shape, self.data.labels, self.encoder.special_tokens)
 
@@ -113,16 +104,15 @@ class Scanner:
         texts = fields[self.shape.input]
         kept = batch.loc[fields.index]
         facts = self._facts(fields, texts)
-        facts["row"] = kept["row"].to_numpy(np.int64)
-        normalized = [near_duplicates.normalize(text) for text in texts] if self.banding else []
-        if self.banding:
-            facts |= self._bands(normalized)
+        normalized = [""] * len(texts)
+        if self.data.near_duplicate_threshold is not None:
+            normalized = [near_duplicates.normalize(text) for text in texts]
         rows = pd.concat([fields, kept[["file", "row"]], encoded], axis=1)
         return ScannedBatch(
             file=batch["file"].iloc[0],
             rows=_record_batch(rows, row_schema(self.shape)),
             facts=facts,
-            normalized=normalized or [""] * len(rows),
+            normalized=normalized,
             findings=findings,
             total=len(batch),
             invalid=len(invalid),
@@ -189,16 +179,6 @@ class Scanner:
             answers = fields[self.shape.answer].map(hashes).to_numpy(np.uint64)
         return {"key_high": keys[:, 0], "key_low": keys[:, 1], "answer": answers}
 
-    def _bands(self, normalized: Sequence[str]) -> dict[str, np.ndarray]:
-        assert self.banding is not None
-        bands, width = self.banding
-        hashes = np.zeros((bands, len(normalized)), dtype=np.uint32)
-        filled = [index for index, text in enumerate(normalized) if text]
-        if filled:
-            texts = [normalized[index] for index in filled]
-            hashes[:, filled] = near_duplicates.band_hashes(texts, bands, width)
-        return {f"band{number}": hashes[number] for number in range(bands)}
-
 
 def row_schema(shape: Shape) -> pa.Schema:
     """Return the types of `ScannedBatch.rows`."""
@@ -237,22 +217,14 @@ def scan_files(
 def _scan_here(
     scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], problems: list[str]
 ) -> Iterator[ScannedBatch]:
-    waiting: deque[Future[ScannedBatch]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for file in files:
-                try:
-                    for batch in scanner.read(file, advance):
-                        waiting.append(pool.submit(scanner.scan, batch))
-                        if len(waiting) == _WAITING:
-                            yield waiting.popleft().result()
-                except UserError as error:
-                    problems += str(error).splitlines()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def batches() -> Iterator[pd.DataFrame]:
+        for file in files:
+            try:
+                yield from scanner.read(file, advance)
+            except UserError as error:
+                problems.extend(str(error).splitlines())
+
+    return ordered_map(scanner.scan, batches())
 
 
 def _scan_on_dask(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from html.entities import html5
 
 import ftfy
 import pandas as pd
 import pandera.pandas as pa
 from ftfy.badness import is_bad
 
-from gptj8.shapes import Shape, conversation_problem
+from gptj8.shapes import Shape, conversation_problem, conversation_text
 from gptj8.templates import MESSAGES
 
 # An answer may be a number in its file (label 0, completion 42); what it answers must be text.
@@ -30,6 +31,10 @@ _KINDS = {
 _OTHER_KINDS = ("text", "integer", "number", "boolean")
 
 _ENTITY = r"&(?:[a-zA-Z][a-zA-Z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});"
+# What str.strip takes away, and what is as wide as nothing.
+_INVISIBLE = (
+    "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
+)
 _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"
 
 _REASONS = {
@@ -40,6 +45,8 @@ _REASONS = {
     "replacement": "holds U+FFFD, what is left of a character in another encoding",
     "unknown_label": "is none of data.labels",
 }
+
+_TextCheck = Callable[[pd.Series], pd.Series]
 
 FAILURE_COLUMNS = ("index", "check", "field", "value", "reason")
 
@@ -76,17 +83,19 @@ def schema(
 def _checks(
     field: str, optional: bool, labels: Sequence[str] | None, special_tokens: tuple[str, ...]
 ) -> list[pa.Check]:
-    checks = [
-        pa.Check(functools.partial(_lacks, text="\0"), error="nul"),
-        pa.Check(functools.partial(_lacks, text="\ufffd"), error="replacement"),
-        pa.Check(_is_well_read, error="mojibake"),
-        pa.Check(functools.partial(_lacks_pattern, pattern=_ENTITY), error="html"),
-        pa.Check(functools.partial(_lacks_pattern, pattern=_CONTROL), error="control"),
-    ]
+    of_text: dict[str, _TextCheck] = {
+        "nul": functools.partial(_lacks, text="\0"),
+        "replacement": functools.partial(_lacks, text="\ufffd"),
+        "mojibake": _is_well_read,
+        "html": _lacks_entities,
+        "control": functools.partial(_lacks_pattern, pattern=_CONTROL),
+    }
     if special_tokens:
         pattern = "|".join(map(re.escape, special_tokens))
-        lacks = functools.partial(_lacks_pattern, pattern=pattern)
-        checks.append(pa.Check(lacks, error="special_token"))
+        of_text["special_token"] = functools.partial(_lacks_pattern, pattern=pattern)
+    if field == MESSAGES:  # what is said, and not how JSON spells it
+        of_text = {name: functools.partial(_in_messages, check=c) for name, c in of_text.items()}
+    checks = [pa.Check(check, error=name) for name, check in of_text.items()]
     if not optional:
         checks.append(pa.Check(_is_not_blank, error="empty"))
     if field == "label" and labels is not None:
@@ -116,6 +125,8 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
         cases = error.failure_cases
     else:
         return pd.DataFrame(columns=list(FAILURE_COLUMNS))
+    if cases["index"].isna().any():  # an exception in a check is a case to pandera, of no row
+        raise RuntimeError(f"a check failed: {cases[cases['index'].isna()].iloc[0].to_dict()}")
     found = pd.DataFrame(
         {
             "index": cases["index"].astype("int64"),
@@ -154,8 +165,9 @@ def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
     if check in _REASONS:
         return _REASONS[check]
     value = rows.at[index, field]
-    explain = _EXPLANATIONS[check]
-    return explain(value)
+    if field == MESSAGES and check != "messages":
+        value = conversation_text(value)
+    return _EXPLANATIONS[check](value)
 
 
 def _explain_mojibake(value: str) -> str:
@@ -166,12 +178,9 @@ def _explain_mojibake(value: str) -> str:
     return f"looks like UTF-8 read as another encoding{meant}"
 
 
-def _explain_match(words: str, pattern: str) -> Callable[[str], str]:
-    def explain(value: str) -> str:
-        match = re.search(pattern, value)
-        return words.format(match.group() if match else "")
-
-    return explain
+def _explain_control(value: str) -> str:
+    match = re.search(_CONTROL, value)
+    return f"holds the control character {match.group() if match else ''!a}"
 
 
 def _explain_special(value: str) -> str:
@@ -180,8 +189,8 @@ def _explain_special(value: str) -> str:
 
 _EXPLANATIONS: dict[str, Callable[[str], str]] = {
     "mojibake": _explain_mojibake,
-    "html": _explain_match("holds the HTML entity {}", _ENTITY),
-    "control": _explain_match("holds the control character {!a}", _CONTROL),
+    "html": lambda value: f"holds the HTML entity {_first_entity(value)}",
+    "control": _explain_control,
     "special_token": _explain_special,
     "messages": lambda value: conversation_problem(value) or "",
 }
@@ -193,7 +202,7 @@ def _none(values: pd.Series) -> pd.Series:
 
 
 def _is_not_blank(values: pd.Series) -> pd.Series:
-    return values.str.strip() != ""
+    return values.str.strip(_INVISIBLE) != ""
 
 
 def _lacks(values: pd.Series, text: str) -> pd.Series:
@@ -202,6 +211,27 @@ def _lacks(values: pd.Series, text: str) -> pd.Series:
 
 def _lacks_pattern(values: pd.Series, pattern: str) -> pd.Series:
     return ~values.str.contains(pattern, regex=True)
+
+
+def _lacks_entities(values: pd.Series) -> pd.Series:
+    lacks = _lacks_pattern(values, _ENTITY)
+    suspects = values[~lacks]
+    # `&count;` is an expression of C and no entity.
+    if len(suspects):
+        lacks.loc[suspects.index] = [_first_entity(value) is None for value in suspects]
+    return lacks
+
+
+def _first_entity(text: str) -> str | None:
+    for match in re.finditer(_ENTITY, text):
+        entity = match.group()
+        if entity[1] == "#" or entity[1:] in html5:
+            return entity
+    return None
+
+
+def _in_messages(values: pd.Series, check: _TextCheck) -> pd.Series:
+    return check(values.map(conversation_text).astype("str"))
 
 
 def _is_well_read(values: pd.Series) -> pd.Series:

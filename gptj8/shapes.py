@@ -121,8 +121,6 @@ def conversation_problem(cell: str) -> str | None:
             return f"message {number} has no text"
         if not content.strip():
             return f"message {number} is empty"
-        if "\0" in content:
-            return f"message {number} holds a NUL character"
     if len(messages) < 2:
         return "has fewer than two messages"
     if _role(messages[-1]) != "assistant":
@@ -130,6 +128,18 @@ def conversation_problem(cell: str) -> str | None:
     if all(_role(message) != "user" for message in messages):
         return "has no message of the user"
     return None
+
+
+def conversation_text(cell: str) -> str:
+    """Return what is said in a conversation, given as JSON; another cell as it is."""
+    try:
+        messages = json.loads(cell)
+    except ValueError:
+        return cell
+    if not isinstance(messages, list):
+        return cell
+    contents = (_content(message) for message in messages if isinstance(message, dict))
+    return "\n".join(content for content in contents if isinstance(content, str))
 
 
 def _split_conversation(cell: str) -> tuple[str, str]:

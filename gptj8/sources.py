@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from pathlib import Path
 
 from gptj8.dataset import SPLITS
@@ -15,6 +14,7 @@ from gptj8.errors import UserError
 from gptj8.formats import explain_missing_file
 from gptj8.params import Data
 from gptj8.parsers import SUFFIXES, suffix_of
+from gptj8.words import canonical_words
 
 _NAMES = {
     "train": ("train", "training"),
@@ -22,7 +22,6 @@ _NAMES = {
     "test": ("test",),
 }
 _PATTERN_CHARACTERS = "*?["
-_LONGEST_WORD = 1000
 
 
 def find_files(data: Data) -> dict[str, list[Path]]:
@@ -77,15 +76,7 @@ def content_key(text: str) -> bytes:
     Canonically equivalent Unicode (NFC) is the same text, and any run of whitespace is one space.
     Case and punctuation count: two texts that differ in them are not duplicates but relatives.
     """
-    words = text.split()
-    if not text.isascii():
-        words = [unicodedata.normalize("NFC", part) for word in words for part in _parts(word)]
-    return hashlib.sha256(" ".join(words).encode()).digest()
-
-
-def _parts(word: str) -> list[str]:
-    """Cut what is no word: the time that normalizing takes is quadratic in a run of accents."""
-    return [word[start : start + _LONGEST_WORD] for start in range(0, len(word), _LONGEST_WORD)]
+    return hashlib.sha256(" ".join(canonical_words(text, "NFC")).encode()).digest()
 
 
 def _explain_missing(split: str, path: Path) -> str:

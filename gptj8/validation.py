@@ -14,10 +14,11 @@ the same if `gptj8.sources.content_key` says so, which ignores whitespace and no
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from gptj8 import near_duplicates, policies, relations
 from gptj8.dataset import SPLITS, PreparedWriter
 from gptj8.errors import UserError
 from gptj8.findings import Findings, copy_dropped
+from gptj8.parallel import ordered_map
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.row_store import RowStore
+from gptj8.runtime import progress
 from gptj8.scan import Scanner, scan_files
 from gptj8.sources import find_files
 from gptj8.words import listed
@@ -40,7 +43,7 @@ FINDINGS_FILE = "findings.parquet"
 REJECTED_FILE = "rejected.parquet"
 
 _EXAMPLES = 3
-_CHUNK = 20_000  # findings described at a time
+_CHUNK = 8192  # rows hashed or described at a time
 
 
 @dataclass
@@ -81,7 +84,6 @@ def validate(
     data: Data,
     encoder: TextEncoder,
     directory: str | Path,
-    advance: Callable[[int], object] = lambda size: None,
 ) -> Validated:
     """Read, check and split the dataset that `data` describes, and write it for training.
 
@@ -90,7 +92,6 @@ def validate(
         encoder: the model's tokenizer.
         directory: an empty directory for the prepared dataset, which is complete only if there are
             no problems, its findings and, while this runs, some bytes a row of scratch.
-        advance: called with the bytes of the files read since the last call.
 
     Raises:
         UserError: a line for each file that cannot be read, or if nothing in them can be used.
@@ -105,7 +106,7 @@ def validate(
             RowStore(scratch) as store,
         ):
             validated = Validated(data.task, files, findings)
-            _Validation(data, encoder, validated, store).run(directory, advance)
+            _Validation(data, encoder, validated, store).run(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     copy_dropped(directory / FINDINGS_FILE, directory / REJECTED_FILE)
@@ -131,10 +132,11 @@ class _Validation:
         self.validated = validated
         self.store = store
         self.label_names: list[str] = []
-        self.split = self.kept = self.label = np.empty(0)
+        self.split = self.label = np.empty(0, dtype=np.uint8)
+        self.kept = np.empty(0, dtype=bool)
 
-    def run(self, directory: Path, advance: Callable[[int], object]) -> None:
-        self._scan(advance)
+    def run(self, directory: Path) -> None:
+        self._scan()
         findings = self.validated.findings
         invalid, total = self.validated.invalid_rows, self.validated.total_rows
         if not self.store.size:
@@ -147,6 +149,7 @@ class _Validation:
             self._check_label_spellings()
         equal = self._drop_equal()
         pairs = self._compare_near()
+        equal = equal[self.kept[equal["index"]]]
         self._hold_out(equal, pairs)
         self._report_conflicts(equal)
         self._write(directory)
@@ -154,28 +157,25 @@ class _Validation:
 
     # --- pass 1 -----------------------------------------------------------------------------------
 
-    def _scan(self, advance: Callable[[int], object]) -> None:
+    def _scan(self) -> None:
         validated = self.validated
         split_of = {p.as_posix(): split for split, paths in validated.files.items() for p in paths}
         files = [path for paths in validated.files.values() for path in paths]
         numbers: dict[str, int] = {}
-        for batch in scan_files(self.scanner, files, self.data.engine, advance):
-            split = split_of[batch.file]
-            validated.total_rows += batch.total
-            validated.invalid_rows += batch.invalid
-            validated.findings.add(batch.findings.assign(split=split))
-            size = batch.rows.num_rows
-            file = files.index(Path(batch.file))
-            facts = {
-                **batch.facts,
-                "split": np.full(size, SPLITS.index(split), dtype=np.uint8),
-                "file": np.full(size, file, dtype=np.int32),
-            }
-            if self.data.task == "classification":
-                labels = batch.rows.column("label").to_pylist()
-                found = (numbers.setdefault(label, len(numbers)) for label in labels)
-                facts["label"] = np.fromiter(found, dtype=np.int32, count=size)
-            self.store.append(batch.rows, facts, batch.normalized)
+        total = sum(path.stat().st_size for path in files)
+        with progress(total, "read", "B") as advance:
+            for batch in scan_files(self.scanner, files, self.data.engine, advance):
+                split = split_of[batch.file]
+                validated.total_rows += batch.total
+                validated.invalid_rows += batch.invalid
+                validated.findings.add(batch.findings.assign(split=split))
+                size = batch.rows.num_rows
+                facts = batch.facts | {"split": np.full(size, SPLITS.index(split), np.uint8)}
+                if self.data.task == "classification":
+                    labels = batch.rows.column("label").to_pylist()
+                    found = (numbers.setdefault(label, len(numbers)) for label in labels)
+                    facts["label"] = np.fromiter(found, dtype=np.int32, count=size)
+                self.store.append(batch.rows, facts, batch.normalized)
         self.store.finish()
         self.label_names = list(numbers)
 
@@ -188,7 +188,7 @@ class _Validation:
             rows_of = [counts[number] for number in numbers]
             self.validated.problems.append(policies.label_spellings(self.data, names, rows_of))
             rows = np.flatnonzero(np.isin(self.label, numbers[1:]))
-            reason = f"differs from {names[0]!r}, which more rows have, only in case or spaces"
+            reason = f"differs from {names[0]!r}, which more rows have, in its spelling alone"
             self._report("label_case", rows, [reason] * len(rows), field="label")
 
     def _drop_equal(self) -> pd.DataFrame:
@@ -205,14 +205,13 @@ class _Validation:
     def _compare_near(self) -> np.ndarray:
         """Find near-duplicates; return the pairs of those that are left."""
         threshold = self.data.near_duplicate_threshold
-        if threshold is None or self.scanner.banding is None:
+        if threshold is None:
             return np.empty((0, 2), dtype=np.int64)
-        rows = np.flatnonzero(self.kept)
         # A text without a letter or digit has nothing to be compared by.
-        band = self.store.fact("band0")
-        rows = rows[band[rows] > 0] if not band.all() else rows
-        pairs = near_duplicates.candidate_pairs(self._bands(rows), self.split[rows])
-        pairs = rows[pairs]
+        rows = np.flatnonzero(self.kept & (self.store.normalized_lengths() > 0))
+        bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
+        columns = (self.store.fact(band)[rows] for band in bands)
+        pairs = rows[near_duplicates.candidate_pairs(columns, self.split[rows])]
         # Equal texts are no news: they are reported as duplicates, leaks or conflicts.
         high = self.store.fact("key_high")
         pairs = pairs[high[pairs[:, 0]] != high[pairs[:, 1]]]
@@ -226,10 +225,19 @@ class _Validation:
         self._report_relation("near_duplicate", found, "is nearly the same as", drop)
         return pairs[self.kept[pairs].all(axis=1)]
 
-    def _bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        assert self.scanner.banding is not None
-        for number in range(self.scanner.banding[0]):
-            yield self.store.fact(f"band{number}")[rows]
+    def _hash_bands(self, bands: int, width: int) -> list[str]:
+        """Note of every row what it has to agree in with others; return the names of the facts."""
+        size = self.store.size
+        starts = range(0, size, _CHUNK)
+        texts = (self.store.normalized_between(s, min(s + _CHUNK, size)) for s in starts)
+        names = [f"band{number}" for number in range(bands)]
+        with progress(size, "compare", " rows") as advance:
+            hash_texts = functools.partial(near_duplicates.band_hashes, bands=bands, width=width)
+            for hashes in ordered_map(hash_texts, texts):
+                self.store.add_facts(dict(zip(names, hashes, strict=True)))
+                advance(hashes.shape[1])
+        self.store.finish()
+        return names
 
     def _handle_leaks(self, check: str, found: pd.DataFrame, words: str) -> None:
         if found.empty:
@@ -281,9 +289,12 @@ class _Validation:
     def _write(self, directory: Path) -> None:
         validated = self.validated
         names = self.label_names
-        with PreparedWriter(
-            directory, self.data.task, self.shape.prompt_template, self.data.max_length
-        ) as writer:
+        with (
+            PreparedWriter(
+                directory, self.data.task, self.shape.prompt_template, self.data.max_length
+            ) as writer,
+            progress(self.store.size, "write", " rows") as advance,
+        ):
             for start, batch in self.store.batches():
                 end = start + batch.num_rows
                 self._report_truncated(start, batch)
@@ -297,6 +308,7 @@ class _Validation:
                         validated.labels[name].update(
                             {names[i]: int(found[i]) for i in np.flatnonzero(found)}
                         )
+                advance(batch.num_rows)
             if not validated.problems:
                 writer.finish(names)
             validated.rows, validated.examples = writer.rows, writer.examples

@@ -15,8 +15,7 @@ from gptj8.errors import UserError
 from gptj8.files import replace_directory
 from gptj8.params import load_params
 from gptj8.prompts import TextEncoder, check_context
-from gptj8.runtime import byte_progress, run
-from gptj8.sources import find_files
+from gptj8.runtime import run
 from gptj8.tracking import REPORTS, stage_run
 from gptj8.validation import validate
 
@@ -32,11 +31,8 @@ def main() -> None:
         raise UserError(f"model.path: {params.model.path} is not a directory with a model")
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
-    files = find_files(params.data)
-    size = sum(path.stat().st_size for paths in files.values() for path in paths)
     with replace_directory(DATASET) as staging:
-        with byte_progress(size, STAGE) as advance:
-            validated = validate(params.data, encoder, staging, advance)
+        validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)
         if validated.problems:
             problems = "\n".join(validated.problems)

@@ -74,7 +74,7 @@ def test_similarity_is_that_of_the_sets_of_shingles() -> None:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
 def test_a_banding_misses_few_at_the_threshold_and_compares_few_far_below(threshold: float) -> None:
-    bands, width = banding(threshold)
+    bands, width = banding(threshold, 10_000)
     assert bands * width <= 256
 
     def found(s: float) -> float:
@@ -87,7 +87,7 @@ def test_a_banding_misses_few_at_the_threshold_and_compares_few_far_below(thresh
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
 def test_nearly_all_similar_pairs_are_found_and_no_others(threshold: float) -> None:
     texts = related_texts(1500, seed=1)
-    matrix = band_hashes(texts, *banding(threshold))
+    matrix = band_hashes(texts, *banding(threshold, len(texts)))
     # Groups of their own, so that every text is compared with a relative and not only with one.
     pairs = candidate_pairs(iter(matrix), np.zeros(len(texts), dtype=np.uint8))
     confirmed, alike = confirm(pairs, texts.__getitem__, threshold)
@@ -104,12 +104,18 @@ def test_nearly_all_similar_pairs_are_found_and_no_others(threshold: float) -> N
 def test_many_equal_texts_are_not_compared_with_each_other() -> None:
     texts = ["the same text again and again"] * 3000
     groups = np.repeat(np.array([0, 1, 2], dtype=np.uint8), 1000)
-    pairs = candidate_pairs(iter(band_hashes(texts, *banding(0.7))), groups)
+    pairs = candidate_pairs(iter(band_hashes(texts, *banding(0.7, 3000))), groups)
     assert len(pairs) < 3 * 3000
     assert set(pairs.ravel().tolist()) == set(range(3000))
     assert (pairs[:, 0] < pairs[:, 1]).all()
     crossing = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
     assert set(crossing[:, 1].tolist()) == set(range(1000, 3000))  # each meets one before its group
+
+
+def test_of_many_texts_few_are_compared_by_chance() -> None:
+    widths = [banding(0.6, texts)[1] for texts in (1_000, 100_000, 1_000_000, 10_000_000)]
+    assert widths == [5, 5, 6, 7]
+    assert banding(0.8, 1_000) == banding(0.8, 10_000_000)  # selective as it is
 
 
 def test_hashes_depend_on_the_text_alone() -> None:

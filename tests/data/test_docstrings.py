@@ -25,6 +25,9 @@ import pytest
 from ruamel.yaml import YAML
 from sklearn.feature_extraction.text import CountVectorizer
 
+from gptj8.near_duplicates import normalize
+from gptj8.params import Data
+
 RECIPE = Path(__file__).resolve().parents[2] / "data" / "datasets" / "docstrings"
 SIZES = {"train_per_class": 12, "validation_per_class": 4, "test_per_class": 6}
 
@@ -81,9 +84,10 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def most_similar(left: list[str], right: list[str]) -> float:
-    """Return the greatest Jaccard similarity of word triples between the two lists."""
+    """Return the greatest similarity between the two lists, as `validate` defines it."""
+    left, right = ([normalize(text) for text in texts] for texts in (left, right))
     count = CountVectorizer(
-        binary=True, ngram_range=(3, 3), token_pattern=r"\w+", dtype=np.float64
+        binary=True, analyzer="char", ngram_range=(5, 5), lowercase=False, dtype=np.float32
     ).fit(left + right)
     a, b = count.transform(left), count.transform(right)
     both = (a @ b.T).toarray()
@@ -223,23 +227,6 @@ def test_opening_ends_at_a_line_or_word(extract: ModuleType, text: str, expected
     assert extract.opening(text, 15) == expected
 
 
-def test_similar_pairs_are_those_of_a_brute_force_search(extract: ModuleType) -> None:
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices("abcd", k=rng.randrange(1, 12))) for _ in range(300)]
-    sets = [
-        set(itertools.pairwise(words)) or {tuple(words)}
-        for words in (text.split() for text in texts)
-    ]
-    for limit in (0.3, 0.5, 0.6, 0.9):
-        expected = {
-            (i, j)
-            for (i, a), (j, b) in itertools.combinations(enumerate(sets), 2)
-            if len(a & b) > limit * len(a | b)
-        }
-        found = extract.similar_pairs(extract.shingle_matrix(texts, 2), limit)
-        assert set(map(tuple, found.tolist())) == expected
-
-
 def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
     counts = {
         name: Counter(row["label"] for row in read(real / "splits" / f"{name}.jsonl"))
@@ -255,13 +242,13 @@ def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) 
         path.stem: [row["text"] for row in read(path)]
         for path in (*real.glob("splits/*"), real / "corpus.jsonl")
     }
-    limit = YAML(typ="safe").load(real / "params.yaml")["max_similarity"]
+    limit = Data.model_fields["near_duplicate_threshold"].default
     for name, found in texts.items():
         assert len(set(found)) == len(found), name
     assert set(texts["train"]) <= set(texts["corpus"])
-    assert most_similar(texts["test"], texts["corpus"]) <= limit
-    assert most_similar(texts["validation"], texts["corpus"]) <= limit
-    assert most_similar(texts["test"], texts["validation"]) <= limit
+    assert most_similar(texts["test"], texts["corpus"]) < limit
+    assert most_similar(texts["validation"], texts["corpus"]) < limit
+    assert most_similar(texts["test"], texts["validation"]) < limit
 
 
 def test_real_corpus_keeps_the_order_of_the_sources(real: Path) -> None:

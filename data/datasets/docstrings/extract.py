@@ -5,7 +5,7 @@ What is installed is decided by the exact pins of requirements.txt, which is why
 file: the same pins give the same bytes.
 
 A row is the opening of a docstring (`max_chars` at most). Rows that are equal or nearly equal
-form a group (Jaccard similarity of their word triples, exact); one row of each group is kept,
+form a group (by `gptj8.near_duplicates`, as `validate` does); one row of each group is kept,
 and none when the group spans libraries, since its label would be a guess. Only then are the rows
 split, by the hash of their text, so that no text and no near-duplicate of it is in two splits,
 and a new version of one library leaves the other libraries' splits as they were.
@@ -22,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -38,14 +37,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from scipy.sparse import coo_array, csr_array, triu
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
+
+from gptj8.near_duplicates import band_hashes, banding, candidate_pairs, confirm, normalize
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 SPLITS = ("train", "validation", "test")
-CHUNK = 20_000  # pairs compared at once: bounds memory
 
 
 class RecipeError(Exception):
@@ -61,7 +61,6 @@ class Params(BaseModel):
     skip_folders: list[str]
     min_chars: Annotated[int, Field(ge=1)]
     max_chars: Annotated[int, Field(ge=1)]
-    shingle_words: Annotated[int, Field(ge=1)]
     max_similarity: Annotated[float, Field(gt=0, lt=1)]
     train_per_class: Annotated[int, Field(ge=1)]
     validation_per_class: Annotated[int, Field(ge=1)]
@@ -175,53 +174,15 @@ def extract(roots: dict[str, Path], params: Params) -> list[Row]:
         ]
 
 
-def shingle_matrix(texts: Sequence[str], words: int) -> csr_array:
-    """Return a 0/1 matrix (texts x shingles) of the runs of `words` words each text contains.
-
-    Case and punctuation are left out. A text of fewer words is one shingle.
-    """
-    columns: dict[tuple[str, ...], int] = {}
-    indices: list[int] = []
-    starts = [0]
-    for text in texts:
-        found = re.findall(r"\w+", text.lower())
-        runs = zip(*(found[k:] for k in range(words)), strict=False)
-        shingles = dict.fromkeys(runs) or {tuple(found): None}
-        indices += [columns.setdefault(shingle, len(columns)) for shingle in shingles]
-        starts.append(len(indices))
-    ones = np.ones(len(indices), dtype=np.int32)
-    return csr_array((ones, indices, starts), shape=(len(texts), max(1, len(columns))))
+def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
+    """Return the pairs (pairs x 2) of texts that are at least so similar, as `validate` sees it."""
+    normalized = [normalize(text) for text in texts]
+    hashes = band_hashes(normalized, *banding(max_similarity, len(texts)))
+    pairs = candidate_pairs(iter(hashes), np.zeros(len(texts), dtype=np.uint8))
+    return confirm(pairs, normalized.__getitem__, max_similarity)[0]
 
 
-def similar_pairs(shingles: csr_array, max_similarity: float) -> np.ndarray:
-    """Return the pairs (pairs x 2) of rows whose Jaccard similarity is over `max_similarity`.
-
-    Exact, and fast by prefix filtering (Bayardo et al., "Scaling up all pairs similarity
-    search", 2007): order each row's n shingles from the rarest to the commonest. Two rows of
-    similarity over s share more than s * n of them, so they share one among the first
-    n - floor(s * n) of each. Rare shingles have few rows in common, which leaves few pairs to
-    compare. MinHash was tried: it takes longer here and can miss a pair.
-    """
-    size = np.diff(shingles.indptr)
-    row = np.repeat(np.arange(len(size)), size)
-    column = shingles.indices
-    order = np.lexsort((column, np.bincount(column)[column], row))  # by row, then by rarity
-    place = np.arange(len(row)) - shingles.indptr[row]
-    prefix = order[place < (size - np.floor(max_similarity * size))[row]]
-    ones = np.ones(len(prefix), dtype=np.int32)
-    rare = csr_array((ones, (row[prefix], column[prefix])), shape=shingles.shape)
-    left, right = triu(rare @ rare.T, k=1).nonzero()
-
-    alike = np.zeros(len(left), dtype=bool)
-    for start in range(0, len(left), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        both = shingles[left[chunk]].multiply(shingles[right[chunk]]).sum(axis=1)
-        either = size[left[chunk]] + size[right[chunk]] - both
-        alike[chunk] = both > max_similarity * either
-    return np.stack([left[alike], right[alike]], axis=1)
-
-
-def deduplicate(rows: Sequence[Row], words: int, max_similarity: float) -> list[Row]:
+def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
     """Keep the first row of each group of equal or similar rows, if the group has one label.
 
     Groups are connected components: similarity is followed from row to row, so no two kept
@@ -234,7 +195,7 @@ def deduplicate(rows: Sequence[Row], words: int, max_similarity: float) -> list[
         unique.setdefault(row.text, row)
     first = list(unique.values())
 
-    pairs = similar_pairs(shingle_matrix([row.text for row in first], words), max_similarity)
+    pairs = similar_pairs([row.text for row in first], max_similarity)
     ones = np.ones(len(pairs), dtype=np.int8)
     graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(len(first), len(first)))
     group = connected_components(graph, directed=False)[1]
@@ -323,7 +284,7 @@ def load_params(path: Path) -> Params:
 def main(folder: Path = HERE) -> None:
     params = load_params(folder / "params.yaml")
     rows = extract(find_libraries(params.libraries), params)
-    kept = deduplicate(rows, params.shingle_words, params.max_similarity)
+    kept = deduplicate(rows, params.max_similarity)
     splits = split(kept, params)
     write(splits, folder)
     sizes = ", ".join(f"{len(splits[name])} {name}" for name in (*SPLITS, "corpus"))

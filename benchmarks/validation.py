@@ -1,0 +1,320 @@
+"""Leaks found, and time and memory of `validate`: `python -m benchmarks.validation [--rows N]`.
+
+Without `--rows` it plants copies of training texts among test texts, as they are and lightly
+edited, and prints what of them is found. The texts are invented and free of near-duplicates to
+begin with: of each pair as alike as the threshold one is left out. Such pairs are found without
+MinHash, by an exact join: of two sets with a fraction t of either in common, the rarest 1 - t of
+one and n elements more share n elements with those of the other (Chaudhuri, Ganti and Kaushik, "A
+primitive operator for similarity joins in data cleaning", 2006).
+
+With `--rows` it writes rows of 500 bytes, one in a hundred an exact copy of an earlier one and one
+in a hundred an edited copy, and validates them in a process of its own, whose peak resident set is
+what the operating system says it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+from sklearn.feature_extraction.text import CountVectorizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tqdm import tqdm
+
+from gptj8.near_duplicates import SHINGLE, normalize, similarity
+from gptj8.params import Data
+from gptj8.prompts import TextEncoder
+from gptj8.validation import validate
+
+THRESHOLD = 0.6
+TEXTS = 20_000
+TEST_SHARE = 4  # one text in so many is in the test file
+VOCABULARY = 30_000
+BLOCK = 10_000
+
+# "{}" is a word, "{+}" a run of 3 to 9.
+TEMPLATES = (
+    "Write a short story about a {} and a {} who {+}.",
+    "Summarize the following paragraph in two sentences for a {} reader: {+} {+}.",
+    "Translate this sentence from {} to {}: {+}.",
+    "Classify the following review as positive or negative: {+} {+}.",
+    "List three reasons why a {} should {+} before the {}.",
+    "Rewrite the following sentence in a more {} tone: {+}.",
+)
+
+
+class Words:
+    """Invented words, used as often as Zipf's law says, the frequent ones short as in languages."""
+
+    def __init__(self, seed: int = 0) -> None:
+        shuffled = random.Random(seed)
+        known: dict[str, None] = {}
+        while len(known) < VOCABULARY:
+            length = max(1, round(shuffled.gauss(1.5 + 0.66 * np.log(len(known) + 1), 1.6)))
+            vowels, consonants = "eeeaaaiioou", "ttnnssrrhlldcmfpgwybvkxz"
+            first = shuffled.random() < 0.3
+            letters = (shuffled.choice((vowels, consonants)[i % 2 ^ first]) for i in range(length))
+            known["".join(letters)] = None
+        self.words = list(known)
+        weights = 1 / (np.arange(VOCABULARY) + 2.7)
+        self._cumulative = np.cumsum(weights / weights.sum())
+
+    def draw(self, rng: np.random.Generator, shape: int | tuple[int, ...]) -> np.ndarray:
+        """Return numbers of words."""
+        found = np.searchsorted(self._cumulative, rng.random(shape))
+        return np.minimum(found, VOCABULARY - 1)
+
+    def take(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Return words."""
+        return [self.words[number] for number in self.draw(rng, count)]
+
+
+def sentences(words: Words, rng: np.random.Generator, low: int, high: int) -> str:
+    """Return a text of `low` to `high` words, in sentences of up to 18."""
+    left, parts = int(rng.integers(low, high + 1)), []
+    while left:
+        taken = words.take(rng, min(left, int(rng.integers(6, 19))))
+        if len(taken) > 9:
+            taken[len(taken) // 2] += ","
+        parts.append(f"{' '.join(taken).capitalize()}.")
+        left -= len(taken)
+    return " ".join(parts)
+
+
+def tweet(words: Words, rng: np.random.Generator) -> str:
+    """Return 8 to 20 words; some are addressed to somebody, some end in a link."""
+    who, link = words.words[rng.integers(VOCABULARY)], f"{rng.integers(36**8):x}"
+    frame = ["{}"] * 7 + ["@" + who + " {}"] * 2 + ["{} https://t.co/" + link]
+    return frame[rng.integers(10)].format(sentences(words, rng, 8, 20))
+
+
+def instruction(words: Words, rng: np.random.Generator) -> str:
+    """Return one of a few instructions, its gaps filled."""
+    text = TEMPLATES[rng.integers(len(TEMPLATES))]
+    while "{+}" in text:
+        text = text.replace("{+}", " ".join(words.take(rng, int(rng.integers(3, 10)))), 1)
+    return text.format(*words.take(rng, 4))
+
+
+CORPORA: dict[str, Callable[..., str]] = {
+    "tweets": tweet,
+    "paragraphs": lambda words, rng: sentences(words, rng, 40, 120),
+    "instructions": instruction,
+}
+
+
+def similar_pairs(texts: Sequence[str], threshold: float) -> np.ndarray:
+    """Return all pairs of texts as alike as `threshold`, exactly; (pairs, 2) indices."""
+    counter = CountVectorizer(
+        analyzer="char", ngram_range=(SHINGLE, SHINGLE), binary=True, lowercase=False
+    )
+    found = csr_array(counter.fit_transform(map(normalize, texts)), dtype=np.int32)
+    found = csr_array(found[:, np.argsort(found.sum(axis=0), kind="stable")])
+    found.sort_indices()  # the rarest shingle of each text first
+    sizes = np.diff(found.indptr)
+    least = max(1, sizes.min() // 10)
+    ends = found.indptr[:-1] + sizes - np.ceil(threshold * sizes) + least
+    rare = found.copy()
+    rare.data = (np.arange(found.nnz) < np.repeat(ends, sizes)).astype(np.int32)
+    rare.eliminate_zeros()
+    columns = csr_array(rare.T)
+    kept = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, len(texts), 500):
+        common = (rare[start : start + 500] @ columns).tocoo()
+        likely = common.data >= least
+        one, other = common.row[likely] + start, common.col[likely]
+        one, other = one[one < other], other[one < other]
+        shared = found[one].multiply(found[other]).sum(axis=1)
+        alike = shared / (sizes[one] + sizes[other] - shared) >= threshold
+        kept.append(np.stack([one[alike], other[alike]], axis=1))
+    return np.concatenate(kept)
+
+
+def corpus(make: Callable[..., str], words: Words, count: int) -> list[str]:
+    """Return texts of which no two are as alike as the threshold."""
+    rng = np.random.default_rng(0)
+    texts = [make(words, rng) for _ in range(count + count // 4)]
+    gone = set(similar_pairs(texts, THRESHOLD)[:, 1].tolist())
+    return [text for index, text in enumerate(texts) if index not in gone][:count]
+
+
+def change_punctuation(text: str, words: Words, rng: np.random.Generator) -> str:
+    parts = text.replace(",", "").rstrip(".?").split()
+    parts[int(rng.integers(len(parts)))] += " -"
+    return " ".join(parts) + str(rng.choice(["!", "...", "?!", ""]))
+
+
+def change_word(text: str, words: Words, rng: np.random.Generator) -> str:
+    parts = text.split()
+    place = int(rng.choice([i for i, part in enumerate(parts) if part.isalpha()]))
+    parts[place] = next(word for word in words.take(rng, 99) if word != parts[place])
+    return " ".join(parts)
+
+
+def change_case(text: str, words: Words, rng: np.random.Generator) -> str:
+    return text.upper() if rng.random() < 0.5 else text.lower()
+
+
+def change_all(text: str, words: Words, rng: np.random.Generator) -> str:
+    text = change_punctuation(change_word(text, words, rng), words, rng)
+    return change_case(text, words, rng)
+
+
+EDITS: dict[str, Callable[[str, Words, np.random.Generator], str]] = {
+    "none": lambda text, words, rng: text,
+    "case": change_case,
+    "punctuation": change_punctuation,
+    "one word": change_word,
+    "all three": change_all,
+}
+
+
+class Leaks(NamedTuple):
+    """What was planted, and shares: as alike as the threshold, found, and right of those found."""
+
+    planted: int
+    alike: float
+    recall: float
+    precision: float
+
+
+def find_leaks(
+    texts: Sequence[str], planted: int, edit: str, words: Words, encoder: TextEncoder, folder: Path
+) -> Leaks:
+    """Plant edited copies of training texts in the test file and count what `validate` reports."""
+    rng = np.random.default_rng([planted, *edit.encode()])
+    size = len(texts) // TEST_SHARE
+    rows = {"train": list(texts[size:]), "test": list(texts[:size])}
+    sources = rng.choice(len(rows["train"]), planted, replace=False).tolist()
+    expected, alike = set(), 0
+    for source, place in zip(sources, rng.choice(size, planted, replace=False), strict=True):
+        text = rows["train"][source]
+        rows["test"][place] = edited = EDITS[edit](text, words, rng)
+        alike += similarity(normalize(text), normalize(edited)) >= THRESHOLD
+        expected.add((source + 1, int(place) + 1))
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        files = {split: Path(name) / f"{split}.txt" for split in rows}
+        for split, file in files.items():
+            file.write_text("\n".join(rows[split]) + "\n", encoding="utf-8")
+        (prepared := Path(name) / "prepared").mkdir()
+        paths = {split: str(file) for split, file in files.items()}
+        policy = {"on_leak": "warn", "near_duplicate_threshold": THRESHOLD}
+        findings = validate(Data(**paths, task="text", **policy), encoder, prepared).findings
+        leaks = findings.frame().query("check in ('leak', 'near_leak')")
+    reported = set(zip(leaks["row"], leaks["other_row"], strict=True))
+    found = len(reported & expected)
+    return Leaks(planted, alike / planted, found / planted, found / max(len(reported), 1))
+
+
+def report_leaks(folder: Path) -> None:
+    """Print the tables of leaks."""
+    words = Words()
+    print("| corpus | leaks | edit | planted | alike enough | recall | precision |")
+    print("|---|---|---|---|---|---|---|")
+    for name, make in CORPORA.items():
+        texts = corpus(make, words, TEXTS)
+        encoder = TextEncoder(train_tokenizer(texts), eos_id=0)
+        for rate, edit in itertools.product((0.01, 0.06), EDITS):
+            leaks = find_leaks(
+                texts, round(rate * TEXTS / TEST_SHARE), edit, words, encoder, folder
+            )
+            print(f"| {name} | {rate:.0%} | {edit} | {leaks.planted} | {leaks.alike:.1%} ", end="")
+            print(f"| {leaks.recall:.1%} | {leaks.precision:.1%} |", flush=True)
+    print("\n| words | one word of them changed, alike enough | recall |\n|---|---|---|")
+    for length in (5, 8, 12, 20, 40):
+        texts = corpus(lambda w, rng, n=length: sentences(w, rng, n, n), words, 4000)
+        leaks = find_leaks(texts, 1000, "one word", words, encoder, folder)
+        print(f"| {length} | {leaks.alike:.1%} | {leaks.recall:.1%} |", flush=True)
+
+
+def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """Return a byte-level BPE of 8,000 tokens."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        texts, vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    return tokenizer._tokenizer
+
+
+def write_rows(file: Path, count: int) -> list[str]:
+    """Write prompts with labels, 2 % of them copies; return the first texts.
+
+    Of each hundred rows the 51st is the 14th once more and the 76th is the 39th with one other
+    word, in capitals and without its full stop.
+    """
+    words, rng = Words(), np.random.default_rng(0)
+    sample: list[str] = []
+    with (
+        open(file, "w", encoding="utf-8") as stream,
+        tqdm(total=count, unit=" rows", unit_scale=True, desc="write") as bar,
+    ):
+        for start in range(0, count, BLOCK):
+            size = min(BLOCK, count - start)
+            drawn = words.draw(rng, (size, 75)).tolist()
+            texts = [f"{' '.join(map(words.words.__getitem__, row))}." for row in drawn]
+            labels = [number % 3 for number in range(size)]
+            for row in range(50, size, 100):
+                texts[row], labels[row] = texts[row - 37], labels[row - 37]
+            for row in range(75, size, 100):
+                texts[row] = change_word(texts[row - 37], words, rng).rstrip(".").upper()
+            sample = sample or texts
+            lines = zip(texts, labels, strict=True)
+            stream.writelines(f'{{"prompt": "{t}", "label": "topic {n}"}}\n' for t, n in lines)
+            bar.update(size)
+    return sample
+
+
+def report_speed(rows: int, folder: Path) -> None:
+    """Write rows and have another process validate them."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        sample = write_rows(Path(name) / "rows.jsonl", rows)
+        train_tokenizer(sample).save(f"{name}/tokenizer.json")
+        command = [sys.executable, "-m", "benchmarks.validation", "--measure", name]
+        subprocess.run(command, check=True)
+
+
+def measure(folder: Path) -> None:
+    """Validate what `report_speed` wrote; print what that took and what was found."""
+    file, prepared = folder / "rows.jsonl", folder / "prepared"
+    prepared.mkdir()
+    encoder = TextEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), eos_id=0)
+    validated = validate(Data(train=str(file), text_column="prompt"), encoder, prepared)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows, seconds, findings = validated.total_rows, validated.seconds, validated.findings
+    speed = f"{seconds:.0f} s, {rows / seconds:,.0f} rows a second"
+    print(f"{rows:,} rows, {file.stat().st_size / 1e9:.2f} GB: {speed}")
+    written = sum(f.stat().st_size for f in prepared.rglob("*") if f.is_file())
+    print(f"peak resident set {peak:.2f} GiB; {written / 1e9:.2f} GB written")
+    planted = {"duplicate": (rows + 49) // 100, "near_duplicate": (rows + 24) // 100}
+    for check in dict.fromkeys([*planted, *findings.checks()]):
+        print(f"{check}: {findings.count(check):,} found of {planted.get(check, 0):,} planted")
+    print("problems:", "; ".join(validated.problems) or "none")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, help="measure time and memory on so many rows")
+    parser.add_argument("--leaks-only", action="store_true", help="the leaks even with --rows")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.measure)
+    elif arguments.rows and not arguments.leaks_only:
+        report_speed(arguments.rows, arguments.folder)
+    else:
+        report_leaks(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
