@@ -72,7 +72,14 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
     for key, value in inputs.items():
         if value is None or (root / value).exists():
             continue
-        if not _is_made_by_a_recipe((root / value).absolute(), root):
+        if _is_made_by_a_recipe((root / value).absolute(), root):
+            continue
+        section, _, split = key.partition(".")
+        if section == "data":
+            from gptj8.sources import explain_missing
+
+            problems.append(explain_missing(split, Path(value)))
+        else:
             problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
     return problems
 

@@ -77,7 +77,7 @@ def metrics(validated: Validated) -> dict[str, Any]:
 
     `tokens` and `train_tokens` are those that fit into max_length, `tokens_max` is the longest row
     before it is cut. `length_shift` and `label_shift` are the largest distance of a split to train,
-    0 to 1.
+    0 to 1. `findings/<check>` are rows, of the checks that found some.
     """
     found = validated.findings
     counts: dict[str, Any] = {
@@ -102,6 +102,7 @@ def metrics(validated: Validated) -> dict[str, Any]:
     counts["length_shift"] = max((s.length.distance for s in shifts), default=0.0)
     if validated.task == "classification":
         counts["label_shift"] = max((s.label.distance for s in shifts if s.label), default=0.0)
+    counts |= {f"findings/{check}": found.count(check) for check in found.checks()}
     counts["seconds"] = validated.seconds
     counts["rows_per_second"] = validated.total_rows / max(validated.seconds, 1e-9)
     counts["peak_memory_gib"] = peak_memory_gib()

@@ -23,7 +23,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import regex
@@ -36,9 +36,10 @@ _LARGEST_WIDTH = 16
 _RECALL = 0.95
 _SEED = 8
 _CHUNK = 256  # texts whose shingles stay in the processor's cache
-_TOP = np.uint64(32)
+_TOP, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 _CHANCE = 0.05  # what texts without any relation share
+_MISSES = 16  # texts that one is compared with and not similar to
 _COINCIDENCES = 0.1  # texts that one may be compared with by chance, a band
 
 _NOISE = re.compile(r"\bRT\s+@\w+:?|https?://\S+|\bwww\.\S+|@\w+", re.IGNORECASE)
@@ -117,52 +118,62 @@ def _band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarra
     return (mixed >> _TOP).astype(np.uint32).T
 
 
-def candidate_pairs(bands: Iterator[np.ndarray], groups: np.ndarray) -> np.ndarray:
-    """Return pairs of texts that agree in a band.
+def find_similar(
+    bands: Iterable[np.ndarray],
+    groups: np.ndarray,
+    text_of: Callable[[int], str],
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find for each text one that it is similar to.
 
-    A text is paired with the first one that agrees with it, with the one before it, and with the
-    last one of another group: of a thousand texts that all agree, some thousand pairs are compared
-    and not half a million, and every text with a relative in another group still meets one.
+    Looked for is an earlier one of its group and, on its own, one of a later group. A text is
+    compared with the first one that agrees with it in a band, with the one before it, and with the
+    first one of the next group, until one is similar or `_MISSES` were not: a million rows made
+    from one pattern take some million comparisons and not half a billion.
 
     Args:
         bands: one (texts,) uint32 array at a time, from `band_hashes`.
         groups: (texts,) the group, such as the split, of each text; ascending.
-
-    Returns:
-        (pairs, 2) int64 of indices, distinct, the smaller one first.
-    """
-    found = np.empty(0, dtype=np.uint64)
-    for band in bands:
-        more = [_pack(first, second) for first, second in _agreeing(band, groups)]
-        found = np.unique(np.concatenate([found, *more]))
-    pairs = np.stack([found >> _TOP, found & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
-    return pairs[pairs[:, 0] != pairs[:, 1]]
-
-
-def confirm(
-    pairs: np.ndarray, text_of: Callable[[int], str], threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs that are as similar as `threshold`, and how similar they are.
-
-    Args:
-        pairs: (pairs, 2) indices.
         text_of: the normalized text of an index.
         threshold: 0 to 1.
+
+    Returns:
+        (pairs, 2) int64, distinct pairs of indices, the smaller one first, and their similarities.
     """
-    similarities = np.empty(len(pairs))
-    last, text = -1, ""
-    for index, (one, other) in enumerate(pairs.tolist()):
-        if one != last:
-            last, text = one, text_of(one)
-        similarities[index] = similarity(text, text_of(other))
-    similar = similarities >= threshold
-    return pairs[similar], similarities[similar]
+    done = np.zeros((2, len(groups)), dtype=bool)
+    misses = np.zeros((2, len(groups)), dtype=np.uint8)
+    seen = np.empty(0, dtype=np.uint64)
+    found: list[tuple[int, int]] = []
+    similarities: list[float] = []
+    for band in bands:
+        parts = [_pack(one, other) for one, other in _agreeing(band, groups)]
+        if not parts:
+            continue
+        new = np.setdiff1d(np.unique(np.concatenate(parts)), seen, assume_unique=True)
+        one, other = (new >> _TOP).astype(np.int64), (new & _LOW).astype(np.int64)
+        crossing = (groups[one] != groups[other]).astype(np.int64)
+        subject = np.where(crossing, one, other)
+        waiting = ~done[crossing, subject]
+        seen = np.union1d(seen, new[waiting])
+        pairs = (array[waiting].tolist() for array in (one, other, crossing, subject))
+        for i, j, kind, text in zip(*pairs, strict=True):
+            if done[kind, text]:
+                continue
+            alike = similarity(text_of(i), text_of(j))
+            if alike >= threshold:
+                found.append((i, j))
+                similarities.append(alike)
+                done[kind, text] = True
+            else:
+                misses[kind, text] += 1
+                done[kind, text] = misses[kind, text] == _MISSES
+    return np.array(found, dtype=np.int64).reshape(-1, 2), np.array(similarities)
 
 
 def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # The index in the low half: sorting numbers is many times faster than sorting their order.
     order = np.sort(_pack(band, np.arange(len(band))))
-    values, index = order >> _TOP, (order & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    values, index = order >> _TOP, (order & _LOW).astype(np.int64)
     same = values[1:] == values[:-1]
     if not same.any():
         return
@@ -174,11 +185,16 @@ def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray
     later = np.flatnonzero(~starts)
     yield index[first[later]], index[later]
     yield index[later - 1], index[later]
+    # Where the next run begins: of texts that agree and are of one group.
     group = groups[index]
     turns = starts | np.concatenate([[True], group[1:] != group[:-1]])
-    start_of_group = np.maximum.accumulate(np.where(turns, place, 0))
-    later = np.flatnonzero(start_of_group > first)
-    yield index[start_of_group[later] - 1], index[later]
+    run = np.cumsum(turns) - 1
+    begins = np.append(np.flatnonzero(turns), len(values))
+    following = begins[run + 1]
+    inside = following < len(values)
+    inside[inside] = first[following[inside]] == first[inside]
+    earlier = np.flatnonzero(inside)
+    yield index[earlier], index[following[earlier]]
 
 
 def _pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:

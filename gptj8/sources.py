@@ -46,7 +46,7 @@ def find_files(data: Data) -> dict[str, list[Path]]:
             continue
         path = Path(value)
         if not path.exists():
-            problems.append(_explain_missing(split, path))
+            problems.append(explain_missing(split, path))
         elif path.is_file():
             if pattern is not None:
                 problems.append(
@@ -79,7 +79,8 @@ def content_key(text: str) -> bytes:
     return hashlib.sha256(" ".join(canonical_words(text, "NFC")).encode()).digest()
 
 
-def _explain_missing(split: str, path: Path) -> str:
+def explain_missing(split: str, path: Path) -> str:
+    """Return why `data.<split>` is nothing that can be read, and the way out."""
     text = str(path)
     if text.startswith("hf:") or "://" in text:
         return (

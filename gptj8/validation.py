@@ -210,12 +210,16 @@ class _Validation:
         # A text without a letter or digit has nothing to be compared by.
         rows = np.flatnonzero(self.kept & (self.store.normalized_lengths() > 0))
         bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
-        columns = (self.store.fact(band)[rows] for band in bands)
-        pairs = rows[near_duplicates.candidate_pairs(columns, self.split[rows])]
+        pairs, alike = near_duplicates.find_similar(
+            (self.store.fact(band)[rows] for band in bands),
+            self.split[rows],
+            lambda index: self.store.normalized(int(rows[index])),
+            threshold,
+        )
         # Equal texts are no news: they are reported as duplicates, leaks or conflicts.
-        high = self.store.fact("key_high")
-        pairs = pairs[high[pairs[:, 0]] != high[pairs[:, 1]]]
-        pairs, alike = near_duplicates.confirm(pairs, self.store.normalized, threshold)
+        high = self.store.fact("key_high")[rows]
+        news = high[pairs[:, 0]] != high[pairs[:, 1]]
+        pairs, alike = rows[pairs[news]], alike[news]
         found = relations.near_leaks(pairs, alike, self.split)
         self._handle_leaks("near_leak", found, "is nearly the same as")
         left = self.kept[pairs].all(axis=1)

@@ -68,7 +68,7 @@ def test_check_names_inputs_that_nothing_makes(tmp_path):
     process = gptj8("check", cwd=tmp_path)
     assert process.returncode == 2
     assert [line.split(" does not exist")[0] for line in process.stderr.splitlines()] == [
-        "error: data.train = data/datasets/docstrings/splits",
+        "error: data.train: data/datasets/docstrings/splits",
         "error: model.path = data/models/tiny-gptj/model",
     ]
 
@@ -82,10 +82,13 @@ def test_check_accepts_what_a_recipe_makes(tmp_path):
     assert missing_inputs(params, tmp_path) == []
     params = parse_params({"data": {"train": "data/x/typo.csv"}, "model": {"path": "data/x/model"}})
     (line,) = missing_inputs(params, tmp_path)
-    assert line.startswith("data.train = data/x/typo.csv does not exist")
+    assert line.startswith("data.train: data/x/typo.csv does not exist")
     params = parse_params({"data": {"train": "rows.csv"}, "model": {"path": "model"}})
     (line,) = missing_inputs(params, tmp_path)
-    assert line.startswith("data.train = rows.csv does not exist")
+    assert line.startswith("data.train: rows.csv does not exist")
+    params = parse_params({"data": {"train": "rows/*.csv"}, "model": {"path": "model"}})
+    (line,) = missing_inputs(params, tmp_path)
+    assert "set data.train: rows and data.train_files: *.csv" in line
 
 
 def test_summary_shows_what_was_measured():

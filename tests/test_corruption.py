@@ -1127,7 +1127,7 @@ conversation("not-a-list", lambda p: "user: a", "is a text, not a list of messag
 conversation("a-message", lambda p: {"role": "user"}, "is an object, not a list of", "type")
 conversation("text-messages", lambda p: ["a", "b"], "message 1 has no role of")
 conversation("null", lambda p: None, "is missing", "missing")
-conversation("nul", first(lambda t: f"a\0{t}"), "message 1 holds a NUL character")
+conversation("nul", first(lambda t: f"a\0{t}"), "holds a NUL character", "nul")
 conversation("replacement", first(lambda t: f"a\ufffd{t}"), "holds U+FFFD", "replacement")
 conversation("control", first(lambda t: f"a\x07{t}"), "the control character '\\x07'", "control")
 conversation("html", first(lambda t: f"&lt;{t}"), "holds the HTML entity &lt;", "html")

@@ -41,7 +41,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from gptj8.near_duplicates import band_hashes, banding, candidate_pairs, confirm, normalize
+from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -178,8 +178,8 @@ def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
     """Return the pairs (pairs x 2) of texts that are at least so similar, as `validate` sees it."""
     normalized = [normalize(text) for text in texts]
     hashes = band_hashes(normalized, *banding(max_similarity, len(texts)))
-    pairs = candidate_pairs(iter(hashes), np.zeros(len(texts), dtype=np.uint8))
-    return confirm(pairs, normalized.__getitem__, max_similarity)[0]
+    one_group = np.zeros(len(texts), dtype=np.uint8)
+    return find_similar(hashes, one_group, normalized.__getitem__, max_similarity)[0]
 
 
 def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
