@@ -203,7 +203,8 @@ class _Validation:
         return equal[self.kept[equal["index"]]]
 
     def _compare_near(self) -> np.ndarray:
-        """Find near-duplicates; return the pairs of those that are left."""
+        """Find near-duplicates; return the pairs, also those of rows that are left out now: what
+        two rows have in common with a third, they have in common when it is gone."""
         threshold = self.data.near_duplicate_threshold
         if threshold is None:
             return np.empty((0, 2), dtype=np.int64)
@@ -223,11 +224,10 @@ class _Validation:
         found = relations.near_leaks(pairs, alike, self.split)
         self._handle_leaks("near_leak", found, "is nearly the same as")
         left = self.kept[pairs].all(axis=1)
-        pairs, alike = pairs[left], alike[left]
         drop = self.data.on_near_duplicate == "drop"
-        found = relations.near_duplicates(pairs, alike, self.split, drop)
+        found = relations.near_duplicates(pairs[left], alike[left], self.split, drop)
         self._report_relation("near_duplicate", found, "is nearly the same as", drop)
-        return pairs[self.kept[pairs].all(axis=1)]
+        return pairs
 
     def _hash_bands(self, bands: int, width: int) -> list[str]:
         """Note of every row what it has to agree in with others; return the names of the facts."""
