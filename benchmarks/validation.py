@@ -290,7 +290,7 @@ def measure(folder: Path) -> None:
     encoder = TextEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), eos_id=0)
     validated = validate(Data(train=str(file), text_column="prompt"), encoder, prepared)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rows, seconds, findings = validated.total_rows, validated.seconds, validated.findings
+    rows, seconds, findings = validated.total_rows.total(), validated.seconds, validated.findings
     speed = f"{seconds:.0f} s, {rows / seconds:,.0f} rows a second"
     print(f"{rows:,} rows, {file.stat().st_size / 1e9:.2f} GB: {speed}")
     written = sum(f.stat().st_size for f in prepared.rglob("*") if f.is_file())

@@ -125,5 +125,3 @@ CHECKS = {
         "Their ends are cut, their answers never; raise data.max_length if the ends matter.",
     ),
 }
-
-INVALID_CHECKS = tuple(name for name, check in CHECKS.items() if check.kind is Kind.INVALID)

@@ -78,7 +78,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
         if section == "data":
             from gptj8.sources import explain_missing
 
-            problems.append(explain_missing(split, Path(value)))
+            problems.append(explain_missing(split, value))
         else:
             problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
     return problems

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -55,6 +55,7 @@ class PreparedDataset:
         labels: sorted; empty unless the task is classification.
         rows: the number of rows of each split.
         prompt_template: how a row's text becomes its prompt, with the one field of the task.
+        truncation_side: where a text that is too long is cut: `left` or `right`.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class PreparedDataset:
     labels: tuple[str, ...]
     rows: Mapping[str, int]
     prompt_template: str
+    truncation_side: Literal["left", "right"]
 
     def split(self, name: str) -> pd.DataFrame:
         """Return a split: the task's fields, `file` and `row`, in the order of the source."""
@@ -107,6 +109,7 @@ def load_prepared(directory: str | Path) -> PreparedDataset:
             tuple(content["labels"]),
             dict(content["rows"]),
             content["prompt_template"],
+            content["truncation_side"],
         )
     except (KeyError, TypeError):
         raise UserError(f"{directory / 'dataset.json'} was not written by validate") from None
@@ -120,14 +123,21 @@ class PreparedWriter:
         task: `classification`, `completion` or `text`.
         prompt_template: with the task's field.
         max_length: of packed examples.
+        truncation_side: see `PreparedDataset`.
     """
 
     def __init__(
-        self, directory: str | Path, task: str, prompt_template: str, max_length: int
+        self,
+        directory: str | Path,
+        task: str,
+        prompt_template: str,
+        max_length: int,
+        truncation_side: Literal["left", "right"] = "right",
     ) -> None:
         self.directory = Path(directory)
         self.task = task
         self.prompt_template = prompt_template
+        self.truncation_side = truncation_side
         self.rows = dict.fromkeys(SPLITS, 0)
         self.examples = dict.fromkeys(TRAINED_SPLITS, 0)
         self._columns = [*FIELDS[task], "file", "row"]
@@ -169,6 +179,7 @@ class PreparedWriter:
             "labels": sorted(labels),
             "rows": self.rows,
             "prompt_template": self.prompt_template,
+            "truncation_side": self.truncation_side,
         }
         write_json(self.directory / "dataset.json", content)
 

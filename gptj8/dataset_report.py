@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import shutil
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +36,8 @@ _SHOWN = 400  # characters of a text
 def write_report(
     directory: str | Path, validated: Validated, data: Data, prepared: str | Path
 ) -> None:
-    """Write report.html and, of a dataset without problems, metrics.json, inputs.json, labels.csv
-    and token_lengths.csv.
+    """Write report.html and metrics.json, inputs.json, labels.csv and token_lengths.csv; of a
+    dataset with problems report.html and findings.parquet.
 
     Args:
         directory: what to replace.
@@ -47,7 +49,9 @@ def write_report(
         files = input_files(validated)
         page = render(validated, data, files)
         (staging / "report.html").write_text(page, encoding="utf-8")
-        if not validated.problems:
+        if validated.problems:  # the prepared dataset will not be there to hold them
+            shutil.copy(validated.findings.path, staging)
+        else:
             write_json(staging / "metrics.json", metrics(validated))
             inputs = {"files": files, "prepared": dvc_digest(prepared)}
             write_json(staging / "inputs.json", inputs)
@@ -81,9 +85,9 @@ def metrics(validated: Validated) -> dict[str, Any]:
     """
     found = validated.findings
     counts: dict[str, Any] = {
-        "rows": validated.total_rows,
-        "rejected_rows": validated.invalid_rows,
-        "left_out_rows": found.dropped_rows,
+        "rows": validated.total_rows.total(),
+        "rejected_rows": found.dropped_rows,
+        "invalid_rows": validated.invalid_rows.total(),
         "duplicate_rows": found.count("duplicate"),
         "near_duplicate_rows": found.count("near_duplicate"),
         "leaked_rows": found.count("leak", "near_leak"),
@@ -104,7 +108,7 @@ def metrics(validated: Validated) -> dict[str, Any]:
         counts["label_shift"] = max((s.label.distance for s in shifts if s.label), default=0.0)
     counts |= {f"findings/{check}": found.count(check) for check in found.checks()}
     counts["seconds"] = validated.seconds
-    counts["rows_per_second"] = validated.total_rows / max(validated.seconds, 1e-9)
+    counts["rows_per_second"] = counts["rows"] / max(validated.seconds, 1e-9)
     counts["peak_memory_gib"] = peak_memory_gib()
     return counts
 
@@ -168,14 +172,9 @@ def notes(validated: Validated, max_length: int) -> list[str]:
             f"{cut / validated.rows['train']:.0%} of train are longer than data.max_length = "
             f"{max_length} and lose their ends."
         )
-    lengths = validated.lengths["train"]
-    if lengths.sum() and validated.task != "text":
-        longest = int(np.flatnonzero(lengths)[-1])
-        if longest <= max_length / 2:
-            found.append(
-                f"No row of train has more than {longest} tokens, and data.max_length is "
-                f"{max_length}: a lower one changes nothing here and refuses outliers later."
-            )
+    if validated.ignored:
+        names = [path.as_posix() for path in validated.ignored]
+        found.append(f"Files that were not read, or had no rows: {listed(names, 10)}.")
     return found
 
 
@@ -190,6 +189,7 @@ def render(validated: Validated, data: Data, files: Sequence[Mapping[str, Any]])
     )
     environment.filters["number"] = lambda value: f"{value:,}"
     environment.filters["bytes"] = format_bytes
+    environment.filters["visible"] = _visible
     return environment.get_template("dataset.html").render(
         data=data,
         splits=SPLITS,
@@ -352,6 +352,14 @@ def _compare(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[s
             if words:
                 side.append((" ".join(words), tag != "equal"))
     return sides[0], sides[1]
+
+
+def _visible(text: str) -> str:
+    """Spell out what would not be seen, or would turn the page around: controls, bidi marks."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\u{ord(c):04x}"
+        for c in text
+    )
 
 
 def _shorten(text: str) -> str:

@@ -88,13 +88,10 @@ class Findings:
         """Return the checks that found something, in the order of `CHECKS`."""
         return [name for name in CHECKS if self.count(name)]
 
-    def frame(self, dropped: bool | None = None) -> pd.DataFrame:
-        """Return what was found so far, or only that for which rows were, or were not, left out."""
+    def frame(self) -> pd.DataFrame:
+        """Return all that was found."""
         self.close()
-        found = pq.read_table(self.path).to_pandas()
-        return (
-            found if dropped is None else found[found["dropped"] == dropped].reset_index(drop=True)
-        )
+        return pq.read_table(self.path).to_pandas()
 
     def close(self) -> None:
         """Complete the file."""

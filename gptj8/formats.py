@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _normalize(cell: Any) -> tuple[str | None, str]:
         return json.dumps(cell), "boolean"
     if isinstance(cell, int):
         return str(cell), "integer"
+    if isinstance(cell, Decimal):  # a database's number
+        cell = float(cell)
     if isinstance(cell, float):  # a column of integers with a gap is stored as floats
         return (str(int(cell)), "integer") if cell.is_integer() else (repr(cell), "number")
     if isinstance(cell, list | dict):

@@ -2,9 +2,9 @@
 
 Two texts are as alike as the sets of their shingles, all runs of 5 characters of their normalized
 form, are in Jaccard's sense: shared over all. Normalized is: HTML entities resolved, links, user
-names and `RT @name:` left out, compatible characters made equal (NFKC), case folded, only letters
-and digits kept, one space between words. So case, punctuation, a retweet's frame or another link
-make no difference at all, and one other word of six letters in a text of 45 characters leaves 60 %.
+names and `RT @name:` left out, compatible characters made equal (NFKC), case folded, only letters,
+digits and symbols kept, one space between words. So case, punctuation, a retweet's frame or another
+link make no difference at all, and one other word of six letters in 45 characters leaves 60 %.
 
 Comparing all pairs is out of the question, so texts are compared that agree in one band of their
 MinHash signature (Broder, "On the resemblance and containment of documents", 1997; bands: Leskovec,
@@ -44,8 +44,10 @@ _COINCIDENCES = 0.1  # texts that one may be compared with by chance, a band
 
 _NOISE = re.compile(r"\bRT\s+@\w+:?|https?://\S+|\bwww\.\S+|@\w+", re.IGNORECASE)
 _NO_ENTITY = re.compile(r"&#[0-9]{8,};?")
-_ASCII_WORD = re.compile(r"[^\W_]+")
-_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")  # `re` takes a word apart at its accents
+# `3 + 3` is not `3 = 3`, nor is one emoji another: symbols count, markup and punctuation do not.
+_ASCII_WORD = re.compile(r"[^\W_]+|[$+<=>|]")
+# `re` takes a word apart at its accents.
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+|[$+<=>|]|(?![\x00-\x7f])\p{S}")
 
 
 def normalize(text: str) -> str:
@@ -87,6 +89,12 @@ def banding(threshold: float, texts: int) -> tuple[int, int]:
     raise ValueError(f"no banding for a threshold of {threshold}")
 
 
+def expected_recall(threshold: float, texts: int) -> float:
+    """Return the share of the pairs just at the threshold that are looked at, 0 to 1."""
+    bands, width = banding(threshold, texts)
+    return 1 - (1 - threshold**width) ** bands
+
+
 def band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarray:
     """Return what texts have to agree in to be compared.
 
@@ -124,12 +132,12 @@ def find_similar(
     text_of: Callable[[int], str],
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find for each text one that it is similar to.
+    """Find the families of similar texts, and for each text a similar one of a later group.
 
-    Looked for is an earlier one of its group and, on its own, one of a later group. A text is
-    compared with the first one that agrees with it in a band, with the one before it, and with the
-    first one of the next group, until one is similar or `_MISSES` were not: a million rows made
-    from one pattern take some million comparisons and not half a billion.
+    A text is compared with the first one that agrees with it in a band, with the one before it, and
+    with the first one of the next group; but not with one that is of its family already, nor after
+    `_MISSES` that were not similar. So a million rows made from one pattern take some million
+    comparisons and not half a billion.
 
     Args:
         bands: one (texts,) uint32 array at a time, from `band_hashes`.
@@ -138,36 +146,74 @@ def find_similar(
         threshold: 0 to 1.
 
     Returns:
-        (pairs, 2) int64, distinct pairs of indices, the smaller one first, and their similarities.
+        (pairs, 2) int64, distinct pairs of similar texts by index, the smaller one first; within a
+        group they connect every family, and its first text with all that are like it. And (pairs,)
+        their similarities.
     """
-    done = np.zeros((2, len(groups)), dtype=bool)
+    parents = np.arange(len(groups))
+    leaked = np.zeros(len(groups), dtype=bool)
     misses = np.zeros((2, len(groups)), dtype=np.uint8)
     seen = np.empty(0, dtype=np.uint64)
-    found: list[tuple[int, int]] = []
-    similarities: list[float] = []
+    similar = _SimilarPairs(text_of, threshold)
     for band in bands:
         parts = [_pack(one, other) for one, other in _agreeing(band, groups)]
         if not parts:
             continue
         new = np.setdiff1d(np.unique(np.concatenate(parts)), seen, assume_unique=True)
         one, other = (new >> _TOP).astype(np.int64), (new & _LOW).astype(np.int64)
-        crossing = (groups[one] != groups[other]).astype(np.int64)
-        subject = np.where(crossing, one, other)
-        waiting = ~done[crossing, subject]
+        crossing = groups[one] != groups[other]
+        waiting = np.where(
+            crossing,
+            ~leaked[one] & (misses[1, one] < _MISSES),
+            (parents[one] != parents[other]) & (misses[0, other] < _MISSES),
+        )
         seen = np.union1d(seen, new[waiting])
-        pairs = (array[waiting].tolist() for array in (one, other, crossing, subject))
-        for i, j, kind, text in zip(*pairs, strict=True):
-            if done[kind, text]:
+        pairs = (array[waiting].tolist() for array in (one, other, crossing))
+        for i, j, is_crossing in zip(*pairs, strict=True):
+            text = i if is_crossing else j
+            known = leaked[i] if is_crossing else _root(parents, i) == _root(parents, j)
+            if known or misses[int(is_crossing), text] == _MISSES:
                 continue
-            alike = similarity(text_of(i), text_of(j))
-            if alike >= threshold:
-                found.append((i, j))
-                similarities.append(alike)
-                done[kind, text] = True
+            if not similar.compare(i, j):
+                misses[int(is_crossing), text] += 1
+            elif is_crossing:
+                leaked[i] = True
             else:
-                misses[kind, text] += 1
-                done[kind, text] = misses[kind, text] == _MISSES
-    return np.array(found, dtype=np.int64).reshape(-1, 2), np.array(similarities)
+                parents[_root(parents, j)] = _root(parents, i)
+    # What is dropped for its likeness to the first of a family has to be like that one.
+    within = [pair for pair in similar.found if groups[pair[0]] == groups[pair[1]]]
+    first: dict[int, int] = {}
+    for text in sorted({text for pair in within for text in pair}):
+        start = first.setdefault(_root(parents, text), text)
+        if start != text:
+            similar.compare(start, text)
+    pairs_found = np.array(list(similar.found), dtype=np.int64).reshape(-1, 2)
+    return pairs_found, np.array(list(similar.found.values()))
+
+
+class _SimilarPairs:
+    """Compares texts in full and keeps the similar ones."""
+
+    def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
+        self.found: dict[tuple[int, int], float] = {}
+        self._text_of = text_of
+        self._threshold = threshold
+
+    def compare(self, one: int, other: int) -> bool:
+        if (one, other) in self.found:
+            return True
+        alike = similarity(self._text_of(one), self._text_of(other))
+        if alike >= self._threshold:
+            self.found[one, other] = alike
+        return alike >= self._threshold
+
+
+def _root(parents: np.ndarray, text: int) -> int:
+    """Return what stands for a text's family (union-find with path halving)."""
+    while parents[text] != text:
+        parents[text] = parents[parents[text]]
+        text = int(parents[text])
+    return text
 
 
 def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -28,6 +28,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+_NAMED = ("text", "prompt", "messages")  # fields of a template whose column has a param
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
@@ -85,7 +88,17 @@ class Data(_Section):
         if self.task != "text":
             # The rules for templates live with their meaning, and need nothing but the standard
             # library.
-            parse_template(self.prompt_template, self.task)
+            fields = parse_template(self.prompt_template, self.task).fields
+            columns = {getattr(self, f"{f}_column") if f in _NAMED else f for f in fields}
+            answer = "label" if self.task == "classification" else "completion"
+            column = getattr(self, f"{answer}_column")
+            if column in columns and "messages" not in fields:
+                raise ValueError(
+                    f"{answer}_column = {column} is a column of prompt_template as well; a prompt "
+                    "that holds its answer teaches nothing"
+                )
+        if self.labels is not None and self.task != "classification":
+            raise ValueError(f"labels are for task=classification, and the task is {self.task}")
         return self
 
 

@@ -46,6 +46,10 @@ class Row:
     problem: str | None = None
 
 
+class EmptyFileError(UserError):
+    """A file has no rows; beside others that have some this is no harm."""
+
+
 def suffix_of(path: Path) -> str:
     """Return the suffix of the format, in lower case: `.jsonl` for `train.JSONL.gz`."""
     suffix = path.suffix.lower()
@@ -83,7 +87,7 @@ def parse_file(
         raise UserError(f"{path} cannot be {what}: {one_line(error)}") from None
     if empty:
         nothing = suffix != ".parquet" and not head
-        raise UserError(f"{path} is empty" if nothing else f"{path} has no rows")
+        raise EmptyFileError(f"{path} is empty" if nothing else f"{path} has no rows")
 
 
 @contextmanager
@@ -165,12 +169,12 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
 
 
 def _check_header(header: list[str], path: Path) -> None:
-    if any(is_undecodable(name) for name in header):
+    if any(_is_undecodable(name) for name in header):
         raise UserError(f"{path} line 1: its column names are not UTF-8; save it as UTF-8")
-    check_names(header, path)
+    _check_names(header, path)
 
 
-def check_names(names: Sequence[str], path: Path) -> None:
+def _check_names(names: Sequence[str], path: Path) -> None:
     """Refuse column names that are there twice: nobody can tell which is meant."""
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
@@ -197,7 +201,9 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
         )
     for number, line in itertools.chain([(first_number, first)] if first else [], lines):
         try:
-            value = json.loads(line.rstrip("\r\n"))
+            value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_object)
+        except _RepeatedKeyError as error:
+            yield Row(number, {}, f"has the key {quote(str(error))} twice")
         except json.JSONDecodeError as error:
             yield Row(number, {}, f"is not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
@@ -207,6 +213,17 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 yield Row(number, value)
             else:
                 yield Row(number, {}, "is not a JSON object, such as {...}")
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, of which `json` would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1))
+    return found
 
 
 def _parse_json_array(text: str, path: Path, first_line: int) -> Iterator[Row]:
@@ -242,7 +259,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{path}: Parquet is compressed inside; unpack {path.suffix} first")
     try:
         file = pq.ParquetFile(path)
-        check_names(file.schema_arrow.names, path)
+        _check_names(file.schema_arrow.names, path)
     except UnicodeDecodeError:
         raise UserError(f"{path}: its column names are not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
@@ -298,7 +315,7 @@ def _cells(column: pa.Array) -> list[Any]:
         return column.cast(pa.int64()).to_pylist()
 
 
-def is_undecodable(text: str) -> bool:
+def _is_undecodable(text: str) -> bool:
     """Whether a text holds surrogates that stand for bytes which are not UTF-8."""
     try:
         text.encode()

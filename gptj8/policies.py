@@ -15,7 +15,7 @@ from gptj8.checks import CHECKS, Kind
 from gptj8.dataset import SPLITS
 from gptj8.findings import Findings
 from gptj8.params import Data
-from gptj8.words import canonical_words, excerpt, listed
+from gptj8.words import INVISIBLE, canonical_words, excerpt, listed
 
 _EXAMPLES = 3
 
@@ -26,30 +26,42 @@ def nothing_valid(data: Data, findings: Findings, total: int) -> str:
     return f"{data.train}: not one of {total} rows is valid{shown}"
 
 
-def invalid_rows(data: Data, findings: Findings, invalid: int, total: int) -> list[str]:
-    """Refuse rows that cannot be used, if `data.on_invalid` and its limit do."""
-    if not invalid:
+def invalid_rows(
+    data: Data, findings: Findings, invalid: Mapping[str, int], total: Mapping[str, int]
+) -> list[str]:
+    """Refuse rows that cannot be used, if `data.on_invalid` and its limit do.
+
+    Args:
+        invalid, total: rows of each split; each is judged by itself, or a large train would hide
+            that half of a small test is gone.
+    """
+    count = sum(invalid.values())
+    if not count:
         return []
     allowed = data.max_invalid_fraction
+    too_many = [split for split in invalid if invalid[split] > allowed * total[split]]
     if data.on_invalid == "error":
         policy = "data.on_invalid is error; mend them, or set it to drop"
-    elif invalid > allowed * total:
+    elif too_many:
+        where = "" if len(total) == 1 else f" in {' and '.join(too_many)}"
         policy = (
-            f"more than data.max_invalid_fraction = {allowed:g} allows to drop; mend them, "
+            f"more{where} than data.max_invalid_fraction = {allowed:g} allows to drop; mend them, "
             "or raise it"
         )
     else:
         return []
     shown = _first_invalid(findings)
-    more = f"; and {invalid - len(shown)} more" if invalid > len(shown) else ""
-    return [f"invalid rows: {invalid} of {total}, {policy}: {'; '.join(shown)}{more}"]
+    more = f"; and {count - len(shown)} more" if count > len(shown) else ""
+    rows = f"invalid rows: {count} of {sum(total.values())}"
+    return [f"{rows}, {policy}: {'; '.join(shown)}{more}"]
 
 
 def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
     """Return the labels that only look different, by number, the commonest first."""
     alike: dict[str, list[int]] = {}
     for number in sorted(range(len(names)), key=lambda number: -counts[number]):
-        spelling = " ".join(canonical_words(names[number], "NFC")).casefold()
+        visible = names[number].strip(INVISIBLE)
+        spelling = " ".join(canonical_words(visible, "NFC")).casefold()
         alike.setdefault(spelling, []).append(number)
     return [numbers for numbers in alike.values() if len(numbers) > 1]
 
@@ -122,9 +134,18 @@ def splits(
         what = "texts" if needed == 1 else "texts of at least two labels"
         problems.append(
             f"{data.train} has too few {what} to hold out {' and '.join(too_few)}; add rows, or "
-            f"name files in {' and '.join(f'data.{name}' for name in too_few)}"
+            f"name files in {' and '.join(f'data.{name}' for name in too_few)}; near-duplicates "
+            "are held out together, and data.near_duplicate_threshold says which texts are"
         )
     return problems
+
+
+def missing_labels(data: Data, known: Collection[str]) -> list[str]:
+    """Refuse a train split that lacks a label of `data.labels`."""
+    missing = sorted(set(data.labels or ()) - set(known))
+    if not missing:
+        return []
+    return [f"data.labels names {listed(missing, 10)}, which no row of train has; mend the list"]
 
 
 def unseen_labels(split: str, labels: Sequence[str]) -> str:

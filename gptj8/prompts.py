@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -35,11 +35,17 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A prompt with its completion; only `ids[prompt_length:]` are trained on and scored."""
+    """A prompt with its completion; only `ids[prompt_length:]` are trained on and scored.
+
+    Attributes:
+        cut_tokens: how many tokens of the text did not fit.
+        room: how many tokens there were for the text; below 1 the example is of no use.
+    """
 
     ids: list[int]
     prompt_length: int
     cut_tokens: int
+    room: int
 
 
 class TextEncoder:
@@ -132,11 +138,19 @@ class PromptEncoder:
         encoder: the model's tokenizer.
         template: text with one field in braces, for example `"{text}\\n\\nLabel:"`.
         max_length: tokens of prompt and completion together.
+        truncation_side: `right` cuts a text that is too long at its end, `left` at its beginning.
     """
 
-    def __init__(self, encoder: TextEncoder, template: str, max_length: int) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        template: str,
+        max_length: int,
+        truncation_side: Literal["left", "right"] = "right",
+    ) -> None:
         self.encoder = encoder
         self.max_length = max_length
+        self.truncation_side = truncation_side
         literals = ["", ""]
         field = 0
         for literal, name, _, _ in string.Formatter().parse(template):
@@ -146,11 +160,6 @@ class PromptEncoder:
         self.before, self.after = literals
         self._before_ids = encoder.encode(self.before)
         self._after_ids = encoder.encode(self.after)
-
-    @property
-    def around(self) -> tuple[list[int], list[int]]:
-        """The ids before and behind a prompt's text."""
-        return [*self.encoder.prefix_ids, *self._before_ids], self._after_ids
 
     def completion_ids(self, completion: str) -> list[int]:
         """Return the ids of a completion: a space, the text, the end-of-text token.
@@ -185,24 +194,52 @@ class PromptEncoder:
         )
         if room < len(examples) + 1:
             shots = f", {len(examples)} examples" if examples else ""
-            raise UserError(
-                f"data.max_length = {self.max_length} leaves no room for any text beside the "
-                f"prompt template{shots} and the completion; raise it"
-            )
+            raise UserError(self._no_room(shots))
         texts = [self.encoder.encode(t.strip()) for t in (*(t for t, _ in examples), text)]
         shares = _share_room([len(ids) for ids in texts], room)
         ids = list(self.encoder.prefix_ids)
         for index, (text_ids, share) in enumerate(zip(texts, shares, strict=True)):
-            ids += self._before_ids + text_ids[:share] + self._after_ids
+            ids += self._before_ids + self._cut(text_ids, share) + self._after_ids
             if index < len(completions):
                 ids += completions[index]
         return EncodedPrompt(ids, len(texts[-1]) - shares[-1])
 
+    def examples(
+        self, texts: Sequence[str], completions: Sequence[str]
+    ) -> Iterator[EncodedExample]:
+        """Encode rows for training: each prompt and, uncut, its completion."""
+        known = {completion: self.completion_ids(completion) for completion in set(completions)}
+        before = [*self.encoder.prefix_ids, *self._before_ids]
+        encoded = self.encoder.encode_batch([text.strip() for text in texts])
+        for text_ids, completion in zip(encoded, completions, strict=True):
+            completion_ids = known[completion]
+            fixed = len(before) + len(self._after_ids) + len(completion_ids)
+            room = self.max_length - fixed
+            prompt = before + self._cut(text_ids, max(room, 0)) + self._after_ids
+            cut = max(len(text_ids) - room, 0)
+            yield EncodedExample(prompt + completion_ids, len(prompt), cut, room)
+
     def example(self, text: str, completion: str) -> EncodedExample:
-        """Encode a row for training: the prompt and, uncut, its completion."""
-        completion_ids = self.completion_ids(completion)
-        prompt = self.prompt(text, reserve=len(completion_ids))
-        return EncodedExample(prompt.ids + completion_ids, len(prompt.ids), prompt.cut_tokens)
+        """Encode one row; see `examples`.
+
+        Raises:
+            UserError: if the template and the completion alone do not fit into `max_length`.
+        """
+        (example,) = self.examples([text], [completion])
+        if example.room < 1:
+            raise UserError(self._no_room(""))
+        return example
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        if self.truncation_side == "left":
+            return ids[max(len(ids) - length, 0) :]
+        return ids[:length]
+
+    def _no_room(self, shots: str) -> str:
+        return (
+            f"data.max_length = {self.max_length} leaves no room for any text beside the prompt "
+            f"template{shots} and the completion; raise it"
+        )
 
 
 def check_context(model_path: str | Path, max_length: int) -> None:

@@ -140,11 +140,7 @@ def clusters(size: int, equal: pd.DataFrame, pairs: np.ndarray) -> np.ndarray:
 
 
 def hold_out(
-    high: np.ndarray,
-    low: np.ndarray,
-    cluster: np.ndarray,
-    label: np.ndarray | None,
-    shares: Mapping[int, float],
+    high: np.ndarray, cluster: np.ndarray, label: np.ndarray | None, shares: Mapping[int, float]
 ) -> np.ndarray:
     """Take splits out of rows by the rank of each text's content hash.
 
@@ -158,8 +154,8 @@ def hold_out(
     the one of its lowest hash.
 
     Args:
-        high, low: (rows,) uint64, the halves of each row's content hash.
-        cluster: (rows,) which rows go together.
+        high: (rows,) uint64, the upper half of each row's content hash; equal in one cluster only.
+        cluster: (rows,) which rows go together, numbered from 0.
         label: (rows,) a number for each row's label.
         shares: splits to take out, by number, and the share of the rows for each, the test split
             first: then a change of the validation's share leaves the test split as it is.
@@ -167,38 +163,65 @@ def hold_out(
     Returns:
         (rows,) the number of the split of each row; 0, train's, for the rest.
     """
-    labels = np.zeros(len(high), dtype=np.int64) if label is None else label
-    order = np.lexsort((labels, low, high))
-    _, first, member, sizes = np.unique(
-        cluster[order], return_index=True, return_inverse=True, return_counts=True
-    )
-    lowest = order[first]  # of each cluster
-    ranked = np.lexsort((first, labels[lowest]))  # `first` ranks the hashes
-    split_of = np.zeros(len(lowest), dtype=np.uint8)
-    bounds = np.flatnonzero(np.diff(labels[lowest][ranked], prepend=-1, append=-1))
+    sizes = np.bincount(cluster).astype(np.int32)
+    ranked = _by_lowest_hash(high, cluster, sizes)
+    split_of = np.zeros(len(sizes), dtype=np.uint8)
+    if label is None:
+        bounds = np.array([0, len(ranked)])
+    else:
+        labels = _labels_of_clusters(high, cluster, label, sizes)[ranked]
+        ranked = ranked[np.argsort(labels, kind="stable")]
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(labels))])
     for start, end in itertools.pairwise(bounds):
         group = ranked[start:end]
         if len(group) > len(shares):
-            _take(group, sizes[group], shares, split_of)
-    splits = np.empty(len(high), dtype=np.uint8)
-    splits[order] = split_of[member]
-    return splits
+            _take(group, sizes, shares, split_of)
+    return split_of[cluster]
+
+
+def _by_lowest_hash(high: np.ndarray, cluster: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the clusters in the order of the lowest hash of each.
+
+    Most clusters are one row: only the others are sorted for their first, because `np.unique` on
+    ten million rows takes most of a gigabyte.
+    """
+    in_order = cluster[np.argsort(high)]
+    several = np.flatnonzero(sizes[in_order] > 1)
+    is_first = np.ones(len(in_order), dtype=bool)
+    is_first[several] = False
+    is_first[several[np.unique(in_order[several], return_index=True)[1]]] = True
+    return in_order[is_first]
+
+
+def _labels_of_clusters(
+    high: np.ndarray, cluster: np.ndarray, label: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Return of each cluster the label of its lowest hash, of several that have it the lowest."""
+    found = np.zeros(len(sizes), dtype=label.dtype)
+    found[cluster] = label
+    rows = np.flatnonzero(sizes[cluster] > 1)
+    several = pd.DataFrame({"cluster": cluster[rows], "high": high[rows], "label": label[rows]})
+    several = several.sort_values(["cluster", "high", "label"]).drop_duplicates("cluster")
+    found[several["cluster"]] = several["label"]
+    return found
 
 
 def _take(
     group: np.ndarray, sizes: np.ndarray, shares: Mapping[int, float], split_of: np.ndarray
 ) -> None:
     """Give clusters of one label, in their order, to splits until each has its share of rows."""
-    rows = int(sizes.sum())
+    rows = int(sizes[group].sum())
     left = len(group)
-    waiting = iter(zip(group.tolist(), sizes.tolist(), strict=True))
-    passed: list[tuple[int, int]] = []
+    waiting = (int(cluster) for cluster in group)
+    passed: list[int] = []
     for split, share in shares.items():
         needed = max(1, round(share * rows))
+        # What was too large for the split before comes first; what this one leaves stays so.
         again, passed = iter(passed), []
-        for cluster, size in itertools.chain(again, waiting):
+        for cluster in itertools.chain(again, waiting):
+            size = int(sizes[cluster])
             if size > needed or left == 1:  # the last cluster stays in train
-                passed.append((cluster, size))
+                passed.append(cluster)
             else:
                 split_of[cluster] = split
                 needed -= size

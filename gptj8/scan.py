@@ -25,10 +25,13 @@ from gptj8.errors import UserError
 from gptj8.formats import read_batches
 from gptj8.parallel import ordered_map
 from gptj8.params import Data
+from gptj8.parsers import EmptyFileError
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.shapes import Shape, shape_of
 from gptj8.sources import content_key
-from gptj8.words import one_line
+from gptj8.words import INVISIBLE, one_line
+
+_Errors = list[tuple[Path, UserError]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class Scanner:
     @cached_property
     def prompts(self) -> PromptEncoder:
         """How rows become prompts."""
-        return PromptEncoder(self.encoder, self.shape.prompt_template, self.data.max_length)
+        shape = self.shape
+        return PromptEncoder(
+            self.encoder, shape.prompt_template, self.data.max_length, shape.truncation_side
+        )
 
     @cached_property
     def _schema(self) -> Any:
@@ -95,11 +101,18 @@ class Scanner:
         valid = batch.drop(index=invalid)
         fields = self.shape.to_fields(valid)
         encoded = self._encode(fields)
-        no_room = encoded.pop("room") < 1
-        if no_room.any():
-            failed = pd.concat([failed, self._no_room(fields[no_room])], ignore_index=True)
-            invalid = np.concatenate([invalid, fields.index[no_room].to_numpy()])
-            fields, encoded = fields[~no_room], encoded[~no_room]
+        # Columns that may be empty may all be.
+        nothing = fields[self.shape.input].str.strip(INVISIBLE) == ""
+        no_room = (encoded.pop("room") < 1) & ~nothing
+        useless = nothing | no_room
+        if useless.any():
+            more = [self._failed(fields[nothing], "empty", self.shape.input, "is empty")]
+            reason = f"leaves no room for {self.shape.input} within data.max_length"
+            reason += f" = {self.data.max_length}"
+            more.append(self._failed(fields[no_room], "room", self.shape.answer or "", reason))
+            failed = pd.concat([failed, *more], ignore_index=True)
+            invalid = np.concatenate([invalid, fields.index[useless].to_numpy()])
+            fields, encoded = fields[~useless], encoded[~useless]
         findings = self._findings(batch, failed, frozenset(invalid.tolist()))
         texts = fields[self.shape.input]
         kept = batch.loc[fields.index]
@@ -120,35 +133,23 @@ class Scanner:
 
     def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
         """Tokenize; see `ScannedBatch.rows`. `room` is what is left for the text."""
-        prompts, encoder = self.prompts, self.encoder
-        texts, answer = fields[self.shape.input], self.shape.answer
+        texts, encoder = fields[self.shape.input].tolist(), self.encoder
         rows: list[tuple[int, int, int, int, list[int]]] = []
-        if answer is None:
+        if self.shape.answer is None:
             # Documents are packed end to end and none of them is cut.
-            for text in encoder.encode_batch(texts.tolist()):
+            for text in encoder.encode_batch(texts):
                 ids = [*encoder.prefix_ids, *text, encoder.eos_id]
                 rows.append((len(ids), 0, 0, 1, ids))
         else:
-            before, after = prompts.around
-            known = {value: prompts.completion_ids(value) for value in fields[answer].unique()}
-            completions = map(known.__getitem__, fields[answer])
-            encoded = encoder.encode_batch(texts.str.strip().tolist())
-            for text, completion in zip(encoded, completions, strict=True):
-                fixed = len(before) + len(after) + len(completion)
-                room = self.data.max_length - fixed
-                prompt = [*before, *text[: max(room, 0)], *after]
-                cut = max(len(text) - room, 0)
-                rows.append((len(text) + fixed, cut, len(prompt), room, prompt + completion))
+            for row in self.prompts.examples(texts, fields[self.shape.answer].tolist()):
+                tokens = len(row.ids) + row.cut_tokens
+                rows.append((tokens, row.cut_tokens, row.prompt_length, row.room, row.ids))
         names = ["tokens", "cut_tokens", "prompt_length", "room", "input_ids"]
-        return pd.DataFrame(rows, texts.index, names)
+        return pd.DataFrame(rows, fields.index, names)
 
-    def _no_room(self, fields: pd.DataFrame) -> pd.DataFrame:
-        answer = self.shape.answer or ""
-        reason = f"leaves no room for {self.shape.input} within data.max_length"
-        found = fields.reset_index(names="index").rename(columns={answer: "value"})
-        found = found.assign(
-            check="room", field=answer, reason=f"{reason} = {self.data.max_length}"
-        )
+    def _failed(self, fields: pd.DataFrame, check: str, field: str, reason: str) -> pd.DataFrame:
+        found = pd.DataFrame({"index": fields.index, "value": fields.get(field)})
+        found = found.assign(check=check, field=field, reason=reason)
         return found[list(schemas.FAILURE_COLUMNS)]
 
     def _findings(
@@ -194,7 +195,11 @@ def row_schema(shape: Shape) -> pa.Schema:
 
 
 def scan_files(
-    scanner: Scanner, files: Sequence[Path], engine: str, advance: Callable[[int], object]
+    scanner: Scanner,
+    files: Sequence[Path],
+    engine: str,
+    advance: Callable[[int], object],
+    empty: dict[Path, str],
 ) -> Iterator[ScannedBatch]:
     """Scan files in order.
 
@@ -203,32 +208,38 @@ def scan_files(
         files: what to read.
         engine: `local` or `dask`.
         advance: called with the bytes read since the last call.
+        empty: where files without rows are noted, and how to say so.
 
     Raises:
         UserError: a line for each file that cannot be read.
     """
-    problems: list[str] = []
+    errors: list[tuple[Path, UserError]] = []
     scan = _scan_on_dask if engine == "dask" else _scan_here
-    yield from scan(scanner, files, advance, problems)
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+    yield from scan(scanner, files, advance, errors)
+    for path, error in errors:
+        if isinstance(error, EmptyFileError):
+            empty[path] = str(error)
+    errors = [(path, error) for path, error in errors if path not in empty]
+    if errors:
+        lines = (line for _, error in errors for line in str(error).splitlines())
+        raise UserError("\n".join(dict.fromkeys(lines)))
 
 
 def _scan_here(
-    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], problems: list[str]
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
 ) -> Iterator[ScannedBatch]:
     def batches() -> Iterator[pd.DataFrame]:
         for file in files:
             try:
                 yield from scanner.read(file, advance)
             except UserError as error:
-                problems.extend(str(error).splitlines())
+                errors.append((file, error))
 
     return ordered_map(scanner.scan, batches())
 
 
 def _scan_on_dask(
-    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], problems: list[str]
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
 ) -> Iterator[ScannedBatch]:
     """A file is a task. The cluster is the one that Dask's own configuration names
     (DASK_SCHEDULER_ADDRESS), or the cores of this machine."""
@@ -250,19 +261,19 @@ def _scan_on_dask(
                 file = remaining.popleft()
                 started.append((file, client.submit(_scan_file, shared, file, pure=False)))
             file, future = started.popleft()
-            batches, found = future.result()
-            problems += found
+            batches, failure = future.result()
+            errors += [(file, failure)] if failure else []
             advance(file.stat().st_size)
             yield from batches
 
 
-def _scan_file(scanner: Scanner, file: Path) -> tuple[list[ScannedBatch], list[str]]:
+def _scan_file(scanner: Scanner, file: Path) -> tuple[list[ScannedBatch], UserError | None]:
     batches: list[ScannedBatch] = []
     try:
         batches += map(scanner.scan, scanner.read(file, lambda size: None))
     except UserError as error:
-        return batches, str(error).splitlines()
-    return batches, []
+        return batches, error
+    return batches, None
 
 
 def _record_batch(rows: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:

@@ -18,6 +18,7 @@ from ftfy.badness import is_bad
 
 from gptj8.shapes import Shape, conversation_problem, conversation_text
 from gptj8.templates import MESSAGES
+from gptj8.words import INVISIBLE
 
 # An answer may be a number in its file (label 0, completion 42); what it answers must be text.
 # A column that is one of several in a template may be anything with a name.
@@ -26,15 +27,11 @@ _KINDS = {
     "prompt": ("text",),
     "label": ("text", "integer", "boolean"),
     "completion": ("text", "integer", "boolean"),
-    MESSAGES: ("list",),
+    MESSAGES: ("list", "text"),  # CSV has no lists, and spells them as JSON
 }
 _OTHER_KINDS = ("text", "integer", "number", "boolean")
 
 _ENTITY = r"&(?:[a-zA-Z][a-zA-Z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});"
-# What str.strip takes away, and what is as wide as nothing.
-_INVISIBLE = (
-    "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
-)
 _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"
 
 _REASONS = {
@@ -202,7 +199,7 @@ def _none(values: pd.Series) -> pd.Series:
 
 
 def _is_not_blank(values: pd.Series) -> pd.Series:
-    return values.str.strip(_INVISIBLE) != ""
+    return values.str.strip(INVISIBLE) != ""
 
 
 def _lacks(values: pd.Series, text: str) -> pd.Series:
@@ -247,14 +244,8 @@ def _is_one_of(values: pd.Series, known: frozenset[str]) -> pd.Series:
 
 
 def _is_conversation(values: pd.Series) -> pd.Series:
-    lists = values.str.startswith("[")
-    return pd.Series(
-        [
-            not is_list or conversation_problem(v) is None
-            for v, is_list in zip(values, lists, strict=True)
-        ],
-        index=values.index,
-    )
+    fine = [not v.strip(INVISIBLE) or conversation_problem(v) is None for v in values]
+    return pd.Series(fine, index=values.index, dtype=bool)
 
 
 def _wrong_kind(kind: str, field: str) -> str:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from gptj8.dataset import FIELDS
 from gptj8.params import Data
 from gptj8.templates import MESSAGES, Template, parse_template
+from gptj8.words import INVISIBLE
 
 _ROLES = {
     "system": "system",
@@ -60,6 +61,11 @@ class Shape:
     def answer(self) -> str | None:
         """The field that is answered: `label`, `completion` or none."""
         return FIELDS[self.task][1] if len(FIELDS[self.task]) > 1 else None
+
+    @property
+    def truncation_side(self) -> Literal["left", "right"]:
+        """Where a text that is too long is cut: what matters of a conversation is its end."""
+        return "left" if MESSAGES in self.columns else "right"
 
     @property
     def prompt_template(self) -> str:
@@ -104,6 +110,8 @@ def shape_of(data: Data) -> Shape:
     }
     columns = {field: named.get(field, field) for field in template.fields}
     optional = frozenset(f for f, column in columns.items() if column in data.optional_columns)
+    if len(columns) == 1:  # a prompt of nothing
+        optional = frozenset()
     if MESSAGES not in columns:
         answer = FIELDS[data.task][1]
         columns[answer] = getattr(data, f"{answer}_column")
@@ -112,14 +120,19 @@ def shape_of(data: Data) -> Shape:
 
 def conversation_problem(cell: str) -> str | None:
     """Return what keeps a conversation, as JSON, from being learned from."""
-    messages = json.loads(cell)
+    try:
+        messages = json.loads(cell)
+    except (ValueError, RecursionError):
+        messages = None
+    if not isinstance(messages, list):
+        return "is not a list of messages"
     for number, message in enumerate(messages, 1):
         if _role(message) is None:
             return f"message {number} has no role of {', '.join(_ROLES)}"
         content = _content(message)
         if not isinstance(content, str):
             return f"message {number} has no text"
-        if not content.strip():
+        if not content.strip(INVISIBLE):
             return f"message {number} is empty"
     if len(messages) < 2:
         return "has fewer than two messages"
@@ -134,7 +147,7 @@ def conversation_text(cell: str) -> str:
     """Return what is said in a conversation, given as JSON; another cell as it is."""
     try:
         messages = json.loads(cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell
     if not isinstance(messages, list):
         return cell
@@ -151,9 +164,10 @@ def _split_conversation(cell: str) -> tuple[str, str]:
 def _role(message: Any) -> str | None:
     if not isinstance(message, dict):
         return None
-    role = message.get("role", message.get("from"))
+    role = message.get("role") or message.get("from")
     return _ROLES.get(role.casefold()) if isinstance(role, str) else None
 
 
 def _content(message: dict[str, Any]) -> Any:
-    return message.get("content", message.get("value"))
+    content = message.get("content")
+    return message.get("value") if content is None else content

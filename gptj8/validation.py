@@ -7,9 +7,9 @@ split into another, nearly equal texts, texts with several answers (`gptj8.relat
 writes what is left. Nothing disappears silently: every row left out is a finding; what no policy
 can mend is a problem, and all problems of a dataset are found before it is refused.
 
-Memory is bounded by a few batches and some 40 bytes a row; see `gptj8.row_store`. All checks are
+Memory is bounded by a few batches and some 60 bytes a row; see `gptj8.row_store`. All checks are
 exact, but that not all near-duplicates are looked at; see `gptj8.near_duplicates`. Two texts are
-the same if `gptj8.sources.content_key` says so, which ignores whitespace and nothing else.
+the same if `gptj8.sources.content_key` says so: in all but whitespace and Unicode form.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gptj8.prompts import TextEncoder
 from gptj8.row_store import RowStore
 from gptj8.runtime import progress
 from gptj8.scan import Scanner, scan_files
-from gptj8.sources import find_files
+from gptj8.sources import find_sources
 from gptj8.words import listed
 
 FINDINGS_FILE = "findings.parquet"
@@ -54,13 +54,16 @@ class Validated:
         task: `classification`, `completion` or `text`.
         files: those read, by split.
         findings: everything found in single rows.
+        ignored: files of the directories that were not read, or had no rows.
         problems: why the dataset cannot be used, a line each; empty if it can.
-        total_rows, invalid_rows: rows in the files, and those left out because they cannot be used.
+        total_rows, invalid_rows: rows in the files of each split, and those of them that cannot be
+            used.
         rows: rows of each split, of what is left.
         examples: what is trained on in each split that training reads.
         tokens: tokens of each split that fit into max_length.
         lengths: for each split how many rows have 0, 1, 2 ... tokens before they are cut.
         labels: rows of each label in each split; empty unless the task is classification.
+        near_recall: the least share of near-duplicates that is found, 0 to 1; null: not looked for.
         seconds: time taken.
     """
 
@@ -68,8 +71,9 @@ class Validated:
     files: dict[str, list[Path]]
     findings: Findings
     problems: list[str] = field(default_factory=list)
-    total_rows: int = 0
-    invalid_rows: int = 0
+    ignored: list[Path] = field(default_factory=list)
+    total_rows: Counter[str] = field(default_factory=Counter)
+    invalid_rows: Counter[str] = field(default_factory=Counter)
     rows: dict[str, int] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -77,6 +81,7 @@ class Validated:
         default_factory=lambda: {name: np.zeros(1, dtype=np.int64) for name in SPLITS}
     )
     labels: dict[str, Counter[str]] = field(default_factory=lambda: {n: Counter() for n in SPLITS})
+    near_recall: float | None = None
     seconds: float = 0.0
 
 
@@ -97,7 +102,7 @@ def validate(
         UserError: a line for each file that cannot be read, or if nothing in them can be used.
     """
     started = time.monotonic()
-    files = find_files(data)
+    sources = find_sources(data)
     directory = Path(directory)
     scratch = directory / ".scratch"
     try:
@@ -105,7 +110,7 @@ def validate(
             Findings(directory / FINDINGS_FILE) as findings,
             RowStore(scratch) as store,
         ):
-            validated = Validated(data.task, files, findings)
+            validated = Validated(data.task, sources.files, findings, ignored=sources.ignored)
             _Validation(data, encoder, validated, store).run(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -140,13 +145,14 @@ class _Validation:
         findings = self.validated.findings
         invalid, total = self.validated.invalid_rows, self.validated.total_rows
         if not self.store.size:
-            raise UserError(policies.nothing_valid(self.data, findings, total))
+            raise UserError(policies.nothing_valid(self.data, findings, total.total()))
         self.validated.problems += policies.invalid_rows(self.data, findings, invalid, total)
         self.split = self.store.fact("split")
         self.kept = np.ones(self.store.size, dtype=bool)
         if self.data.task == "classification":
             self.label = self.store.fact("label")
-            self._check_label_spellings()
+            if self.data.labels is None:  # those that are named are meant
+                self._check_label_spellings()
         equal = self._drop_equal()
         pairs = self._compare_near()
         equal = equal[self.kept[equal["index"]]]
@@ -164,10 +170,11 @@ class _Validation:
         numbers: dict[str, int] = {}
         total = sum(path.stat().st_size for path in files)
         with progress(total, "read", "B") as advance:
-            for batch in scan_files(self.scanner, files, self.data.engine, advance):
+            empty: dict[Path, str] = {}
+            for batch in scan_files(self.scanner, files, self.data.engine, advance, empty):
                 split = split_of[batch.file]
-                validated.total_rows += batch.total
-                validated.invalid_rows += batch.invalid
+                validated.total_rows[split] += batch.total
+                validated.invalid_rows[split] += batch.invalid
                 validated.findings.add(batch.findings.assign(split=split))
                 size = batch.rows.num_rows
                 facts = batch.facts | {"split": np.full(size, SPLITS.index(split), np.uint8)}
@@ -178,6 +185,11 @@ class _Validation:
                 self.store.append(batch.rows, facts, batch.normalized)
         self.store.finish()
         self.label_names = list(numbers)
+        # A file without rows does no harm beside others of its split.
+        alone = [paths for paths in validated.files.values() if empty.keys() >= set(paths)]
+        if alone:
+            raise UserError("\n".join(empty[path] for paths in alone for path in paths))
+        validated.ignored += empty
 
     # --- pass 2 -----------------------------------------------------------------------------------
 
@@ -211,6 +223,7 @@ class _Validation:
         # A text without a letter or digit has nothing to be compared by.
         rows = np.flatnonzero(self.kept & (self.store.normalized_lengths() > 0))
         bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
+        self.validated.near_recall = near_duplicates.expected_recall(threshold, len(rows))
         pairs, alike = near_duplicates.find_similar(
             (self.store.fact(band)[rows] for band in bands),
             self.split[rows],
@@ -267,9 +280,9 @@ class _Validation:
             return
         rows = np.flatnonzero(self.kept & (self.split == 0))
         cluster = relations.clusters(self.store.size, equal, pairs)[rows]
-        high, low = self.store.fact("key_high")[rows], self.store.fact("key_low")[rows]
+        high = self.store.fact("key_high")[rows]
         label = self.label[rows] if self.data.task == "classification" else None
-        self.split[rows] = relations.hold_out(high, low, cluster, label, shares)
+        self.split[rows] = relations.hold_out(high, cluster, label, shares)
 
     def _report_conflicts(self, equal: pd.DataFrame) -> None:
         """The same text with different answers teaches a model to guess; only a person can tell."""
@@ -295,7 +308,11 @@ class _Validation:
         names = self.label_names
         with (
             PreparedWriter(
-                directory, self.data.task, self.shape.prompt_template, self.data.max_length
+                directory,
+                self.data.task,
+                self.shape.prompt_template,
+                self.data.max_length,
+                self.shape.truncation_side,
             ) as writer,
             progress(self.store.size, "write", " rows") as advance,
         ):
@@ -340,6 +357,7 @@ class _Validation:
         validated.problems += policies.splits(self.data, validated.rows, labels, files)
         if labels is None or len(self.label_names) < 2:
             return
+        validated.problems += policies.missing_labels(self.data, labels["train"])
         for number, name in enumerate(SPLITS[1:], 1):
             unseen = sorted(set(labels[name]) - set(labels["train"]))
             if not unseen:

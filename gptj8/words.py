@@ -11,6 +11,9 @@ _EXCERPT = 60
 _LONGEST_NAME = 100
 _LONGEST_WORD = 1000
 
+INVISIBLE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
+"""What `str.strip` takes away, and what is as wide as nothing."""
+
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
     """Return the beginning of a text on one line."""

@@ -47,11 +47,12 @@ def main() -> None:
         train, test, labels = dataset.split("train"), dataset.split("test"), dataset.labels
         encoder, template = TextEncoder.load(BASE), dataset.prompt_template
         context = context_length(AutoConfig.from_pretrained(str(BASE)))
-        prompts = PromptEncoder(encoder, template, min(params.data.max_length, context))
+        length, side = min(params.data.max_length, context), dataset.truncation_side
+        prompts = PromptEncoder(encoder, template, length, side)
         rows, documents = _documents(params, dataset.task, test, prompts)
         shots = params.evaluate.few_shot if labels else 0
         if shots:  # before anything is measured: it refuses examples that do not fit
-            whole = PromptEncoder(encoder, template, context)
+            whole = PromptEncoder(encoder, template, context, side)
             solved = few_shot_prompts(
                 test["text"], train, labels, whole, count=shots, seed=params.seed
             )

@@ -1,12 +1,13 @@
 """Check the dataset, split it and write what is good: artifacts/dataset and reports/validate.
 
 Reads the files that `data` in params.yaml names and the tokenizer of `model.path`. A dataset that
-cannot be used ends here, before any model is loaded and without a row in MLflow; the report, which
-shows why, is written all the same.
+cannot be used ends here, before any model is loaded and without a row in MLflow. If its files could
+be read, the report shows why; an earlier report, of another dataset, is gone in any case.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from gptj8.dataset import SPLITS
@@ -31,6 +32,7 @@ def main() -> None:
         raise UserError(f"model.path: {params.model.path} is not a directory with a model")
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
+    shutil.rmtree(REPORT, ignore_errors=True)
     with replace_directory(DATASET) as staging:
         validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)
@@ -41,9 +43,9 @@ def main() -> None:
         pass  # what is in the report is all there is to record
     sizes = ", ".join(f"{validated.rows[name]:,} {name}" for name in SPLITS)
     left_out = validated.findings.dropped_rows
-    print(
-        f"{validated.total_rows:,} rows read: {sizes}; {left_out:,} left out ({REPORT}/report.html)"
-    )
+    ignored = f"; {len(validated.ignored)} files not read" if validated.ignored else ""
+    total = validated.total_rows.total()
+    print(f"{total:,} rows read: {sizes}; {left_out:,} left out{ignored} ({REPORT}/report.html)")
 
 
 if __name__ == "__main__":

@@ -256,8 +256,8 @@ def examine(
     assert (found["file"] == path.as_posix()).all() and (found["reason"].str.len() > 0).all()
     assert found["row"].between(1, max(rows_at_most(data, path), 1)).all()
     gone = set(found.loc[found["dropped"], "row"])
-    assert validated.total_rows == sum(validated.rows.values()) + len(gone)
-    assert 0 <= validated.invalid_rows <= len(gone)
+    assert validated.total_rows.total() == sum(validated.rows.values()) + len(gone)
+    assert 0 <= validated.invalid_rows.total() <= len(gone)
     if validated.problems:
         return validated, None, ""
     prepared = load_prepared(out)
@@ -286,13 +286,20 @@ def rows_at_most(data: bytes, path: Path) -> int:
 
 
 def objects_of(data: bytes) -> dict[int, dict | None]:
-    """Return what `json.loads` says to each line that is not blank; null: not an object."""
+    """Return what `json.loads` says to each line that is not blank; null: no object, or one that
+    has a key twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError
+        return dict(pairs)
+
     objects: dict[int, dict | None] = {}
     text = data.decode("utf-8-sig", "surrogateescape")
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=unique)
             except (ValueError, RecursionError):
                 value = None
             objects[number] = value if isinstance(value, dict) else None
@@ -303,7 +310,9 @@ def is_usable(row: dict | None) -> bool:
     """Return whether every check of a single row must let this one pass."""
     cells = [row.get("text"), row.get("label")] if row else [None]
     return all(
-        isinstance(cell, str) and cell.strip() and not re.search("[\0\ufffd\ud800-\udfff]", cell)
+        isinstance(cell, str)
+        and re.search(r"[^\s\u200b-\u200d\u2060\ufeff]", cell)
+        and not re.search("[\0\ufffd\ud800-\udfff]", cell)
         for cell in cells
     ) and len(cells[-1]) < 100  # fmt: skip
 
@@ -318,7 +327,7 @@ def compare_with_json(
         assert not usable or first == "[" or "UTF-16" in error or " is not valid JSON; " in error
         return
     found = validated.findings.frame()
-    assert validated.total_rows == len(objects)
+    assert validated.total_rows.total() == len(objects)
     malformed = set(found.loc[found["check"] == "malformed", "row"])
     assert malformed == {number for number, row in objects.items() if row is None}
     assert not usable & set(found.loc[found["dropped"] & (found["check"] != "duplicate"), "row"])

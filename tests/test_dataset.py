@@ -25,7 +25,7 @@ from gptj8.errors import UserError
 from gptj8.formats import read_batches, read_rows
 from gptj8.params import Data
 from gptj8.relations import hold_out
-from gptj8.sources import content_key, find_files
+from gptj8.sources import content_key, find_sources
 
 BOTH = {"text": "text", "label": "label"}
 ROWS = [
@@ -206,6 +206,11 @@ MALFORMED = {
     "list-line": ("t.jsonl", b'{"text": "a"}\n[1]\n{"label": 1}\n', "is not a JSON object"),
     "huge-integer": ("t.jsonl", b'{"label": 1}\n' + b"1" * 5000 + b"\n{}", "is not usable JSON"),
     "deep-json": ("t.jsonl", b'{"label": 1}\n' + b"[" * 99999 + b"\n{}", "is not usable JSON"),
+    "key-twice": (
+        "t.jsonl",
+        b'{"label": 1}\n{"label": 1, "label": 2}\n{"label": 3}',
+        "has the key label twice",
+    ),
     "element": ("t.json", b'[{"text": "a", "label": 1}, 2, {}]', "is not a JSON object"),
 }
 
@@ -308,7 +313,7 @@ def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.csv")
     data = Data(train=str(tmp_path / "mime.csv"), test=str(tmp_path / "no" / "x.csv"))
     with pytest.raises(UserError) as caught:
-        find_files(data)
+        find_sources(data)
     assert str(caught.value).splitlines() == [
         f"data.train: {tmp_path / 'mime.csv'} does not exist, did you mean mine.csv?",
         f"data.test: {tmp_path / 'no' / 'x.csv'} does not exist",
@@ -317,10 +322,11 @@ def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:
 
 def found(folder: Path, **data: object) -> dict[str, list[str]]:
     """Write no file and return what would be read, relative to the folder."""
-    files = find_files(Data(**{"train": str(folder)} | data))
+    files, ignored = find_sources(Data(**{"train": str(folder)} | data))
+    named = dict(files) | ({"ignored": ignored} if ignored else {})
     return {
         split: [path.relative_to(folder).as_posix() for path in paths]
-        for split, paths in files.items()
+        for split, paths in named.items()
     }
 
 
@@ -336,6 +342,7 @@ def test_a_directory_gives_its_splits(tmp_path: Path) -> None:
         "train": ["train.csv"],
         "validation": ["dev.jsonl.gz"],
         "test": ["Test.parquet"],
+        "ignored": ["README.md", "notes.csv"],
     }
 
 
@@ -344,16 +351,67 @@ def test_folders_may_be_named_after_the_splits(tmp_path: Path) -> None:
     assert found(tmp_path) == {"train": ["train/a.csv", "train/b/1.csv"], "test": ["test/x.csv"]}
 
 
+def test_the_layout_of_a_repository_of_the_hub(tmp_path: Path) -> None:
+    names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    names += ["test-00000-of-00001.parquet"]
+    touch(tmp_path, "README.md", *(f"data/{name}" for name in names))
+    assert found(tmp_path) == {
+        "train": [f"data/{name}" for name in names[:2]],
+        "test": [f"data/{names[2]}"],
+        "ignored": ["README.md"],
+    }
+    (tmp_path / "data" / names[0]).unlink()
+    with pytest.raises(UserError, match="data/train: of 2 files these are missing: 00000"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["sst2_train.csv", "sst2_test.csv"],
+        ["train.csv", "train_part2.csv", "test.csv"],
+        ["train/test.csv"],
+        ["a.csv", "my-dev-set/b.csv"],
+    ],
+)
+def test_what_may_be_a_split_is_never_guessed(tmp_path: Path, names: list[str]) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match=r"may be a split, and is not named.*data\.train_files"):
+        found(tmp_path)
+
+
+def test_linked_folders_are_read(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "a.csv")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    assert found(tmp_path / "data") == {"train": ["train/a.csv"]}
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.csv").touch()
+    with pytest.raises(UserError, match="its name is not UTF-8; rename it"):
+        found(tmp_path)
+
+
 def test_a_directory_without_such_names_is_all_train(tmp_path: Path) -> None:
     touch(tmp_path, "2024/b.csv", "2024/a.csv.zst", "2025/c.csv", "2025/_SUCCESS")
     assert found(tmp_path) == {"train": ["2024/a.csv.zst", "2024/b.csv", "2025/c.csv"]}
+    touch(tmp_path, "2025/d.xlsx", "2025/e.csv.lz4")
+    assert found(tmp_path)["ignored"] == ["2025/d.xlsx", "2025/e.csv.lz4"]
 
 
 def test_patterns_choose_files_of_a_directory(tmp_path: Path) -> None:
     touch(tmp_path, "2024/b.csv", "2024/a.csv.gz", "2025/c.csv", "d.csv")
-    assert found(tmp_path, train_files="2024/*") == {"train": ["2024/a.csv.gz", "2024/b.csv"]}
+    assert found(tmp_path, train_files="2024/*") == {
+        "train": ["2024/a.csv.gz", "2024/b.csv"],
+        "ignored": ["2025/c.csv", "d.csv"],
+    }
     both = {"train_files": "2024/*.csv", "test": str(tmp_path), "test_files": "**/c.csv"}
-    assert found(tmp_path, **both) == {"train": ["2024/b.csv"], "test": ["2025/c.csv"]}
+    assert found(tmp_path, **both) == {
+        "train": ["2024/b.csv"],
+        "test": ["2025/c.csv"],
+        "ignored": ["2024/a.csv.gz", "d.csv"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -365,7 +423,7 @@ def test_patterns_choose_files_of_a_directory(tmp_path: Path) -> None:
         ({"test": "a.csv", "test_files": "a*"}, "needs a directory, and .*a.csv is a file"),
         ({"test": "a.csv"}, "a.csv is a file of data.train and of data.test"),
         ({"train": "*.csv"}, r"set data.train: .* and data.train_files: \*.csv"),
-        ({"train": "hf://datasets/a/b"}, "data/datasets/hub/params.yaml"),
+        ({"train": "hf://datasets/a/b"}, "hf://datasets/a/b is not a path; .*hub/params.yaml"),
     ],
 )
 def test_paths_and_patterns_that_cannot_be_meant(tmp_path: Path, data: dict, message: str) -> None:
@@ -384,6 +442,7 @@ def test_a_file_of_one_s_own_replaces_the_directory_s(tmp_path: Path) -> None:
     assert found(tmp_path, test=str(tmp_path / "own.csv")) == {
         "train": ["train.csv"],
         "test": ["own.csv"],
+        "ignored": ["test.csv"],
     }
 
 
@@ -405,7 +464,7 @@ def test_a_directory_without_one_train_file(tmp_path: Path, names: list, message
     for name in names:
         write_rows(tmp_path / name)
     with pytest.raises(UserError, match=message):
-        find_files(Data(train=str(tmp_path)))
+        find_sources(Data(train=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -435,10 +494,10 @@ def labelled(count: int, labels: int, seed: int = 0) -> pd.DataFrame:
 
 def held_out(rows: pd.DataFrame, **shares: float) -> dict[str, pd.DataFrame]:
     keys = [content_key(text) for text in rows["text"]]
-    high, low = (np.array([int.from_bytes(k[i : i + 8]) for k in keys], np.uint64) for i in (0, 8))
+    high = np.array([int.from_bytes(key[:8]) for key in keys], np.uint64)
     cluster = pd.factorize(pd.Series(keys))[0]
     numbers = {SPLITS.index(name): share for name, share in shares.items()}
-    split = hold_out(high, low, cluster, pd.factorize(rows["label"], sort=True)[0], numbers)
+    split = hold_out(high, cluster, pd.factorize(rows["label"], sort=True)[0], numbers)
     return {name: rows[split == SPLITS.index(name)] for name in ("train", *shares)}
 
 
@@ -446,7 +505,7 @@ def test_hold_out_keeps_relatives_together_and_large_families_in_train() -> None
     rows = labelled(100, 1)
     high = np.arange(100, dtype=np.uint64)
     cluster = np.concatenate([np.zeros(40), np.repeat(np.arange(1, 31), 2)]).astype(int)
-    split = hold_out(high, high, cluster, None, {2: 0.1, 1: 0.2})
+    split = hold_out(high, cluster, None, {2: 0.1, 1: 0.2})
     assert Counter(split.tolist()) == {0: 70, 1: 20, 2: 10}
     assert all(len(set(split[cluster == number])) == 1 for number in range(31))
     assert set(split[:40]) == {0}

@@ -44,7 +44,7 @@ def shards(tmp_path: Path) -> Path:
 def result(data: Data, encoder: TextEncoder, directory: Path) -> dict[str, bytes]:
     directory.mkdir()
     validated = validate(data, encoder, directory)
-    assert not validated.problems and validated.total_rows == 300
+    assert not validated.problems and validated.total_rows == {"train": 300}
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 

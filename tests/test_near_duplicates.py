@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 from gptj8.near_duplicates import (
@@ -55,7 +57,9 @@ def all_similarities(texts: list[str]) -> np.ndarray:
         ("STRASSE Straße", "strasse strasse"),
         ("snake_case 42", "snake case 42"),
         ("漢字、カナ", "漢字 カナ"),
-        ("🙂 ?!", ""),
+        ("so good 🙂 ?!", "so good 🙂"),
+        ("3 + 3 = ...", "3 + 3 ="),
+        ("`x` ~ ^^ ?!", "x"),
     ],
 )
 def test_what_counts_of_a_text(text: str, normal: str) -> None:
@@ -98,9 +102,44 @@ def test_nearly_all_similar_pairs_are_found_and_no_others(threshold: float) -> N
     crossing = groups[similar[:, 0]] != groups[similar[:, 1]]
     leaking = set(similar[crossing, 0].tolist())
     repeating = set(similar[~crossing, 1].tolist())
+    family = connected_components(graph(similar[~crossing], len(texts)), directed=False)[1]
     found_crossing = groups[pairs[:, 0]] != groups[pairs[:, 1]]
     assert len(set(pairs[found_crossing, 0].tolist()) & leaking) >= 0.95 * len(leaking) > 30
     assert len(set(pairs[~found_crossing, 1].tolist()) & repeating) >= 0.95 * len(repeating) > 200
+    # The pairs connect the families that all pairs make, but for the few that are never looked at.
+    within = pairs[~found_crossing]
+    ours = connected_components(graph(within, len(texts)), directed=False)[1]
+    assert ours.max() - family.max() <= 0.05 * len(repeating)
+    # Each text of a family is paired with the first one, if it is like it.
+    for number in np.unique(ours[within]):
+        members = np.flatnonzero(ours == number)
+        like_first = members[1:][expected[members[0], members[1:]] >= threshold]
+        assert {(members[0], text) for text in like_first.tolist()} <= found
+
+
+def graph(pairs: np.ndarray, size: int) -> coo_array:
+    return coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+
+
+def test_a_text_between_two_others_joins_their_families() -> None:
+    rng = random.Random(9)
+    first, middle, last = ([], [], [])
+    for _ in range(40):
+        a, b = words(rng, 12), words(rng, 12)
+        both = [*a[:9], *b[3:]]
+        first.append(" ".join([*a, *b[6:]]))
+        middle.append(" ".join([*a[3:], *b]))
+        last.append(" ".join([*a[:2], *both, *b[:3]]))
+    texts = [*first, *middle, *last]
+    matrix = band_hashes(texts, *banding(0.5, len(texts)))
+    groups = np.zeros(len(texts), dtype=np.uint8)
+    pairs, _ = find_similar(matrix, groups, texts.__getitem__, 0.5)
+    expected = np.argwhere(np.triu(all_similarities(texts) >= 0.5, 1))
+    ours, theirs = (
+        connected_components(graph(found, len(texts)), directed=False)[1]
+        for found in (pairs, expected)
+    )
+    assert len(set(zip(ours, theirs, strict=True))) == ours.max() + 1 == theirs.max() + 1 < 120
 
 
 class Counting:

@@ -92,6 +92,24 @@ def test_a_template_without_its_field_is_refused(template, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"label_column": "text"},
+        {"prompt_template": "{text} {topic}", "label_column": "topic"},
+        {"task": "completion", "prompt_template": "{prompt}", "completion_column": "prompt"},
+    ],
+)
+def test_a_prompt_never_holds_its_answer(data):
+    (line,) = problems(data=data)
+    assert "is a column of prompt_template as well" in line
+
+
+def test_labels_belong_to_a_classification():
+    (line,) = problems(data={"task": "text", "labels": ["a", "b"]})
+    assert "labels are for task=classification" in line
+
+
 @pytest.mark.parametrize("target", ["attention", "all-linear", ["q_proj", "fc_in"]], ids=str)
 def test_targets_are_groups_or_names(target):
     params = parse_params({**MINIMAL, "finetune": {"target": target}})

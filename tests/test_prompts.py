@@ -110,3 +110,18 @@ def test_a_damaged_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         TextEncoder.load(tmp_path)
+
+
+def test_a_text_may_be_cut_at_its_beginning(encoder):
+    text = "the quick brown fox jumps over a lazy dog " * 20
+    ids = encoder.encode(text.strip())
+    left, right = (PromptEncoder(encoder, "{text} =", 40, side) for side in ("left", "right"))
+    kept = len(ids) - left.example(text, "fox").cut_tokens
+    assert 0 < kept < 40
+    for prompts, expected in ((left, ids[-kept:]), (right, ids[:kept])):
+        example = prompts.example(text, "fox")
+        assert example.ids[:kept] == expected and len(example.ids) == 40
+        assert (
+            prompts.prompt(text, reserve=len(example.ids) - example.prompt_length).ids
+            == (example.ids[: example.prompt_length])
+        )

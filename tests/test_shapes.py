@@ -85,6 +85,9 @@ def test_a_conversation_is_learned_from_its_last_answer(who: str, what: str) -> 
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
+        ("[hello", "is not a list of messages"),
+        ({"role": "user"}, "is not a list of messages"),
+        ([{"role": "user", "content": "\u200b"}], "message 1 is empty"),
         ([], "fewer than two messages"),
         ([{"role": "user", "content": "a"}], "fewer than two messages"),
         (["a", "b"], "message 1 has no role"),
@@ -97,5 +100,10 @@ def test_a_conversation_is_learned_from_its_last_answer(who: str, what: str) -> 
         ([{"role": "assistant", "content": "a"}] * 2, "no message of the user"),
     ],
 )
-def test_conversations_that_cannot_be_learned_from(messages: list, problem: str) -> None:
-    assert problem in (conversation_problem(json.dumps(messages)) or "")
+def test_conversations_that_cannot_be_learned_from(messages: object, problem: str) -> None:
+    cell = messages if isinstance(messages, str) else json.dumps(messages)
+    assert problem in (conversation_problem(cell) or "")
+
+
+def test_a_prompt_of_one_column_is_never_optional() -> None:
+    assert not shape_of(Data(train="x", optional_columns=("text",))).optional

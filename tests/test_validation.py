@@ -558,7 +558,8 @@ def test_bad_input_ends_in_one_line(
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert done.stdout == ""
-    assert files(project) - {"reports/validate/report.html"} == before
+    report = {"reports/validate/report.html", "reports/validate/findings.parquet"}
+    assert files(project) - report == before
     assert not files(project.parent / "home")
 
 

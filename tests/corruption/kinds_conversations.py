@@ -77,7 +77,7 @@ NO_TEXT = "message 1 has no text"
 NO_USER = "has no message of the user"
 NO_ANSWER = "does not end with the assistant"
 TOO_FEW = "has fewer than two messages"
-NO_LIST = "is a text, not a list of messages"
+NO_LIST = "is not a list of messages"
 OBJECT = "is an object, not a list of"
 
 CONVERSATIONS = [
@@ -96,7 +96,7 @@ CONVERSATIONS = [
     text("sharegpt-null-content", "sharegpt", "parquet", instead(None), "messages", NO_TEXT),
     text("chat-number-content", "chat", "jsonl", instead(5), "messages", NO_TEXT),
     cell("chat-text-messages", "chat", "jsonl", "messages", ["a", "b"], "messages", NO_ROLE),
-    cell("chat-not-a-list", "chat", "jsonl", "messages", "user: a", "type", NO_LIST),
+    cell("chat-not-a-list", "chat", "jsonl", "messages", "user: a", "messages", NO_LIST),
     cell("chat-a-message", "chat", "jsonl", "messages", {"role": "user"}, "type", OBJECT),
     cell("chat-null", "chat", "parquet", "messages", None, "missing"),
     text("chat-nul", "chat", "jsonl", insert("a\0", 0), "nul"),

@@ -80,6 +80,7 @@ DATASETS = [
         "completion",
         "csv",
         validation_emptied,
+        params={"max_invalid_fraction": 1.0},
         problem="the validation split has no rows left",
     ),
     Damage(
@@ -88,7 +89,7 @@ DATASETS = [
         "jsonl",
         emptied,
         params={"max_invalid_fraction": 0.05},
-        problem="invalid rows: 6 of 108, more than data.max_invalid_fraction = 0.05",
+        problem="invalid rows: 6 of 108, more in train than data.max_invalid_fraction = 0.05",
     ),
     Damage(
         "on-invalid-error",

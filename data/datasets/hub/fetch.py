@@ -38,6 +38,7 @@ import yaml
 from gptj8.errors import UserError
 from gptj8.files import replace_directory, require_free_space, write_json
 from gptj8.runtime import run
+from gptj8.words import one_line
 
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")
@@ -292,11 +293,6 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 if __name__ == "__main__":
