@@ -152,8 +152,14 @@ def explain_missing(split: str, value: str) -> str:
 
 def _files_below(directory: Path) -> list[Path]:
     """Return all files, those of linked folders too, but hidden ones."""
-    found = []
-    for folder, _, names in os.walk(directory, followlinks=True):
+    found: list[Path] = []
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(place)
         found += [Path(folder) / name for name in names if not name.startswith((".", "_"))]
     hidden = (path for path in found if any(p.startswith(".") for p in _parts(directory, path)))
     return sorted(set(found) - set(hidden))

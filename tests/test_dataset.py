@@ -384,6 +384,7 @@ def test_linked_folders_are_read(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere", "a.csv")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
     assert found(tmp_path / "data") == {"train": ["train/a.csv"]}
 
 
