@@ -103,6 +103,11 @@ CHECKS = {
         "texts with different answers",
         "They teach the model to guess; decide for one answer, or tell the texts apart.",
     ),
+    "joined": Check(
+        Kind.SUSPECT,
+        "cells that look like several rows",
+        "A quote inside a text is written twice, and the whole text in quotes; mend the first one.",
+    ),
     "mojibake": Check(
         Kind.SUSPECT, "texts that look misread", "ftfy.fix_text mends most of them, if it is so."
     ),

@@ -94,7 +94,7 @@ def metrics(validated: Validated) -> dict[str, Any]:
         "near_leaked_rows": found.count("near_leak"),
         "conflicting_rows": found.count("conflict"),
         "truncated_rows": found.count("truncated"),
-        "suspect_rows": found.count("mojibake", "html", "control", "special_token"),
+        "suspect_rows": found.count("joined", "mojibake", "html", "control", "special_token"),
     }
     counts |= {f"{name}_rows": validated.rows.get(name, 0) for name in SPLITS}
     if validated.task == "classification":

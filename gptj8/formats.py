@@ -66,7 +66,7 @@ def read_batches(
         For each field its text (null where the file has none) and `<field>_kind`: `text`,
         `integer`, `number`, `boolean`, `list`, `object`, `missing`, `undecodable` (bytes that are
         not UTF-8, which the text shows as U+FFFD) or another type's name; `problem`, null but in a
-        row without cells; and `file` and `row`.
+        row without cells; `warning`, null but in a row that may not be one; and `file` and `row`.
 
     Raises:
         UserError: naming the file, and line and column where they are known.
@@ -94,6 +94,7 @@ def _frame(batch: list[Row], columns: Mapping[str, str], path: Path) -> pd.DataF
         frame[field] = pd.array(values, dtype="str")
         frame[f"{field}_kind"] = pd.array(kinds, dtype="str")
     frame["problem"] = pd.array([row.problem for row in batch], dtype="str")
+    frame["warning"] = pd.array([row.warning for row in batch], dtype="str")
     frame["row"] = [row.number for row in batch]
     return pd.DataFrame(frame).assign(file=pd.array([path.as_posix()] * len(batch), dtype="str"))
 

@@ -39,11 +39,12 @@ _MAX_ARRAY_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Row:
-    """A row as a parser finds it: its cells by column, or what is wrong with it."""
+    """A row as a parser finds it: its cells by column, or what is wrong with it, or may be."""
 
     number: int
     cells: Mapping[str, Any]
     problem: str | None = None
+    warning: str | None = None
 
 
 class EmptyFileError(UserError):
@@ -151,7 +152,8 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 continue
             number += 1
             if len(cells) == len(header):
-                yield Row(number, dict(zip(header, cells, strict=True)))
+                warning = _joined(cells, delimiter, start) if line > start else None
+                yield Row(number, dict(zip(header, cells, strict=True)), warning=warning)
                 continue
             problem = f"has {len(cells)} cells on line {start}, where the header has {len(header)}"
             if len(cells) > len(header):
@@ -166,6 +168,23 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
             raise UserError(f"{path} line {line + 1}: {error}") from None
         where = f"line {line + place.line} column {place.column}"
         raise UserError(f"{path} {where}: {place.reason}") from None
+
+
+def _joined(cells: Sequence[str], delimiter: str, line: int) -> str | None:
+    """Return what speaks for a cell being several rows that a stray pair of quotes has joined.
+
+    Its lines then have the separators of whole rows, the first and the last one those of the parts
+    before and after the quotes. Text with a comma a line looks like that too: two columns of CSV
+    take four lines to be told.
+    """
+    others = len(cells) - 1
+    least = 2 if delimiter == "\t" else 4 if others == 1 else 3
+    for column, cell in enumerate(cells):
+        counts = [part.count(delimiter) for part in cell.split("\n")]
+        rows = [others - column, *[others] * (len(counts) - 2), column]
+        if others and len(counts) >= least and counts == rows:
+            return f"may be {len(counts)} rows that a quote on line {line} has joined"
+    return None
 
 
 def _check_header(header: list[str], path: Path) -> None:

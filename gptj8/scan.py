@@ -163,7 +163,7 @@ class Scanner:
         return places.assign(
             check=failed["check"],
             column=failed["field"].map(
-                lambda field: "" if field == "problem" else self.shape.column_of(field)
+                lambda field: "" if field in ("problem", "warning") else self.shape.column_of(field)
             ),
             value=failed["value"],
             reason=failed["reason"],

@@ -45,6 +45,8 @@ _REASONS = {
 
 _TextCheck = Callable[[pd.Series], pd.Series]
 
+_OF_THE_ROW = ("problem", "warning")
+
 FAILURE_COLUMNS = ("index", "check", "field", "value", "reason")
 
 
@@ -59,7 +61,8 @@ def schema(
         special_tokens: what the tokenizer's special tokens are called.
     """
     columns: dict[str, pa.Column] = {
-        "problem": pa.Column(checks=pa.Check(_none, error="malformed"), nullable=True)
+        "problem": pa.Column(checks=pa.Check(_none, error="malformed"), nullable=True),
+        "warning": pa.Column(checks=pa.Check(_none, error="joined"), nullable=True),
     }
     for field in shape.columns:
         optional = field in shape.optional
@@ -132,12 +135,12 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
         }
     )
     found = _without_consequences(found, rows)
-    order = {field: position for position, field in enumerate(["problem", *shape.columns])}
+    order = {field: position for position, field in enumerate([*_OF_THE_ROW, *shape.columns])}
     found = found.assign(order=found["field"].map(order)).sort_values(
         ["index", "order", "check"], kind="stable"
     )
     cells = list(zip(found["index"], found["field"], found["check"], strict=True))
-    found["value"] = [None if f == "problem" else rows.at[i, f] for i, f, _ in cells]
+    found["value"] = [None if f in _OF_THE_ROW else rows.at[i, f] for i, f, _ in cells]
     found["reason"] = [_reason(rows, i, f, check) for i, f, check in cells]
     return found[list(FAILURE_COLUMNS)].reset_index(drop=True)
 
@@ -155,8 +158,8 @@ def _without_consequences(found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFra
 
 
 def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
-    if check == "malformed":
-        return rows.at[index, "problem"]
+    if field in _OF_THE_ROW:
+        return rows.at[index, field]
     if check == "type":
         return _wrong_kind(rows.at[index, f"{field}_kind"], field)
     if check in _REASONS:

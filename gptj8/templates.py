@@ -18,7 +18,7 @@ from dataclasses import dataclass
 MESSAGES = "messages"
 """The field that stands for a conversation."""
 
-_RESERVED = ("file", "row", "split", "problem", "label", "completion")
+_RESERVED = ("file", "row", "split", "problem", "warning", "label", "completion")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import lzma
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,26 @@ def test_damaged_files_are_refused_by_name_and_line(
     assert text.startswith(str(path))
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warnings"),
+    [
+        ("t.tsv", 'text\tlabel\n"a\tx\nb\tx\nit the "\tx\nd\tx\n', {1: "3 rows .* line 2"}),
+        ("t.csv", 'text,label\nz,x\n"a,x\nb,x\nc,x\nit ",x\n', {2: "4 rows .* line 3"}),
+        ("t.csv", 'id,text,label\n1,"a,x\n2,b,x\n3,it ",x\n', {1: "3 rows .* line 2"}),
+        ("t.csv", 'text,label\n"Hello, world\nbye",x\n"one, two\nbuckle, my\nshoe",y\n', {}),
+        ("t.csv", 'text,label\n"a\n\nb",x\n"""quoted"", he\nsaid",y\n', {}),
+    ],
+)
+def test_rows_joined_by_a_stray_quote_are_pointed_at(
+    tmp_path: Path, name: str, content: str, warnings: dict[int, str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    rows = read_rows(tmp_path / name, BOTH)
+    found = rows[rows["warning"].notna()].set_index("row")["warning"].to_dict()
+    assert found.keys() == warnings.keys()
+    assert all(re.search(pattern, found[row]) for row, pattern in warnings.items())
 
 
 MALFORMED = {
