@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -173,7 +172,7 @@ class PreparedWriter:
         """Complete all files; `labels` are those of a classification."""
         for name, packer in self._packers.items():
             self._write_examples(name, packer.rest())
-        self._files.close()
+        self.close()
         content = {
             "task": self.task,
             "labels": sorted(labels),
@@ -183,15 +182,8 @@ class PreparedWriter:
         }
         write_json(self.directory / "dataset.json", content)
 
-    def __enter__(self) -> PreparedWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close all files; without `finish` they are no dataset."""
         self._files.close()
 
     def _write_examples(self, split: str, examples: list[np.ndarray]) -> None:

@@ -17,11 +17,6 @@ Example = Mapping[str, Any]
 """`input_ids` (a list of int), `prompt_length` (the first so many are not learned) and `length`."""
 
 
-def make_example(ids: list[int], prompt_length: int) -> Example:
-    """Return the example of some ids."""
-    return {"input_ids": ids, "prompt_length": prompt_length, "length": len(ids)}
-
-
 def prompt_ids(example: Example) -> list[int]:
     """Return the ids before the first one that is learned; all of them for running text."""
     ids = example["input_ids"]

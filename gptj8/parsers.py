@@ -228,10 +228,7 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
             yield Row(number, {}, f"is not usable JSON: {one_line(error).partition(';')[0]}")
         else:
-            if isinstance(value, dict):
-                yield Row(number, value)
-            else:
-                yield Row(number, {}, "is not a JSON object, such as {...}")
+            yield _row_of(number, value)
 
 
 class _RepeatedKeyError(Exception):
@@ -254,11 +251,13 @@ def _parse_json_array(text: str, path: Path, first_line: int) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         reason = one_line(error).partition(";")[0]
         raise UserError(f"{path} line {first_line} is not usable JSON: {reason}") from None
-    for number, value in enumerate(values, 1):
-        if isinstance(value, dict):
-            yield Row(number, value)
-        else:
-            yield Row(number, {}, "is not a JSON object, such as {...}")
+    yield from itertools.starmap(_row_of, enumerate(values, 1))
+
+
+def _row_of(number: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, {}, "is not a JSON object, such as {...}")
 
 
 def _parse_plain(text: io.TextIOWrapper, text_row: str) -> Iterator[Row]:

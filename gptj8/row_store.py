@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -121,15 +120,8 @@ class RowStore:
         back[order] = np.arange(len(indices))
         return found.iloc[back].reset_index(drop=True)
 
-    def __enter__(self) -> RowStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Finish, and let go of what is read."""
         self.finish()
         if self._texts >= 0:
             os.close(self._texts)

@@ -163,7 +163,7 @@ class Scanner:
         return places.assign(
             check=failed["check"],
             column=failed["field"].map(
-                lambda field: "" if field in ("problem", "warning") else self.shape.column_of(field)
+                lambda field: "" if field in schemas.OF_THE_ROW else self.shape.column_of(field)
             ),
             value=failed["value"],
             reason=failed["reason"],
@@ -213,7 +213,7 @@ def scan_files(
     Raises:
         UserError: a line for each file that cannot be read.
     """
-    errors: list[tuple[Path, UserError]] = []
+    errors: _Errors = []
     scan = _scan_on_dask if engine == "dask" else _scan_here
     yield from scan(scanner, files, advance, errors)
     for path, error in errors:

@@ -45,7 +45,8 @@ _REASONS = {
 
 _TextCheck = Callable[[pd.Series], pd.Series]
 
-_OF_THE_ROW = ("problem", "warning")
+OF_THE_ROW = ("problem", "warning")
+"""What is said of a whole row and of no field."""
 
 FAILURE_COLUMNS = ("index", "check", "field", "value", "reason")
 
@@ -135,12 +136,12 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
         }
     )
     found = _without_consequences(found, rows)
-    order = {field: position for position, field in enumerate([*_OF_THE_ROW, *shape.columns])}
+    order = {field: position for position, field in enumerate([*OF_THE_ROW, *shape.columns])}
     found = found.assign(order=found["field"].map(order)).sort_values(
         ["index", "order", "check"], kind="stable"
     )
     cells = list(zip(found["index"], found["field"], found["check"], strict=True))
-    found["value"] = [None if f in _OF_THE_ROW else rows.at[i, f] for i, f, _ in cells]
+    found["value"] = [None if f in OF_THE_ROW else rows.at[i, f] for i, f, _ in cells]
     found["reason"] = [_reason(rows, i, f, check) for i, f, check in cells]
     return found[list(FAILURE_COLUMNS)].reset_index(drop=True)
 
@@ -158,7 +159,7 @@ def _without_consequences(found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFra
 
 
 def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
-    if field in _OF_THE_ROW:
+    if field in OF_THE_ROW:
         return rows.at[index, field]
     if check == "type":
         return _wrong_kind(rows.at[index, f"{field}_kind"], field)

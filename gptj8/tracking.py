@@ -25,6 +25,7 @@ from typing import Any
 from gptj8.files import read_json, sha256_tree
 from gptj8.params import Params, resolved
 from gptj8.runtime import project_root
+from gptj8.words import one_line
 
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 REPORTS = Path("reports")
@@ -194,8 +195,7 @@ class StageRun:
 
     def _give_up(self, error: Exception) -> None:
         self._alive = False
-        reason = " ".join(str(error).split())[:300]
-        print(f"warning: MLflow does not record this stage: {reason}", file=sys.stderr)
+        print(f"warning: MLflow does not record this stage: {one_line(error)}", file=sys.stderr)
 
 
 @contextmanager

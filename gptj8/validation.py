@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,8 +108,8 @@ def validate(
     scratch = directory / ".scratch"
     try:
         with (
-            Findings(directory / FINDINGS_FILE) as findings,
-            RowStore(scratch) as store,
+            closing(Findings(directory / FINDINGS_FILE)) as findings,
+            closing(RowStore(scratch)) as store,
         ):
             validated = Validated(data.task, sources.files, findings, ignored=sources.ignored)
             _Validation(data, encoder, validated, store).run(directory)
@@ -306,14 +307,15 @@ class _Validation:
     def _write(self, directory: Path) -> None:
         validated = self.validated
         names = self.label_names
+        prepared = PreparedWriter(
+            directory,
+            self.data.task,
+            self.shape.prompt_template,
+            self.data.max_length,
+            self.shape.truncation_side,
+        )
         with (
-            PreparedWriter(
-                directory,
-                self.data.task,
-                self.shape.prompt_template,
-                self.data.max_length,
-                self.shape.truncation_side,
-            ) as writer,
+            closing(prepared) as writer,
             progress(self.store.size, "write", " rows") as advance,
         ):
             for start, batch in self.store.batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ def write_prepared(
     """Write rows with the task's fields, `file` and `row`; every one has the tokens 1, 2, 3."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     labels = {label for rows in splits.values() for label in rows.get("label", ())}
-    with PreparedWriter(directory, task, template, max_length=4) as writer:
+    with closing(PreparedWriter(directory, task, template, max_length=4)) as writer:
         for name, rows in splits.items():
             columns = {
                 field: pa.array(rows[field].tolist(), pa.large_string())

@@ -7,7 +7,7 @@ import torch
 
 from gptj8.adapters import add_adapter, trainable_parameters
 from gptj8.errors import UserError
-from gptj8.examples import IGNORED, make_example, prompt_ids
+from gptj8.examples import IGNORED, prompt_ids
 from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_adapter, load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
@@ -41,7 +41,10 @@ def encoder(tiny_model_dir):
 def examples(encoder):
     prompts = PromptEncoder(encoder, "{text} =", 32)
     encoded = [prompts.example(text, completion) for text, completion in ROWS]
-    return [make_example(example.ids, example.prompt_length) for example in encoded]
+    return [
+        {"input_ids": e.ids, "prompt_length": e.prompt_length, "length": len(e.ids)}
+        for e in encoded
+    ]
 
 
 def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float32):

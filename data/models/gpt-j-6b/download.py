@@ -25,6 +25,7 @@ import yaml
 from gptj8.errors import UserError
 from gptj8.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime import run
+from gptj8.words import one_line
 
 TARGET = Path("model")
 STAGING = Path(".model.incomplete")
@@ -174,11 +175,6 @@ def put_into_place(names: set[str]) -> None:
     if TARGET.exists():
         shutil.rmtree(TARGET)
     STAGING.rename(TARGET)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 if __name__ == "__main__":
