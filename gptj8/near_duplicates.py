@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import regex
 
+from gptj8.repeats import pack, repeated, unpack
 from gptj8.words import canonical_words
 
 SHINGLE = 5
@@ -36,7 +37,7 @@ _LARGEST_WIDTH = 16
 _RECALL = 0.95
 _SEED = 8
 _CHUNK = 256  # texts whose shingles stay in the processor's cache
-_TOP, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+_TOP = np.uint64(32)
 
 _CHANCE = 0.05  # what texts without any relation share
 _MISSES = 16  # texts that one is compared with and not similar to
@@ -156,11 +157,11 @@ def find_similar(
     seen = np.empty(0, dtype=np.uint64)
     similar = _SimilarPairs(text_of, threshold)
     for band in bands:
-        parts = [_pack(one, other) for one, other in _agreeing(band, groups)]
+        parts = [pack(one, other) for one, other in _agreeing(band, groups)]
         if not parts:
             continue
         new = np.setdiff1d(np.unique(np.concatenate(parts)), seen, assume_unique=True)
-        one, other = (new >> _TOP).astype(np.int64), (new & _LOW).astype(np.int64)
+        one, other = unpack(new)
         crossing = groups[one] != groups[other]
         waiting = np.where(
             crossing,
@@ -217,14 +218,9 @@ def _root(parents: np.ndarray, text: int) -> int:
 
 
 def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    # The index in the low half: sorting numbers is many times faster than sorting their order.
-    order = np.sort(_pack(band, np.arange(len(band))))
-    values, index = order >> _TOP, (order & _LOW).astype(np.int64)
-    same = values[1:] == values[:-1]
-    if not same.any():
+    values, index = repeated(band)
+    if not len(values):
         return
-    inside = np.concatenate([[False], same]) | np.concatenate([same, [False]])
-    values, index = values[inside], index[inside]
     starts = np.concatenate([[True], values[1:] != values[:-1]])
     place = np.arange(len(values))
     first = np.maximum.accumulate(np.where(starts, place, 0))
@@ -241,10 +237,6 @@ def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray
     inside[inside] = first[following[inside]] == first[inside]
     earlier = np.flatnonzero(inside)
     yield index[earlier], index[following[earlier]]
-
-
-def _pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    return (high.astype(np.uint64) << _TOP) | low.astype(np.uint64)
 
 
 def _hashed_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,8 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-_LOW = np.uint64(0xFFFFFFFF)
+from gptj8.repeats import either_side, repeated
+
 _HALF = np.uint64(32)
 
 
@@ -29,16 +30,13 @@ def equal_texts(high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> pd.DataF
         `index` and `group` of every such row, by index; a group is a text.
     """
     # Most texts are unique, which half of a half of the key shows for little memory.
-    ordered = np.sort((high[rows] & ~_LOW) | np.arange(len(rows), dtype=np.uint64))
-    values, places = ordered >> _HALF, (ordered & _LOW).astype(np.int64)
-    same = values[1:] == values[:-1]
-    candidates = rows[np.sort(places[_either_side(same)])]
+    candidates = rows[np.sort(repeated(high[rows] >> _HALF)[1])]
     order = np.lexsort((candidates, low[candidates], high[candidates]))
     index = candidates[order]
     same = (high[index][1:] == high[index][:-1]) & (low[index][1:] == low[index][:-1])
     group = np.cumsum(np.concatenate([[True], ~same]))
     found = pd.DataFrame({"index": index, "group": group[: len(index)]})[
-        _either_side(same)[: len(index)]
+        either_side(same)[: len(index)]
     ]
     return found.sort_values("index", ignore_index=True)
 
@@ -229,8 +227,3 @@ def _take(
             if not needed:
                 break
         passed += again
-
-
-def _either_side(same: np.ndarray) -> np.ndarray:
-    """Return which elements equal a neighbour, given which of them equal the one before."""
-    return np.concatenate([[False], same]) | np.concatenate([same, [False]])
