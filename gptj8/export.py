@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
+from gptj8.dataset import load_prepared
 from gptj8.errors import UserError
-from gptj8.files import list_files, write_json
+from gptj8.evaluation.perplexity import score_documents
+from gptj8.evaluation.statistics import Estimate, perplexity_ratio
+from gptj8.evaluation.suite import held_out_documents
+from gptj8.files import list_files, read_json, write_json
+from gptj8.model_card import model_card
 from gptj8.models import load_adapter, load_model
-from gptj8.reference import max_logit_difference
+from gptj8.params import Params
+from gptj8.prompts import PromptEncoder, TextEncoder
 
 MERGED = "merged"
 
@@ -28,18 +35,26 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_IDENTICAL = 0.9
 
 
 def collect(
-    adapter: Path, base: Path, folder: Path, params: Mapping[str, Any], metrics: Mapping[str, Any]
+    adapter: Path,
+    base: Path,
+    folder: Path,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    dataset: Mapping[str, Any],
 ) -> None:
-    """Fill `folder` with the adapter, the tokenizer, the params, the metrics and a model card.
+    """Fill `folder` with the adapter, the tokenizer, the params, the metrics, the dataset's
+    description and a model card.
 
     Args:
-        adapter: as `PeftModel.save_pretrained` wrote it.
+        adapter: as the stage `finetune` leaves it.
         base: the converted base model, for its tokenizer.
         params: the resolved params, for the record and the card.
         metrics: by stage, what the stages measured.
+        dataset: task, labels, template and the digests of the files that were read.
 
     Raises:
         UserError: if the adapter is incomplete.
@@ -48,12 +63,25 @@ def collect(
         if not (adapter / name).is_file():
             raise UserError(f"{adapter} has no {name}; rerun finetune")
         shutil.copyfile(adapter / name, folder / name)
-    for name in _TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    copy_tokenizer(base, folder)
     write_json(folder / "params.json", params)
     write_json(folder / "metrics.json", metrics)
-    (folder / "README.md").write_text(model_card(params, metrics), encoding="utf-8")
+    write_json(folder / "dataset.json", dataset)
+    (folder / "README.md").write_text(model_card(params, metrics, dataset), encoding="utf-8")
+
+
+def describe_dataset(prepared: Path, inputs: Path) -> dict[str, Any]:
+    """Return what is known of a prepared dataset: its own description, and the digests of the files
+    it was made of and of itself, as DVC knows them."""
+    digests = read_json(inputs)
+    return {**read_json(prepared / "dataset.json"), **digests}
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy whichever files of a tokenizer there are."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -61,94 +89,103 @@ def adapter_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in list_files(folder) if MERGED not in f.parts)
 
 
-def compare_with_trained(
-    exported: Path, adapter: Path, base: Path, dtype: torch.dtype, device: torch.device
-) -> float:
-    """Load the export from disk and compare it with what the trained model answered.
+def require_same_answers(compared: Mapping[str, float], what: str) -> None:
+    """Refuse a copy that does not answer as the trained model did.
 
-    Returns:
-        the largest absolute logit difference over the reference prompts; 0.0 on the machine that
-        trained.
+    Args:
+        compared: from `reference.compare_in_fresh_process`.
+        what: is compared, for people.
+
+    Raises:
+        UserError: if more than a tenth of the prompts is continued by other tokens; rounding alone,
+            as on another machine, turns a near tie here and there.
     """
-    model = load_adapter(load_model(base, dtype, device), exported)
-    return max_logit_difference(adapter, model)
+    same, of = compared["identical_generations"], compared["compared_prompts"]
+    if same < _IDENTICAL * of:
+        raise UserError(
+            f"{what} answers only {same:.0f} of {of:.0f} prompts as the trained model did (logits "
+            f"differ by up to {compared['max_logit_difference']:.3g}); it was not exported. Rerun "
+            "finetune on this machine"
+        )
 
 
-def merge(exported: Path, base: Path, adapter: Path, device: torch.device) -> float:
+def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
     """Write a 16-bit model with the adapter merged into it, which needs nothing but transformers.
 
-    The base is restored to float32 and merged there, because a merge into 8 bits would round the
-    adapter away; weights are then saved in 16 bits.
+    Each adapted matrix is restored to float32 and merged there, because a merge into 8 bits would
+    round the adapter away, and rounded to 16 bits once; so memory holds the 16-bit model and one
+    matrix more.
 
-    Returns:
-        the largest absolute logit difference to the trained model over the reference prompts.
+    Args:
+        base: the converted base model, with its tokenizer.
+        adapter: not changed.
+        target: folder to make.
+        dtype: of the weights.
     """
-    # On the CPU: float32 weights are four times what the GPU was chosen for.
-    cpu = torch.device("cpu")
-    restored = load_model(base, torch.float32, cpu).dequantize(torch.float32)
-    merged = load_adapter(restored, exported).merge_and_unload()
-    merged.to(torch.bfloat16).save_pretrained(exported / MERGED)
-    for name in _TOKENIZER_FILES:
-        if (exported / name).is_file():
-            shutil.copyfile(exported / name, exported / MERGED / name)
-    return max_logit_difference(adapter, load_model(exported / MERGED, torch.bfloat16, device))
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from gptj8.integration import restore_modules
+    from gptj8.layers import Frozen8bitModule, full_precision_twin
+
+    # On the CPU: 16-bit weights are twice what the GPU was chosen for.
+    adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)
+    for module in list(adapted.modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if isinstance(module.base_layer, Frozen8bitModule):
+            module.base_layer = full_precision_twin(module.base_layer, torch.float32)
+        module.merge()
+        module.get_base_layer().to(dtype)
+    merged = restore_modules(adapted.unload(), dtype)
+    del merged.config.quantization_config
+    merged.save_pretrained(target)
+    copy_tokenizer(base, target)
 
 
-def model_card(params: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Return a model card in the Hub's format."""
-    from huggingface_hub import ModelCardData
+def perplexity_against_tuned(
+    model: Path,
+    prepared: Path,
+    table: Path,
+    params: Params,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Estimate:
+    """Return a model's perplexity to the tuned one's, which `evaluate` has measured.
 
-    data, finetune = params["data"], params["finetune"]
-    card_data = ModelCardData(
-        base_model=params["model"]["path"],
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["gptj8", "8-bit", finetune["method"]],
+    Args:
+        model: directory.
+        prepared: the dataset that both are measured on.
+        table: `perplexity.csv` of the evaluation.
+        params: what decides the documents; resamples and seed of the interval.
+        dtype, device: of the arithmetic.
+    """
+    dataset, settings = load_prepared(prepared), params.evaluate
+    prompts = PromptEncoder(
+        TextEncoder.load(model),
+        dataset.prompt_template,
+        params.data.max_length,
+        dataset.truncation_side,
     )
-    evaluation = metrics.get("evaluate", {})
-    rows = "\n".join(f"| {key} | {_number(value)} |" for key, value in evaluation.items())
-    settings = json.dumps(finetune, indent=2)
-    template = json.dumps(data["prompt_template"])
-    body = f"""
-# {finetune["method"]} adapter for {params["model"]["path"]}
-
-Trained with gptj8 on `{data["train"]}` ({data["task"]}), on a base whose large weights are frozen
-in 8 bits (block-wise, block size {params["quantization"]["block_size"]}, codebook
-{params["quantization"]["codebook"]}).
-
-## Use
-
-```python
-import gptj8  # lets transformers read the 8-bit base
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("artifacts/base-8bit")
-model = PeftModel.from_pretrained(base, "artifacts/export")
-```
-
-A prompt is {template}, and the answer follows after a space.
-
-## Evaluation
-
-| metric | value |
-|---|---|
-{rows}
-
-The share of held-out rows answered right is `accuracy`; `perplexity` is per token of held-out text.
-`base` is the original model, `quantized` its 8-bit copy, `tuned` the copy with this adapter.
-
-## Training
-
-```json
-{settings}
-```
-
-Seed {params["seed"]}. The adapter knows what its training rows said and repeats their errors and
-biases; it was measured on held-out rows of the same source only.
-"""
-    return f"---\n{card_data.to_yaml()}\n---\n{body}"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    _, documents = held_out_documents(
+        dataset.task,
+        dataset.split("test"),
+        prompts,
+        path=settings.perplexity_text,
+        text_column=params.data.text_column,
+        limit=settings.max_perplexity_documents,
+    )
+    scores = score_documents(
+        load_model(model, dtype, device),
+        documents.ids,
+        documents.starts,
+        batch_size=settings.per_device_eval_batch_size,
+        description="merged: perplexity",
+    )
+    tuned = pd.read_csv(table)["tuned_nll"].to_numpy()
+    return perplexity_ratio(
+        scores.nll,
+        tuned,
+        scores.tokens,
+        resamples=settings.bootstrap_resamples,
+        rng=np.random.default_rng(params.seed),
+    )

@@ -13,11 +13,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gptj8.errors import UserError
+from gptj8.evaluation.requirements import parse_requirement
 from gptj8.templates import parse_template
 
 PARAMS_FILE = "params.yaml"
@@ -145,7 +146,9 @@ class Finetune(_Section):
     optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt = 100
-    """Steps between two measurements of the validation loss."""
+    """Steps between two measurements on the validation split: loss, and accuracy of labels."""
+    max_eval_samples: PositiveInt | None = None
+    """Measure on the first so many examples of it; null: on all."""
 
 
 class Evaluate(_Section):
@@ -158,7 +161,23 @@ class Evaluate(_Section):
     max_perplexity_documents: PositiveInt | None = None
     """Measure on the first so many documents only; null: on all."""
     per_device_eval_batch_size: PositiveInt = 16
+    max_new_tokens: PositiveInt = 64
+    """Tokens of a generated completion; a label has as many as the longest takes."""
+    max_generated_rows: NonNegativeInt | None = None
+    """Let the models write an answer to the first so many rows; null: to all."""
+    predictions: str | None = None
+    """A CSV of what another system predicts for the test rows, or a directory of such."""
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
+    require: tuple[str, ...] = ()
+    """What must hold of the metrics for the model to be exported, such as
+    `tuned/accuracy > base/accuracy`."""
+
+    @field_validator("require")
+    @classmethod
+    def _can_be_checked(cls, require: tuple[str, ...]) -> tuple[str, ...]:
+        for requirement in require:
+            parse_requirement(requirement)
+        return require
 
 
 class Export(_Section):

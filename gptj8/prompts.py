@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from gptj8.errors import UserError
 
@@ -129,6 +130,12 @@ class TextEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def decode_stream(self) -> Callable[[int], str]:
+        """Return a function that takes one id after another and returns the text that it adds:
+        nothing while a character is not complete."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token) or ""
 
 
 class PromptEncoder:

@@ -1,59 +1,96 @@
 """What the trained model answered before it was saved, so that a copy can be proven equal.
 
 Adapters have been exported that differ from what was trained. So the training process itself writes
-logits of a few prompts beside the adapter, and whoever reloads the adapter computes them again.
+logits and continuations of real prompts beside the adapter, and a process that knows nothing of it
+loads the export and computes them again (`gptj8.replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from gptj8 import replay
 from gptj8.errors import UserError
 
-REFERENCE_FILE = "reference_logits.safetensors"
+REFERENCE_FILE = "reference_answers.safetensors"
 
-PROMPTS = 32
-"""How many prompts are compared."""
+PROMPTS = 100
+"""At most so many prompts are compared."""
+
+_TOKENS = 1 << 14  # of all prompts together: a minute or ten of a large model on a CPU
 
 
-@torch.inference_mode()
-def prompt_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the logits after each prompt: float32 (prompts, vocabulary).
-
-    One prompt at a time, without padding, so that the numbers do not depend on their company.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    rows = [
-        model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, -1].float().cpu()
-        for ids in prompts
-    ]
-    return torch.stack(rows)
+def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """Return the first prompts, as many as are compared."""
+    chosen: list[Sequence[int]] = []
+    tokens = 0
+    for prompt in prompts:
+        tokens += len(prompt)
+        if len(chosen) == PROMPTS or (chosen and tokens > _TOKENS):
+            break
+        chosen.append(prompt)
+    return chosen
 
 
 def save_reference(
-    folder: str | Path, model: torch.nn.Module, prompts: Sequence[Sequence[int]]
+    folder: str | Path, model: torch.nn.Module, prompts: Sequence[Sequence[int]], eos_id: int
 ) -> None:
-    """Write prompts and their logits into an adapter's folder."""
-    tensors = {"logits": prompt_logits(model, prompts)}
-    tensors |= {f"prompt.{i:03d}": torch.tensor(list(ids)) for i, ids in enumerate(prompts)}
+    """Write prompts and the model's answers into an adapter's folder."""
+    model.eval()
+    answers = [replay.answer(model, prompt, eos_id) for prompt in prompts]
+    tensors = {
+        "logits": torch.stack([logits for logits, _ in answers]),
+        "eos_id": torch.tensor(eos_id),
+    }
+    for number, (prompt, (_, tokens)) in enumerate(zip(prompts, answers, strict=True)):
+        tensors[f"prompt.{number:03d}"] = torch.tensor(list(prompt))
+        tensors[f"answer.{number:03d}"] = tokens.clone()
     save_file(tensors, Path(folder) / REFERENCE_FILE)
 
 
-def max_logit_difference(folder: str | Path, model: torch.nn.Module) -> float:
-    """Return the largest absolute difference between the saved logits and the model's own.
+def compare_in_fresh_process(
+    reference: str | Path,
+    model: str | Path,
+    adapter: str | Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, float]:
+    """Load a model from the disk in a process of its own and compare what it answers.
+
+    Args:
+        reference: the adapter's folder, in which `save_reference` wrote.
+        model: a model directory, converted or merged.
+        adapter: to put on it.
+        dtype: of the arithmetic.
+        device: CPU or GPU.
+
+    Returns:
+        `max_logit_difference`, absolute, over the first new token of all prompts: 0.0 where
+        nothing was lost and the machine is the one that trained; `compared_prompts`, and
+        `identical_generations`: how many of them are continued by the same tokens.
 
     Raises:
-        UserError: if the folder holds no reference.
+        UserError: if there is no reference, or the model cannot be loaded.
     """
-    file = Path(folder) / REFERENCE_FILE
+    file = Path(reference) / REFERENCE_FILE
     if not file.is_file():
         raise UserError(f"{file} does not exist; rerun finetune")
-    tensors = load_file(file)
-    expected = tensors.pop("logits")
-    prompts = [tensors[name].tolist() for name in sorted(tensors)]
-    return float((prompt_logits(model, prompts) - expected).abs().max())
+    command = [sys.executable, "-P", replay.__file__, str(model), str(file)]
+    command += ["--dtype", str(dtype).removeprefix("torch."), "--device", device.type]
+    if adapter is not None:
+        command += ["--adapter", str(adapter)]
+    threads = str(torch.get_num_threads())  # with another number of them sums round differently
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{adapter or model} cannot be loaded by a new process: {reason[:300]}")
+    return json.loads(process.stdout.splitlines()[-1])

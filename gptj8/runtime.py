@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptj8.errors import UserError
@@ -141,12 +141,26 @@ def progress(total: int, description: str, unit: str) -> Iterator[Callable[[int]
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process in GiB: the GPU's if one was used, else resident."""
+    """Return the peak memory of this process in GiB since the last `reset_peak_memory`: the GPU's
+    if one was used, else resident."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peak = next(line for line in status if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) / 2**20
     kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
+
+
+def reset_peak_memory() -> None:
+    """Begin to measure anew, where the system can: what follows is not blamed for what was."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def project_root() -> Path:

@@ -16,7 +16,7 @@ read: `role` and `content`, and `from` and `value` with `human` and `gpt`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,6 +97,32 @@ class Shape:
             found[self.answer] = rows[self.answer].str.strip()
         return found
 
+    def text_of(self, cells: Mapping[str, Any]) -> str:
+        """Return the text of one row that has no answer yet.
+
+        Args:
+            cells: by the user's names of columns; more than are needed may be given. `messages` is
+                a list of conversations' messages, or that as JSON.
+
+        Raises:
+            ValueError: naming the column that is missing, empty or no text.
+        """
+        fields: dict[str, str | None] = {}
+        for name, column in self.columns.items():
+            if name == self.answer:
+                continue
+            cell = cells.get(column)
+            if name == MESSAGES:
+                return _conversation_before_answer(cell, column)
+            if cell is not None and not isinstance(cell, str):
+                raise ValueError(f"{column} is not a text")
+            if not (cell or "").strip(INVISIBLE) and name not in self.optional:
+                raise ValueError(f"{column} is {'empty' if column in cells else 'missing'}")
+            fields[name] = cell
+        if self.template is None or self.template.fields == (self.input,):
+            return fields[self.input] or ""
+        return self.template.text(fields)
+
 
 def shape_of(data: Data) -> Shape:
     """Return the shape that the params describe."""
@@ -157,8 +183,26 @@ def conversation_text(cell: str) -> str:
 
 def _split_conversation(cell: str) -> tuple[str, str]:
     messages = json.loads(cell)
-    lines = [f"{_role(message)}: {_content(message).strip()}" for message in messages[:-1]]
-    return "\n".join(lines), _content(messages[-1]).strip()
+    return _conversation_prompt(messages[:-1]), _content(messages[-1]).strip()
+
+
+def _conversation_prompt(messages: Sequence[Any]) -> str:
+    return "\n".join(f"{_role(message)}: {_content(message).strip()}" for message in messages)
+
+
+def _conversation_before_answer(cell: Any, column: str) -> str:
+    messages = cell
+    if isinstance(cell, str):
+        try:
+            messages = json.loads(cell)
+        except (ValueError, RecursionError):
+            messages = None
+    answer = {"role": "assistant", "content": "to come"}
+    whole = [*messages, answer] if isinstance(messages, list) else messages
+    problem = conversation_problem(json.dumps(whole))
+    if problem:
+        raise ValueError(f"{column} {problem}")
+    return _conversation_prompt(whole[:-1])
 
 
 def _role(message: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""MLflow, and nothing else: the only module that imports it.
+"""MLflow, and nothing else: the only module that imports it, with `registry`, which it calls.
 
 DVC decides what runs; this records it. One experiment is one MLflow run, found again by the digest
 of everything that decides its outcome (params, data, base model), so every stage process, now or in
@@ -16,12 +16,15 @@ import json
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptj8 import registry
+from gptj8.errors import UserError
 from gptj8.files import read_json, sha256_tree
 from gptj8.params import Params, resolved
 from gptj8.runtime import project_root
@@ -42,6 +45,7 @@ _CURVES = {"finetune": ("loss.csv", "eval_loss.csv")}
 _ARTIFACTS = {"finetune": (Path("artifacts/adapter"), "adapter")}
 
 _KEY_TAG = "gptj8.key"
+_NOT_IN_A_NAME = r"[^\w\-. ]"  # nor MLflow's separator of folders
 _PARAM_LENGTH = 6000  # MLflow's limit for one value
 
 
@@ -73,17 +77,34 @@ class StageRun:
         """Set a tag of the run."""
         self._call("set_tag", key, value)
 
-    def register_model(self, name: str, folder: str) -> None:
-        """Make the artifacts in `folder` a new version of a model in the registry."""
-        if not self._alive:
-            return
+    def register_model(
+        self, name: str, base: Path, export: Path, metrics: Mapping[str, Any]
+    ) -> str:
+        """Make an export, with the base it belongs to, a version of a model in the registry.
+
+        The very same export is registered once.
+
+        Args:
+            name: of the registered model, made if need be.
+            base, export: folders, copied whole.
+            metrics: recorded as the version's tags, where the registry shows and searches them.
+
+        Returns:
+            the number of the version.
+
+        Raises:
+            UserError: if that fails. Unlike all other recording it was asked for by name, and
+                whoever deploys relies on it.
+        """
         try:
-            if not self._client.search_registered_models(f"name = '{name}'"):
-                self._client.create_registered_model(name)
-            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder}"
-            self._client.create_model_version(name, source, self.run_id)
-        except Exception as error:  # whatever is wrong with tracking, the work goes on
-            self._give_up(error)
+            if not self._alive:
+                raise UserError("the tracking server is away")
+            return registry.register(self._client, str(self.run_id), name, base, export, metrics)
+        except Exception as error:
+            raise UserError(
+                f"tracking.registered_model_name = {name}: not registered, {one_line(error)}; the "
+                f"export is complete in {export}, run again to register it"
+            ) from error
 
     def _start(self, params: Params) -> None:
         if not all(Path(path).exists() for path in _input_paths(params).values()):
@@ -218,6 +239,45 @@ def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
     run._finish("FINISHED")
 
 
+def log_comparison(
+    params: Params, rows: Sequence[Mapping[str, Any]], files: Sequence[str | Path]
+) -> None:
+    """Record the table of `gptj8 compare` as a run, which the same comparison finds again.
+
+    Args:
+        params: what the approaches have in common.
+        rows: of `gptj8.approaches.table_rows`; their numbers become `<approach>/<column>`.
+        files: the table, as artifacts.
+    """
+    from mlflow.entities import Metric, RunTag
+    from mlflow.utils.time import get_current_time_millis
+
+    compared = {row["approach"]: row for row in rows if row["status"] != "evaluated"}
+    content = json.dumps({"comparison": sorted(compared), "params": resolved(params)})
+    key = hashlib.sha256(content.encode()).hexdigest()
+    tags = {"gptj8.kind": "comparison", _KEY_TAG: key}
+    now = get_current_time_millis()
+    metrics = [
+        Metric(f"{re.sub(_NOT_IN_A_NAME, '_', row['approach'])}/{column}", float(value), now, 0)
+        for row in rows
+        for column, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+    # Which experiments the numbers are of: the row of each is found by this name.
+    results = [RunTag(f"approach.{n}", r["experiment"] or r["status"]) for n, r in compared.items()]
+    try:
+        client, experiment_id = _connect(params)
+        found = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+        run = found[0] if found else client.create_run(experiment_id, None, tags, "approaches")
+        client.log_batch(run.info.run_id, metrics=metrics, tags=results)
+        for file in files:
+            client.log_artifact(run.info.run_id, str(file), "approaches")
+        failed = any(row["status"] == "failed" for row in rows)
+        client.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
+    except Exception as error:  # whatever is wrong with tracking, the table is written
+        print(f"warning: MLflow does not record the table: {one_line(error)}", file=sys.stderr)
+
+
 def tracking_uri(params: Params) -> str:
     """Return MLFLOW_TRACKING_URI or `tracking.uri`, a relative SQLite path made absolute.
 
@@ -259,6 +319,7 @@ def _input_paths(params: Params) -> dict[str, str]:
         "validation": params.data.validation,
         "test": params.data.test,
         "perplexity_text": params.evaluate.perplexity_text,
+        "predictions": params.evaluate.predictions,
         "model": params.model.path,
     }
     return {name: path for name, path in paths.items() if path is not None}

@@ -40,6 +40,7 @@ class TrainingSettings:
     optim: str = "adamw_bnb_8bit"
     logging_steps: int = 10
     eval_steps: int = 100
+    max_eval_samples: int | None = None
     seed: int = 0
 
     @classmethod
@@ -55,12 +56,15 @@ class TrainingResult:
 
     Attributes:
         train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
+        eval_accuracy: at its end; None where none was measured.
         tokens_per_second, samples_per_second: of training steps alone, padding not counted.
-        history: one dict a logged step: `step` and `loss` or `eval_loss`, and others.
+        history: one dict a logged step: `step` and `loss` or `eval_loss`, and others;
+            `eval_accuracy` beside the latter.
     """
 
     train_loss: float
     eval_loss: float
+    eval_accuracy: float | None
     trainable_parameters: int
     steps: int
     seconds: float
@@ -77,6 +81,7 @@ def train(
     settings: TrainingSettings,
     pad_id: int,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
+    eval_accuracy: Callable[[PeftModel], float] | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
 
@@ -85,15 +90,18 @@ def train(
         train_examples, eval_examples: from `PreparedDataset.examples`, or a list of the same.
         pad_id: any token id; padding is masked by position.
         log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
-            `eval_loss`, `tokens_per_second`.
+            `eval_loss`, `eval_accuracy`, `tokens_per_second`.
+        eval_accuracy: measures the model in eval mode, wherever its loss is measured.
 
     Raises:
         UserError: if the loss is not finite, or nothing was learned.
     """
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    monitor = _Monitor(log)
+    monitor = _Monitor(log, eval_accuracy)
     collator = _Collator(pad_id, monitor)
     model.config.use_cache = False
+    if settings.max_eval_samples is not None:
+        eval_examples = _first(eval_examples, settings.max_eval_samples)
     with tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch:
         trainer = _CompletionTrainer(
             model=model,
@@ -105,7 +113,9 @@ def train(
         )
         started = time.perf_counter()
         output = trainer.train()
-        eval_loss = float(trainer.evaluate()["eval_loss"])
+        if monitor.last_eval_step != trainer.state.global_step:
+            trainer.evaluate()
+        eval_loss = monitor.eval_loss
         seconds = time.perf_counter() - started
     if not math.isfinite(output.training_loss) or not math.isfinite(eval_loss):
         raise UserError(_not_finite(output.training_loss, trainer.state.global_step))
@@ -118,6 +128,7 @@ def train(
     return TrainingResult(
         train_loss=float(output.training_loss),
         eval_loss=eval_loss,
+        eval_accuracy=monitor.eval_accuracy,
         trainable_parameters=trainable_parameters(model),
         steps=trainer.state.global_step,
         seconds=seconds,
@@ -126,6 +137,12 @@ def train(
         padding_fraction=monitor.padding / max(1, monitor.padding + monitor.tokens),
         history=monitor.history,
     )
+
+
+def _first(examples: Sequence[Example] | Dataset, count: int) -> Sequence[Example] | Dataset:
+    if isinstance(examples, Sequence):
+        return examples[:count]
+    return examples.take(min(count, len(examples)))
 
 
 def _training_arguments(
@@ -176,6 +193,11 @@ def _half_precision(model: PeftModel) -> torch.dtype | None:
         return torch.float16
     trains_norms = model.peft_config["default"].peft_type == "LN_TUNING"
     return torch.bfloat16 if torch.bfloat16 in frozen and trains_norms else None
+
+
+def _autocast(model: PeftModel) -> dict[str, Any]:
+    half = _half_precision(model)
+    return {"device_type": model.device.type, "dtype": half, "enabled": half is not None}
 
 
 def _not_finite(loss: float, step: int) -> str:
@@ -251,8 +273,16 @@ class _Collator:
 class _Monitor(TrainerCallback):
     """Follow training: time of the steps alone, loss history, and a stop when the loss is lost."""
 
-    def __init__(self, log: Callable[[dict[str, float], int], None]) -> None:
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], None],
+        measure_accuracy: Callable[[PeftModel], float] | None,
+    ) -> None:
         self.log = log
+        self.eval_loss = math.nan
+        self.eval_accuracy: float | None = None
+        self.last_eval_step = -1
+        self._measure_accuracy = measure_accuracy
         self.history: list[dict[str, float]] = []
         self.tokens = self.padding = self.samples = 0
         self.step_seconds = 0.0
@@ -277,7 +307,17 @@ class _Monitor(TrainerCallback):
         # Trainer evaluates after this call and before the next step.
         self._training = not (state.global_step % state.eval_steps == 0)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.last_eval_step = state.global_step
+        if self._measure_accuracy is not None:
+            model.eval()  # Trainer's next step puts it back
+            with torch.autocast(**_autocast(model)):
+                self.eval_accuracy = self._measure_accuracy(model)
+            # Trainer has logged the loss of this evaluation before.
+            self.history[-1]["eval_accuracy"] = self.eval_accuracy
+            self.log({"eval_accuracy": self.eval_accuracy}, state.global_step)
         self._training, self._step_started = True, time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -290,6 +330,7 @@ class _Monitor(TrainerCallback):
         values = {name: float(logs[name]) for name in _LOGGED if name in logs}
         if not values:
             return
+        self.eval_loss = values.get("eval_loss", self.eval_loss)
         if "loss" in values:
             if not math.isfinite(values["loss"]):
                 raise UserError(_not_finite(values["loss"], state.global_step))

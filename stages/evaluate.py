@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.errors import UserError
 from gptj8.files import write_json
 from gptj8.params import Params, load_params
-from gptj8.runtime import peak_memory_gib, run
+from gptj8.runtime import run
 from gptj8.tracking import REPORTS, stage_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gptj8.evaluation.suite import Documents
+    from gptj8.dataset import PreparedDataset
+    from gptj8.evaluation.suite import Comparison
     from gptj8.prompts import PromptEncoder
 
 DATASET = Path("artifacts/dataset")
@@ -31,74 +31,112 @@ def main() -> None:
     """Measure the original model, the 8-bit one and the tuned one on the same held-out rows."""
     params = load_params()
     with stage_run("evaluate", params):
-        from transformers import AutoConfig
-
         from gptj8.dataset import load_prepared
-        from gptj8.evaluation.baseline import predict_with_tfidf
         from gptj8.evaluation.few_shot import few_shot_prompts
-        from gptj8.evaluation.perplexity import context_length
-        from gptj8.evaluation.report import write_reports
-        from gptj8.evaluation.suite import compare_on
+        from gptj8.evaluation.outside import read_predictions
+        from gptj8.evaluation.report import write_classification_reports, write_reports
+        from gptj8.evaluation.suite import Comparison, Questions, held_out_documents
         from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
-        from gptj8.prompts import PromptEncoder, TextEncoder
 
         started = time.perf_counter()
+        settings = params.evaluate
         dataset = load_prepared(DATASET)
         train, test, labels = dataset.split("train"), dataset.split("test"), dataset.labels
-        encoder, template = TextEncoder.load(BASE), dataset.prompt_template
-        context = context_length(AutoConfig.from_pretrained(str(BASE)))
-        length, side = min(params.data.max_length, context), dataset.truncation_side
-        prompts = PromptEncoder(encoder, template, length, side)
-        rows, documents = _documents(params, dataset.task, test, prompts)
-        shots = params.evaluate.few_shot if labels else 0
-        if shots:  # before anything is measured: it refuses examples that do not fit
-            whole = PromptEncoder(encoder, template, context, side)
+        prompts, whole = _prompt_encoders(params, dataset)
+        rows, documents = held_out_documents(
+            dataset.task,
+            test,
+            prompts,
+            path=settings.perplexity_text,
+            text_column=params.data.text_column,
+            limit=settings.max_perplexity_documents,
+        )
+        questions = Questions.of_rows(
+            dataset.task,
+            test,
+            labels,
+            prompts if labels else whole,
+            max_new_tokens=settings.max_new_tokens,
+            max_generated_rows=settings.max_generated_rows,
+        )
+        comparison = Comparison(documents, questions, settings.per_device_eval_batch_size)
+        # Before anything is measured: both refuse what cannot be.
+        if settings.predictions is not None:
+            outside = read_predictions(settings.predictions, test, labels)
+            comparison.predictions.update(outside)
+        shots = settings.few_shot if labels else 0
+        if shots:
             solved = few_shot_prompts(
                 test["text"], train, labels, whole, count=shots, seed=params.seed
             )
-        batch_size = params.evaluate.per_device_eval_batch_size
-        comparison = compare_on(test, labels, prompts, documents, batch_size)
         if labels:
-            baseline = predict_with_tfidf(train["text"], train["label"], test["text"])
-            comparison.predictions["baseline"] = baseline
+            _measure_baseline(comparison, train, test)
 
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
-        # The original is not kept: memory holds a single model at a time.
-        comparison.measure("base", load_model(params.model.path, dtype, device))
-        model = load_model(BASE, dtype, device)
-        comparison.measure("quantized", model)
+        with comparison.costing("base"):  # not kept: memory holds a single model at a time
+            comparison.measure("base", load_model(params.model.path, dtype, device))
+        with comparison.costing("quantized"):
+            model = load_model(BASE, dtype, device)
+            comparison.measure("quantized", model)
         if shots:
-            comparison.classify("few_shot", model, solved)
-        comparison.measure("tuned", load_adapter(model, ADAPTER))
+            with comparison.costing("few_shot"):
+                comparison.ask("few_shot", model, solved)
+        with comparison.costing("tuned"):
+            comparison.measure("tuned", load_adapter(model, ADAPTER))
 
-        actual = test["label"] if labels else []
-        metrics = comparison.metrics(actual, params.evaluate.bootstrap_resamples, params.seed)
-        write_reports(REPORT, test, rows, labels, comparison.predictions, comparison.scores)
-        metrics["peak_memory_gib"] = peak_memory_gib()
+        resamples, seed = settings.bootstrap_resamples, params.seed
+        metrics = comparison.metrics(resamples, seed)
+        write_reports(
+            REPORT,
+            test,
+            rows,
+            labels,
+            comparison.predictions,
+            comparison.scores,
+            comparison.generated,
+        )
+        write_classification_reports(
+            REPORT,
+            labels,
+            questions.answers,
+            comparison.predictions,
+            comparison.likelihoods,
+            resamples=resamples,
+            seed=seed,
+        )
+        peaks = (value for key, value in metrics.items() if key.endswith("/peak_memory_gib"))
+        metrics["peak_memory_gib"] = max(peaks)
         metrics["seconds"] = time.perf_counter() - started
         write_json(REPORT / "metrics.json", metrics)
         shown = {k: v for k, v in metrics.items() if k.endswith(("/perplexity", "/accuracy"))}
+        shown = {k: v for k, v in shown.items() if "_minus_" not in k}
         print("evaluate: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
 
-def _documents(
-    params: Params, task: str, test: pd.DataFrame, prompts: PromptEncoder
-) -> tuple[pd.DataFrame, Documents]:
-    """Return the rows that perplexity is measured on, and their tokens."""
-    from gptj8.evaluation.suite import Documents
-    from gptj8.formats import read_rows
+def _prompt_encoders(
+    params: Params, dataset: PreparedDataset
+) -> tuple[PromptEncoder, PromptEncoder]:
+    """Return an encoder of prompts as they were trained on, and one with all of the context."""
+    from transformers import AutoConfig
 
-    path, limit = params.evaluate.perplexity_text, params.evaluate.max_perplexity_documents
-    if path is None and task == "completion":
-        rows = test.head(limit or len(test))
-        pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
-        return rows, Documents.of_completions(pairs, prompts)
-    rows = test if path is None else read_rows(path, {"text": params.data.text_column})
-    rows = rows[rows["text"].fillna("").str.strip() != ""].head(limit or len(rows))
-    if rows.empty:
-        raise UserError(f"evaluate.perplexity_text = {path} has no text")
-    return rows, Documents.of_texts(rows["text"], prompts.encoder)
+    from gptj8.evaluation.perplexity import context_length
+    from gptj8.prompts import PromptEncoder, TextEncoder
+
+    context = context_length(AutoConfig.from_pretrained(str(BASE)))
+    encoder, side = TextEncoder.load(BASE), dataset.truncation_side
+    trained = PromptEncoder(
+        encoder, dataset.prompt_template, min(params.data.max_length, context), side
+    )
+    return trained, PromptEncoder(encoder, dataset.prompt_template, context, side)
+
+
+def _measure_baseline(comparison: Comparison, train: pd.DataFrame, test: pd.DataFrame) -> None:
+    from gptj8.evaluation.baseline import predict_with_tfidf
+
+    with comparison.costing("baseline"):
+        predicted = predict_with_tfidf(train["text"], train["label"], test["text"])
+        comparison.predictions["baseline"] = predicted
 
 
 if __name__ == "__main__":

@@ -6,12 +6,17 @@ python -m stages.export
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptj8.files import read_json, replace_directory, write_json
-from gptj8.params import load_params, resolved
+from gptj8.params import Params, load_params, resolved
 from gptj8.runtime import run
-from gptj8.tracking import REPORTS, STAGES, stage_run
+from gptj8.tracking import REPORTS, STAGES, flatten, stage_run
 
+if TYPE_CHECKING:
+    import torch
+
+DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
 ADAPTER = Path("artifacts/adapter")
 OUTPUT = Path("artifacts/export")
@@ -19,30 +24,68 @@ REPORT = REPORTS / "export"
 
 
 def main() -> None:
-    """Collect, reload from disk, compare, and only then put the export in place."""
+    """Collect, compare what a new process loads with what was trained, and only then put it in
+    place; register it where that is asked for."""
     params = load_params()
     with stage_run("export", params) as record:
-        from gptj8.export import MERGED, adapter_bytes, collect, compare_with_trained, merge
+        from gptj8.evaluation.requirements import require_all
+        from gptj8.export import (
+            MERGED,
+            adapter_bytes,
+            collect,
+            describe_dataset,
+            require_same_answers,
+        )
         from gptj8.models import pick_device, pick_dtype
+        from gptj8.reference import compare_in_fresh_process
 
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
         earlier = STAGES[: STAGES.index("export")]
-        measured = {stage: read_json(REPORTS / stage / "metrics.json") for stage in earlier}
+        measured = {s: flatten(read_json(REPORTS / s / "metrics.json"), "/") for s in earlier}
+        dataset = describe_dataset(DATASET, REPORTS / "validate" / "inputs.json")
         with replace_directory(OUTPUT) as staging:
-            collect(ADAPTER, BASE, staging, resolved(params), measured)
-            metrics = {
-                "adapter_bytes": adapter_bytes(staging),
-                "max_logit_difference": compare_with_trained(staging, ADAPTER, BASE, dtype, device),
-            }
+            collect(ADAPTER, BASE, staging, resolved(params), measured, dataset)
+            compared = compare_in_fresh_process(ADAPTER, BASE, staging, dtype, device)
+            require_same_answers(compared, "the export")
+            metrics = {"adapter_bytes": adapter_bytes(staging), **compared}
             if params.export.merge:
-                metrics["merged_logit_difference"] = merge(staging, BASE, ADAPTER, device)
+                metrics |= _merge(params, staging, dtype, device)
+            require_all(params.evaluate.require, {**measured, "export": metrics})
         write_json(REPORT / "metrics.json", metrics)
         for file in sorted(OUTPUT.iterdir()):
             if file.name != MERGED:
                 record.log_artifact(file, OUTPUT.name)
-        if params.tracking.registered_model_name:
-            record.register_model(params.tracking.registered_model_name, OUTPUT.name)
+        name = params.tracking.registered_model_name
+        if name:
+            version = record.register_model(name, BASE, OUTPUT, measured["evaluate"])
+            print(f"export: registered as version {version} of {name}")
+
+
+def _merge(
+    params: Params, staging: Path, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Write the merged model and return what it differs by."""
+    import torch
+
+    from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
+    from gptj8.reference import compare_in_fresh_process
+
+    merged = staging / MERGED
+    half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    merge(BASE, ADAPTER, merged, half)
+    compared = compare_in_fresh_process(ADAPTER, merged, None, dtype, device)
+    require_same_answers(compared, "the merged model")
+    ratio = perplexity_against_tuned(
+        merged, DATASET, REPORTS / "evaluate" / "perplexity.csv", params, dtype, device
+    )
+    return {
+        "merged_logit_difference": compared["max_logit_difference"],
+        "merged_identical_generations": compared["identical_generations"],
+        "merged_perplexity_ratio": ratio.value,
+        "merged_perplexity_ratio_low": ratio.low,
+        "merged_perplexity_ratio_high": ratio.high,
+    }
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ python -m stages.finetune
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptj8.files import replace_directory, write_csv, write_json
-from gptj8.params import load_params
+from gptj8.params import Params, load_params
 from gptj8.runtime import peak_memory_gib, run
 from gptj8.tracking import stage_run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from gptj8.dataset import PreparedDataset
+    from gptj8.prompts import TextEncoder
 
 DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
@@ -31,7 +39,7 @@ def main() -> None:
         from gptj8.examples import prompt_ids
         from gptj8.models import load_model, pick_device, pick_dtype
         from gptj8.prompts import TextEncoder
-        from gptj8.reference import PROMPTS, save_reference
+        from gptj8.reference import choose_prompts, save_reference
         from gptj8.training import TrainingSettings, train
 
         device = pick_device()
@@ -51,18 +59,50 @@ def main() -> None:
         )
         settings = TrainingSettings.from_params(finetune.model_dump(), params.seed)
         result = train(
-            adapted, train_set, validation_set, settings, encoder.eos_id, record.log_metrics
+            adapted,
+            train_set,
+            validation_set,
+            settings,
+            encoder.eos_id,
+            record.log_metrics,
+            _label_accuracy(params, dataset, encoder),
         )
         with replace_directory(OUTPUT) as staging:
             adapted.save_pretrained(str(staging))
-            compared = validation_set.take(min(PROMPTS, len(validation_set)))
-            save_reference(staging, adapted, [prompt_ids(example) for example in compared])
+            compared = choose_prompts(map(prompt_ids, validation_set))
+            save_reference(staging, adapted, compared, encoder.eos_id)
         for curve in ("loss", "eval_loss"):
             rows = [point for point in result.history if curve in point]
             write_csv(REPORT / f"{curve}.csv", rows)
-        metrics = {k: v for k, v in asdict(result).items() if k != "history"}
+        measured = asdict(result).items()
+        metrics = {k: v for k, v in measured if k != "history" and v is not None}
         write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak_memory_gib()})
         record.log_artifact(OUTPUT, OUTPUT.name)
+
+
+def _label_accuracy(
+    params: Params, dataset: PreparedDataset, encoder: TextEncoder
+) -> Callable[[PeftModel], float] | None:
+    """Return what measures accuracy by label likelihood on the validation split, if it has labels.
+
+    Not the share of tokens that are the likeliest ones, given all right ones before: that is nearly
+    1 long before any answer is right.
+    """
+    if not dataset.labels:
+        return None
+    from gptj8.evaluation.likelihood import label_accuracy
+    from gptj8.prompts import PromptEncoder
+
+    rows = dataset.split("validation")
+    rows = rows.head(params.finetune.max_eval_samples or len(rows))
+    template, side = dataset.prompt_template, dataset.truncation_side
+    prompts = PromptEncoder(encoder, template, params.data.max_length, side)
+    labels = [prompts.completion_ids(label) for label in dataset.labels]
+    longest = max(map(len, labels))
+    ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
+    actual = [dataset.labels.index(label) for label in rows["label"]]
+    batch_size = params.finetune.per_device_train_batch_size
+    return lambda model: label_accuracy(model, ids, labels, actual, batch_size=batch_size)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,47 @@ import json
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import gptj8
 from gptj8.adapters import add_adapter
 from gptj8.errors import UserError
-from gptj8.export import MERGED, adapter_bytes, collect, compare_with_trained, merge, model_card
-from gptj8.models import load_model
+from gptj8.export import (
+    MERGED,
+    adapter_bytes,
+    collect,
+    describe_dataset,
+    merge,
+    require_same_answers,
+)
+from gptj8.model_card import model_card
+from gptj8.models import load_adapter, load_model
 from gptj8.params import parse_params, resolved
-from gptj8.reference import save_reference
+from gptj8.reference import (
+    REFERENCE_FILE,
+    choose_prompts,
+    compare_in_fresh_process,
+    save_reference,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 PARAMS = resolved(parse_params({"data": {"train": "rows.csv"}, "model": {"path": "models/tiny"}}))
-METRICS = {"evaluate": {"tuned/accuracy": 0.875, "base/accuracy": 0.25}, "convert": {"seconds": 1}}
+METRICS = {
+    "evaluate": {
+        "tuned/accuracy": 0.875,
+        "tuned/accuracy_low": 0.8,
+        "tuned/accuracy_high": 0.925,
+        "base/accuracy": 0.25,
+    },
+    "convert": {"seconds": 1},
+}
+DATASET = {
+    "labels": ["a", "b"],
+    "rows": {"train": 10, "validation": 2, "test": 1234},
+    "files": [{"path": "rows.csv", "md5": "0123456789abcdef"}],
+    "prepared": "fedcba.dir",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +59,13 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
-    save_reference(folder, model, PROMPTS)
+    save_reference(folder, model, PROMPTS, 0)
     return folder
 
 
 @pytest.fixture
 def exported(adapter, tiny_8bit_dir, tmp_path):
-    collect(adapter, tiny_8bit_dir, tmp_path, PARAMS, METRICS)
+    collect(adapter, tiny_8bit_dir, tmp_path, PARAMS, METRICS, DATASET)
     return tmp_path
 
 
@@ -48,6 +75,7 @@ def test_it_holds_what_a_user_needs(exported, adapter):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "dataset.json",
         "metrics.json",
         "params.json",
         "tokenizer.json",
@@ -57,8 +85,18 @@ def test_it_holds_what_a_user_needs(exported, adapter):
     assert adapter_bytes(exported) == sum(f.stat().st_size for f in exported.iterdir())
 
 
+def compare(adapter, model, exported=None, dtype=torch.float32):
+    return compare_in_fresh_process(adapter, model, exported, dtype, CPU)
+
+
 def test_it_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
-    assert compare_with_trained(exported, adapter, tiny_8bit_dir, torch.float32, CPU) == 0.0
+    compared = compare(adapter, tiny_8bit_dir, exported)
+    assert compared == {
+        "max_logit_difference": 0.0,
+        "compared_prompts": 2,
+        "identical_generations": 2,
+    }
+    require_same_answers(compared, "the export")
 
 
 def test_a_different_adapter_is_noticed(exported, adapter, tiny_8bit_dir):
@@ -66,35 +104,120 @@ def test_a_different_adapter_is_noticed(exported, adapter, tiny_8bit_dir):
 
     file = exported / "adapter_model.safetensors"
     state = load_file(file)
-    name = next(name for name in state if "lora_B" in name)
-    save_file({**state, name: state[name] + 0.1}, file, metadata={"format": "pt"})
-    assert compare_with_trained(exported, adapter, tiny_8bit_dir, torch.float32, CPU) > 0.01
+    changed = {n: -w if "lora_B" in n else w for n, w in state.items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    compared = compare(adapter, tiny_8bit_dir, exported)
+    assert compared["max_logit_difference"] > 0.01
+    with pytest.raises(UserError, match=r"the export answers only \d of 2 prompts"):
+        require_same_answers(compared, "the export")
+
+
+def test_what_a_new_process_cannot_load_is_refused_in_a_line(exported, adapter, tiny_8bit_dir):
+    (exported / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded by a new process") as refused:
+        compare(adapter, tiny_8bit_dir, exported)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_reference_nothing_is_proven(exported, tiny_8bit_dir, tmp_path):
+    with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
+        compare(tmp_path, tiny_8bit_dir, exported)
+
+
+def test_prompts_to_compare_are_the_first_and_bounded():
+    assert choose_prompts([[1]] * 300) == [[1]] * 100
+    assert [len(p) for p in choose_prompts([[1] * 10_000, [1] * 6_000, [1] * 6_000])] == [
+        10_000,
+        6_000,
+    ]
+    assert len(choose_prompts([[1] * 100_000, [1]])) == 1
 
 
 def test_an_incomplete_adapter_is_refused(tiny_8bit_dir, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(UserError, match=r"no adapter_config\.json; rerun finetune"):
-        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path, PARAMS, METRICS)
+        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path, PARAMS, METRICS, DATASET)
 
 
-def test_the_merged_model_needs_nothing_but_transformers(exported, adapter, tiny_8bit_dir):
-    difference = merge(exported, tiny_8bit_dir, adapter, CPU)
-    assert 0 < difference < 0.05  # the weights are rounded to 16 bits
-    merged = AutoModelForCausalLM.from_pretrained(exported / MERGED, dtype=torch.float32).eval()
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
+)
+def test_the_merged_model_needs_nothing_but_transformers(
+    exported, adapter, tiny_8bit_dir, dtype, most
+):
+    merge(tiny_8bit_dir, adapter, exported / MERGED, dtype)
+    compared = compare(adapter, exported / MERGED)
+    assert compared["max_logit_difference"] < most
+    merged = AutoModelForCausalLM.from_pretrained(exported / MERGED)
     assert not hasattr(merged.config, "quantization_config")
-    base = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
-    adapted = PeftModel.from_pretrained(base, exported).eval()
-    ids = torch.tensor([PROMPTS[1]])
-    expected = adapted(ids).logits
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=0.05, atol=0.02)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
     assert (exported / MERGED / "tokenizer.json").is_file()
+    assert adapter_bytes(exported) < 200_000
+
+
+def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
+    """Against float64: restored exactly, the adapter's product added, then 16 bits."""
+    merge(tiny_8bit_dir, adapter, exported / MERGED, torch.bfloat16)
+    merged = AutoModelForCausalLM.from_pretrained(exported / MERGED).transformer.h[0].attn.q_proj
+    base = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = load_adapter(base, adapter).base_model.model.transformer.h[0].attn.q_proj
+    restored = gptj8.dequantize_blockwise(adapted.base_layer.quantized_weight).double()
+    a, b = (adapted.lora_A.default.weight.double(), adapted.lora_B.default.weight.double())
+    expected = restored + adapted.scaling["default"] * (b @ a)
+    error = (merged.weight.double() - expected).abs() / expected.abs()
+    assert error.max() < 2**-8  # half a unit of bfloat16's last place, and float32's rounding
+    wrong = (restored.bfloat16().double() - expected).abs() / expected.abs()
+    assert wrong.max() > 2**-8
+
+
+@pytest.mark.parametrize("target", [["wte", "q_proj"], ["fc_in"]], ids=str)
+def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = add_adapter(model, "lora", target, 4, 8, 0.0)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
+    assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
+
+
+def test_trained_layernorms_are_merged_too(tiny_8bit_dir, tmp_path):
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = add_adapter(model, "layernorm", "attention", 4, 8, 0.0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
+    assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
 
 
 def test_the_card_is_in_the_hubs_format():
-    text = model_card(PARAMS, METRICS)
+    text = model_card(PARAMS, METRICS, DATASET)
     _, front, body = text.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["library_name"] == "peft"
     assert data["base_model"] == "models/tiny"
-    assert "| tuned/accuracy | 0.875 |" in body
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "rows.csv", "type": "local", "split": "test"}
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+    assert "| tuned | 0.875 (0.8 to 0.925) |" in body
+    assert "1,234 rows" in body
+    assert "0123456789abcdef" in body
     assert "rows.csv" in body
+
+
+def test_the_dataset_is_described_by_its_digests(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": ["a"], "task": "classification"}')
+    (tmp_path / "inputs.json").write_text('{"files": [], "prepared": "x.dir"}')
+    described = describe_dataset(tmp_path, tmp_path / "inputs.json")
+    assert described == {
+        "labels": ["a"],
+        "task": "classification",
+        "files": [],
+        "prepared": "x.dir",
+    }

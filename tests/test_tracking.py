@@ -9,6 +9,7 @@ import mlflow
 import pytest
 
 from gptj8 import tracking
+from gptj8.errors import UserError
 from gptj8.params import parse_params
 
 
@@ -183,14 +184,28 @@ def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
     assert "MLflow does not record this stage" in capsys.readouterr().err
 
 
-def test_a_model_is_registered_under_its_name(project):
-    (project / "export").mkdir()
-    (project / "export" / "adapter_config.json").write_text("{}")
-    for _ in range(2):
-        with tracking.stage_run("export", params()) as run:
-            run.log_artifact(project / "export", "export")
-            run.register_model("sentiment", "export")
+def test_a_model_that_cannot_be_registered_is_an_error(project, monkeypatch):
+    """Unlike all else that is recorded: whoever deploys relies on it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with (
+        pytest.raises(UserError, match="registered_model_name = sentiment: not registered"),
+        tracking.stage_run("export", params()) as run,
+    ):
+        run.register_model("sentiment", project / "base", project / "export", {})
+
+
+def test_a_comparison_is_one_run_however_often_it_is_made(project):
+    rows = [
+        {"approach": "lora: tuned", "status": "done", "experiment": "a-1", "accuracy": 0.5},
+        {"approach": "base", "status": "evaluated", "experiment": "", "accuracy": 0.25},
+    ]
+    (project / "approaches.md").write_text("| a |")
+    for accuracy in (0.5, 0.75):
+        rows[0]["accuracy"] = accuracy
+        tracking.log_comparison(params(), rows, [project / "approaches.md"])
     client, (row,) = runs()
-    versions = client.search_model_versions("name = 'sentiment'")
-    assert {v.version for v in versions} == {"1", "2"} or {v.version for v in versions} == {1, 2}
-    assert all(v.run_id == row.info.run_id and v.source.endswith("/export") for v in versions)
+    assert row.data.metrics == {"lora_ tuned/accuracy": 0.75, "base/accuracy": 0.25}
+    assert row.data.tags["gptj8.kind"] == "comparison"
+    assert row.data.tags["approach.lora: tuned"] == "a-1"
+    (file,) = client.list_artifacts(row.info.run_id, "approaches")
+    assert file.path == "approaches/approaches.md"

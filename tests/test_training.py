@@ -7,11 +7,12 @@ import torch
 
 from gptj8.adapters import add_adapter, trainable_parameters
 from gptj8.errors import UserError
+from gptj8.evaluation.likelihood import label_accuracy, score_labels
 from gptj8.examples import IGNORED, prompt_ids
 from gptj8.layers import Frozen8bitModule
-from gptj8.models import load_adapter, load_model
+from gptj8.models import load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
-from gptj8.reference import max_logit_difference, prompt_logits, save_reference
+from gptj8.reference import compare_in_fresh_process, save_reference
 from gptj8.training import (
     TrainingSettings,
     _Collator,
@@ -53,7 +54,7 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
 
 
 def test_only_the_completion_is_learned(encoder, examples):
-    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
     for row, (_, completion) in enumerate(ROWS[:3]):
         learned = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
         assert learned == [*encoder.encode(" " + completion), encoder.eos_id]
@@ -61,7 +62,7 @@ def test_only_the_completion_is_learned(encoder, examples):
 
 
 def test_batches_are_padded_on_the_right_and_masked(examples):
-    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
     for row, example in enumerate(examples[:3]):
         length = len(example["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
@@ -89,6 +90,48 @@ def test_training_learns_and_leaves_the_base_alone(tiny_8bit_dir, examples, meth
     for name, parameter in model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
+
+
+@pytest.mark.parametrize("method", ["lora", "layernorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_accuracy_is_followed_wherever_the_loss_is(tiny_8bit_dir, examples, encoder, method, dtype):
+    model = adapted_model(tiny_8bit_dir, method, dtype=dtype)
+    prompts = [prompt_ids(example) for example in examples]
+    labels = [PromptEncoder(encoder, "{text} =", 64).completion_ids(c) for _, c in ROWS[:3]]
+    modes, logged = [], []
+
+    def accuracy(model):
+        modes.append(model.training)
+        return label_accuracy(model, prompts, labels, [0, 1, 2] * 4, batch_size=4)
+
+    result = train(
+        model, examples, examples, SETTINGS, 0, lambda v, s: logged.append((s, v)), accuracy
+    )
+    points = [point for point in result.history if "eval_loss" in point]
+    assert [point["step"] for point in points] == [5, 10, 15, 18]
+    assert [v["eval_accuracy"] for _, v in logged if "eval_accuracy" in v] == [
+        point["eval_accuracy"] for point in points
+    ]
+    assert modes == [False] * 4
+    assert result.eval_accuracy == points[-1]["eval_accuracy"]
+    if method == "lora":
+        assert points[0]["eval_accuracy"] < result.eval_accuracy == 1.0
+    if dtype == torch.float32:
+        scores = score_labels(model.eval(), prompts, labels, batch_size=4, description=None)
+        assert (scores.argmax(1) == [0, 1, 2] * 4).mean() == result.eval_accuracy
+
+
+def test_the_end_is_measured_once(tiny_8bit_dir, examples):
+    settings = TrainingSettings(**{**SETTINGS.__dict__, "eval_steps": 9, "max_eval_samples": 2})
+    result = train(adapted_model(tiny_8bit_dir), examples, examples, settings, 0)
+    points = [point for point in result.history if "eval_loss" in point]
+    assert [point["step"] for point in points] == [9, 18]
+    assert result.eval_loss == points[-1]["eval_loss"]
+    settings = TrainingSettings(**{**SETTINGS.__dict__, "eval_steps": 9})
+    two = train(adapted_model(tiny_8bit_dir), examples, examples[:2], settings, 0)
+    assert result.eval_loss == two.eval_loss
+    twelve = train(adapted_model(tiny_8bit_dir), examples, examples, settings, 0)
+    assert result.eval_loss != twelve.eval_loss
 
 
 def test_speed_counts_training_tokens_only(tiny_8bit_dir, examples):
@@ -158,18 +201,22 @@ def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples
     train(model, examples, examples, SETTINGS, 0)
     prompts = [prompt_ids(e) for e in examples[:3]]
     model.save_pretrained(tmp_path)
-    save_reference(tmp_path, model, prompts)
-    base = load_model(tiny_8bit_dir, torch.float32, CPU)
-    untrained = prompt_logits(base, prompts)
-    reloaded = load_adapter(base, tmp_path)
-    assert max_logit_difference(tmp_path, reloaded) == 0.0
-    assert float((prompt_logits(reloaded, prompts) - untrained).abs().max()) > 0.1
+    save_reference(tmp_path, model, prompts, 0)
+    arguments = (tmp_path, tiny_8bit_dir)
+    assert compare_in_fresh_process(*arguments, tmp_path, torch.float32, CPU) == {
+        "max_logit_difference": 0.0,
+        "compared_prompts": 3,
+        "identical_generations": 3,
+    }
+    untrained = compare_in_fresh_process(*arguments, None, torch.float32, CPU)
+    assert untrained["max_logit_difference"] > 0.1
+    assert untrained["identical_generations"] < 3
 
 
 @pytest.mark.parametrize("items", [None, 50], ids=["mean", "of-accumulated-tokens"])
 def test_the_loss_equals_the_models_own(tiny_8bit_dir, examples, items):
     model = adapted_model(tiny_8bit_dir)
-    batch = _Collator(0, _Monitor(lambda values, step: None))(examples[:3])
+    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
     arguments = _training_arguments(SETTINGS, "unused", model)
     trainer = _CompletionTrainer(model=model, args=arguments, eval_dataset=examples)
     ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)

@@ -8,9 +8,11 @@ behind a causal mask it cannot reach a real token, and positions stay those of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
-from tqdm.auto import tqdm
+
+from gptj8.runtime import progress
 
 # Padded tokens of one forward pass. A CPU gains nothing from more (its caches are small: GPT-J's
 # attention at 512 tokens was twice as fast in batches of 1,024 tokens as of 8,192); a GPU needs
@@ -64,10 +66,11 @@ def pad_right(
 def for_each_batch(
     batches: Sequence[list[int]],
     score: Callable[[list[int]], None],
-    description: str,
+    description: str | None,
     rows: int,
 ) -> None:
-    """Call `score` with each batch of row indices, with a progress bar over `rows` on stderr.
+    """Call `score` with each batch of row indices, with a progress bar over `rows` on stderr, or
+    none where `description` is None.
 
     A batch that does not fit into the GPU's memory is halved and tried again, and so is every later
     batch with as many rows or more.
@@ -76,7 +79,8 @@ def for_each_batch(
         torch.OutOfMemoryError: if a single row does not fit.
     """
     limit = max(map(len, batches), default=1)
-    with tqdm(total=rows, desc=description, unit="row", mininterval=0.5) as progress:
+    quiet = nullcontext(lambda count: None)
+    with progress(rows, description, "row") if description else quiet as advance:
         for batch in batches:
             done = 0
             while done < len(batch):
@@ -90,4 +94,4 @@ def for_each_batch(
                     torch.cuda.empty_cache()
                     continue
                 done += len(part)
-                progress.update(len(part))
+                advance(len(part))

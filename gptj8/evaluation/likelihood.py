@@ -65,7 +65,7 @@ def score_labels(
     labels: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    description: str = "classification",
+    description: str | None = "classification",
 ) -> np.ndarray:
     """Return each label's log-likelihood after each prompt.
 
@@ -74,7 +74,7 @@ def score_labels(
         prompts: token ids, each at least one and short enough for the longest label to follow.
         labels: token ids of each label, its end token included.
         batch_size: most prompts in one forward pass.
-        description: of the progress bar.
+        description: of the progress bar; None: no bar.
 
     Returns:
         (prompts, labels) float64: natural logarithms, summed over a label's tokens.
@@ -105,10 +105,12 @@ def score_labels(
         lengths = [len(tail) + packed.width for tail in tails]
         max_rows = min(batch_size, _rows_that_fit(model, packed.width + 1, cache))
         batches = plan_batches(lengths, max_rows, max_batch_tokens(model.device, 1))
-        for_each_batch(batches, score, description + part, len(prompts))
+        shown = description and description + part
+        for_each_batch(batches, score, shown, len(prompts))
     if not np.isfinite(scores).all():
         raise UserError(
-            f"{description}: the model's likelihoods are not finite; try model.dtype: float32"
+            f"{description or 'classification'}: the model's likelihoods are not finite; try "
+            "model.dtype: float32"
         )
     return scores
 
@@ -119,13 +121,26 @@ def score_labels_one_by_one(
     labels: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    description: str = "classification",
+    description: str | None = "classification",
 ) -> np.ndarray:
     """Return what `score_labels` does, for any causal model: one row a pair of prompt and label."""
     pairs = [[*prompt, *label] for prompt in prompts for label in labels]
     starts = [len(prompt) for prompt in prompts for _ in labels]
     nll = score_sequences(model, pairs, starts, batch_size=batch_size, description=description)
     return -nll.reshape(len(prompts), len(labels))
+
+
+def label_accuracy(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    actual: Sequence[int],
+    *,
+    batch_size: int,
+) -> float:
+    """Return the share of prompts whose likeliest label is the one with the index `actual`."""
+    scores = score_labels(model, prompts, labels, batch_size=batch_size, description=None)
+    return float((scores.argmax(1) == np.asarray(actual)).mean())
 
 
 def is_packable(model: Model) -> bool:

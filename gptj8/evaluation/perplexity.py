@@ -141,7 +141,7 @@ def score_sequences(
     starts: Sequence[int],
     *,
     batch_size: int,
-    description: str = "scoring",
+    description: str | None = "scoring",
 ) -> np.ndarray:
     """Return the summed negative log-likelihood of `sequence[start:]` for each sequence.
 

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from gptj8.errors import UserError
+from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, plan_batches
 from gptj8.evaluation.likelihood import score_labels
+from gptj8.evaluation.metrics import (
+    classification_metrics,
+    generation_metrics,
+    likelihood_metrics,
+    perplexity_metrics,
+)
 from gptj8.evaluation.perplexity import DocumentScores, score_documents
-from gptj8.evaluation.statistics import perplexity_ratio
+from gptj8.formats import read_rows
+from gptj8.generation import cache_bytes_per_token, generate_greedily
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.runtime import peak_memory_gib, reset_peak_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     Model = PreTrainedModel | PeftModel
+
+_CACHE_BYTES = 1 << 29  # keys and values of all rows that are generated together
 
 
 @dataclass(frozen=True)
@@ -52,100 +65,201 @@ class Documents:
         )
 
 
+def held_out_documents(
+    task: str,
+    test: pd.DataFrame,
+    prompts: PromptEncoder,
+    *,
+    path: str | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+) -> tuple[pd.DataFrame, Documents]:
+    """Return the rows that perplexity is measured on, with `file` and `row`, and their tokens.
+
+    Args:
+        task: `classification`, `completion` or `text`.
+        test: the test split, which is read unless `path` is given.
+        prompts: for the prompts of completions.
+        path: a file of held-out text, in `text_column`.
+        limit: take the first so many rows.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    if path is None and task == "completion":
+        rows = test.head(limit or len(test))
+        pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
+        return rows, Documents.of_completions(pairs, prompts)
+    rows = test if path is None else read_rows(path, {"text": text_column})
+    rows = rows[rows["text"].fillna("").str.strip() != ""].head(limit or len(rows))
+    if rows.empty:
+        raise UserError(f"evaluate.perplexity_text = {path} has no text")
+    return rows, Documents.of_texts(rows["text"], prompts.encoder)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every system is asked about the test rows.
+
+    Attributes:
+        encoder: reads what a model writes.
+        prompts: (rows) token ids; none for running text.
+        answers: (rows,) what is right, a label or a completion.
+        labels: empty unless the task is a classification.
+        label_ids: token ids of each label with its end.
+        max_new_tokens: of a generated answer, its end included.
+        generated_rows: answers are generated for the first so many rows.
+    """
+
+    encoder: TextEncoder
+    prompts: list[list[int]]
+    answers: Sequence[str]
+    labels: Sequence[str]
+    label_ids: list[list[int]]
+    max_new_tokens: int
+    generated_rows: int
+
+    @classmethod
+    def of_rows(
+        cls,
+        task: str,
+        test: pd.DataFrame,
+        labels: Sequence[str],
+        prompts: PromptEncoder,
+        *,
+        max_new_tokens: int,
+        max_generated_rows: int | None = None,
+    ) -> Questions:
+        """Encode the test rows once, for all systems; prompts leave room for any label.
+
+        Args:
+            max_new_tokens: for completions, which leave a prompt half of the room at the least; a
+                label has as many as the longest takes.
+            max_generated_rows: None: all.
+        """
+        label_ids = [prompts.completion_ids(label) for label in labels]
+        texts, answers = {
+            "classification": ("text", "label"),
+            "completion": ("prompt", "completion"),
+        }.get(task, (None, None))
+        if texts is None:
+            return cls(prompts.encoder, [], [], (), [], 0, 0)
+        tokens = min(max_new_tokens, prompts.max_length // 2)
+        tokens = max(map(len, label_ids), default=tokens)
+        ids = [prompts.prompt(text, tokens).ids for text in test[texts]]
+        # A prompt of nothing follows the end of the text before.
+        ids = [prompt or [prompts.encoder.eos_id] for prompt in ids]
+        rows = len(ids) if max_generated_rows is None else min(max_generated_rows, len(ids))
+        return cls(prompts.encoder, ids, list(test[answers]), labels, label_ids, tokens, rows)
+
+
 @dataclass
 class Comparison:
-    """Scores and predictions of each system measured, by its name.
+    """Scores and answers of each system measured, by its name.
 
     Attributes:
         documents: for perplexity.
-        labels: in the order of `label_ids`; empty where there is nothing to classify.
-        prompts: (test rows) token ids, for classification.
-        label_ids: token ids of each label with its end.
+        questions: for accuracy.
         batch_size: most rows in one forward pass.
         scores: system -> what it makes of each document.
-        likelihoods: system -> (test rows, labels) float64.
+        likelihoods: system -> (test rows, labels) float64, in nats.
         predictions: system -> (test rows,) labels.
-        scoring_seconds: spent on perplexity, of all systems together.
+        generated: system -> what it wrote for the first rows.
+        costs: `<system>/seconds`, `/tokens_per_second` (of perplexity) and `/peak_memory_gib`.
     """
 
     documents: Documents
-    labels: Sequence[str]
-    prompts: list[list[int]]
-    label_ids: list[list[int]]
+    questions: Questions
     batch_size: int
     scores: dict[str, DocumentScores] = field(default_factory=dict)
     likelihoods: dict[str, np.ndarray] = field(default_factory=dict)
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
-    scoring_seconds: float = 0.0
+    generated: dict[str, list[str]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    _scoring_seconds: float = 0.0
+
+    @contextmanager
+    def costing(self, system: str) -> Iterator[None]:
+        """Measure the time and the peak memory of a block, loading the model included."""
+        reset_peak_memory()
+        started = time.perf_counter()
+        yield
+        self.costs[f"{system}/seconds"] = time.perf_counter() - started
+        self.costs[f"{system}/peak_memory_gib"] = peak_memory_gib()
 
     def measure(self, system: str, model: Model) -> None:
-        """Measure perplexity, and accuracy where there are labels."""
+        """Measure perplexity, and accuracy where there is something to answer."""
         started = time.perf_counter()
-        self.scores[system] = score_documents(
+        scores = score_documents(
             model,
             self.documents.ids,
             self.documents.starts,
             batch_size=self.batch_size,
             description=f"{system}: perplexity",
         )
-        self.scoring_seconds += time.perf_counter() - started
-        if self.labels:
-            self.classify(system, model, self.prompts)
+        seconds = time.perf_counter() - started
+        self.scores[system] = scores
+        self.costs[f"{system}/tokens_per_second"] = float(scores.tokens.sum()) / seconds
+        self._scoring_seconds += seconds
+        if self.questions.prompts:
+            self.ask(system, model, self.questions.prompts)
 
-    def classify(self, system: str, model: Model, prompts: list[list[int]]) -> None:
-        """Predict the likeliest label after each prompt."""
-        likelihoods = score_labels(
-            model,
-            prompts,
-            self.label_ids,
-            batch_size=self.batch_size,
-            description=f"{system}: labels",
-        )
-        self.likelihoods[system] = likelihoods
-        self.predictions[system] = np.array(self.labels, dtype=object)[likelihoods.argmax(1)]
+    def ask(self, system: str, model: Model, prompts: Sequence[Sequence[int]]) -> None:
+        """Predict the likeliest label after each prompt, and write answers to the first ones."""
+        questions = self.questions
+        if questions.labels:
+            likelihoods = score_labels(
+                model,
+                prompts,
+                questions.label_ids,
+                batch_size=self.batch_size,
+                description=f"{system}: labels",
+            )
+            self.likelihoods[system] = likelihoods
+            labels = np.array(questions.labels, dtype=object)
+            self.predictions[system] = labels[likelihoods.argmax(1)]
+        if questions.generated_rows:
+            asked = prompts[: questions.generated_rows]
+            self.generated[system] = self._generate(system, model, asked)
 
-    def metrics(self, actual: Sequence[str], resamples: int, seed: int) -> dict[str, float]:
-        """Return `<system>/perplexity`, `/accuracy`, `/macro_f1` and the quantized model's ratio.
+    def _generate(self, system: str, model: Model, prompts: Sequence[Sequence[int]]) -> list[str]:
+        encoder, new_tokens = self.questions.encoder, self.questions.max_new_tokens
+        texts = [""] * len(prompts)
+
+        def answer(batch: list[int]) -> None:
+            rows = generate_greedily(
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens=new_tokens,
+                vocab_size=encoder.vocab_size,
+                eos_id=encoder.eos_id,
+            )
+            for index, ids in zip(batch, rows, strict=True):
+                texts[index] = encoder.decode(ids).strip()
+
+        most = min(max_batch_tokens(model.device, 1), _CACHE_BYTES // cache_bytes_per_token(model))
+        lengths = [len(prompt) + new_tokens for prompt in prompts]
+        batches = plan_batches(lengths, self.batch_size, most)
+        for_each_batch(batches, answer, f"{system}: answers", len(prompts))
+        return texts
+
+    def metrics(self, resamples: int, seed: int) -> dict[str, float]:
+        """Return everything as `<system>/<metric>`; see `gptj8.evaluation.metrics`.
 
         Args:
-            actual: (test rows,) the true labels.
-            resamples: of the bootstrap.
-            seed: of the bootstrap.
+            resamples: of the bootstraps.
+            seed: of the bootstraps.
         """
-        from sklearn.metrics import accuracy_score, f1_score
-
-        metrics = {f"{system}/perplexity": s.perplexity for system, s in self.scores.items()}
-        if {"base", "quantized"} <= self.scores.keys():
-            base, quantized = self.scores["base"], self.scores["quantized"]
-            ratio = perplexity_ratio(
-                quantized.nll,
-                base.nll,
-                base.tokens,
-                resamples=resamples,
-                rng=np.random.default_rng(seed),
+        labels, answers = self.questions.labels, self.questions.answers
+        metrics = perplexity_metrics(self.scores, resamples=resamples, seed=seed)
+        if labels:
+            metrics |= classification_metrics(
+                labels, answers, self.predictions, resamples=resamples, seed=seed
             )
-            metrics["quantized/perplexity_ratio"] = ratio.value
-            metrics["quantized/perplexity_ratio_low"] = ratio.low
-            metrics["quantized/perplexity_ratio_high"] = ratio.high
-        for system, predicted in self.predictions.items():
-            metrics[f"{system}/accuracy"] = float(accuracy_score(actual, predicted))
-            metrics[f"{system}/macro_f1"] = float(
-                f1_score(actual, predicted, labels=self.labels, average="macro", zero_division=0)
-            )
+            tokens = [len(ids) for ids in self.questions.label_ids]
+            metrics |= likelihood_metrics(labels, tokens, answers, self.likelihoods)
+        metrics |= generation_metrics(answers, self.generated)
+        metrics |= self.costs
         scored = sum(int(scores.tokens.sum()) for scores in self.scores.values())
-        metrics["tokens_per_second"] = scored / self.scoring_seconds
+        metrics["tokens_per_second"] = scored / self._scoring_seconds
         return metrics
-
-
-def compare_on(
-    test: pd.DataFrame,
-    labels: Sequence[str],
-    prompts: PromptEncoder,
-    documents: Documents,
-    batch_size: int,
-) -> Comparison:
-    """Encode the test rows once, for all systems; zero-shot prompts leave room for any label."""
-    label_ids = [prompts.completion_ids(label) for label in labels]
-    reserve = max(map(len, label_ids), default=0)
-    ids = [prompts.prompt(text, reserve).ids for text in test["text"]] if labels else []
-    return Comparison(documents, labels, ids, label_ids, batch_size)

@@ -55,12 +55,21 @@ def test_a_row_that_does_not_fit_is_an_error():
         for_each_batch([[0, 1]], score, "test", 2)
 
 
-def test_progress_is_on_stderr_with_its_description(capsys):
+def test_progress_is_on_stderr_with_its_description(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # a log gets a line each half minute
     for_each_batch([[0, 1], [2]], lambda batch: None, "tuned: perplexity", 3)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "tuned: perplexity" in captured.err
-    assert "3/3" in captured.err
+    assert "3.00/3.00" in captured.err
+
+
+def test_without_a_description_nothing_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    done = []
+    for_each_batch([[0, 1], [2]], done.append, None, 3)
+    assert done == [[0, 1], [2]]
+    assert capsys.readouterr().err == ""
 
 
 def test_logits_bound_the_batch():

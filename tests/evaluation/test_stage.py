@@ -16,8 +16,21 @@ import stages.evaluate as stage
 from gptj8.errors import UserError
 
 WORDS = {"sql": "table select join", "fox": "quick brown fox", "dog": "lazy dog"}
-SPEEDS = {"seconds", "tokens_per_second", "peak_memory_gib"}
-FILES = {"confusion_matrix.csv", "confusion_matrix.png", "perplexity.csv", "predictions.csv"}
+COSTS = {"seconds", "tokens_per_second", "peak_memory_gib"}
+FILES = {
+    "comparisons.csv",
+    "confusion_matrix.csv",
+    "confusion_matrix.png",
+    "per_class.csv",
+    "perplexity.csv",
+    "predictions.csv",
+    "reliability.csv",
+    "reliability.png",
+}
+
+
+def is_cost(key):
+    return key.rpartition("/")[2] in COSTS
 
 
 def frames(task):
@@ -82,14 +95,19 @@ def test_classification(project):
     metrics = project("classification", few_shot=2)
     systems = {"baseline", "base", "quantized", "few_shot", "tuned"}
     measured = {"base", "quantized", "tuned"}
-    assert set(metrics) == SPEEDS | {
-        *(f"{system}/accuracy" for system in systems),
+    asked = {"base", "quantized", "few_shot", "tuned"}
+    interval = ("", "_low", "_high")
+    assert {key for key in metrics if not is_cost(key)} == {
+        *(f"{system}/accuracy{end}" for system in systems for end in interval),
         *(f"{system}/macro_f1" for system in systems),
+        *(f"{system}/exact_match{end}" for system in asked for end in interval),
+        *(f"{system}/{name}" for system in asked for name in ("accuracy_normalized", "ece")),
         *(f"{system}/perplexity" for system in measured),
-        "quantized/perplexity_ratio",
-        "quantized/perplexity_ratio_low",
-        "quantized/perplexity_ratio_high",
+        *(f"{system}/perplexity_ratio{e}" for system in measured - {"base"} for e in interval),
+        *(f"tuned_minus_{s}/accuracy{e}" for s in systems - {"tuned"} for e in interval),
+        *(f"tuned_minus_{system}/p_value" for system in systems - {"tuned"}),
     }
+    assert {f"{system}/seconds" for system in systems} <= set(metrics)
     assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
     assert metrics["baseline/accuracy"] == 1  # it was fitted on the same rows
     assert metrics["quantized/perplexity_ratio"] == pytest.approx(
@@ -109,8 +127,8 @@ def test_classification(project):
 
     first = {name: (Path("reports/evaluate") / name).read_bytes() for name in FILES}
     again = project("classification", few_shot=2)
-    assert {key: again[key] for key in again if key not in SPEEDS} == {
-        key: metrics[key] for key in metrics if key not in SPEEDS
+    assert {key: again[key] for key in again if not is_cost(key)} == {
+        key: metrics[key] for key in metrics if not is_cost(key)
     }
     assert first == {name: (Path("reports/evaluate") / name).read_bytes() for name in FILES}
 
@@ -149,3 +167,24 @@ def test_examples_that_do_not_fit_are_refused_before_anything_is_measured(projec
     monkeypatch.setattr("gptj8.models.load_model", lambda *args: pytest.fail("loaded a model"))
     with pytest.raises(UserError, match=r"evaluate.few_shot = 40"):
         project("classification", few_shot=40)
+
+
+def test_predictions_of_others_join_the_table(project):
+    lines = [f"{number},{'sql' if number % 2 else 'nonsense'}" for number in range(1, 19)]
+    Path("someone.csv").write_text("\n".join(["row,prediction", *lines]) + "\n")
+    metrics = project("classification", few_shot=0, predictions="someone.csv")
+    predictions = table("predictions.csv")
+    labels = [row["label"] for row in predictions]
+    assert metrics["someone/accuracy"] == accuracy_score(
+        labels, [r["someone"] for r in predictions]
+    )
+    assert "tuned_minus_someone/p_value" in metrics
+    pairs = [(row["first"], row["second"]) for row in table("comparisons.csv")]
+    assert ("someone", "tuned") in pairs
+
+
+def test_predictions_that_are_incomplete_are_refused_first(project, monkeypatch):
+    monkeypatch.setattr("gptj8.models.load_model", lambda *args: pytest.fail("loaded a model"))
+    Path("someone.csv").write_text("row,prediction\n1,sql\n")
+    with pytest.raises(UserError, match=r"someone\.csv"):
+        project("classification", predictions="someone.csv")

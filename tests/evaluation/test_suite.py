@@ -8,9 +8,10 @@ import weakref
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from gptj8.evaluation.suite import Documents, compare_on
+from gptj8.evaluation.suite import Comparison, Documents, Questions, held_out_documents
 from gptj8.prompts import PromptEncoder
 
 LABELS = ("dog", "fox", "sql", "sqlalchemy")
@@ -22,36 +23,98 @@ def rows():
     return pd.DataFrame({"text": texts, "label": [LABELS[number % 3] for number in range(8)]})
 
 
-def test_metrics_of_a_classification(model, encoder, rows):
-    prompts = PromptEncoder(encoder, "{text}\n\nLabel:", 64)
-    documents = Documents.of_texts(rows["text"], encoder)
-    comparison = compare_on(rows, LABELS, prompts, documents, batch_size=4)
-    comparison.measure("base", model)
-    comparison.measure("quantized", model)
-    metrics = comparison.metrics(rows["label"], resamples=100, seed=0)
+def compare_on(rows, labels, prompts, task="classification", **generated):
+    _, documents = held_out_documents("text", rows, prompts)
+    questions = Questions.of_rows(task, rows, labels, prompts, max_new_tokens=6, **generated)
+    return Comparison(documents, questions, batch_size=4)
 
-    predicted = comparison.predictions["base"]
-    assert predicted.tolist() == [LABELS[i] for i in comparison.likelihoods["base"].argmax(1)]
+
+def test_metrics_of_a_classification(model, encoder, rows):
+    comparison = compare_on(rows, LABELS, PromptEncoder(encoder, "{text}\n\nLabel:", 64))
+    with comparison.costing("base"):
+        comparison.measure("base", model)
+    comparison.measure("quantized", model)
+    comparison.measure("tuned", model)
+    metrics = comparison.metrics(resamples=100, seed=0)
+
+    predicted, likelihoods = comparison.predictions["base"], comparison.likelihoods["base"]
+    assert predicted.tolist() == [LABELS[i] for i in likelihoods.argmax(1)]
     assert metrics["base/accuracy"] == accuracy_score(rows["label"], predicted)
     assert metrics["base/macro_f1"] == f1_score(
         rows["label"], predicted, labels=list(LABELS), average="macro", zero_division=0
     )
+    low, high = proportion_interval(sum(rows["label"] == predicted), len(rows))
+    assert metrics["base/accuracy_low"] == pytest.approx(low)
+    assert metrics["base/accuracy_high"] == pytest.approx(high)
+    tokens = [len(comparison.questions.encoder.encode(f" {label}")) + 1 for label in LABELS]
+    normalized = [LABELS[i] for i in (likelihoods / tokens).argmax(1)]
+    assert metrics["base/accuracy_normalized"] == accuracy_score(rows["label"], normalized)
+    assert 0 <= metrics["base/ece"] <= 1
     scores = comparison.scores["base"]
     expected = np.exp(scores.nll.sum() / scores.tokens.sum())
     assert metrics["base/perplexity"] == pytest.approx(expected)
     for end in ("", "_low", "_high"):
         assert metrics[f"quantized/perplexity_ratio{end}"] == 1
+    assert metrics["tuned_minus_base/accuracy"] == 0
+    assert metrics["tuned_minus_base/p_value"] == 1
+    for cost in ("seconds", "tokens_per_second", "peak_memory_gib"):
+        assert metrics[f"base/{cost}"] > 0
     assert metrics["tokens_per_second"] > 0
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_without_labels_only_perplexity(model, encoder, rows):
-    prompts = PromptEncoder(encoder, "{text}", 64)
-    documents = Documents.of_texts(rows["text"], encoder)
-    comparison = compare_on(rows, (), prompts, documents, batch_size=4)
+def proportion_interval(right, rows, z=1.959963984540054):
+    """Wilson's interval by its textbook formula."""
+    share = right / rows
+    middle = share + z * z / (2 * rows)
+    half = z * np.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return (middle - half) / (1 + z * z / rows), (middle + half) / (1 + z * z / rows)
+
+
+def test_answers_are_those_of_transformers(model, encoder, rows):
+    comparison = compare_on(
+        rows, LABELS, PromptEncoder(encoder, "{text}\n\nLabel:", 64), max_generated_rows=5
+    )
+    comparison.measure("base", model)
+    questions = comparison.questions
+    assert questions.max_new_tokens == max(len(encoder.encode(f" {x}")) + 1 for x in LABELS)
+    expected = []
+    for prompt in questions.prompts[:5]:
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=questions.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=list(range(encoder.vocab_size, model.config.vocab_size)) or None,
+        )
+        expected.append(encoder.decode(output[0, len(prompt) :].tolist()).strip())
+    assert comparison.generated["base"] == expected
+    right = [text == label for text, label in zip(expected, rows["label"][:5], strict=True)]
+    assert comparison.metrics(100, 0)["base/exact_match"] == np.mean(right)
+
+
+def test_completions_are_written_and_matched(model, encoder):
+    rows = pd.DataFrame({"prompt": ["the fox", "a dog"], "completion": ["", ""], "text": "x"})
+    prompts = PromptEncoder(encoder, "{prompt}", 64)
+    wrote = compare_on(rows, (), prompts, "completion")
+    wrote.measure("tuned", model)
+    rows["completion"] = [wrote.generated["tuned"][0], "something else"]
+    comparison = compare_on(rows, (), prompts, "completion")
     comparison.measure("tuned", model)
-    metrics = comparison.metrics([], resamples=100, seed=0)
-    assert set(metrics) == {"tuned/perplexity", "tokens_per_second"}
+    metrics = comparison.metrics(100, 0)
+    assert metrics["tuned/exact_match"] == 0.5
+    assert "tuned/accuracy" not in metrics
+
+
+def test_without_labels_only_perplexity(model, encoder, rows):
+    comparison = compare_on(rows, (), PromptEncoder(encoder, "{text}", 64), "text")
+    comparison.measure("tuned", model)
+    metrics = comparison.metrics(resamples=100, seed=0)
+    assert set(metrics) == {
+        "tuned/perplexity",
+        "tuned/tokens_per_second",
+        "tokens_per_second",
+    }
 
 
 def test_only_completions_are_scored(encoder):
@@ -67,8 +130,7 @@ def test_a_measured_model_is_freed(encoder, rows):
     from transformers import GPTJConfig, GPTJForCausalLM
 
     prompts = PromptEncoder(encoder, "{text}\n\nLabel:", 64)
-    documents = Documents.of_texts(rows["text"], encoder)
-    comparison = compare_on(rows, LABELS, prompts, documents, batch_size=4)
+    comparison = compare_on(rows, LABELS, prompts)
     model = GPTJForCausalLM(
         GPTJConfig(
             vocab_size=131, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8,

@@ -1,0 +1,164 @@
+"""The gate: what is read, what meets it, and what is said where it is not met."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from gptj8.errors import UserError
+from gptj8.evaluation.requirements import Requirement, check_requirements, parse_requirement
+
+METRICS = {
+    "evaluate": {"tuned/accuracy": 0.31, "base/accuracy": 0.398, "seconds": 5.0, "odd": math.nan},
+    "finetune": {"eval_loss": 0.5, "seconds": 70.0},
+    "export": {"max_logit_difference": 1e-5},
+}
+
+
+def outcome(text, metrics=METRICS):
+    return check_requirements([parse_requirement(text)], metrics)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tuned/accuracy > base/accuracy", ("tuned/accuracy", ">", "base/accuracy")),
+        (
+            "quantized/perplexity_ratio_high < 1.005",
+            ("quantized/perplexity_ratio_high", "<", 1.005),
+        ),
+        ("tuned/accuracy_low>=0.8", ("tuned/accuracy_low", ">=", 0.8)),
+        ("  a<=-1.5e-3 ", ("a", "<=", -0.0015)),
+        ("a > .5", ("a", ">", 0.5)),
+        ("a > 5.", ("a", ">", 5.0)),
+        ("3-gram_a/f1 > +1", ("3-gram_a/f1", ">", 1.0)),
+        ("a < 2nd/b", ("a", "<", "2nd/b")),
+        ("a < 1e5b", ("a", "<", "1e5b")),
+    ],
+)
+def test_what_is_read(text, expected):
+    requirement = parse_requirement(text)
+    assert requirement == Requirement(*expected)
+    assert type(requirement.right) is type(expected[2])
+    assert parse_requirement(str(requirement)) == requirement
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' has no comparison; write a metric, one of"),
+        ("tuned/accuracy", "no comparison"),
+        ("a == 1", "no comparison"),
+        ("a ≥ 1", "no comparison"),
+        ("0.1 < a < 0.5", "more than one comparison"),
+        ("a <> 1", "more than one comparison"),
+        ("a => 1", "'a =' is no name"),
+        ("a =< 1", "'a =' is no name"),
+        ("0.5 < a", "begins with a number"),
+        ("> 1", "nothing on its left"),
+        ("a >", "nothing on its right"),
+        ("a > 0,5", "'0,5' is no name"),
+        ("a > 50%", "'50%' is no name"),
+        ("a > 1_000", "'1_000' is no name"),
+        ("a > b + 1", "'b \\+ 1' is no name"),
+        ("a/ > 1", "'a/' is no name"),
+        ("a//b > 1", "'a//b' is no name"),
+        ("a > nan", "nothing can be compared with nan"),
+        ("a < -Infinity", "nothing can be compared with -Infinity"),
+        ("a < 1e999", "too large"),
+        ("a > \u0661", "is no name"),  # a digit, but none of ASCII
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_requirement(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "met", "margin"),
+    [
+        ("tuned/accuracy > base/accuracy", False, -0.088),
+        ("tuned/accuracy < base/accuracy", True, 0.088),
+        ("tuned/accuracy > 0.31", False, 0),
+        ("tuned/accuracy >= 0.31", True, 0),
+        ("tuned/accuracy < 0.31", False, 0),
+        ("tuned/accuracy <= 0.31", True, 0),
+        ("tuned/accuracy >= 0.32", False, -0.01),
+        ("tuned/accuracy <= 0.3", False, -0.01),
+    ],
+)
+def test_what_meets(text, met, margin):
+    found = outcome(text)
+    assert found.met is met
+    assert found.margin == pytest.approx(margin, abs=1e-12)
+
+
+@pytest.mark.parametrize("comparison", ["<", "<=", ">", ">="])
+def test_nan_meets_nothing(comparison):
+    for text in (f"odd {comparison} 1", f"seconds {comparison} odd", f"odd {comparison} odd"):
+        found = outcome(text)
+        assert found.met is False
+        assert math.isnan(found.margin)
+        assert str(found).endswith("cannot hold")
+
+
+def test_what_is_said():
+    assert str(outcome("tuned/accuracy>base/accuracy")) == (
+        "tuned/accuracy > base/accuracy is not met: 0.31 > 0.398 misses by 0.088"
+    )
+    assert str(outcome("export/max_logit_difference <= 2e-5")) == (
+        "export/max_logit_difference <= 2e-05 is met: 1e-05 <= 2e-05 holds by 1e-05"
+    )
+    assert str(outcome("seconds < 5")) == "seconds < 5 is not met: 5 < 5 misses by 0"
+
+
+def test_names_are_of_evaluate_first_and_else_of_a_stage():
+    assert outcome("seconds < 6").left == 5
+    assert outcome("evaluate/seconds < 6").left == 5
+    assert outcome("finetune/seconds < 6").left == 70
+    assert outcome("evaluate/tuned/accuracy > finetune/eval_loss").margin == pytest.approx(-0.19)
+    metrics = {"evaluate": {"finetune/seconds": 1.0}, "finetune": {"seconds": 2.0}}
+    assert outcome("finetune/seconds > 0", metrics).left == 1
+
+
+def test_every_unknown_metric_is_named():
+    texts = ["tuned/acuracy > 0.1", "seconds < 1", "seconds < fintune/eval_loss", "eval_loss < 1"]
+    with pytest.raises(UserError) as caught:
+        check_requirements([parse_requirement(text) for text in texts], METRICS)
+    lines = str(caught.value).split("\n")
+    assert lines[0] == (
+        "tuned/acuracy > 0.1: there is no metric tuned/acuracy, did you mean tuned/accuracy?"
+    )
+    assert lines[1].endswith("no metric fintune/eval_loss, did you mean finetune/eval_loss?")
+    assert lines[2].endswith("no metric eval_loss, did you mean finetune/eval_loss?")
+    assert len(lines) == 3
+
+
+def test_an_unknown_metric_that_is_near_none():
+    with pytest.raises(UserError, match=r"no metric zzz; there are 'base/accuracy', 'eval"):
+        outcome("zzz > 1")
+    with pytest.raises(UserError, match="no metric zzz; there are none at all"):
+        outcome("zzz > 1", {})
+
+
+def test_outcomes_keep_the_order():
+    texts = ["seconds < 1", "finetune/seconds > 1", "seconds < 1"]
+    outcomes = check_requirements([parse_requirement(text) for text in texts], METRICS)
+    assert [str(found.requirement) for found in outcomes] == texts
+    assert [found.met for found in outcomes] == [False, True, False]
+    assert check_requirements([], {}) == []
+
+
+def test_no_library_is_loaded():
+    script = (
+        "import sys; import gptj8; before = set(sys.modules)\n"
+        "import gptj8.evaluation.requirements\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new - sys.stdlib_module_names - {'gptj8'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
