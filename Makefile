@@ -9,12 +9,15 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test bench ui lint lock clean
+.PHONY: repro compare test bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
 	dvc repro
 	gptj8 summary
+
+compare: $(INSTALLED) ## LayerNorms only, LoRA on attention, LoRA on all linears: one table
+	gptj8 compare
 
 test: $(INSTALLED) ## the fast tests
 	python -m pytest

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from gptj8.approaches import add_compare_command
 from gptj8.errors import UserError
+from gptj8.evaluation.harness import add_harness_command
+from gptj8.files import read_json
 from gptj8.params import Params, load_params
 from gptj8.runtime import project_root, run
+from gptj8.serving.commands import add_serving_commands
 
 
 def main() -> None:
@@ -44,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="print what the last run measured")
     summary.set_defaults(command=_summary)
 
+    gate = commands.add_parser("gate", help="tell whether the last run meets evaluate.require")
+    gate.set_defaults(command=_gate)
+
+    add_compare_command(commands)
+    add_harness_command(commands)
+    add_serving_commands(commands)
+
     ui = commands.add_parser("ui", help="browse the runs in MLflow")
     ui.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     ui.add_argument("--port", type=int, default=5000)
@@ -67,6 +77,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
         "data.test": params.data.test,
         "model.path": params.model.path,
         "evaluate.perplexity_text": params.evaluate.perplexity_text,
+        "evaluate.predictions": params.evaluate.predictions,
     }
     problems = []
     for key, value in inputs.items():
@@ -122,17 +133,32 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.model}: {files} files are as they were written")
 
 
-def _summary(arguments: argparse.Namespace) -> None:
+def _gate(arguments: argparse.Namespace) -> None:
+    from gptj8.evaluation.requirements import check_requirements, parse_requirement
+
+    require = load_params().evaluate.require
+    if not require:
+        raise UserError("evaluate.require is empty; there is nothing to meet")
+    outcomes = check_requirements([parse_requirement(text) for text in require], _measured())
+    for outcome in outcomes:
+        print(outcome)
+    if not all(outcome.met for outcome in outcomes):
+        raise UserError("the last run does not meet evaluate.require")
+
+
+def _measured() -> dict[str, dict[str, float]]:
+    """Return stage -> flat name -> value of what the last run has measured."""
     from gptj8.tracking import REPORTS, STAGES, flatten
 
-    measured = {}
-    for stage in STAGES:
-        file = REPORTS / stage / "metrics.json"
-        if file.is_file():
-            metrics = flatten(json.loads(file.read_text(encoding="utf-8")), "/")
-            measured.update({f"{stage}/{key}": value for key, value in metrics.items()})
+    files = {stage: REPORTS / stage / "metrics.json" for stage in STAGES}
+    measured = {s: flatten(read_json(f), "/") for s, f in files.items() if f.is_file()}
     if not measured:
         raise UserError("reports/ holds no metrics yet; run `make repro`")
+    return measured
+
+
+def _summary(arguments: argparse.Namespace) -> None:
+    measured = {f"{s}/{k}": v for s, metrics in _measured().items() for k, v in metrics.items()}
     print()
     for line in summary_lines(measured):
         print(line)

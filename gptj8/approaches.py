@@ -1,0 +1,502 @@
+"""Approaches to one task, each run as a DVC experiment, and one table of what they reached.
+
+Every experiment runs in a copy that DVC makes of the project under .dvc/tmp/exps, one after the
+other: the workspace stays as it is, changes that are not committed take part, and what DVC has in
+its cache is not trained again. An experiment's numbers are read from its own commit. Not chosen:
+DVC's queue, whose workers outlive the command and show no progress, and experiments in the
+workspace, the last of which would replace the user's artifacts.
+
+Experiments end with the evaluation: `dvc exp apply` and `dvc repro` export the one that is chosen.
+What needs no training (the base model, few-shot, the TF-IDF baseline, predictions of others) is
+measured by each experiment's evaluation and taken from the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptj8.errors import UserError
+from gptj8.files import format_bytes, list_files, replace_file, require_free_space, write_csv
+from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.words import one_line, quote, suggest
+
+APPROACHES: dict[str, tuple[str, ...]] = {
+    "layernorm": ("finetune.method=layernorm",),
+    "lora-attention": ("finetune.method=lora", "finetune.target=attention"),
+    "lora-all-linear": ("finetune.method=lora", "finetune.target=all-linear"),
+}
+"""What each approach changes in params.yaml, as `dvc exp run -S` takes it."""
+
+FOLDER = Path("reports/approaches")
+
+_TITLES = {
+    "layernorm": "LayerNorms only",
+    "lora-attention": "LoRA on attention",
+    "lora-all-linear": "LoRA on all linear layers",
+    "few_shot": "few-shot, not trained",
+    "quantized": "8-bit base model, not trained",
+    "base": "base model, not trained",
+    "baseline": "TF-IDF + logistic regression",
+}
+# Of the untrained systems, those that the project has; predictions of others follow.
+_SYSTEMS = ("few_shot", "quantized", "base", "baseline")
+_MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "perplexity")
+_COLUMNS = (
+    "approach",
+    "status",
+    "experiment",
+    *_MEASURES,
+    "eval_loss",
+    "trainable_parameters",
+    "training_peak_memory_gib",
+    "training_seconds",
+    "evaluation_peak_memory_gib",
+    "evaluation_seconds",
+)
+
+# Code that a stage may import; what is made from it is made again or, being compiled, copied.
+_CODE = ("gptj8", "stages")
+_LEFT_OUT = ("__pycache__", ".incomplete", ".replaced")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one approach."""
+
+    approach: str
+    experiment: str
+    """DVC's name of the experiment."""
+    metrics: Mapping[str, Mapping[str, Any]] | None
+    """Of the stages finetune and evaluate, flat; None: the experiment failed."""
+
+
+def compare(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
+    """Run approaches, print their table, write it to reports/approaches and record it in MLflow.
+
+    Raises:
+        UserError: before anything runs, for what could not run; at the end, naming the experiments
+            that failed. The others are in the table then.
+    """
+    params = overridden_params(overrides)
+    outcomes = run_approaches(names, overrides)
+    rows = table_rows(outcomes)
+    files = write_table(rows)
+    print(f"\n{files[1].read_text(encoding='utf-8')}\n{files[0]}    {files[1]}")
+    from gptj8 import tracking
+
+    tracking.log_comparison(params, rows, files)
+    failed = [outcome.approach for outcome in outcomes if outcome.metrics is None]
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)}: the experiment failed, for the reason that is shown above; mend "
+            "it and compare again, which repeats only what is missing"
+        )
+
+
+def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Outcome]:
+    """Run each approach as a DVC experiment and return what it measured.
+
+    Args:
+        names: of `APPROACHES`.
+        overrides: further changes of params, for all of them, as `dvc exp run -S` takes them.
+
+    Raises:
+        UserError: before anything runs, if a name, an override or an input cannot be used.
+    """
+    check_names(names)
+    changes = {name: [*overrides, *APPROACHES[name]] for name in names}
+    # All of them first: a mistake in the last should not cost the hours of the others.
+    params = {name: overridden_params(changes[name]) for name in names}
+    baseline = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if baseline is None:
+        raise UserError(
+            "experiments start from a commit, and this folder has none; git init, git add --all "
+            "and git commit first"
+        )
+    from gptj8.cli import missing_inputs
+
+    problems = missing_inputs(params[names[0]])
+    if problems:
+        raise UserError("\n".join(problems))
+    copies = paths_to_copy(params[names[0]], _dvc_outs())
+    _report_copies(copies)
+    outcomes = []
+    for number, name in enumerate(names, 1):
+        print(f"\napproach {number} of {len(names)}: {name}", flush=True)
+        label = f"{name}-{_digest(params[name], overrides)}"
+        outcomes.append(_run(name, label, changes[name], copies, baseline))
+    return outcomes
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what is no approach, and what is named twice."""
+    for name in names:
+        if name not in APPROACHES:
+            known = ", ".join(APPROACHES)
+            raise UserError(
+                f"--approaches: {quote(name)} is not a known approach{suggest(name, APPROACHES)}; "
+                f"known: {known}"
+            )
+        if list(names).count(name) > 1:
+            raise UserError(f"--approaches: {name} is named twice; name it once")
+    if not names:
+        raise UserError(f"--approaches names none; known: {', '.join(APPROACHES)}")
+
+
+def overridden_params(overrides: Sequence[str]) -> Params:
+    """Return params.yaml with changes as `dvc exp run -S` makes them; nothing is written.
+
+    Raises:
+        UserError: if a change cannot be read, or makes a key or value that params.yaml cannot have.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.utils.cli_parse import to_path_overrides
+    from dvc.utils.hydra import apply_overrides
+    from ruamel.yaml import YAML
+
+    from gptj8.params import load_params
+
+    for change in overrides:
+        if "=" not in change:
+            raise UserError(f"-S {change}: a change is written key=value, as in finetune.r=4")
+    load_params()  # its own mistakes are told first
+    own = to_path_overrides(overrides).get(PARAMS_FILE, [])
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / PARAMS_FILE
+        copy.write_bytes(Path(PARAMS_FILE).read_bytes())
+        try:
+            if own:
+                apply_overrides(copy, own)
+        except DvcException as error:
+            raise UserError(f"-S {' '.join(own)}: {one_line(error)}") from None
+        content = YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8"))
+    return parse_params(content, " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)]))
+
+
+def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
+    """Return what the experiments need and git does not know: DVC copies only what it knows.
+
+    Args:
+        params: of the experiments; their inputs are relative to the working folder.
+        outs: what DVC has in its cache or can make, and the file that tells it so.
+
+    Raises:
+        UserError: for an input that an experiment could not see.
+    """
+    listed = _git("ls-files", "-z")
+    tracked = {Path(name) for name in (listed or "").split("\0") if name}
+    tracked |= {folder for file in tracked for folder in file.parents}
+    paths: list[Path] = []
+    for key, value in _inputs(params).items():
+        path = Path(os.path.normpath(value))
+        if path.is_absolute() or (not path.exists() and path not in outs):
+            continue  # seen from everywhere, or told by the stage
+        if path.parts[:1] == ("..",):
+            raise UserError(
+                f"{key} = {value} is outside the project, and experiments run in a copy of it; "
+                f"give the whole path, {path.resolve()}"
+            )
+        made_by = next((outs[p] for p in (path, *path.parents) if p in outs), None)
+        if made_by is None:
+            paths += _unknown_to_git(path, tracked, outs)
+        elif made_by not in tracked:
+            raise UserError(
+                f"{key} = {value} is described by {made_by}, which git does not know, and "
+                f"experiments see only what it knows; git add {made_by.parent}"
+            )
+    for folder in _CODE:
+        paths += _unknown_to_git(Path(folder), tracked, outs)
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not any(p in paths for p in path.parents)]
+
+
+def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return a row an approach and a row a system that needs no training.
+
+    A value that was not measured is None. `status` is `trained`, `failed` or `evaluated`.
+    """
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = dict.fromkeys(_COLUMNS)
+        row |= {"approach": outcome.approach, "status": "failed"}
+        if outcome.metrics is not None:
+            finetune = outcome.metrics.get("finetune", {})
+            row |= {"status": "trained", "experiment": outcome.experiment}
+            row |= _evaluated(outcome.metrics.get("evaluate", {}), "tuned")
+            row |= {
+                "eval_loss": finetune.get("eval_loss"),
+                "trainable_parameters": finetune.get("trainable_parameters"),
+                "training_peak_memory_gib": finetune.get("peak_memory_gib"),
+                "training_seconds": finetune.get("seconds"),
+            }
+        rows.append(row)
+    first = next((outcome for outcome in outcomes if outcome.metrics), None)
+    if first is None or first.metrics is None:
+        return rows
+    evaluate = first.metrics.get("evaluate", {})
+    measured = [key.rpartition("/") for key in evaluate]
+    found = dict.fromkeys(s for s, _, m in measured if s and m in ("accuracy", "perplexity"))
+    found.pop("tuned", None)
+    for system in [s for s in _SYSTEMS if s in found] + [s for s in found if s not in _SYSTEMS]:
+        row = dict.fromkeys(_COLUMNS)
+        row |= {"approach": system, "status": "evaluated", "experiment": first.experiment}
+        rows.append(row | _evaluated(evaluate, system))
+    return rows
+
+
+def write_table(rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write approaches.csv and approaches.md, whole or not at all, and return their paths."""
+    files = [FOLDER / "approaches.csv", FOLDER / "approaches.md"]
+    write_csv(files[0], rows)
+    with replace_file(files[1]) as staging:
+        staging.write_text(markdown_table(rows), encoding="utf-8")
+    return files
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table for people; columns that no row has a value for are left out.
+
+    A task without labels has no accuracy: perplexity and validation loss are shown instead.
+    """
+    labels = any(row.get("accuracy") is not None for row in rows)
+    columns = [
+        ("accuracy (95 % interval)", [_accuracy(row) if labels else "" for row in rows]),
+        ("macro-F1", [_form(row, "macro_f1", "{:.3f}") if labels else "" for row in rows]),
+        ("perplexity", ["" if labels else _form(row, "perplexity", "{:.3f}") for row in rows]),
+        ("validation loss", ["" if labels else _form(row, "eval_loss", "{:.4f}") for row in rows]),
+    ]
+    columns += [
+        (title, [_form(row, key, form) for row in rows])
+        for title, key, form in (
+            ("trainable parameters", "trainable_parameters", "{:,.0f}"),
+            ("training: peak GiB", "training_peak_memory_gib", "{:.2f}"),
+            ("training: seconds", "training_seconds", "{:,.1f}"),
+            ("evaluation: peak GiB", "evaluation_peak_memory_gib", "{:.2f}"),
+            ("evaluation: seconds", "evaluation_seconds", "{:,.1f}"),
+        )
+    ]
+    columns = [(title, cells) for title, cells in columns if any(cells)]
+    names = []
+    for row in rows:
+        name = _TITLES.get(row["approach"], row["approach"])
+        names.append(_escape(f"{name}: failed" if row["status"] == "failed" else name))
+    columns.insert(0, ("approach", names))
+    # As wide in the file as on the terminal, where nothing draws the table.
+    widths = [max(len(cell) for cell in (title, *cells, "---")) for title, cells in columns]
+    lines = [[title for title, _ in columns]]
+    lines += map(list, zip(*(cells for _, cells in columns), strict=True))
+    text = [_line(line, widths) for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([text[0], _line(rule, widths), *text[1:]]) + "\n"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return f"| {' | '.join([first, *rest])} |"
+
+
+def _escape(text: str) -> str:
+    """Make a name of the user's a cell: no line breaks, no columns, no mark-up of its own."""
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", one_line(text))
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    accuracy, low, high = (row.get(k) for k in ("accuracy", "accuracy_low", "accuracy_high"))
+    if accuracy is None:
+        return ""
+    interval = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
+    return f"{accuracy:.1%}{interval}"
+
+
+def _form(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    return "" if value is None else form.format(value)
+
+
+def _evaluated(evaluate: Mapping[str, Any], system: str) -> dict[str, Any]:
+    return {
+        **{measure: evaluate.get(f"{system}/{measure}") for measure in _MEASURES},
+        "evaluation_peak_memory_gib": evaluate.get(f"{system}/peak_memory_gib"),
+        "evaluation_seconds": evaluate.get(f"{system}/seconds"),
+    }
+
+
+def _run(
+    name: str, label: str, changes: Sequence[str], copies: Sequence[Path], baseline: str
+) -> Outcome:
+    """Run one experiment; what an earlier one of the same params measured already, it keeps.
+
+    DVC refuses a second result under one name unless forced, and forcing it would train again. So
+    the new one gets a name of its own, and goes where it turns out to be the old one.
+    """
+    folder = f"refs/exps/{baseline[:2]}/{baseline[2:]}"
+    listed = _git("for-each-ref", "--format=%(refname:lstrip=4)", folder) or ""
+    earlier = [e for e in listed.split() if re.fullmatch(rf"{re.escape(label)}(-\d+)?", e)]
+    number = 1 + max((int(e.removeprefix(label)[1:] or 1) for e in earlier), default=0)
+    experiment = label if number == 1 else f"{label}-{number}"
+    command = ["exp", "run", "--temp", "--name", experiment]
+    for change in changes:
+        command += ["--set-param", change]
+    for path in copies:
+        command += ["--copy-paths", path.as_posix()]
+    # No further: an approach that does not meet evaluate.require is not exported, and is compared.
+    command.append("evaluate")
+    if (
+        _dvc(command) != 0
+        or _git("rev-parse", "--verify", "--quiet", f"{folder}/{experiment}") is None
+    ):
+        return Outcome(name, experiment, None)
+    for other in earlier:
+        revisions = f"{folder}/{other}", f"{folder}/{experiment}"
+        if _git("diff", "--quiet", *revisions, "--", "reports/finetune", "reports/evaluate") == "":
+            _dvc(["exp", "remove", "--quiet", experiment])
+            experiment = other
+            break
+    return Outcome(name, experiment, _read_metrics(f"{folder}/{experiment}"))
+
+
+def _read_metrics(revision: str) -> dict[str, dict[str, Any]]:
+    from gptj8.tracking import flatten
+
+    metrics = {}
+    for stage in ("finetune", "evaluate"):
+        text = _git("show", f"{revision}:./reports/{stage}/metrics.json")
+        metrics[stage] = flatten(json.loads(text), "/") if text else {}
+    return metrics
+
+
+def _digest(params: Params, overrides: Sequence[str]) -> str:
+    """Return a short digest of what the params and the changes in other files say."""
+    others = sorted(change for change in overrides if ":" in change.partition("=")[0])
+    content = json.dumps([resolved(params), others], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _inputs(params: Params) -> dict[str, str]:
+    inputs = {
+        "data.train": params.data.train,
+        "data.validation": params.data.validation,
+        "data.test": params.data.test,
+        "model.path": params.model.path,
+        "evaluate.perplexity_text": params.evaluate.perplexity_text,
+        "evaluate.predictions": params.evaluate.predictions,
+    }
+    return {key: value for key, value in inputs.items() if value is not None}
+
+
+def _unknown_to_git(path: Path, tracked: set[Path], outs: Mapping[Path, Path]) -> list[Path]:
+    """Return what of a file or directory to copy, in pieces that DVC can copy.
+
+    It copies a directory only to where there is none yet, and a file only into a directory that is
+    there: into one that git knows a file of.
+    """
+    if path in outs or path.name.endswith(_LEFT_OUT) or not path.exists():
+        return []
+    if path not in tracked:
+        alone = path.is_file() and path.parent not in tracked and path.parent != Path()
+        return [path.parent if alone else path]
+    if path.is_file():
+        return []
+    return [p for child in sorted(path.iterdir()) for p in _unknown_to_git(child, tracked, outs)]
+
+
+def _dvc_outs() -> dict[Path, Path]:
+    """Return what DVC makes or keeps, and the dvc.yaml or .dvc file that says so; both relative."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    root = Path.cwd()
+    try:
+        with Repo() as repo:
+            return {
+                Path(os.path.relpath(out.fs_path, root)): Path(
+                    os.path.relpath(out.stage.path, root)
+                )
+                for out in repo.index.outs
+                if out.protocol == "local"
+            }
+    except DvcException as error:
+        raise UserError(f"DVC cannot read this project: {one_line(error)}") from None
+
+
+def _report_copies(copies: Sequence[Path]) -> None:
+    shown = [path for path in copies if path.parts[0] not in _CODE]
+    if not shown:
+        return
+    size = sum(file.stat().st_size for path in shown for file in list_files(path))
+    require_free_space(".dvc/tmp", size, "a copy of the inputs that git does not know")
+    names = ", ".join(path.as_posix() for path in shown)
+    print(
+        f"not known to git, and so copied for each experiment ({format_bytes(size)}): {names}; "
+        "`dvc add` of it and `git add` of its .dvc file would make that needless",
+        flush=True,
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git prints, None where it exits with an error."""
+    process = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
+    return process.stdout.strip() if process.returncode == 0 else None
+
+
+def _dvc(arguments: Sequence[str]) -> int:
+    """Run DVC, its output passed through, and return its exit code.
+
+    In a process group of its own, which is interrupted as one when this process is: DVC then puts
+    away its copy, and no stage goes on training for nobody.
+    """
+    # DVC starts the stages as `python -m`, which is to be this Python, environment entered or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", *arguments],
+        env={**os.environ, "PATH": path},
+        start_new_session=True,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        raise
+
+
+def add_compare_command(commands: argparse._SubParsersAction) -> None:
+    """Add `gptj8 compare` to the command line."""
+    compare_command = commands.add_parser(
+        "compare", help="run approaches as DVC experiments and make one table of them"
+    )
+    compare_command.add_argument(
+        "--approaches",
+        default=",".join(APPROACHES),
+        metavar="NAMES",
+        help="separated by commas (default: %(default)s)",
+    )
+    compare_command.add_argument(
+        "-S",
+        "--set-param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a param for all of them, as in dvc exp run",
+    )
+    compare_command.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    names = [name.strip() for name in arguments.approaches.split(",") if name.strip()]
+    compare(names, arguments.set_param)

@@ -1,0 +1,226 @@
+"""The HTTP server: /generate, /classify, /health, and a page at /docs that describes them.
+
+A bad request gets a 4xx status and the reason in one line, under `detail`. Where too much is asked
+for at once the answer is 503, and where one takes too long 504.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi_offline import FastAPIOffline
+
+from gptj8 import __version__
+from gptj8.errors import UserError
+from gptj8.prompts import EncodedPrompt
+from gptj8.serving.engine import BusyError, Engine
+from gptj8.serving.requests import (
+    ClassifyRequest,
+    ClassifyResponse,
+    GenerateRequest,
+    GenerateResponse,
+    HealthResponse,
+    explain,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        max_prompt_tokens: None: as many as the model's context holds.
+        max_new_tokens: a request that asks for more is refused.
+        max_body_bytes: of the request.
+        seconds: from its arrival to its end.
+    """
+
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int = 512
+    max_body_bytes: int = 1 << 20
+    seconds: float = 300.0
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
+    """Return the application; it closes the engine at its end."""
+    predictor = engine.predictor
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPIOffline(
+        title="gptj8",
+        version=__version__,
+        summary=predictor.name,
+        lifespan=lifespan,
+        max_body_size=limits.max_body_bytes,
+    )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _problem(422, "; ".join(map(explain, error.errors())))
+
+    @app.exception_handler(_RefusedError)
+    async def refused(request: Request, error: _RefusedError) -> JSONResponse:
+        return _problem(error.status, str(error))
+
+    @app.get("/health")
+    async def health() -> HealthResponse:
+        """Tell that the server lives, and how busy it is."""
+        task = predictor.task.shape.task if predictor.task else None
+        return HealthResponse(
+            status="ok",
+            model=predictor.name,
+            task=task,
+            labels=list(predictor.labels),
+            active=engine.active,
+            waiting=engine.waiting,
+        )
+
+    @app.post("/classify", response_model=ClassifyResponse)
+    async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
+        """Return the likeliest label of a row and the probability of each."""
+        prompt = await asyncio.to_thread(_encoded, predictor.encode_for_labels, body.row)
+        future = _submitted(engine.classify, prompt.ids)
+        probabilities = await _outcome(request, future, limits.seconds)
+        scores = dict(zip(predictor.labels, probabilities.tolist(), strict=True))
+        label = max(scores, key=scores.__getitem__)
+        return ClassifyResponse(label=label, scores=scores, cut_tokens=prompt.cut_tokens)
+
+    @app.post("/generate", response_model=GenerateResponse)
+    async def generate(
+        body: GenerateRequest, request: Request
+    ) -> GenerateResponse | StreamingResponse:
+        """Continue a prompt or answer a row; `stream` sends server-sent events as it goes.
+
+        Each event has `text`; the last one has what is answered without `stream`.
+        """
+        if body.max_new_tokens > limits.max_new_tokens:
+            reason = f"max_new_tokens = {body.max_new_tokens} is more than {limits.max_new_tokens}"
+            raise _RefusedError(422, reason)
+        prompt = await asyncio.to_thread(_encoded, body.encode, predictor, limits.max_prompt_tokens)
+        pieces = _Pieces(engine, is_answer=body.row is not None)
+        future = _submitted(engine.generate, prompt.ids, body.sampling, pieces.put)
+        if body.stream:
+            events = _events(pieces, future, prompt, limits.seconds)
+            return StreamingResponse(events, media_type="text/event-stream")
+        row = await _outcome(request, future, limits.seconds)
+        return _generated(pieces, row, prompt)
+
+    return app
+
+
+class _Pieces:
+    """The text of one answer as it grows, handed from the engine's thread to the event loop."""
+
+    def __init__(self, engine: Engine, is_answer: bool) -> None:
+        self._decode = engine.predictor.encoder.decode_stream()
+        self._is_answer = is_answer
+        self._loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[str] = asyncio.Queue()
+        self.text = ""
+
+    def put(self, token: int) -> None:
+        piece = self._decode(token)
+        if self._is_answer and not self.text:  # an answer was learned behind a space
+            piece = piece.lstrip()
+        if piece:
+            self.text += piece
+            self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
+
+
+async def _events(
+    pieces: _Pieces, future: Future, prompt: EncodedPrompt, seconds: float
+) -> AsyncIterator[str]:
+    done = asyncio.wrap_future(future)
+    try:
+        async with asyncio.timeout(seconds):
+            while not (done.done() and pieces.queue.empty()):
+                piece = asyncio.ensure_future(pieces.queue.get())
+                await asyncio.wait({piece, done}, return_when=asyncio.FIRST_COMPLETED)
+                if piece.done():
+                    yield _event({"text": piece.result()})
+                else:
+                    piece.cancel()
+                    await asyncio.sleep(0)  # what the engine put before the end is on its way
+            yield _event(_generated(pieces, done.result(), prompt).model_dump())
+    except TimeoutError:
+        yield _event({"detail": f"not done after {seconds:g} s"})
+    except Exception as error:
+        yield _event({"detail": _fault(error)})
+    finally:  # also where the client has gone away
+        future.cancel()
+
+
+async def _outcome(request: Request, future: Future, seconds: float) -> Any:
+    """Wait for the engine, or until the client goes away or time is up."""
+    done = asyncio.wrap_future(future)
+    gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
+    try:
+        await asyncio.wait({done, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        if gone.done():
+            raise _RefusedError(499, "the client went away")
+        raise _RefusedError(504, f"not done after {seconds:g} s")
+    except (UserError, RuntimeError, MemoryError) as error:
+        raise _RefusedError(500, _fault(error)) from error
+    finally:
+        gone.cancel()
+        future.cancel()
+
+
+def _encoded(encode: Any, *arguments: Any) -> EncodedPrompt:
+    try:
+        return encode(*arguments)
+    except ValueError as error:
+        raise _RefusedError(422, str(error)) from error
+
+
+def _submitted(submit: Any, *arguments: Any) -> Future:
+    try:
+        return submit(*arguments)
+    except BusyError as error:
+        raise _RefusedError(503, str(error)) from error
+
+
+def _generated(pieces: _Pieces, row: Any, prompt: EncodedPrompt) -> GenerateResponse:
+    return GenerateResponse(
+        completion=pieces.text,
+        finish_reason=row.finish_reason,
+        prompt_tokens=row.prompt_length,
+        new_tokens=len(row.ids),
+        cut_tokens=prompt.cut_tokens,
+    )
+
+
+def _problem(status: int, reason: str) -> JSONResponse:
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"detail": reason}, status, headers)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"the model failed: {type(error).__name__}"

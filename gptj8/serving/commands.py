@@ -1,0 +1,171 @@
+"""`gptj8 generate` and `gptj8 serve`. Nothing heavy is imported before one of them is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptj8.errors import UserError
+
+if TYPE_CHECKING:
+    from gptj8.serving.predictor import Predictor
+
+_BASE, _EXPORT = "artifacts/base-8bit", "artifacts/export"
+
+
+def add_serving_commands(commands: argparse._SubParsersAction) -> None:
+    """Add both to the parser of `gptj8`."""
+    generate = commands.add_parser("generate", help="continue a prompt, or answer a row")
+    generate.add_argument("prompt", nargs="?", help="as it is; - or none: standard input")
+    generate.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="COLUMN=TEXT",
+        help="answer a row of the columns that the model was tuned on, instead of a prompt",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    _add_model_arguments(generate)
+    generate.set_defaults(command=_generate)
+
+    serve = commands.add_parser("serve", help="answer over HTTP: /generate, /classify, /health")
+    serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument("--max-batch", type=int, default=8, help="rows generated together")
+    serve.add_argument("--max-waiting", type=int, default=256, help="requests that wait for those")
+    serve.add_argument("--max-prompt-tokens", type=int, help="default: what the model has room for")
+    serve.add_argument("--max-new-tokens", type=int, default=512, help="that one request may ask")
+    serve.add_argument("--max-body-bytes", type=int, default=1 << 20, help="of one request")
+    serve.add_argument("--timeout", type=float, default=300.0, help="seconds for one request")
+    _add_model_arguments(serve)
+    serve.set_defaults(command=_serve)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=_BASE, help=f"base model (default: {_BASE})")
+    parser.add_argument(
+        "--adapter", default=_EXPORT, help=f"an export, or none (default: {_EXPORT})"
+    )
+    parser.add_argument("--dtype", default="auto", help="as model.dtype in params.yaml")
+
+
+def _load(arguments: argparse.Namespace) -> Predictor:
+    export = None if arguments.adapter == "none" else arguments.adapter
+    for path, option in ((arguments.model, "--model"), (export, "--adapter")):
+        if path is not None and not Path(path).is_dir():
+            raise UserError(f"{option} {path} does not exist; run `make repro`, or name another")
+    if arguments.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype {arguments.dtype} is none of auto, bfloat16, float16, float32")
+    from transformers.utils.logging import disable_progress_bar
+
+    from gptj8.serving.predictor import Predictor
+
+    disable_progress_bar()
+    return Predictor.load(arguments.model, export, arguments.dtype)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    row = _row_of(arguments.row)
+    if row and arguments.prompt is not None:
+        raise UserError("give either a prompt or --row")
+    from pydantic import ValidationError
+
+    from gptj8.serving.requests import GenerateRequest, explain
+
+    prompt = arguments.prompt
+    if not row and prompt in (None, "-"):
+        prompt = sys.stdin.read()
+    try:
+        request = GenerateRequest(
+            prompt=None if row else prompt,
+            row=row or None,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+    except ValidationError as error:
+        raise UserError("\n".join(map(explain, error.errors()))) from None
+    predictor = _load(arguments)
+    from gptj8.generation import GenerationBatch
+
+    try:
+        encoded = request.encode(predictor)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    encoder = predictor.encoder
+    batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
+    decode, shown = encoder.decode_stream(), 0
+    (answer,) = batch.add([encoded.ids], [request.sampling])
+    while True:
+        for token in answer.ids[shown:]:
+            piece = decode(token)
+            print(piece if shown or not row else piece.lstrip(), end="", flush=True)
+            shown += 1
+        if answer.finish_reason is not None:
+            break
+        batch.step()
+    print()
+
+
+def _row_of(cells: list[str]) -> dict[str, str]:
+    row = {}
+    for cell in cells:
+        column, sign, text = cell.partition("=")
+        if not sign or not column:
+            raise UserError(f"--row {cell}: write COLUMN=TEXT")
+        row[column] = text
+    return row
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    for name in ("max_batch", "max_waiting", "max_new_tokens", "max_body_bytes", "timeout"):
+        if getattr(arguments, name) <= 0:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {getattr(arguments, name)} must be more than 0")
+    if arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1:
+        raise UserError(f"--max-prompt-tokens {arguments.max_prompt_tokens} must be more than 0")
+    _require_free_port(arguments.host, arguments.port)
+    predictor = _load(arguments)
+    import uvicorn
+
+    from gptj8.serving.app import Limits, create_app
+    from gptj8.serving.engine import Engine
+
+    limits = Limits(
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        max_body_bytes=arguments.max_body_bytes,
+        seconds=arguments.timeout,
+    )
+    engine = Engine(predictor, arguments.max_batch, arguments.max_waiting)
+    if arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"whoever reaches {arguments.host} can use the model", file=sys.stderr)
+    print(f"{predictor.name}: http://{arguments.host}:{arguments.port} (described at /docs)")
+    uvicorn.run(
+        create_app(engine, limits),
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=10,
+    )
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Refuse before a large model is loaded what could not be listened at afterwards."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--host {host} --port {port}: {error}") from None

@@ -1,0 +1,119 @@
+"""What `mlflow models serve` and `mlflow.pyfunc.load_model` load: a base, an export, no pickle.
+
+The version that is registered holds the 8-bit base as well, so that it answers wherever it is
+loaded and whatever becomes of the project's artifacts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptj8.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gptj8.serving.predictor import Predictor
+
+BASE = "base-8bit"
+EXPORT = "export"
+
+LIBRARIES = (
+    "accelerate",
+    "ftfy",
+    "numpy",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "pydantic",
+    "regex",
+    "rensa",
+    "ruamel.yaml",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+)
+"""What the code beside a registered model imports."""
+
+NEW_TOKENS = 64
+"""Of a completion, where a request does not say."""
+
+_ROWS_AT_ONCE = 16
+
+
+class Model:
+    """Answers the rows of a table, in MLflow's interface for Python functions."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def predict(self, rows: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return an answer for each row.
+
+        Args:
+            rows: in the columns that the model was tuned on, without the answer's.
+            params: `max_new_tokens`, for a model that writes completions.
+
+        Returns:
+            for a classification `label` and, for each label, its probability in a column of its
+            name with `score_` before; else `completion`.
+
+        Raises:
+            UserError: naming the row that lacks a column.
+        """
+        import pandas as pd
+
+        # A missing cell of a table is NaN, and that is a number.
+        records = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        labels = self.predictor.labels
+        if not labels:
+            tokens = int((params or {}).get("max_new_tokens", NEW_TOKENS))
+            return pd.DataFrame({"completion": self._complete(records, tokens)})
+        prompts = [
+            _of_row(number, lambda row=row: self.predictor.encode_for_labels(row).ids)
+            for number, row in enumerate(records)
+        ]
+        scores = self.predictor.classify(prompts)
+        found = pd.DataFrame(scores, columns=[f"score_{label}" for label in labels])
+        found.insert(0, "label", [labels[index] for index in scores.argmax(1)])
+        return found
+
+    def _complete(self, records: list[dict[str, Any]], max_new_tokens: int) -> list[str]:
+        from gptj8.generation import generate_greedily
+
+        encoder = self.predictor.encoder
+        prompts = [
+            _of_row(number, lambda row=row: self.predictor.encode_row(row, max_new_tokens).ids)
+            for number, row in enumerate(records)
+        ]
+        texts: list[str] = []
+        for begin in range(0, len(prompts), _ROWS_AT_ONCE):
+            answers = generate_greedily(
+                self.predictor.model,
+                prompts[begin : begin + _ROWS_AT_ONCE],
+                max_new_tokens=max_new_tokens,
+                vocab_size=encoder.vocab_size,
+                eos_id=encoder.eos_id,
+            )
+            texts += [encoder.decode(ids).strip() for ids in answers]
+        return texts
+
+
+def _of_row(number: int, encode: Any) -> list[int]:
+    try:
+        return encode()
+    except ValueError as error:
+        raise UserError(f"row {number}: {error}") from error
+
+
+def _load_pyfunc(data_path: str) -> Model:
+    """Called by MLflow, by this name, with the folder that holds `base-8bit` and `export`."""
+    from gptj8.serving.predictor import Predictor
+
+    folder = Path(data_path)
+    return Model(Predictor.load(folder / BASE, folder / EXPORT))

@@ -1,0 +1,128 @@
+"""A model, its adapter, and how it was taught to be asked.
+
+An export holds the params and the labels it was tuned with, so a row of the user's columns becomes
+the very prompt that it would have become in training, and the answer is one of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptj8.errors import UserError
+from gptj8.evaluation.calibration import label_probabilities
+from gptj8.evaluation.likelihood import score_labels
+from gptj8.evaluation.perplexity import context_length
+from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
+from gptj8.prompts import EncodedPrompt, PromptEncoder, TextEncoder
+from gptj8.serving.task import TunedTask
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_ROWS_AT_ONCE = 16
+
+
+class Predictor:
+    """Answers prompts and rows.
+
+    Args:
+        model: in eval mode.
+        encoder: its tokenizer.
+        task: None for a model that was not tuned: it continues prompts and knows no rows.
+        name: for people.
+
+    Attributes:
+        context: most tokens of prompt and answer together.
+        labels: empty where there is nothing to classify.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        encoder: TextEncoder,
+        task: TunedTask | None,
+        name: str,
+    ) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.task = task
+        self.name = name
+        self.context = context_length(model.config)
+        self.labels = task.labels if task else ()
+        self._prompts: PromptEncoder | None = None
+        self._label_ids: list[list[int]] = []
+        if task:
+            template, side = task.shape.prompt_template, task.shape.truncation_side
+            length = min(task.max_length, self.context)
+            self._prompts = PromptEncoder(encoder, template, length, side)
+            self._label_ids = [self._prompts.completion_ids(label) for label in task.labels]
+
+    @classmethod
+    def load(cls, base: str | Path, export: str | Path | None, dtype: str = "auto") -> Predictor:
+        """Load a base model, converted or not, and an export's adapter on it.
+
+        Args:
+            base: a model directory.
+            export: as the stage `export` writes it; None: the base model alone.
+            dtype: as `model.dtype` in params.yaml.
+        """
+        device = pick_device()
+        task = TunedTask.load(export) if export else None
+        model = load_model(base, pick_dtype(dtype, device), device)
+        adapted = load_adapter(model, export) if export else model
+        name = f"{base} with {export}" if export else str(base)
+        return cls(adapted, TextEncoder.load(base), task, name)
+
+    def encode_row(self, row: Mapping[str, Any], max_new_tokens: int) -> EncodedPrompt:
+        """Return the prompt of a row by the user's columns, cut as in training.
+
+        Args:
+            max_new_tokens: to keep free for the answer.
+
+        Raises:
+            ValueError: if the model was not tuned, or a column is missing.
+        """
+        if self.task is None or self._prompts is None:
+            raise ValueError("this model was not tuned and knows no rows; send a prompt")
+        text = self.task.shape.text_of(row)
+        try:
+            return self._prompts.prompt(text, max_new_tokens)
+        except UserError as error:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} is too many: {error}") from None
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt as it is; the names of special tokens in it are plain text.
+
+        Raises:
+            ValueError: if it is empty.
+        """
+        ids = [*self.encoder.prefix_ids, *self.encoder.encode(prompt)]
+        if not ids:
+            raise ValueError("the prompt is empty")
+        return ids
+
+    def encode_for_labels(self, row: Mapping[str, Any]) -> EncodedPrompt:
+        """Return the prompt of a row that leaves room for any label.
+
+        Raises:
+            ValueError: if there is nothing to classify, or a column is missing.
+        """
+        if not self._label_ids:
+            raise ValueError("this model was not tuned to classify; ask it to generate")
+        return self.encode_row(row, max(map(len, self._label_ids)))
+
+    def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return each label's probability after each prompt: (prompts, labels) float64.
+
+        The likelihoods of the labels, as evaluation measures them, divided by their sum: the model
+        has no other answer.
+        """
+        scores = score_labels(
+            self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
+        )
+        return label_probabilities(scores)
