@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,11 +46,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_resident_bytes: int | None = None,
+) -> PreTrainedModel:
     """Load a causal language model, converted or original, in eval mode.
 
     Code from the model directory is never run, and pickles are read as tensors only. A directory
     with a manifest is compared with it first.
+
+    Args:
+        path: model directory.
+        dtype: of the arithmetic.
+        device: CPU or GPU. What a GPU has no room for stays in the CPU's memory.
+        max_resident_bytes: of weights on the CPU. Layers beyond stay in their safetensors files and
+            are read anew by each forward pass, which gives the same numbers; for evaluation only.
+            None: all are held.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,7 +74,13 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
     attention.register()
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
-    placement = {"device_map": "auto"} if device.type == "cuda" else {}
+    placement: dict[str, Any] = {"device_map": "auto"} if device.type == "cuda" else {}
+    if (
+        max_resident_bytes is not None
+        and device.type == "cpu"
+        and _is_larger(path, dtype, max_resident_bytes)
+    ):
+        placement = {"device_map": "auto", "max_memory": {"cpu": max_resident_bytes}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, **placement
@@ -72,6 +92,18 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
     if device.type == "cpu" and model.get_memory_footprint() > _LARGE_BYTES:
         keep_large_blocks_out_of_the_heap()
     return model.eval()
+
+
+def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:
+    """Whether the weights in safetensors files, as `dtype`, take more than `most` bytes."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())
+            total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    return total > most
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:

@@ -13,7 +13,8 @@ import pytest
 from test_pipeline import ANIMALS, MAGIC, Clone, write_rows
 
 from gptj8 import approaches
-from gptj8.approaches import Outcome, check_names, markdown_table, table_rows, write_table
+from gptj8.approaches import check_names
+from gptj8.approaches_table import Outcome, markdown_table, table_rows, write_table
 from gptj8.errors import UserError
 from gptj8.params import parse_params
 
@@ -109,7 +110,7 @@ def test_a_failure_is_told_after_the_table_of_the_others(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(approaches, "overridden_params", lambda overrides: None)
     monkeypatch.setattr(approaches, "run_approaches", lambda names, overrides: outcomes())
-    monkeypatch.setattr(tracking, "log_comparison", lambda *a: recorded.append(a), raising=False)
+    monkeypatch.setattr(tracking, "log_comparison", lambda *a: recorded.append(a))
     with pytest.raises(UserError, match="layernorm: the experiment failed"):
         approaches.compare(["layernorm", "lora-attention"])
     assert "LoRA on attention" in capsys.readouterr().out

@@ -1,6 +1,8 @@
-"""Evidence about a model: perplexity, accuracy by label likelihood, intervals, a baseline.
+"""Evidence about a model: perplexity, accuracy in three kinds, calibration, intervals, a gate.
 
 Low to high: `batching` (rows to padded tensors), `perplexity` and `likelihood` (a model's scores),
-`statistics`, `metrics` and `baseline` (numbers from scores), `few_shot` (solved examples), `report`
-(files), `suite` (the same measurements on every model compared). Nothing here reads params.yaml.
+`statistics`, `calibration`, `baseline` and `outside` (numbers and predictions of others), `metrics`
+(all numbers by name), `few_shot` (solved examples), `report` and `plots` (files), `suite` (the same
+measurements on every model compared), `requirements` (what they have to meet). Beside them
+`harness` and its command: standard benchmarks. Nothing here reads params.yaml.
 """

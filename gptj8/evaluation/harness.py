@@ -17,7 +17,6 @@ is a task's dataset and nothing else; no code from the Hub is run.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import logging
@@ -26,7 +25,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +103,7 @@ def load_tasks(
     Raises:
         UserError: as in `run_tasks`, a line for each unknown name.
     """
-    _prepare_harness()
+    prepare_harness()
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"{include_path} is not a directory of task files")
     manager = _task_manager(None if include_path is None else str(include_path))
@@ -153,8 +152,8 @@ def measure_tasks(
     seed: int | None = None,
 ) -> dict[str, float]:
     """Return what `run_tasks` does, for tasks that are loaded; they may be measured repeatedly."""
-    _prepare_harness()
-    _check_counts(batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
+    prepare_harness()
+    check_counts(batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -237,7 +236,7 @@ def wrap_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int
     )
 
 
-def _prepare_harness() -> None:
+def prepare_harness() -> None:
     """Import the harness with its own messages off, unless the user has set their level.
 
     Raises:
@@ -280,7 +279,7 @@ def _explain_load(name: str, error: BaseException) -> str:
     return f"task {name} cannot be loaded: {reason}"
 
 
-def _check_counts(*, batch_size: int, limit: int | None, num_fewshot: int | None) -> None:
+def check_counts(*, batch_size: int, limit: int | None, num_fewshot: int | None) -> None:
     problems = []
     if batch_size < 1:
         problems.append(f"batch size = {batch_size} is less than 1")
@@ -315,142 +314,9 @@ def _plain(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name).replace("/", "_")
 
 
-def _stderr_name(metric: str) -> str:
+def stderr_name(metric: str) -> str:
     name, dot, filter_name = metric.partition(".")
     return f"{name}_stderr{dot}{filter_name}"
-
-
-def table_lines(measured: dict[str, dict[str, float]]) -> list[str]:
-    """Return a table for the terminal: a row a metric, a column a model, `value ± error`.
-
-    Args:
-        measured: model -> what `run_tasks` returns.
-    """
-    models = list(measured)
-    rows = [["task", "metric", *models]]
-    for key in dict.fromkeys(key for metrics in measured.values() for key in metrics):
-        task, _, metric = key.partition("/")
-        name, _, _ = metric.partition(".")
-        if metric == "samples" or name.endswith("_stderr"):
-            continue
-        error = f"{task}/{_stderr_name(metric)}"
-        rows.append(
-            [
-                task,
-                metric,
-                *(_with_error(measured[m].get(key), measured[m].get(error)) for m in models),
-            ]
-        )
-    return _aligned(rows)
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def add_harness_command(commands: argparse._SubParsersAction) -> None:
-    """Add `gptj8 lm-eval`, which measures the 8-bit model and, with its adapter, the tuned one."""
-    parser = commands.add_parser(
-        "lm-eval", help="measure standard benchmarks with EleutherAI's harness"
-    )
-    parser.add_argument(
-        "--tasks", required=True, help="names, with commas between, such as hellaswag,arc_easy"
-    )
-    parser.add_argument(
-        "--model", default="artifacts/base-8bit", help="default: artifacts/base-8bit"
-    )
-    parser.add_argument("--adapter", help="measure the model with this adapter as well")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="of the arithmetic (default: auto)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="rows in one forward pass (default: 8)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
-    parser.add_argument(
-        "--num-fewshot", type=int, metavar="K", help="solved examples (default: the task's)"
-    )
-    parser.add_argument("--include-path", metavar="DIR", help="further task files (YAML)")
-    parser.add_argument(
-        "--output",
-        default="reports/harness/metrics.json",
-        help="default: reports/harness/metrics.json",
-    )
-    parser.set_defaults(command=_lm_eval)
-
-
-def _lm_eval(arguments: argparse.Namespace) -> None:
-    # What can be refused is refused before a model is loaded, and the tuned model's faults before
-    # the 8-bit one has been measured for hours.
-    _check_counts(
-        batch_size=arguments.batch_size, limit=arguments.limit, num_fewshot=arguments.num_fewshot
-    )
-    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-    if arguments.adapter and not (Path(arguments.adapter) / "adapter_config.json").is_file():
-        raise UserError(f"{arguments.adapter} has no adapter_config.json; is it an adapter?")
-    if not sys.stderr.isatty():
-        # In a log every refresh of a bar is one more line: a line every half minute, and none for
-        # what is done sooner. tqdm reads this as it is imported, which is below.
-        os.environ.setdefault("TQDM_MININTERVAL", "30")
-        os.environ.setdefault("TQDM_DELAY", "30")
-    _prepare_harness()
-
-    import torch
-
-    from gptj8.files import write_json
-    from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
-
-    tokenizer = load_tokenizer(arguments.model)
-    tasks = load_tasks(names, arguments.include_path)
-    device = pick_device()
-    model = load_model(arguments.model, pick_dtype(arguments.dtype, device), device)
-    is_quantized = getattr(model.config, "quantization_config", None) is not None
-    measured: dict[str, dict[str, float]] = {}
-
-    def measure(name: str, description: str, model: Model) -> None:
-        print(f"lm-eval: {description}", file=sys.stderr)
-        try:
-            measured[name] = measure_tasks(
-                model,
-                tokenizer,
-                tasks,
-                batch_size=arguments.batch_size,
-                limit=arguments.limit,
-                num_fewshot=arguments.num_fewshot,
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"out of GPU memory at --batch-size {arguments.batch_size}; lower it"
-            ) from None
-
-    measure("quantized" if is_quantized else "base", arguments.model, model)
-    if arguments.adapter:
-        tuned = load_adapter(model, arguments.adapter)
-        measure("tuned", f"{arguments.model} with {arguments.adapter}", tuned)
-    write_json(
-        arguments.output,
-        {
-            f"{name}/{key}": value
-            for name, found in measured.items()
-            for key, value in found.items()
-        },
-    )
-    print("\n".join(table_lines(measured)))
-    print(f"\n  all figures: {arguments.output}")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

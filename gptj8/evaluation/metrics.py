@@ -61,8 +61,8 @@ def classification_metrics(
     seed: int,
 ) -> dict[str, float]:
     """Return `accuracy` with its interval (Wilson) and `macro_f1` of each system, and by how much
-    the tuned one differs from each other: `tuned_minus_<system>/accuracy` with its interval and
-    `p_value` (McNemar).
+    the tuned one differs from each other: `tuned/accuracy_minus_<system>` with its interval and
+    `tuned/p_value_against_<system>` (McNemar).
 
     Args:
         labels: all of them.
@@ -88,8 +88,8 @@ def classification_metrics(
         pair = correct[TUNED], correct[system]
         rng = np.random.default_rng(seed)
         difference = accuracy_difference(*pair, resamples=resamples, rng=rng)
-        metrics |= _interval(f"{TUNED}_minus_{system}/accuracy", difference)
-        metrics[f"{TUNED}_minus_{system}/p_value"] = mcnemar(*pair).p_value
+        metrics |= _interval(f"{TUNED}/accuracy_minus_{system}", difference)
+        metrics[f"{TUNED}/p_value_against_{system}"] = mcnemar(*pair).p_value
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import socket
 import sys
@@ -17,14 +18,13 @@ import torch
 from gptj8.errors import UserError
 from gptj8.evaluation import harness
 from gptj8.evaluation.harness import (
-    add_harness_command,
     load_tasks,
     load_tokenizer,
     measure_tasks,
     run_tasks,
-    table_lines,
     wrap_model,
 )
+from gptj8.evaluation.harness_command import add_harness_command, table_lines
 from gptj8.models import load_adapter, load_model
 
 CPU = torch.device("cpu")
@@ -55,6 +55,15 @@ def write_task(folder: Path, name: str, **files: Path) -> None:
         content["fewshot_split"] = "train"
         content["fewshot_config"] = {"sampler": "first_n"}
     (folder / f"{name}.yaml").write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """The command sets variables for its process, which is this one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -104,8 +104,8 @@ def test_classification(project):
         *(f"{system}/{name}" for system in asked for name in ("accuracy_normalized", "ece")),
         *(f"{system}/perplexity" for system in measured),
         *(f"{system}/perplexity_ratio{e}" for system in measured - {"base"} for e in interval),
-        *(f"tuned_minus_{s}/accuracy{e}" for s in systems - {"tuned"} for e in interval),
-        *(f"tuned_minus_{system}/p_value" for system in systems - {"tuned"}),
+        *(f"tuned/accuracy_minus_{s}{e}" for s in systems - {"tuned"} for e in interval),
+        *(f"tuned/p_value_against_{system}" for system in systems - {"tuned"}),
     }
     assert {f"{system}/seconds" for system in systems} <= set(metrics)
     assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
@@ -178,7 +178,7 @@ def test_predictions_of_others_join_the_table(project):
     assert metrics["someone/accuracy"] == accuracy_score(
         labels, [r["someone"] for r in predictions]
     )
-    assert "tuned_minus_someone/p_value" in metrics
+    assert "tuned/p_value_against_someone" in metrics
     pairs = [(row["first"], row["second"]) for row in table("comparisons.csv")]
     assert ("someone", "tuned") in pairs
 

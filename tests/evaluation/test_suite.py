@@ -55,8 +55,8 @@ def test_metrics_of_a_classification(model, encoder, rows):
     assert metrics["base/perplexity"] == pytest.approx(expected)
     for end in ("", "_low", "_high"):
         assert metrics[f"quantized/perplexity_ratio{end}"] == 1
-    assert metrics["tuned_minus_base/accuracy"] == 0
-    assert metrics["tuned_minus_base/p_value"] == 1
+    assert metrics["tuned/accuracy_minus_base"] == 0
+    assert metrics["tuned/p_value_against_base"] == 1
     for cost in ("seconds", "tokens_per_second", "peak_memory_gib"):
         assert metrics[f"base/{cost}"] > 0
     assert metrics["tokens_per_second"] > 0

@@ -1,0 +1,162 @@
+"""The table of `gptj8 compare`: a row an approach, a row a system that needs no training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptj8.files import replace_file, write_csv
+from gptj8.words import one_line
+
+FOLDER = Path("reports/approaches")
+
+_TITLES = {
+    "layernorm": "LayerNorms only",
+    "lora-attention": "LoRA on attention",
+    "lora-all-linear": "LoRA on all linear layers",
+    "few_shot": "few-shot, not trained",
+    "quantized": "8-bit base model, not trained",
+    "base": "base model, not trained",
+    "baseline": "TF-IDF + logistic regression",
+}
+# Of the untrained systems, those that the project has; predictions of others follow.
+_SYSTEMS = ("few_shot", "quantized", "base", "baseline")
+_MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "perplexity")
+_COLUMNS = (
+    "approach",
+    "status",
+    "experiment",
+    *_MEASURES,
+    "eval_loss",
+    "trainable_parameters",
+    "training_peak_memory_gib",
+    "training_seconds",
+    "evaluation_peak_memory_gib",
+    "evaluation_seconds",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one approach."""
+
+    approach: str
+    experiment: str
+    """DVC's name of the experiment."""
+    metrics: Mapping[str, Mapping[str, Any]] | None
+    """Of the stages finetune and evaluate, flat; None: the experiment failed."""
+
+
+def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return a row an approach and a row a system that needs no training.
+
+    A value that was not measured is None. `status` is `trained`, `failed` or `evaluated`.
+    """
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = dict.fromkeys(_COLUMNS)
+        row |= {"approach": outcome.approach, "status": "failed"}
+        if outcome.metrics is not None:
+            finetune = outcome.metrics.get("finetune", {})
+            row |= {"status": "trained", "experiment": outcome.experiment}
+            row |= _evaluated(outcome.metrics.get("evaluate", {}), "tuned")
+            row |= {
+                "eval_loss": finetune.get("eval_loss"),
+                "trainable_parameters": finetune.get("trainable_parameters"),
+                "training_peak_memory_gib": finetune.get("peak_memory_gib"),
+                "training_seconds": finetune.get("seconds"),
+            }
+        rows.append(row)
+    first = next((outcome for outcome in outcomes if outcome.metrics), None)
+    if first is None or first.metrics is None:
+        return rows
+    evaluate = first.metrics.get("evaluate", {})
+    measured = [key.rpartition("/") for key in evaluate]
+    found = dict.fromkeys(s for s, _, m in measured if s and m in ("accuracy", "perplexity"))
+    found.pop("tuned", None)
+    for system in [s for s in _SYSTEMS if s in found] + [s for s in found if s not in _SYSTEMS]:
+        row = dict.fromkeys(_COLUMNS)
+        row |= {"approach": system, "status": "evaluated", "experiment": first.experiment}
+        rows.append(row | _evaluated(evaluate, system))
+    return rows
+
+
+def write_table(rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write approaches.csv and approaches.md, whole or not at all, and return their paths."""
+    files = [FOLDER / "approaches.csv", FOLDER / "approaches.md"]
+    write_csv(files[0], rows)
+    with replace_file(files[1]) as staging:
+        staging.write_text(markdown_table(rows), encoding="utf-8")
+    return files
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table for people; columns that no row has a value for are left out.
+
+    A task without labels has no accuracy: perplexity and validation loss are shown instead.
+    """
+    labels = any(row.get("accuracy") is not None for row in rows)
+    columns = [
+        ("accuracy (95 % interval)", [_accuracy(row) if labels else "" for row in rows]),
+        ("macro-F1", [_form(row, "macro_f1", "{:.3f}") if labels else "" for row in rows]),
+        ("perplexity", ["" if labels else _form(row, "perplexity", "{:.3f}") for row in rows]),
+        ("validation loss", ["" if labels else _form(row, "eval_loss", "{:.4f}") for row in rows]),
+    ]
+    columns += [
+        (title, [_form(row, key, form) for row in rows])
+        for title, key, form in (
+            ("trainable parameters", "trainable_parameters", "{:,.0f}"),
+            ("training: peak GiB", "training_peak_memory_gib", "{:.2f}"),
+            ("training: seconds", "training_seconds", "{:,.1f}"),
+            ("evaluation: peak GiB", "evaluation_peak_memory_gib", "{:.2f}"),
+            ("evaluation: seconds", "evaluation_seconds", "{:,.1f}"),
+        )
+    ]
+    columns = [(title, cells) for title, cells in columns if any(cells)]
+    names = []
+    for row in rows:
+        name = _TITLES.get(row["approach"], row["approach"])
+        names.append(_escape(f"{name}: failed" if row["status"] == "failed" else name))
+    columns.insert(0, ("approach", names))
+    # As wide in the file as on the terminal, where nothing draws the table.
+    widths = [max(len(cell) for cell in (title, *cells, "---")) for title, cells in columns]
+    lines = [[title for title, _ in columns]]
+    lines += map(list, zip(*(cells for _, cells in columns), strict=True))
+    text = [_line(line, widths) for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([text[0], _line(rule, widths), *text[1:]]) + "\n"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return f"| {' | '.join([first, *rest])} |"
+
+
+def _escape(text: str) -> str:
+    """Make a name of the user's a cell: no line breaks, no columns, no mark-up of its own."""
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", one_line(text))
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    accuracy, low, high = (row.get(k) for k in ("accuracy", "accuracy_low", "accuracy_high"))
+    if accuracy is None:
+        return ""
+    interval = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
+    return f"{accuracy:.1%}{interval}"
+
+
+def _form(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    return "" if value is None else form.format(value)
+
+
+def _evaluated(evaluate: Mapping[str, Any], system: str) -> dict[str, Any]:
+    return {
+        **{measure: evaluate.get(f"{system}/{measure}") for measure in _MEASURES},
+        "evaluation_peak_memory_gib": evaluate.get(f"{system}/peak_memory_gib"),
+        "evaluation_seconds": evaluate.get(f"{system}/seconds"),
+    }
