@@ -165,12 +165,14 @@ def _summary(arguments: argparse.Namespace) -> None:
 
 
 def summary_lines(measured: dict[str, float]) -> list[str]:
-    """Return what matters of all stages' metrics, for the terminal."""
+    """Return what matters of all stages' metrics, for the terminal, with 95 % intervals."""
     rows = [
         ("accuracy, base model", "evaluate/base/accuracy", "{:.1%}"),
         ("accuracy, few-shot", "evaluate/few_shot/accuracy", "{:.1%}"),
         ("accuracy, TF-IDF + logistic regression", "evaluate/baseline/accuracy", "{:.1%}"),
         ("accuracy, fine-tuned", "evaluate/tuned/accuracy", "{:.1%}"),
+        ("  of what it writes unaided", "evaluate/tuned/exact_match", "{:.1%}"),
+        ("  minus the baseline's", "evaluate/tuned/accuracy_minus_baseline", "{:+.1%}"),
         ("perplexity, base model", "evaluate/base/perplexity", "{:.3f}"),
         ("perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"),
         ("perplexity, fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"),
@@ -178,13 +180,22 @@ def summary_lines(measured: dict[str, float]) -> list[str]:
         ("peak memory of training, GiB", "finetune/peak_memory_gib", "{:.2f}"),
         ("training tokens a second", "finetune/tokens_per_second", "{:,.0f}"),
         ("export against trained model, logits", "export/max_logit_difference", "{:.2g}"),
+        (
+            f"  prompts answered alike, of {measured.get('export/compared_prompts', 0):.0f}",
+            "export/identical_generations",
+            "{:.0f}",
+        ),
     ]
-    known = [(name, form.format(measured[key])) for name, key, form in rows if key in measured]
-    width = max((len(name) for name, _ in known), default=0)
-    return [f"  {name:<{width}}  {value:>10}" for name, value in known] + [
-        "",
-        "  adapter: artifacts/export    reports: reports/    runs: make ui",
-    ]
+    known = [row for row in rows if row[1] in measured]
+    width = max((len(name) for name, *_ in known), default=0)
+    lines = []
+    for name, key, form in known:
+        line = f"  {name:<{width}}  {form.format(measured[key]):>10}"
+        if f"{key}_low" in measured:
+            low, high = (form.format(measured[f"{key}_{end}"]) for end in ("low", "high"))
+            line += f"   {low} to {high}"
+        lines.append(line)
+    return [*lines, "", "  adapter: artifacts/export    reports: reports/    runs: make ui"]
 
 
 def _ui(arguments: argparse.Namespace) -> None:
