@@ -2,8 +2,9 @@
 
 Makes a float16 checkpoint of random weights in FOLDER (12 GB, sharded; kept for the next time),
 converts it (6 GB), loads the result and trains on it: LoRA on q and v, gradient checkpointing,
-8-bit AdamW, one sequence of 512 tokens. Each step runs in a process of its own, whose peak resident
-set is what the operating system says it was. Needs 20 GB of disk and 10 GB of memory.
+8-bit AdamW, one sequence of 512 tokens; then evaluates it and the original. Each step runs in a
+process of its own, whose peak resident set is what the operating system says it was. Needs 20 GB of
+disk and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -150,7 +151,68 @@ def train(converted: Path) -> dict[str, float]:
     }
 
 
-STEPS = {"make": make, "copy": copy, "convert": convert, "load": load, "train": train}
+def evaluate(converted: Path) -> dict[str, float]:
+    """Score documents, classify and write answers on the 8-bit model, as the stage does."""
+    import torch
+
+    from gptj8.evaluation.likelihood import score_labels
+    from gptj8.evaluation.perplexity import score_documents
+    from gptj8.generation import generate_greedily
+    from gptj8.models import load_model, pick_dtype
+
+    device = torch.device("cpu")
+    model = load_model(converted, pick_dtype("auto", device), device)
+    documents = _documents(4)
+    started = time.perf_counter()
+    scores = score_documents(model, documents, [1] * len(documents), batch_size=16)
+    seconds = time.perf_counter() - started
+    labels = [[label, 1, 2] for label in range(10, 16)]
+    score_labels(model, documents[:2], labels, batch_size=16)
+    prompts = [document[:128] for document in documents]
+    begun = time.perf_counter()
+    written = generate_greedily(model, prompts, max_new_tokens=16, vocab_size=50257, eos_id=-1)
+    return {
+        "perplexity": scores.perplexity,
+        "tokens_a_second": float(scores.tokens.sum()) / seconds,
+        "written_a_second": sum(map(len, written)) / (time.perf_counter() - begun),
+    }
+
+
+def evaluate_original(source: Path, converted: Path) -> dict[str, float]:
+    """Score the same documents on the unquantized model, in no more memory than its copy takes."""
+    import torch
+
+    from gptj8.evaluation.perplexity import score_documents
+    from gptj8.models import load_original, pick_dtype
+
+    device = torch.device("cpu")
+    model = load_original(source, converted, pick_dtype("auto", device), device)
+    documents = _documents(4)
+    started = time.perf_counter()
+    scores = score_documents(model, documents, [1] * len(documents), batch_size=16)
+    seconds = time.perf_counter() - started
+    return {
+        "perplexity": scores.perplexity,
+        "tokens_a_second": float(scores.tokens.sum()) / seconds,
+    }
+
+
+def _documents(count: int) -> list[list[int]]:
+    import torch
+
+    torch.manual_seed(0)
+    return torch.randint(0, 50257, (count, SEQUENCE_LENGTH)).tolist()
+
+
+STEPS = {
+    "make": make,
+    "copy": copy,
+    "convert": convert,
+    "load": load,
+    "train": train,
+    "evaluate": evaluate,
+    "evaluate-original": evaluate_original,
+}
 
 
 def run(step: str, *folders: Path) -> dict[str, float]:
@@ -188,6 +250,8 @@ def main() -> None:
         ratios.append(run("convert", source, converted)["seconds"] / copied["seconds"])
     loaded = run("load", converted)
     run("train", converted)
+    run("evaluate", converted)
+    run("evaluate-original", source, converted)
     size = sum(f.stat().st_size for f in converted.glob("*.safetensors")) / 1e9
     print(f"conversion takes {statistics.median(ratios):.2f}x the time of copying")
     print(f"loading peaks at {loaded['peak_gb'] / size:.2f}x of the file's {size:.3f} GB")

@@ -10,6 +10,7 @@ import torch
 
 from gptj8.checkpoint import check_model_directory, check_tensors
 from gptj8.errors import UserError
+from gptj8.files import list_files
 from gptj8.manifest import verify_manifest
 from gptj8.runtime import keep_large_blocks_out_of_the_heap
 
@@ -89,9 +90,26 @@ def load_model(
         check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+    if model.device.type == "meta":  # not even the first layer fits, and inputs would have no place
+        return load_model(path, dtype, device)
     if device.type == "cpu" and model.get_memory_footprint() > _LARGE_BYTES:
         keep_large_blocks_out_of_the_heap()
     return model.eval()
+
+
+def load_original(
+    path: str | Path, copy: str | Path, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the unquantized model into no more memory than its 8-bit copy takes: who could train on
+    this machine can evaluate on it. A small one is held whole, as it costs little.
+
+    Args:
+        path, copy: model directories.
+        dtype, device: as for `load_model`.
+    """
+    size = sum(file.stat().st_size for file in list_files(copy))
+    # Half, because the files' own pages count beside what is made of them.
+    return load_model(path, dtype, device, max_resident_bytes=max(size // 2, _LARGE_BYTES))
 
 
 def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:

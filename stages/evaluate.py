@@ -16,8 +16,6 @@ from gptj8.tracking import REPORTS, stage_run
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
-    from transformers import PreTrainedModel
 
     from gptj8.dataset import PreparedDataset
     from gptj8.evaluation.suite import Comparison
@@ -27,8 +25,6 @@ DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
 ADAPTER = Path("artifacts/adapter")
 REPORT = REPORTS / "evaluate"
-
-_SMALL_BYTES = 1 << 30
 
 
 def main() -> None:
@@ -40,7 +36,13 @@ def main() -> None:
         from gptj8.evaluation.outside import read_predictions
         from gptj8.evaluation.report import write_classification_reports, write_reports
         from gptj8.evaluation.suite import Comparison, Questions, held_out_documents
-        from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
+        from gptj8.models import (
+            load_adapter,
+            load_model,
+            load_original,
+            pick_device,
+            pick_dtype,
+        )
 
         started = time.perf_counter()
         settings = params.evaluate
@@ -79,7 +81,7 @@ def main() -> None:
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
         with comparison.costing("base"):  # not kept: memory holds a single model at a time
-            comparison.measure("base", _load_original(params.model.path, dtype, device))
+            comparison.measure("base", load_original(params.model.path, BASE, dtype, device))
         with comparison.costing("quantized"):
             model = load_model(BASE, dtype, device)
             comparison.measure("quantized", model)
@@ -115,16 +117,6 @@ def main() -> None:
         write_json(REPORT / "metrics.json", metrics)
         shown = {k: v for k, v in metrics.items() if k.endswith(("/perplexity", "/accuracy"))}
         print("evaluate: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
-
-
-def _load_original(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the unquantized model into no more memory than its 8-bit copy is given: who could train
-    on this machine can evaluate on it. A small one is held whole, as it costs little."""
-    from gptj8.files import list_files
-    from gptj8.models import load_model
-
-    copy = sum(file.stat().st_size for file in list_files(BASE))
-    return load_model(path, dtype, device, max_resident_bytes=max(copy, _SMALL_BYTES))
 
 
 def _prompt_encoders(

@@ -75,7 +75,7 @@ def plot_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]])
         axes.set_xlabel("confidence in the predicted label")
         axes.set_ylabel("accuracy")
         axes.set_title("Reliability, test split")
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside lower center")  # inside it would hide points
     else:
         _say_nothing_to_classify(axes)
     _save(figure, path)

@@ -44,7 +44,8 @@ def problems(tmp_path, test_rows):
 
 
 GOOD = (
-    "file,row,prediction\ndata/a.csv,1,1\ndata/a.csv,3,NA\ndata/b.csv,1,sql\ndata/b.csv,7,other\n"
+    "file,row,prediction\n"
+    "data/a.csv,1,1\ndata/a.csv,3,NA\ndata/b.csv,1,sql\ndata/b.csv,7,other\n"
 )
 
 
@@ -52,8 +53,8 @@ def test_in_any_order_and_as_text(tmp_path, test_rows):
     path = tmp_path / "my-System_2.csv"
     path.write_bytes(
         b"\xef\xbb\xbfnote,prediction,row,file\r\n"
-        b'"x,\ny",nan,7,data/b.csv\r\n,1, 1 ,data/a.csv\r\n\r\n'
-        b',,1,data/b.csv\r\n," NA\n",03,data/a.csv\r\n'
+        b"\"x,\ny\",nan,7,data/b.csv\r\n,1, 1 ,data/a.csv\r\n\r\n"
+        b",,1,data/b.csv\r\n,\" NA\n\",03,data/a.csv\r\n"
     )
     predictions = read_predictions(path, test_rows, LABELS)
     assert list(predictions) == ["my-System_2"]
@@ -68,7 +69,7 @@ def test_without_file_where_there_is_only_one(tmp_path, one_file, test_rows):
     path = tmp_path / "other.csv"
     path.write_text("row,prediction\n7,a\n5,b\n3,c\n1,1\n")
     assert read_predictions(path, one_file, LABELS)["other"].tolist() == ["1", "c", "b", "a"]
-    with pytest.raises(UserError, match=r"other.csv has no column file$"):
+    with pytest.raises(UserError, match="other.csv has no column file$"):
         read_predictions(path, test_rows, LABELS)
     path.write_text("file,row,prediction\n" + "".join(f"b.csv,{row},1\n" for row in (1, 3, 5, 7)))
     with pytest.raises(UserError, match=r"of no test row: 4 \(record 1 has b.csv row 1, "):

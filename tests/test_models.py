@@ -1,0 +1,54 @@
+"""Loading models within a bound of memory."""
+
+import pytest
+import torch
+
+from gptj8 import models
+from gptj8.evaluation.likelihood import score_labels
+from gptj8.evaluation.perplexity import score_documents
+from gptj8.generation import generate_greedily
+from gptj8.models import load_model, load_original
+
+CPU = torch.device("cpu")
+DOCUMENTS = [[1, 5, 6, 7, 8, 9], [2, 11, 12], list(range(20, 60))]
+
+
+def measured(model):
+    scores = score_documents(model, DOCUMENTS, [1, 1, 1], batch_size=2).nll
+    likelihoods = score_labels(model, DOCUMENTS, [[3, 0], [4, 5, 0]], batch_size=2)
+    written = generate_greedily(model, DOCUMENTS, max_new_tokens=8, vocab_size=400, eos_id=0)
+    return scores.tolist(), likelihoods.tolist(), written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_stay_on_the_disk_change_no_number(tiny_model_dir, dtype):
+    whole = load_model(tiny_model_dir, dtype, CPU)
+    most = int(0.8 * whole.get_memory_footprint())
+    bounded = load_model(tiny_model_dir, dtype, CPU, max_resident_bytes=most)
+    assert set(bounded.hf_device_map.values()) == {"cpu", "disk"}
+    held = sum(p.numel() * p.element_size() for p in bounded.parameters() if p.device == CPU)
+    assert held <= most
+    assert measured(bounded) == measured(whole)
+
+
+def test_a_bound_that_not_even_the_first_layer_fits_is_given_up(tiny_model_dir):
+    model = load_model(tiny_model_dir, torch.float32, CPU, max_resident_bytes=1000)
+    assert model.device == CPU
+    assert measured(model) == measured(load_model(tiny_model_dir, torch.float32, CPU))
+
+
+def test_a_model_within_the_bound_is_held(tiny_model_dir):
+    model = load_model(tiny_model_dir, torch.float32, CPU, max_resident_bytes=1 << 30)
+    assert not hasattr(model, "hf_device_map")
+
+
+def test_the_original_takes_no_more_than_its_copy(tiny_model_dir, tiny_8bit_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        models, "load_model", lambda *a, max_resident_bytes: asked.append(max_resident_bytes)
+    )
+    size = sum(file.stat().st_size for file in tiny_8bit_dir.iterdir())
+    load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
+    monkeypatch.setattr(models, "_LARGE_BYTES", 0)
+    load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
+    assert asked == [1 << 30, size // 2]
