@@ -111,6 +111,9 @@ class GenerationBatch:
         Raises:
             ValueError: if a prompt is empty.
             UserError: if the model's logits are not finite.
+
+        Whatever is raised, the rows that were there go on, or, where memory ran out as the new ones
+        joined them, are no longer in `rows`.
         """
         if not all(map(len, prompts)):
             raise ValueError("a prompt has no token")
@@ -128,12 +131,12 @@ class GenerationBatch:
             _new_row(len(prompt), sampling, device)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
-        if self._cache is None or not self.rows:
+        self._choose(logits, added)  # before they join: its fault is not the others'
+        if self._cache is None:
             self._cache = cache
         else:
-            _append(self._cache, cache)
+            self._join(self._cache, cache)
         self.rows += added
-        self._choose(logits, added)
         self._drop_finished()
         return added
 
@@ -191,6 +194,13 @@ class GenerationBatch:
             row.ids.append(token)
             if row._steps >= row.sampling.max_new_tokens:
                 row.finish_reason = "length"
+
+    def _join(self, cache: Cache, added: Cache) -> None:
+        try:
+            _append(cache, added)
+        except BaseException:  # some layers have the new rows and some have not
+            self.rows, self._cache = [], None
+            raise
 
     def _drop_finished(self) -> None:
         self._keep([row.finish_reason is None for row in self.rows])

@@ -43,7 +43,7 @@ def register(
     digest = _digest(base, export)
     for known in client.search_model_versions(f"name = '{name}'"):
         if known.tags.get(_DIGEST_TAG) == digest:
-            return known.version
+            return str(known.version)
     with tempfile.TemporaryDirectory(prefix="gptj8-register-") as scratch:
         # A version never changes: another export of the same run lies beside it.
         folder = Path(scratch) / f"model-{digest[:12]}"
@@ -54,7 +54,7 @@ def register(
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
     tags = {f"evaluate.{k.replace('/', '.')}": f"{value:.6g}" for k, value in metrics.items()}
     tags[_DIGEST_TAG] = digest
-    return client.create_model_version(name, source, run_id, tags=tags).version
+    return str(client.create_model_version(name, source, run_id, tags=tags).version)
 
 
 def _digest(base: Path, export: Path) -> str:

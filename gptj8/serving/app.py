@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
@@ -31,6 +33,12 @@ from gptj8.serving.requests import (
     HealthResponse,
     explain,
 )
+from gptj8.words import one_line
+
+_CLOSED = "the server is shutting down"
+
+
+_TOLD_PROBLEMS = 3  # of a bad request, which may have as many as it has keys
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,12 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
         version=__version__,
         summary=predictor.name,
         lifespan=lifespan,
-        max_body_size=limits.max_body_bytes,
     )
+    app.add_middleware(_BodyLimit, limits.max_body_bytes)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _problem(422, "; ".join(map(explain, error.errors())))
+        return _problem(422, "; ".join(map(explain, error.errors()[:_TOLD_PROBLEMS])))
 
     @app.exception_handler(_RefusedError)
     async def refused(request: Request, error: _RefusedError) -> JSONResponse:
@@ -112,6 +120,9 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
 
         Each event has `text`; the last one has what is answered without `stream`.
         """
+        if "max_new_tokens" not in body.model_fields_set:
+            fewer = min(body.max_new_tokens, limits.max_new_tokens)
+            body = body.model_copy(update={"max_new_tokens": fewer})
         if body.max_new_tokens > limits.max_new_tokens:
             reason = f"max_new_tokens = {body.max_new_tokens} is more than {limits.max_new_tokens}"
             raise _RefusedError(422, reason)
@@ -119,12 +130,51 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
         pieces = _Pieces(engine, is_answer=body.row is not None)
         future = _submitted(engine.generate, prompt.ids, body.sampling, pieces.put)
         if body.stream:
-            events = _events(pieces, future, prompt, limits.seconds)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return _EventStream(_events(pieces, future, prompt, limits.seconds), future)
         row = await _outcome(request, future, limits.seconds)
         return _generated(pieces, row, prompt)
 
     return app
+
+
+class Server(uvicorn.Server):
+    """Told to end, ends the answers that are under way: a stream would hold it up, and be cut."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, *arguments: Any, **keywords: Any) -> None:
+        """Close the engine, then the connections."""
+        await asyncio.to_thread(self._engine.close)
+        await super().shutdown(*arguments, **keywords)
+
+
+class _BodyLimit:
+    """Refuses a body that is too large, in JSON, which FastAPI's own limit does not speak: at once
+    where the body says how large it is, else as soon as it is."""
+
+    def __init__(self, app: Any, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._reason = f"the body has more than {max_bytes} bytes"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        length = dict(scope.get("headers", ())).get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await _problem(413, self._reason)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise HTTPException(413, self._reason)
+            return message
+
+        await self._app(scope, counted, send)
 
 
 class _Pieces:
@@ -134,7 +184,7 @@ class _Pieces:
         self._decode = engine.predictor.encoder.decode_stream()
         self._is_answer = is_answer
         self._loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[str] = asyncio.Queue()
+        self.queue: asyncio.Queue[str | None] = asyncio.Queue()
         self.text = ""
 
     def put(self, token: int) -> None:
@@ -145,28 +195,48 @@ class _Pieces:
             self.text += piece
             self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
+    def end(self, future: Future) -> None:
+        self._loop.call_soon_threadsafe(self.queue.put_nowait, None)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; frees the request's place however it ends.
+
+    Not left to the events: a client that is gone before the first one never starts them.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], future: Future) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store"})
+        self._future = future
+
+    async def __call__(self, *arguments: Any) -> None:
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self._future.cancel()
+
 
 async def _events(
     pieces: _Pieces, future: Future, prompt: EncodedPrompt, seconds: float
 ) -> AsyncIterator[str]:
-    done = asyncio.wrap_future(future)
+    future.add_done_callback(pieces.end)
+    end = time.monotonic() + seconds
     try:
-        async with asyncio.timeout(seconds):
-            while not (done.done() and pieces.queue.empty()):
-                piece = asyncio.ensure_future(pieces.queue.get())
-                await asyncio.wait({piece, done}, return_when=asyncio.FIRST_COMPLETED)
-                if piece.done():
-                    yield _event({"text": piece.result()})
-                else:
-                    piece.cancel()
-                    await asyncio.sleep(0)  # what the engine put before the end is on its way
-            yield _event(_generated(pieces, done.result(), prompt).model_dump())
+        while (
+            piece := await asyncio.wait_for(pieces.queue.get(), end - time.monotonic())
+        ) is not None:
+            yield _event({"text": piece})
     except TimeoutError:
-        yield _event({"detail": f"not done after {seconds:g} s"})
-    except Exception as error:
-        yield _event({"detail": _fault(error)})
-    finally:  # also where the client has gone away
-        future.cancel()
+        yield _event({"detail": _late(seconds)})
+        return
+    if future.cancelled():
+        yield _event({"detail": _CLOSED})
+    elif fault := future.exception():
+        yield _event({"detail": _fault(fault)})
+    else:
+        yield _event(_generated(pieces, future.result(), prompt).model_dump())
 
 
 async def _outcome(request: Request, future: Future, seconds: float) -> Any:
@@ -175,16 +245,18 @@ async def _outcome(request: Request, future: Future, seconds: float) -> Any:
     gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
     try:
         await asyncio.wait({done, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        if gone.done():
-            raise _RefusedError(499, "the client went away")
-        raise _RefusedError(504, f"not done after {seconds:g} s")
-    except (UserError, RuntimeError, MemoryError) as error:
-        raise _RefusedError(500, _fault(error)) from error
     finally:
         gone.cancel()
         future.cancel()
+    if not done.done():
+        if gone.done():
+            raise _RefusedError(499, "the client went away")
+        raise _RefusedError(504, _late(seconds))
+    if done.cancelled():
+        raise _RefusedError(503, _CLOSED)
+    if fault := done.exception():
+        raise _RefusedError(500, _fault(fault)) from fault
+    return done.result()
 
 
 def _encoded(encode: Any, *arguments: Any) -> EncodedPrompt:
@@ -213,14 +285,18 @@ def _generated(pieces: _Pieces, row: Any, prompt: EncodedPrompt) -> GenerateResp
 
 def _problem(status: int, reason: str) -> JSONResponse:
     headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse({"detail": reason}, status, headers)
+    return JSONResponse({"detail": one_line(reason)}, status, headers)
 
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _fault(error: Exception) -> str:
+def _late(seconds: float) -> str:
+    return f"not done after {seconds:g} s"
+
+
+def _fault(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     return f"the model failed: {type(error).__name__}"

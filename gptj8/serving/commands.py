@@ -80,7 +80,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     prompt = arguments.prompt
     if not row and prompt in (None, "-"):
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode()  # UTF-8 whatever the terminal speaks
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8: {error}") from None
     try:
         request = GenerateRequest(
             prompt=None if row else prompt,
@@ -102,12 +105,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
-    decode, shown = encoder.decode_stream(), 0
+    decode, shown, text = encoder.decode_stream(), 0, ""
     (answer,) = batch.add([encoded.ids], [request.sampling])
     while True:
         for token in answer.ids[shown:]:
             piece = decode(token)
-            print(piece if shown or not row else piece.lstrip(), end="", flush=True)
+            if row and not text:  # an answer was learned behind a space
+                piece = piece.lstrip()
+            text += piece
+            print(piece, end="", flush=True)
             shown += 1
         if answer.finish_reason is not None:
             break
@@ -127,7 +133,7 @@ def _row_of(cells: list[str]) -> dict[str, str]:
 
 def _serve(arguments: argparse.Namespace) -> None:
     for name in ("max_batch", "max_waiting", "max_new_tokens", "max_body_bytes", "timeout"):
-        if getattr(arguments, name) <= 0:
+        if not getattr(arguments, name) > 0:  # nor is NaN
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} {getattr(arguments, name)} must be more than 0")
     if arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1:
@@ -136,7 +142,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     predictor = _load(arguments)
     import uvicorn
 
-    from gptj8.serving.app import Limits, create_app
+    from gptj8.serving.app import Limits, Server, create_app
     from gptj8.serving.engine import Engine
 
     limits = Limits(
@@ -148,14 +154,21 @@ def _serve(arguments: argparse.Namespace) -> None:
     engine = Engine(predictor, arguments.max_batch, arguments.max_waiting)
     if arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"whoever reaches {arguments.host} can use the model", file=sys.stderr)
-    print(f"{predictor.name}: http://{arguments.host}:{arguments.port} (described at /docs)")
-    uvicorn.run(
+    print(
+        f"{predictor.name}: http://{arguments.host}:{arguments.port} (described at /docs)",
+        flush=True,
+    )
+    config = uvicorn.Config(
         create_app(engine, limits),
         host=arguments.host,
         port=arguments.port,
         log_level="warning",
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=10,  # for a client that does not read
     )
+    server = Server(config, engine)
+    server.run()
+    if not server.started:
+        raise UserError(f"the server did not start on {arguments.host}:{arguments.port}")
 
 
 def _require_free_port(host: str, port: int) -> None:
@@ -167,5 +180,5 @@ def _require_free_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:  # a host that is no name
             raise UserError(f"--host {host} --port {port}: {error}") from None

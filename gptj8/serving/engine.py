@@ -109,6 +109,8 @@ class Engine:
             if self._closed:
                 raise BusyError("the server is shutting down")
             if len(self._waiting) >= self.max_waiting:
+                self._forget_cancelled()
+            if len(self._waiting) >= self.max_waiting:
                 raise BusyError(f"{self.max_waiting} requests are waiting already; try again later")
             self._waiting.append(request)
             self._changed.notify()
@@ -124,19 +126,8 @@ class Engine:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._active)
                 if self._closed:
                     return
-            self._guarded(self._classify_waiting)
-            self._guarded(self._generate)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """A fault is the answer to those it concerns; the next request finds a clean batch."""
-        try:
-            work()
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            failed, self._active = self._active, []
-            self._batch = self._new_batch()
-            for request in failed:
-                _answer(request.future, error)
+            self._classify_waiting()
+            self._generate()
 
     def _classify_waiting(self) -> None:
         requests = self._take(_Classification, self.max_waiting)
@@ -145,46 +136,74 @@ class Engine:
         try:
             probabilities = self.predictor.classify([request.prompt for request in requests])
         except Exception as error:
-            for request in requests:
-                _answer(request.future, error)
-            raise
+            self._fail(requests, error)
+            return
         for request, row in zip(requests, probabilities, strict=True):
             _answer(request.future, row)
 
     def _generate(self) -> None:
         for request in [r for r in self._active if r.future.cancelled()]:
-            if request.row is not None:
-                self._batch.remove(request.row)
-            self._active.remove(request)
+            self._leave(request)
         added = self._take(_Generation, self.max_batch - len(self._active))
         # Steps first: who is being answered does not wait longer for each one who comes.
-        for row in self._batch.step():
+        try:
+            advanced = self._batch.step()
+        except Exception as error:
+            self._batch = self._new_batch()
+            self._fail(self._active, error)
+            advanced = []
+        for row in advanced:
             self._report(next(r for r in self._active if r.row is row))
         if added:
-            self._active += added
+            self._begin(added)
+
+    def _begin(self, added: Sequence[_Generation]) -> None:
+        self._active += added
+        try:
             rows = self._batch.add([r.prompt for r in added], [r.sampling for r in added])
-            for request, row in zip(added, rows, strict=True):
-                request.row = row
-                self._report(request)
+        except Exception as error:
+            kept = self._batch.rows
+            self._fail([r for r in self._active if r.row not in kept], error)
+            return
+        for request, row in zip(added, rows, strict=True):
+            request.row = row
+        for request in added:
+            self._report(request)
 
     def _report(self, request: _Generation) -> None:
         row = request.row
         assert row is not None
-        if row.finish_reason != "stop":
-            request.on_token(row.ids[-1])
+        try:
+            if row.finish_reason != "stop":
+                request.on_token(row.ids[-1])
+        except Exception as error:
+            self._fail([request], error)
+            return
         if row.finish_reason is not None:
-            self._active.remove(request)
+            self._leave(request)
             _answer(request.future, row)
+
+    def _fail(self, requests: Sequence[Any], error: Exception) -> None:
+        """A fault is the answer to those it concerns, and the log has its traceback."""
+        traceback.print_exception(error, file=sys.stderr)
+        for request in list(requests):
+            self._leave(request)
+            _answer(request.future, error)
+
+    def _leave(self, request: Any) -> None:
+        if request in self._active:
+            self._active.remove(request)
+            if request.row is not None:
+                self._batch.remove(request.row)
 
     def _take(self, kind: type, count: int) -> list[Any]:
         """Take the first requests of a kind, as many as fit into one pass over their prompts."""
         budget = max_batch_tokens(self.predictor.model.device, 1)
         taken: list[Any] = []
         with self._changed:
+            self._forget_cancelled()
             for request in list(self._waiting):
-                if request.future.cancelled():
-                    self._waiting.remove(request)
-                elif isinstance(request, kind):
+                if isinstance(request, kind):
                     longest = max([len(r.prompt) for r in (*taken, request)])
                     fits = longest * (len(taken) + 1) <= budget or not taken
                     if len(taken) >= count or not fits:
@@ -192,6 +211,9 @@ class Engine:
                     self._waiting.remove(request)
                     taken.append(request)
         return taken
+
+    def _forget_cancelled(self) -> None:
+        self._waiting = deque(r for r in self._waiting if not r.future.cancelled())
 
 
 def _answer(future: Future, outcome: Any) -> None:

@@ -64,7 +64,7 @@ class Model:
             name with `score_` before; else `completion`.
 
         Raises:
-            UserError: naming the row that lacks a column.
+            UserError: naming the row that lacks a column, or if `max_new_tokens` is below 1.
         """
         import pandas as pd
 
@@ -73,6 +73,8 @@ class Model:
         labels = self.predictor.labels
         if not labels:
             tokens = int((params or {}).get("max_new_tokens", NEW_TOKENS))
+            if tokens < 1:
+                raise UserError(f"max_new_tokens = {tokens} must be at least 1")
             return pd.DataFrame({"completion": self._complete(records, tokens)})
         prompts = [
             _of_row(number, lambda row=row: self.predictor.encode_for_labels(row).ids)

@@ -89,7 +89,11 @@ class Predictor:
         """
         if self.task is None or self._prompts is None:
             raise ValueError("this model was not tuned and knows no rows; send a prompt")
-        text = self.task.shape.text_of(row)
+        try:
+            text = self.task.shape.text_of(row)
+        except RecursionError:
+            raise ValueError("the row is nested too deeply") from None
+        _require_characters(text)
         try:
             return self._prompts.prompt(text, max_new_tokens)
         except UserError as error:
@@ -99,8 +103,9 @@ class Predictor:
         """Return the ids of a prompt as it is; the names of special tokens in it are plain text.
 
         Raises:
-            ValueError: if it is empty.
+            ValueError: if it is empty, or has half a character.
         """
+        _require_characters(prompt)
         ids = [*self.encoder.prefix_ids, *self.encoder.encode(prompt)]
         if not ids:
             raise ValueError("the prompt is empty")
@@ -126,3 +131,11 @@ class Predictor:
             self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
         )
         return label_probabilities(scores)
+
+
+def _require_characters(text: str) -> None:
+    # JSON can spell half of a pair of surrogates; a tokenizer calls that a wrong type.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has half a character (a lone surrogate)") from None

@@ -44,8 +44,7 @@ def problems(tmp_path, test_rows):
 
 
 GOOD = (
-    "file,row,prediction\n"
-    "data/a.csv,1,1\ndata/a.csv,3,NA\ndata/b.csv,1,sql\ndata/b.csv,7,other\n"
+    "file,row,prediction\ndata/a.csv,1,1\ndata/a.csv,3,NA\ndata/b.csv,1,sql\ndata/b.csv,7,other\n"
 )
 
 
@@ -53,8 +52,8 @@ def test_in_any_order_and_as_text(tmp_path, test_rows):
     path = tmp_path / "my-System_2.csv"
     path.write_bytes(
         b"\xef\xbb\xbfnote,prediction,row,file\r\n"
-        b"\"x,\ny\",nan,7,data/b.csv\r\n,1, 1 ,data/a.csv\r\n\r\n"
-        b",,1,data/b.csv\r\n,\" NA\n\",03,data/a.csv\r\n"
+        b'"x,\ny",nan,7,data/b.csv\r\n,1, 1 ,data/a.csv\r\n\r\n'
+        b',,1,data/b.csv\r\n," NA\n",03,data/a.csv\r\n'
     )
     predictions = read_predictions(path, test_rows, LABELS)
     assert list(predictions) == ["my-System_2"]

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -202,6 +203,129 @@ def test_the_plot_shows_what_it_is_given(tmp_path):
     # Both are calibrated: only the size of their points tells them apart.
     half = [ReliabilityBin(0.4, 0.6, 5, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 5, 0.9, 0.9)]
     other = [ReliabilityBin(0.4, 0.6, 9, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 1, 0.9, 0.9)]
+    images = []
+    for curves in ({}, {"tuned": half}, {"tuned": other}, {"tuned": half, "base": other}):
+        plot_reliability(tmp_path / "plot.png", curves)
+        images.append((tmp_path / "plot.png").read_bytes())
+    assert len(set(images)) == 4
+
+
+@pytest.mark.parametrize("predictions", [{}, {"tuned": np.array([], dtype=object)}])
+def test_classification_files_exist_where_there_is_nothing_to_classify(tmp_path, predictions):
+    files = write_classified(tmp_path, [], [], predictions, {})
+    assert files["per_class.csv"] == b"system,label,precision,recall,f1,support\n"
+    assert files["reliability.csv"] == b"system,low,high,rows,confidence,accuracy\n"
+    assert files["comparisons.csv"] == (
+        b"first,second,accuracy_first,accuracy_second,difference,low,high,"
+        b"only_first,only_second,p_value\n"
+    )
+    plot_reliability(tmp_path / "empty.png", {})
+    assert files["reliability.png"] == (tmp_path / "empty.png").read_bytes()
+
+
+def classified(rows=60, seed=0):
+    """Labels, true labels, predictions (one outside the labels) and log-likelihoods of two."""
+    rng = np.random.default_rng(seed)
+    labels = ["-1", "$b_c$", "=a"]
+    actual = rng.choice(labels, rows).astype(object)
+    likelihoods = {}
+    for system, gain in (("base", 0.5), ("tuned", 3.0)):
+        likelihoods[system] = rng.normal(-5, 1, (rows, 3))
+        likelihoods[system][np.arange(rows), [labels.index(label) for label in actual]] += gain
+    predictions = {s: np.array(labels, object)[v.argmax(1)] for s, v in likelihoods.items()}
+    predictions["outside"] = np.where(rng.random(rows) < 0.3, "no label", actual).astype(object)
+    return labels, actual, predictions, likelihoods
+
+
+def write_classified(directory, *data, seed=0):
+    write_classification_reports(directory, *data, resamples=200, seed=seed)
+    assert sorted(path.name for path in directory.iterdir()) == CLASSIFICATION_FILES
+    return {name: (directory / name).read_bytes() for name in CLASSIFICATION_FILES}
+
+
+def test_same_bytes_again_also_in_another_process(tmp_path):
+    first = write_classified(tmp_path / "1", *classified())
+    assert first == write_classified(tmp_path / "2", *classified())
+    assert first["reliability.png"].startswith(b"\x89PNG")
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from test_report import classified, write_classified\n"
+        "write_classified(Path(sys.argv[1]), *classified())\n"
+    )
+    arguments = [str(tmp_path / "3"), str(Path(__file__).parent)]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True)
+    assert first == {name: (tmp_path / "3" / name).read_bytes() for name in first}
+
+
+def test_per_class_is_that_of_scikit_learn(tmp_path):
+    labels, actual, predictions, likelihoods = classified()
+    predictions["never"] = np.full(60, "-1", dtype=object)
+    write_classified(tmp_path, labels, actual, predictions, likelihoods)
+    rows = read(tmp_path / "per_class.csv")
+    assert [(row["system"], row["label"]) for row in rows[:4]] == [
+        ("base", "-1"),
+        ("base", "$b_c$"),
+        ("base", "'=a"),
+        ("tuned", "-1"),
+    ]
+    assert len(rows) == 4 * 3
+    for row in rows:
+        report = classification_report(
+            actual, predictions[row["system"]], output_dict=True, zero_division=0
+        )[row["label"].lstrip("'")]
+        report["f1"] = report["f1-score"]
+        for name in ("precision", "recall", "f1", "support"):
+            assert float(row[name]) == pytest.approx(report[name], abs=1e-6)
+    assert [row["precision"] for row in rows[-2:]] == ["0.000000"] * 2
+
+
+def test_comparisons_by_hand(tmp_path):
+    labels, actual, predictions, likelihoods = classified()
+    write_classified(tmp_path, labels, actual, predictions, likelihoods)
+    rows = read(tmp_path / "comparisons.csv")
+    pairs = [("base", "tuned"), ("base", "outside"), ("tuned", "outside")]
+    assert [(row["first"], row["second"]) for row in rows] == pairs
+    assert len({row["p_value"] for row in rows}) == 3
+    for row, (first, second) in zip(rows, pairs, strict=True):
+        accuracies = [accuracy_score(actual, predictions[name]) for name in (first, second)]
+        assert float(row["accuracy_first"]) == pytest.approx(accuracies[0], abs=1e-6)
+        assert float(row["accuracy_second"]) == pytest.approx(accuracies[1], abs=1e-6)
+        assert float(row["difference"]) == pytest.approx(accuracies[0] - accuracies[1], abs=2e-6)
+        assert float(row["low"]) < float(row["difference"]) < float(row["high"])
+        triples = list(zip(actual, predictions[first], predictions[second], strict=True))
+        assert int(row["only_first"]) == sum(one == truth != two for truth, one, two in triples)
+        assert int(row["only_second"]) == sum(two == truth != one for truth, one, two in triples)
+    assert float(rows[0]["high"]) < 0 and float(rows[0]["p_value"]) < 0.01
+
+
+def test_another_system_changes_no_interval_of_others(tmp_path):
+    labels, actual, predictions, likelihoods = classified()
+    write_classified(tmp_path / "1", labels, actual, predictions, likelihoods)
+    more = {"first": predictions["outside"], **predictions}
+    write_classified(tmp_path / "2", labels, actual, more, likelihoods)
+    assert read(tmp_path / "2" / "comparisons.csv")[3:] == read(tmp_path / "1" / "comparisons.csv")
+    write_classified(tmp_path / "3", labels, actual, predictions, likelihoods, seed=1)
+    assert read(tmp_path / "3" / "comparisons.csv") != read(tmp_path / "1" / "comparisons.csv")
+
+
+def test_reliability_has_every_row_of_systems_with_likelihoods(tmp_path):
+    labels, actual, predictions, likelihoods = classified()
+    write_classified(tmp_path, labels, actual, predictions, likelihoods)
+    rows = read(tmp_path / "reliability.csv")
+    assert list(rows[0]) == ["system", "low", "high", "rows", "confidence", "accuracy"]
+    for system in ("base", "tuned"):
+        bins = [row for row in rows if row["system"] == system]
+        assert sum(int(row["rows"]) for row in bins) == 60
+        right = sum(float(row["accuracy"]) * int(row["rows"]) for row in bins)
+        assert right / 60 == pytest.approx((predictions[system] == actual).mean(), abs=1e-5)
+        for row in bins:
+            assert float(row["low"]) < float(row["confidence"]) <= float(row["high"])
+    assert {row["system"] for row in rows} == {"base", "tuned"}
+
+
+def test_the_plot_shows_what_it_is_given(tmp_path):
+    half = [ReliabilityBin(0.4, 0.6, 5, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 5, 0.9, 0.7)]
+    other = [ReliabilityBin(0.4, 0.6, 9, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 1, 0.9, 0.7)]
     images = []
     for curves in ({}, {"tuned": half}, {"tuned": other}, {"tuned": half, "base": other}):
         plot_reliability(tmp_path / "plot.png", curves)

@@ -26,7 +26,10 @@ def outcome(text, metrics=METRICS):
     ("text", "expected"),
     [
         ("tuned/accuracy > base/accuracy", ("tuned/accuracy", ">", "base/accuracy")),
-        ("quantized/perplexity_ratio_high < 1.005", ("quantized/perplexity_ratio_high", "<", 1.005)),
+        (
+            "quantized/perplexity_ratio_high < 1.005",
+            ("quantized/perplexity_ratio_high", "<", 1.005),
+        ),
         ("tuned/accuracy_low>=0.8", ("tuned/accuracy_low", ">=", 0.8)),
         ("  a<=-1.5e-3 ", ("a", "<=", -0.0015)),
         ("a > .5", ("a", ">", 0.5)),

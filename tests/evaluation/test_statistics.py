@@ -325,3 +325,122 @@ def test_what_are_no_outcomes_is_refused():
             mcnemar(bad, good)
     with pytest.raises(ValueError, match="2 and 1 rows"):
         mcnemar(good, good[:1])
+
+
+def paired(both, only_first, only_second, neither):
+    """Rows of a table of four counts: what the first system has right, and the second one."""
+    counts = both, only_first, only_second, neither
+    first = np.repeat([True, True, False, False], counts)
+    second = np.repeat([True, False, True, False], counts)
+    return first, second
+
+
+def difference(*counts, resamples=2000, confidence=0.95):
+    rng = np.random.default_rng(0)
+    pair = paired(*counts)
+    return accuracy_difference(*pair, resamples=resamples, rng=rng, confidence=confidence)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (7, 10), (1, 1), (398, 1000)])
+def test_accuracy_interval_is_where_the_score_test_turns(right, rows):
+    """At each end the observed share is 1.96 standard errors of that end away."""
+    estimate = accuracy_interval(np.arange(rows) < right)
+    assert estimate.value == right / rows
+    for end in (estimate.low, estimate.high):
+        distance = abs(estimate.value - end)
+        if distance > 1e-9:
+            assert distance / math.sqrt(end * (1 - end) / rows) == pytest.approx(1.959964, rel=1e-6)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.high - estimate.low > 0
+
+
+def test_accuracy_interval_covers_the_known_accuracy():
+    rng = np.random.default_rng(0)
+    intervals = [accuracy_interval(rng.random(150) < 0.82) for _ in range(1000)]
+    assert 930 <= sum(part.low <= 0.82 <= part.high for part in intervals) <= 975
+
+
+def test_less_confidence_is_a_narrower_interval():
+    correct = np.arange(100) < 60
+    narrow, wide = accuracy_interval(correct, 0.8), accuracy_interval(correct)
+    assert wide.low < narrow.low < narrow.high < wide.high
+    narrow, wide = difference(40, 12, 6, 40, confidence=0.8), difference(40, 12, 6, 40)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "rows"),
+    [(0.10, 0.07, 400), (0.2, 0.1, 300), (0.05, 0.02, 200), (0.003, 0.001, 1000)],
+)
+def test_difference_covers_the_known_one(only_first, only_second, rows):
+    rng = np.random.default_rng(0)
+    chances = [0.5 - only_first, only_first, only_second, 0.5 - only_second]
+    truth = only_first - only_second
+    covered = 0
+    for _ in range(1000):
+        pair = paired(*rng.multinomial(rows, chances))
+        estimate = accuracy_difference(*pair, resamples=500, rng=rng)
+        covered += estimate.low <= truth <= estimate.high
+    assert 930 <= covered <= 970
+
+
+def test_difference_equals_resampled_rows():
+    """With the two rows added, gathering draws row by row has the same distribution."""
+    first, second = paired(60, 25, 11, 24)
+    gain = np.concatenate([first.astype(int) - second, [1, -1]])
+    rng = np.random.default_rng(1)
+    draws = gain[rng.integers(len(gain), size=(20_000, len(gain)))].mean(axis=1)
+    estimate = difference(60, 25, 11, 24, resamples=20_000)
+    assert estimate.value == pytest.approx((25 - 11) / 120)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose([estimate.low, estimate.high], [low, high], atol=1.01 / 122)
+
+
+def test_systems_that_agree_on_every_row_differ_by_three_rows_at_most():
+    estimate = difference(700, 0, 0, 300)
+    assert estimate.value == 0
+    assert [estimate.low * 1002, estimate.high * 1002] == pytest.approx([-3, 3])
+
+
+def test_a_single_row_is_no_evidence_of_a_difference():
+    estimate = difference(700, 1, 0, 299)
+    assert estimate.low < 0 < estimate.value == 0.001 < estimate.high
+
+
+def test_difference_is_within_its_interval():
+    for only_first, only_second, same in itertools.product(range(8), range(8), (0, 1, 5)):
+        if only_first + only_second + same:
+            estimate = difference(same, only_first, only_second, 0, resamples=300)
+            assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_difference_needs_no_memory_for_rows():
+    rng = np.random.default_rng(0)
+    first, second = rng.random(2_000_000) < 0.8, rng.random(2_000_000) < 0.79
+    estimate = accuracy_difference(first, second, resamples=10_000, rng=rng)
+    assert estimate.low < 0.01 < estimate.high
+    assert estimate.high - estimate.low < 0.002
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(0, 0), (1, 0), (5, 0), (3, 9), (6, 6), (20, 2)]
+)
+def test_mcnemar_by_hand(only_first, only_second):
+    discordant = only_first + only_second
+    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
+    expected = min(1.0, 2 * tail / 2**discordant)
+    actual = mcnemar(*paired(10, only_first, only_second, 4))
+    assert actual == McNemar(only_first, only_second, pytest.approx(expected, rel=1e-12))
+
+
+def test_what_are_no_outcomes_is_refused():
+    good, rng = np.array([True, False]), np.random.default_rng(0)
+    for bad in (np.array([], bool), np.array([[True, False]]), np.array(["a", "b"], object)):
+        with pytest.raises(ValueError, match="is not \\(rows,\\) bool"):
+            accuracy_interval(bad)
+        with pytest.raises(ValueError, match="is not \\(rows,\\) bool"):
+            accuracy_difference(good, bad, resamples=10, rng=rng)
+        with pytest.raises(ValueError, match="is not \\(rows,\\) bool"):
+            mcnemar(bad, good)
+    with pytest.raises(ValueError, match="2 and 1 rows"):
+        mcnemar(good, good[:1])

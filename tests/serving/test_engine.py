@@ -1,0 +1,174 @@
+"""One thread for all: places are freed, faults are contained, the end is an end."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from gptj8.generation import GenerationBatch, Sampling, generate_greedily
+from gptj8.serving.engine import BusyError, Engine
+from tests.serving.conftest import held, until
+
+LONG = Sampling(100)
+
+
+@pytest.fixture
+def predictor(predictors):
+    return predictors["classification"]
+
+
+@pytest.fixture
+def make_engine(predictor):
+    engines = []
+
+    def make(**settings):
+        engines.append(Engine(predictor, **settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def greedy(predictor, prompt, tokens):
+    encoder = predictor.encoder
+    (ids,) = generate_greedily(
+        predictor.model,
+        [prompt],
+        max_new_tokens=tokens,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+    )
+    return ids
+
+
+def test_tokens_come_one_by_one_and_in_order(make_engine, predictor):
+    engine, tokens = make_engine(), []
+    row = engine.generate([5, 6, 7], Sampling(20), tokens.append).result(20)
+    assert tokens == row.ids == greedy(predictor, [5, 6, 7], 20)
+    until(lambda: engine.active == 0)
+
+
+def test_more_requests_than_places_are_all_answered_as_alone(make_engine, predictor):
+    engine = make_engine(max_batch=3)
+    prompts = [[5 + n, 6, 7][: 1 + n % 3] for n in range(20)]
+    futures = [engine.generate(p, Sampling(5 + n % 7)) for n, p in enumerate(prompts)]
+    labels = [engine.classify(prompt) for prompt in prompts]
+    for n, (prompt, future) in enumerate(zip(prompts, futures, strict=True)):
+        assert future.result(30).ids == greedy(predictor, prompt, 5 + n % 7)
+    for prompt, future in zip(prompts, labels, strict=True):
+        assert np.allclose(future.result(30), predictor.classify([prompt])[0], atol=1e-5)
+
+
+def test_no_more_rows_than_places(make_engine, monkeypatch):
+    engine = make_engine(max_batch=2)
+    with held(engine, monkeypatch):
+        futures = [engine.generate([5, 6], Sampling(5)) for _ in range(6)]
+        until(lambda: engine.active == 2)
+        assert engine.waiting >= 3
+    assert [len(f.result(20).ids) for f in futures] == [5] * 6
+
+
+def test_a_cancelled_row_frees_its_place(make_engine, predictor, monkeypatch):
+    engine = make_engine(max_batch=1)
+    with held(engine, monkeypatch):
+        first = engine.generate([5, 6], LONG)
+        second = engine.generate([7, 8], Sampling(3))
+        until(lambda: engine.active == 1)
+        assert first.cancel()
+    assert second.result(20).ids == greedy(predictor, [7, 8], 3)
+    assert engine._batch.rows == []
+
+
+def test_a_cancelled_request_frees_its_place_in_the_queue_at_once(make_engine, monkeypatch):
+    engine = make_engine(max_batch=1, max_waiting=2)
+    with held(engine, monkeypatch):
+        active = engine.generate([5, 6], Sampling(3))
+        until(lambda: engine.active == 1)
+        waiting = [engine.generate([5, 6], Sampling(3)) for _ in range(2)]
+        with pytest.raises(BusyError, match="2 requests are waiting already"):
+            engine.generate([5, 6], Sampling(3))
+        with pytest.raises(BusyError):
+            engine.classify([5, 6])
+        waiting[0].cancel()
+        last = engine.classify([5, 6])
+    assert len(last.result(20)) == 3
+    assert active.result(20).ids == waiting[1].result(20).ids
+
+
+def test_a_fault_in_a_step_is_the_answer_and_the_next_request_works(
+    make_engine, predictor, monkeypatch, capfd
+):
+    engine = make_engine()
+
+    def fail(self):
+        if self.rows:
+            raise RuntimeError("a bit fell over")
+        return []
+
+    with monkeypatch.context() as broken:
+        broken.setattr(GenerationBatch, "step", fail)
+        futures = [engine.generate([5, 6], LONG) for _ in range(2)]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="a bit fell over"):
+                future.result(20)
+    assert engine.active == 0
+    assert "a bit fell over" in capfd.readouterr().err
+    assert engine.generate([5, 6], Sampling(4)).result(20).ids == greedy(predictor, [5, 6], 4)
+
+
+def test_a_fault_of_one_is_not_the_others(make_engine, predictor, monkeypatch, capfd):
+    """Of a new prompt, of a classification, of what is called with each token."""
+    engine = make_engine()
+    bad = [9, 9]
+    add, classify = GenerationBatch.add, predictor.classify
+
+    def add_all_but_one(self, prompts, samplings):
+        if bad in prompts:
+            raise MemoryError("of the prompt")
+        return add(self, prompts, samplings)
+
+    def fail(prompts):
+        raise MemoryError("of the classification")
+
+    def break_at_the_third(token, seen=[]):  # noqa: B006
+        seen.append(token)
+        if len(seen) == 3:
+            raise LookupError("of the token")
+
+    monkeypatch.setattr(GenerationBatch, "add", add_all_but_one)
+    monkeypatch.setattr(predictor, "classify", fail)
+    begun = threading.Event()
+    good = engine.generate([5, 6], LONG, lambda token: begun.set())
+    assert begun.wait(20)
+    with pytest.raises(LookupError, match="of the token"):
+        engine.generate([5, 6], LONG, break_at_the_third).result(20)
+    with pytest.raises(MemoryError, match="of the prompt"):
+        engine.generate(bad, LONG).result(20)
+    with pytest.raises(MemoryError, match="of the classification"):
+        engine.classify([5, 6]).result(20)
+    assert good.result(20).ids == greedy(predictor, [5, 6], 100)
+    until(lambda: engine.active == 0)
+    monkeypatch.setattr(predictor, "classify", classify)
+    assert len(engine.classify([5, 6]).result(20)) == 3
+
+
+def test_close_cancels_what_is_not_done(make_engine, monkeypatch):
+    engine = make_engine(max_batch=1)
+    with held(engine, monkeypatch) as gate:
+        active = engine.generate([5, 6], LONG)
+        until(lambda: engine.active == 1)
+        waiting = engine.generate([5, 6], LONG)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        until(lambda: engine._closed)
+        gate.set()
+        closing.join(20)
+    assert active.cancelled()
+    assert waiting.cancelled()
+    assert not engine._thread.is_alive()
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.generate([5, 6], LONG)
+    engine.close()  # twice is once

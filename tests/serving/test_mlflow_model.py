@@ -1,0 +1,159 @@
+"""A registered version answers wherever it is loaded, as the model that was exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+
+from gptj8.errors import UserError
+from gptj8.registry import register
+from gptj8.serving.mlflow_model import Model
+from tests.serving.conftest import LABELS, free_port, until
+
+TEXTS = ["the quick brown fox", "seven wizards <|endoftext|>", "lazy dog " * 60]
+
+LOAD = """
+import json, sys
+import mlflow, pandas as pd
+answers = []
+for name, rows, params in json.loads(sys.argv[1]):
+    model = mlflow.pyfunc.load_model(f"models:/{name}/1")
+    answers.append(model.predict(pd.DataFrame(rows), params=params).to_dict("list"))
+import gptj8
+print(json.dumps([gptj8.__file__, *answers]))
+"""
+
+
+@pytest.fixture(scope="module")
+def store(exports, tiny_8bit_dir, tmp_path_factory):
+    """A store with a classifier and a model that writes, version 1 of each."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment = client.create_experiment("tests", artifact_location=(folder / "a").as_uri())
+    for task, name in (("classification", "classifier"), ("instructions", "writer")):
+        run = client.create_run(experiment)
+        arguments = (client, run.info.run_id, name, tiny_8bit_dir, exports[task])
+        assert str(register(*arguments, {"tuned/accuracy": 0.5})) == "1"
+        assert str(register(*arguments, {})) == "1"  # the same one is registered once
+    return uri
+
+
+def environment(store):
+    """Without this checkout: the code that is registered has to do."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # MLflow starts `uvicorn` by its name, wherever PATH finds it.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**kept, "MLFLOW_TRACKING_URI": store, "PATH": path}
+
+
+def test_they_answer_the_same_in_a_fresh_process(store, predictors, tmp_path):
+    rows = [{"instruction": "jump"}, {"instruction": "box", "input": "the dog"}]
+    asked = [["classifier", {"text": TEXTS}, None], ["writer", rows, {"max_new_tokens": 9}]]
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(asked)],
+        cwd=tmp_path,
+        env=environment(store),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    code, classified, written = json.loads(process.stdout.splitlines()[-1])
+    assert "/code/" in code
+    predictor = predictors["classification"]
+    prompts = [predictor.encode_for_labels({"text": text}).ids for text in TEXTS]
+    expected = predictor.classify(prompts)
+    assert list(classified) == ["label", *(f"score_{label}" for label in LABELS)]
+    found = np.array([classified[f"score_{label}"] for label in LABELS]).T
+    assert np.allclose(found, expected, atol=0.02)  # its dtype is chosen by the device
+    assert classified["label"] == [LABELS[row.argmax()] for row in found]
+    assert list(written) == ["completion"]
+    assert len(written["completion"]) == 2
+
+
+def test_a_model_that_writes(predictors):
+    predictor = predictors["instructions"]
+    rows = pd.DataFrame({"instruction": ["jump", "box"], "input": [np.nan, "the dog"]})
+    found = Model(predictor).predict(rows, {"max_new_tokens": 9})
+    for number, row in enumerate(
+        ({"instruction": "jump"}, {"instruction": "box", "input": "the dog"})
+    ):
+        (alone,) = Model(predictor).predict(pd.DataFrame([row]), {"max_new_tokens": 9})[
+            "completion"
+        ]
+        assert found["completion"][number] == alone
+    assert found["completion"].nunique() == 2
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_no_tokens_are_refused(predictors, tokens):
+    rows = pd.DataFrame({"instruction": ["jump"]})
+    with pytest.raises(UserError, match=f"max_new_tokens = {tokens} must be at least 1"):
+        Model(predictors["instructions"]).predict(rows, {"max_new_tokens": tokens})
+
+
+def test_a_row_that_cannot_be_asked_is_named(predictors):
+    rows = pd.DataFrame({"text": ["a", None]})
+    with pytest.raises(UserError, match="row 1: text is empty"):
+        Model(predictors["classification"]).predict(rows)
+
+
+@pytest.mark.parametrize("task", ["classification", "instructions"])
+def test_no_rows_are_no_answers(predictors, task):
+    columns = list(predictors[task].task.columns)
+    assert len(Model(predictors[task]).predict(pd.DataFrame(columns=columns))) == 0
+
+
+def test_mlflow_serves_it(store, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/classifier/1"]
+    command += ["--env-manager", "local", "--port", str(port)]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment(store),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        assert process.poll() is None, log.read_text()
+        try:
+            return requests.get(url + "/ping", timeout=5).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    try:
+        until(answers, 90)
+        body = {"dataframe_split": {"columns": ["text"], "data": [[text] for text in TEXTS]}}
+        answer = requests.post(url + "/invocations", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        predictions = answer.json()["predictions"]
+        assert [p["label"] in LABELS for p in predictions] == [True] * 3
+        assert sum(predictions[0][f"score_{label}"] for label in LABELS) == pytest.approx(1)
+        body = {"dataframe_records": [{"words": "fox"}]}
+        assert requests.post(url + "/invocations", json=body, timeout=60).status_code == 400
+        body = {"dataframe_records": [{"text": " "}]}
+        answer = requests.post(url + "/invocations", json=body, timeout=60)
+        assert answer.status_code == 400
+        assert "row 0: text is empty" in answer.text
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # the session of this server alone
+        process.wait(20)
