@@ -36,8 +36,6 @@ from gptj8.serving.requests import (
 from gptj8.words import one_line
 
 _CLOSED = "the server is shutting down"
-
-
 _TOLD_PROBLEMS = 3  # of a bad request, which may have as many as it has keys
 
 

@@ -68,7 +68,7 @@ def test_without_file_where_there_is_only_one(tmp_path, one_file, test_rows):
     path = tmp_path / "other.csv"
     path.write_text("row,prediction\n7,a\n5,b\n3,c\n1,1\n")
     assert read_predictions(path, one_file, LABELS)["other"].tolist() == ["1", "c", "b", "a"]
-    with pytest.raises(UserError, match="other.csv has no column file$"):
+    with pytest.raises(UserError, match=r"other\.csv has no column file$"):
         read_predictions(path, test_rows, LABELS)
     path.write_text("file,row,prediction\n" + "".join(f"b.csv,{row},1\n" for row in (1, 3, 5, 7)))
     with pytest.raises(UserError, match=r"of no test row: 4 \(record 1 has b.csv row 1, "):

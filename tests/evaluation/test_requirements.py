@@ -69,7 +69,7 @@ def test_what_is_read(text, expected):
         ("a > nan", "nothing can be compared with nan"),
         ("a < -Infinity", "nothing can be compared with -Infinity"),
         ("a < 1e999", "too large"),
-        ("a > ١", "is no name"),
+        ("a > ١", "is no name"),  # noqa: RUF001
     ],
 )
 def test_what_is_refused(text, message):
