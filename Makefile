@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro compare test bench ui lint lock clean
+.PHONY: repro compare test test-slow bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -21,6 +21,9 @@ compare: $(INSTALLED) ## LayerNorms only, LoRA on attention, LoRA on all linears
 
 test: $(INSTALLED) ## the fast tests
 	python -m pytest
+
+test-slow: $(INSTALLED) ## what takes a minute or more
+	python -m pytest -m slow
 
 bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`
 	python -m benchmarks.codec data/models/tiny-gptj/model

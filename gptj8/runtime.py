@@ -35,14 +35,16 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 def set_defaults() -> None:
     """Set the environment defaults; to be called before a third-party package is imported.
 
-    Also silences two messages of libraries that are about each other and not about the user: a
-    4-bit CPU kernel that bitsandbytes would fetch from the Hub, and a name that PEFT still uses and
-    transformers has renamed.
+    Also silences messages of libraries that are about each other and not about the user: a 4-bit
+    CPU kernel that bitsandbytes would fetch from the Hub, a name that PEFT still uses and
+    transformers has renamed, and PEFT's doubts about LayerNorms, which it trains (tests/
+    test_training.py) though it knows them no device for.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
     # Threads of an operation that wait for each other spin for some microseconds and then sleep.
     # Spinning for long, libgomp's default, makes a step many times slower as soon as something else
     # uses the cores; sleeping at once makes it a third slower on idle ones.

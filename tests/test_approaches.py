@@ -231,6 +231,7 @@ def experiments(clone: Clone) -> dict[str, str]:
     return {name.rpartition("/")[2]: name for name in listed}
 
 
+@pytest.mark.slow
 def test_approaches_are_experiments_beside_the_workspace(tiny_model_dir, tmp_path):
     clone = Clone(tmp_path / "project", tiny_model_dir)
     # As users have it: changes that are not committed, and a file that git does not know.
