@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import gptj8
 from gptj8.errors import UserError
+from gptj8.generation import GenerationBatch, Sampling
 from gptj8.layers import Frozen8bitModule
 
 COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
@@ -150,3 +151,25 @@ def test_a_config_that_ties_what_differs_is_refused(tmp_path):
     save_file({**state, "lm_head.weight": torch.zeros(320, 64)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="set tie_word_embeddings to false"):
         gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG)
+
+
+def test_rows_that_come_and_go_are_generated_as_alone(saved):
+    model, _ = saved
+    with torch.no_grad():
+        for parameter in model.parameters():  # far enough from each other for any rounding
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16]]
+    expected = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=0
+        )
+        written = output[0, len(prompt) :].tolist()
+        expected.append(written[: written.index(0)] if 0 in written else written)
+    batch = GenerationBatch(model, 320, 0)
+    rows = batch.add(prompts[:1], [Sampling(10)])
+    batch.step()
+    rows += batch.add(prompts[1:], [Sampling(10)] * 2)
+    while batch.rows:
+        batch.step()
+    assert [row.ids for row in rows] == expected
