@@ -161,7 +161,7 @@ def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
     tracked = {Path(name) for name in (listed or "").split("\0") if name}
     tracked |= {folder for file in tracked for folder in file.parents}
     paths: list[Path] = []
-    for key, value in _inputs(params).items():
+    for key, value in params.inputs.items():
         path = Path(os.path.normpath(value))
         if path.is_absolute() or (not path.exists() and path not in outs):
             continue  # seen from everywhere, or told by the stage
@@ -233,18 +233,6 @@ def _digest(params: Params, overrides: Sequence[str]) -> str:
     others = sorted(change for change in overrides if ":" in change.partition("=")[0])
     content = json.dumps([resolved(params), others], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
-
-
-def _inputs(params: Params) -> dict[str, str]:
-    inputs = {
-        "data.train": params.data.train,
-        "data.validation": params.data.validation,
-        "data.test": params.data.test,
-        "model.path": params.model.path,
-        "evaluate.perplexity_text": params.evaluate.perplexity_text,
-        "evaluate.predictions": params.evaluate.predictions,
-    }
-    return {key: value for key, value in inputs.items() if value is not None}
 
 
 def _unknown_to_git(path: Path, tracked: set[Path], outs: Mapping[Path, Path]) -> list[Path]:

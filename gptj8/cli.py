@@ -71,17 +71,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
     """Return a line for each input that is neither there nor made by a recipe under data/."""
     root = root or project_root()
-    inputs = {
-        "data.train": params.data.train,
-        "data.validation": params.data.validation,
-        "data.test": params.data.test,
-        "model.path": params.model.path,
-        "evaluate.perplexity_text": params.evaluate.perplexity_text,
-        "evaluate.predictions": params.evaluate.predictions,
-    }
     problems = []
-    for key, value in inputs.items():
-        if value is None or (root / value).exists():
+    for key, value in params.inputs.items():
+        if (root / value).exists():
             continue
         if _is_made_by_a_recipe((root / value).absolute(), root):
             continue

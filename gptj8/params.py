@@ -208,6 +208,19 @@ class Params(_Section):
     export: Export = Export()
     tracking: Tracking = Tracking()
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The files and folders that a run reads, by their keys; those that are not null."""
+        inputs = {
+            "data.train": self.data.train,
+            "data.validation": self.data.validation,
+            "data.test": self.data.test,
+            "model.path": self.model.path,
+            "evaluate.perplexity_text": self.evaluate.perplexity_text,
+            "evaluate.predictions": self.evaluate.predictions,
+        }
+        return {key: path for key, path in inputs.items() if path is not None}
+
 
 def load_params(path: str | Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml.

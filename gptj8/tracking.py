@@ -107,7 +107,7 @@ class StageRun:
             ) from error
 
     def _start(self, params: Params) -> None:
-        if not all(Path(path).exists() for path in _input_paths(params).values()):
+        if not all(Path(path).exists() for path in params.inputs.values()):
             # DVC may convert a model before it has made the dataset, and the experiment has no key
             # until both are there. The stages that follow record what this one leaves.
             self._alive = False
@@ -295,7 +295,7 @@ def experiment_key(params: Params) -> str:
     """Return the digest of what decides an experiment's outcome: params, data and base model."""
     inputs = {
         name: sha256_tree(path, cache=project_root() / ".dvc" / "tmp" / "gptj8" / "digests.json")
-        for name, path in _input_paths(params).items()
+        for name, path in params.inputs.items()
     }
     content = json.dumps({"params": resolved(params), "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -311,18 +311,6 @@ def flatten(nested: Mapping[str, Any], separator: str) -> dict[str, Any]:
         else:
             flat[str(key)] = value
     return flat
-
-
-def _input_paths(params: Params) -> dict[str, str]:
-    paths = {
-        "train": params.data.train,
-        "validation": params.data.validation,
-        "test": params.data.test,
-        "perplexity_text": params.evaluate.perplexity_text,
-        "predictions": params.evaluate.predictions,
-        "model": params.model.path,
-    }
-    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _connect(params: Params) -> tuple[Any, str]:

@@ -6,69 +6,26 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from small_models import ARCHITECTURES, VOCABULARY, make_model
 
 from gptj8.adapters import add_adapter
 from gptj8.errors import UserError
 from gptj8.generation import GenerationBatch, Sampling, generate_greedily
 from gptj8.models import load_model
 
-VOCABULARY = 131
 CONTEXT = 256
 EOS = 0
-
-ARCHITECTURES = {
-    "gptj": {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
-    "gpt2": {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2},
-    "gpt_neox": {
-        "max_position_embeddings": CONTEXT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
-    "llama": {
-        "max_position_embeddings": CONTEXT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other make tiny products many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_model(architecture):
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=VOCABULARY,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        initializer_range=0.3,  # tokens differ widely
-        **ARCHITECTURES[architecture],
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture(scope="module")
 def gptj():
-    return make_model("gptj")
+    return make_model("gptj", context=CONTEXT)
 
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "8bit", "adapter"])
 def model(request):
     if request.param in ARCHITECTURES:
-        return make_model(request.param)
+        return make_model(request.param, context=CONTEXT)
     base = load_model(request.getfixturevalue("tiny_8bit_dir"), torch.float32, torch.device("cpu"))
     if request.param == "8bit":
         return base
@@ -287,7 +244,7 @@ def test_an_empty_prompt_is_refused(gptj):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_logits_that_are_not_finite_are_refused(value, temperature):
-    broken = make_model("gptj")
+    broken = make_model("gptj", context=CONTEXT)
     broken.lm_head.bias.data[:] = value
     batch = GenerationBatch(broken, VOCABULARY, EOS)
     with pytest.raises(UserError, match=r"not finite; try model\.dtype: float32"):

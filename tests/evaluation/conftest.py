@@ -1,60 +1,13 @@
-"""Small random models of each architecture, and a tokenizer trained on the spot."""
+"""Small random models, and a tokenizer trained on the spot."""
 
 from __future__ import annotations
 
 import pytest
-import torch
+from small_models import VOCABULARY
+from small_models import make_model as _make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptj8.prompts import TextEncoder
-
-VOCABULARY = 131
-CONTEXT = 64
-
-ARCHITECTURES = {
-    "gptj": {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
-    "gpt2": {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2},
-    "gpt_neox": {
-        "max_position_embeddings": CONTEXT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
-    "llama": {
-        "max_position_embeddings": CONTEXT,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
-
-
-def _make_model(architecture: str, attention: str = "eager") -> torch.nn.Module:
-    """A float32 model in eval mode whose weights are large enough for tokens to differ widely."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.3,
-        **ARCHITECTURES[architecture],
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for each other make tiny products 80 times slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -44,15 +44,6 @@ def data_of(task):
     return {"train": "rows.csv", "max_length": 96, **TASKS[task]}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for each other make tiny products many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def adapter(tiny_8bit_dir, tmp_path_factory):
     """As finetune leaves it, and large enough for answers to differ."""
