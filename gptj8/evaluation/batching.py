@@ -19,8 +19,8 @@ from gptj8.runtime import progress
 # thousands before restoring 8-bit weights stops to count.
 _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-MAX_LOGITS = 1 << 27
-"""Logits that one forward pass may return, in the model's dtype: 256 MiB of 16-bit numbers. Only a
+MAX_LOGITS = 1 << 26
+"""Logits that one forward pass may return, in the model's dtype: 128 MiB of 16-bit numbers. Only a
 single row with more tokens than this allows gets more."""
 
 

@@ -73,6 +73,7 @@ def test_without_a_description_nothing_is_shown(capsys, monkeypatch):
 
 
 def test_logits_bound_the_batch():
-    assert max_batch_tokens(torch.device("cpu"), 50_400) == 2048
-    assert max_batch_tokens(torch.device("cuda"), 50_400) == 2663
+    assert max_batch_tokens(torch.device("cpu"), 4_096) == 2048
+    assert max_batch_tokens(torch.device("cpu"), 50_400) == 1331
+    assert max_batch_tokens(torch.device("cuda"), 50_400) == 1331
     assert max_batch_tokens(torch.device("cuda"), 1 << 40) == 1
