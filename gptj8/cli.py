@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from gptj8.approaches import add_compare_command
@@ -12,6 +13,8 @@ from gptj8.files import read_json
 from gptj8.params import Params, load_params
 from gptj8.runtime import project_root, run
 from gptj8.serving.commands import add_serving_commands
+
+_OWN = {"base", "quantized", "few_shot", "baseline", "tuned"}
 
 
 def main() -> None:
@@ -47,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="print what the last run measured")
     summary.set_defaults(command=_summary)
 
-    gate = commands.add_parser("gate", help="tell whether the last run meets evaluate.require")
+    gate = commands.add_parser(
+        "gate", help="tell whether the last run meets evaluate.require; exits with 2 if not"
+    )
     gate.set_defaults(command=_gate)
 
     add_compare_command(commands)
@@ -162,9 +167,14 @@ def summary_lines(measured: dict[str, float]) -> list[str]:
         ("accuracy, base model", "evaluate/base/accuracy", "{:.1%}"),
         ("accuracy, few-shot", "evaluate/few_shot/accuracy", "{:.1%}"),
         ("accuracy, TF-IDF + logistic regression", "evaluate/baseline/accuracy", "{:.1%}"),
+        *(
+            (f"accuracy, {key.split('/')[1]}", key, "{:.1%}")
+            for key in measured
+            if re.fullmatch(r"evaluate/[^/]+/accuracy", key) and key.split("/")[1] not in _OWN
+        ),
         ("accuracy, fine-tuned", "evaluate/tuned/accuracy", "{:.1%}"),
-        ("  of what it writes unaided", "evaluate/tuned/exact_match", "{:.1%}"),
-        ("  minus the baseline's", "evaluate/tuned/accuracy_minus_baseline", "{:+.1%}"),
+        ("exact match of what it writes, fine-tuned", "evaluate/tuned/exact_match", "{:.1%}"),
+        ("accuracy, fine-tuned - TF-IDF", "evaluate/tuned/accuracy_minus_baseline", "{:+.1%}"),
         ("perplexity, base model", "evaluate/base/perplexity", "{:.3f}"),
         ("perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"),
         ("perplexity, fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"),

@@ -21,10 +21,11 @@ from gptj8.model_card import model_card
 from gptj8.models import load_adapter, load_model
 from gptj8.params import Params
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.reference import ADAPTER_FILE, require_unchanged
 
 MERGED = "merged"
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,32 +39,37 @@ _TOKENIZER_FILES = (
 _IDENTICAL = 0.9
 
 
-def collect(
-    adapter: Path,
-    base: Path,
-    folder: Path,
-    params: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    dataset: Mapping[str, Any],
-) -> None:
-    """Fill `folder` with the adapter, the tokenizer, the params, the metrics, the dataset's
-    description and a model card.
+def collect(adapter: Path, base: Path, folder: Path) -> None:
+    """Fill `folder` with what answers: the adapter and the tokenizer.
 
     Args:
         adapter: as the stage `finetune` leaves it.
         base: the converted base model, for its tokenizer.
-        params: the resolved params, for the record and the card.
-        metrics: by stage, what the stages measured.
-        dataset: task, labels, template and the digests of the files that were read.
 
     Raises:
-        UserError: if the adapter is incomplete.
+        UserError: if the adapter is incomplete, or is not the one that was trained.
     """
     for name in _ADAPTER_FILES:
         if not (adapter / name).is_file():
             raise UserError(f"{adapter} has no {name}; rerun finetune")
         shutil.copyfile(adapter / name, folder / name)
+    require_unchanged(adapter)
     copy_tokenizer(base, folder)
+
+
+def describe(
+    folder: Path,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, float]],
+    dataset: Mapping[str, Any],
+) -> None:
+    """Put into `folder` what tells of it: params, metrics, the dataset's description, a model card.
+
+    Args:
+        params: resolved.
+        metrics: stage -> flat name -> value, the export's own among them.
+        dataset: task, labels, template and the digests of the files that were read.
+    """
     write_json(folder / "params.json", params)
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "dataset.json", dataset)

@@ -39,6 +39,7 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        _share(staging)
         _flush_tree(staging)
         if target.exists():
             if discarded.exists():
@@ -195,6 +196,14 @@ def sha256_tree(path: str | Path, cache: str | Path | None = None) -> str:
     if cache is not None and changed:
         write_json(cache, known)
     return total.hexdigest()
+
+
+def _share(directory: Path) -> None:
+    """Give files the permissions that the user's new files have: safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in list_files(directory):
+        path.chmod(0o666 & ~umask)
 
 
 def _flush(path: Path) -> None:

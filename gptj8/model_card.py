@@ -13,6 +13,12 @@ _METRICS = {  # of evaluate: what the Hub calls it
     "tuned/exact_match": "exact_match",
     "tuned/perplexity": "perplexity",
 }
+_COLUMNS = {
+    "accuracy": "the share of rows whose likeliest label is the right one, with its 95 % interval",
+    "macro_f1": "the mean of all labels' F1",
+    "exact_match": "the share of answers that are right as the model wrote them",
+    "perplexity": "per token of held-out text",
+}
 _TASKS = {"classification": "text-classification"}
 _SYSTEMS = {
     "base": "the original model, unquantized",
@@ -88,9 +94,9 @@ On the {_count(dataset)} rows of the test split:
 
 {_systems_table(evaluation)}
 
-`accuracy` is the share of rows whose likeliest label is the right one, with its 95 % interval,
-`exact_match` that of answers written freely; `perplexity` is per token of held-out text.
 {_meanings(evaluation)}
+
+{_equality(metrics.get("export", {}))}
 
 ## Training
 
@@ -107,9 +113,9 @@ on held-out rows of the same source only.
 
 
 def _systems_table(evaluation: Mapping[str, Any]) -> str:
-    columns = ("accuracy", "macro_f1", "exact_match", "perplexity")
-    systems = [s for s in _SYSTEMS if any(f"{s}/{column}" in evaluation for column in columns)]
-    known = [c for c in columns if any(f"{s}/{c}" in evaluation for s in systems)]
+    found = dict.fromkeys(key.partition("/")[0] for key in evaluation if "/" in key)
+    systems = [*(s for s in _SYSTEMS if s in found), *(s for s in found if s not in _SYSTEMS)]
+    known = [c for c in _COLUMNS if any(f"{s}/{c}" in evaluation for s in systems)]
     lines = [f"| system | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
     for system in systems:
         cells = [_with_interval(evaluation, f"{system}/{column}") for column in known]
@@ -127,8 +133,28 @@ def _with_interval(evaluation: Mapping[str, Any], key: str) -> str:
 
 
 def _meanings(evaluation: Mapping[str, Any]) -> str:
-    measured = {key.split("/")[0] for key in evaluation}
-    return "; ".join(f"`{s}` is {meaning}" for s, meaning in _SYSTEMS.items() if s in measured)
+    parts = {part for key in evaluation for part in key.split("/")}
+    known = {**_COLUMNS, **_SYSTEMS}.items()
+    return "; ".join(f"`{name}` is {meaning}" for name, meaning in known if name in parts) + "."
+
+
+def _equality(export: Mapping[str, float]) -> str:
+    if "compared_prompts" not in export:
+        return ""
+    same, prompts = export["identical_generations"], export["compared_prompts"]
+    text = (
+        f"Loaded by a new process with transformers and PEFT alone, it continues {same:.0f} of "
+        f"{prompts:.0f} prompts by the tokens of the trained model; logits differ by at most "
+        f"{export['max_logit_difference']:.3g}."
+    )
+    if "merged_perplexity_ratio" not in export:
+        return text
+    ratio = f"{export['merged_perplexity_ratio']:.5f}"
+    return (
+        f"{text} `merged/` is a 16-bit model with the adapter in it, which needs transformers "
+        f"alone: {export['merged_identical_generations']:.0f} of {prompts:.0f} prompts, perplexity "
+        f"{ratio} times the unmerged one's."
+    )
 
 
 def _count(dataset: Mapping[str, Any]) -> str:

@@ -279,7 +279,7 @@ def _explain(problem: Any, content: dict[str, Any]) -> str:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{name} is not a known key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
         return f"{name}: {message}"

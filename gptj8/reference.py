@@ -15,16 +15,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gptj8 import replay
 from gptj8.errors import UserError
+from gptj8.files import sha256_file
 
 REFERENCE_FILE = "reference_answers.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 PROMPTS = 100
 """At most so many prompts are compared."""
 
+_DIGEST = "adapter_sha256"
 _TOKENS = 1 << 14  # of all prompts together: a minute or ten of a large model on a CPU
 
 
@@ -43,7 +47,8 @@ def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
 def save_reference(
     folder: str | Path, model: torch.nn.Module, prompts: Sequence[Sequence[int]], eos_id: int
 ) -> None:
-    """Write prompts and the model's answers into an adapter's folder."""
+    """Write prompts and the model's answers into the folder in which its adapter was saved, with
+    the adapter's digest."""
     model.eval()
     answers = [replay.answer(model, prompt, eos_id) for prompt in prompts]
     tensors = {
@@ -53,7 +58,27 @@ def save_reference(
     for number, (prompt, (_, tokens)) in enumerate(zip(prompts, answers, strict=True)):
         tensors[f"prompt.{number:03d}"] = torch.tensor(list(prompt))
         tensors[f"answer.{number:03d}"] = tokens.clone()
-    save_file(tensors, Path(folder) / REFERENCE_FILE)
+    digest = {_DIGEST: sha256_file(Path(folder) / ADAPTER_FILE)}
+    save_file(tensors, Path(folder) / REFERENCE_FILE, metadata=digest)
+
+
+def require_unchanged(folder: str | Path) -> None:
+    """Refuse an adapter that is not, byte for byte, the one whose answers were written down.
+
+    Raises:
+        UserError: also if nothing was written down.
+    """
+    file = Path(folder) / REFERENCE_FILE
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; rerun finetune")
+    with safe_open(file, framework="pt") as reference:
+        expected = (reference.metadata() or {}).get(_DIGEST)
+    found = sha256_file(Path(folder) / ADAPTER_FILE)
+    if found != expected:
+        raise UserError(
+            f"{Path(folder) / ADAPTER_FILE} was changed after training: its SHA-256 is {found}, "
+            f"not {expected}; `dvc checkout` brings it back, or rerun finetune"
+        )
 
 
 def compare_in_fresh_process(

@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from gptj8.serving.task import TunedTask
 
 _DIGEST_TAG = "gptj8.export"
+_TAGGED = ("evaluate", "export")
 _TOLD = ("README.md", "metrics.json")  # of times and memory, which differ from run to run
 
 
 def register(
-    client: Any, run_id: str, name: str, base: Path, export: Path, metrics: Mapping[str, Any]
+    client: Any,
+    run_id: str,
+    name: str,
+    base: Path,
+    export: Path,
+    metrics: Mapping[str, Mapping[str, float]],
 ) -> str:
     """Make an export, with the base it belongs to, a version of a registered model.
 
@@ -33,7 +39,8 @@ def register(
         run_id: whose artifacts hold the model.
         name: of the registered model, made if need be.
         base, export: folders, copied whole.
-        metrics: become the version's tags, where the registry shows and searches them.
+        metrics: stage -> flat name -> value; those of `_TAGGED` become the version's tags, where
+            the registry shows and searches them.
 
     Returns:
         the number of the version.
@@ -52,7 +59,11 @@ def register(
     # Gigabytes: copied once, to where they stay.
     client.log_artifacts(run_id, str(base), f"{folder.name}/{data}/{BASE}")
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
-    tags = {f"evaluate.{k.replace('/', '.')}": f"{value:.6g}" for k, value in metrics.items()}
+    tags = {
+        f"{stage}.{name.replace('/', '.')}": f"{metrics[stage][name]:.6g}"
+        for stage in _TAGGED
+        for name in metrics.get(stage, {})
+    }
     tags[_DIGEST_TAG] = digest
     return str(client.create_model_version(name, source, run_id, tags=tags).version)
 

@@ -78,7 +78,7 @@ class StageRun:
         self._call("set_tag", key, value)
 
     def register_model(
-        self, name: str, base: Path, export: Path, metrics: Mapping[str, Any]
+        self, name: str, base: Path, export: Path, metrics: Mapping[str, Mapping[str, float]]
     ) -> str:
         """Make an export, with the base it belongs to, a version of a model in the registry.
 
@@ -87,7 +87,7 @@ class StageRun:
         Args:
             name: of the registered model, made if need be.
             base, export: folders, copied whole.
-            metrics: recorded as the version's tags, where the registry shows and searches them.
+            metrics: stage -> flat name -> value; tags of the version.
 
         Returns:
             the number of the version.
@@ -323,11 +323,18 @@ def _connect(params: Params) -> tuple[Any, str]:
     uri = tracking_uri(params)
     client = MlflowClient(tracking_uri=uri)
     name = params.tracking.experiment
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return client, experiment.experiment_id
     # Beside the database, wherever the stage's working folder is.
     location = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        kept = experiment.artifact_location
+        if location and kept.endswith("/mlartifacts") and kept != location:
+            print(
+                f"warning: the runs of {name} keep their artifacts in {kept}, where this project "
+                "was when they began; set tracking.experiment to another name to keep them here",
+                file=sys.stderr,
+            )
+        return client, experiment.experiment_id
     return client, client.create_experiment(name, artifact_location=location)
 
 

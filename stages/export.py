@@ -33,6 +33,7 @@ def main() -> None:
             MERGED,
             adapter_bytes,
             collect,
+            describe,
             describe_dataset,
             require_same_answers,
         )
@@ -43,22 +44,27 @@ def main() -> None:
         dtype = pick_dtype(params.model.dtype, device)
         earlier = STAGES[: STAGES.index("export")]
         measured = {s: flatten(read_json(REPORTS / s / "metrics.json"), "/") for s in earlier}
+        require = params.evaluate.require
+        # What is known is asked before a large model is loaded and merged.
+        require_all([text for text in require if "export/" not in text], measured)
         dataset = describe_dataset(DATASET, REPORTS / "validate" / "inputs.json")
         with replace_directory(OUTPUT) as staging:
-            collect(ADAPTER, BASE, staging, resolved(params), measured, dataset)
+            collect(ADAPTER, BASE, staging)
             compared = compare_in_fresh_process(ADAPTER, BASE, staging, dtype, device)
             require_same_answers(compared, "the export")
             metrics = {"adapter_bytes": adapter_bytes(staging), **compared}
             if params.export.merge:
                 metrics |= _merge(params, staging, dtype, device)
-            require_all(params.evaluate.require, {**measured, "export": metrics})
+            measured["export"] = metrics
+            require_all(require, measured)
+            describe(staging, resolved(params), measured, dataset)
         write_json(REPORT / "metrics.json", metrics)
         for file in sorted(OUTPUT.iterdir()):
             if file.name != MERGED:
                 record.log_artifact(file, OUTPUT.name)
         name = params.tracking.registered_model_name
         if name:
-            version = record.register_model(name, BASE, OUTPUT, measured["evaluate"])
+            version = record.register_model(name, BASE, OUTPUT, measured)
             print(f"export: registered as version {version} of {name}")
 
 

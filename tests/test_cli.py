@@ -97,6 +97,41 @@ def test_summary_shows_what_was_measured():
     assert any("base model" in line and "16.7%" in line for line in lines)
 
 
+def test_summary_has_intervals_and_systems_of_others():
+    lines = summary_lines(
+        {
+            "evaluate/gpt/accuracy": 0.5,
+            "evaluate/gpt/accuracy_low": 0.45,
+            "evaluate/gpt/accuracy_high": 0.55,
+            "evaluate/tuned/accuracy": 0.8,
+            "evaluate/tuned/accuracy_minus_gpt": 0.3,
+            "export/compared_prompts": 100,
+            "export/identical_generations": 99,
+        }
+    )
+    assert any("accuracy, gpt" in line and "45.0% to 55.0%" in line for line in lines)
+    assert any("prompts answered alike, of 100" in line and " 99" in line for line in lines)
+    assert len([line for line in lines if "accuracy" in line]) == 2
+
+
+def test_the_gate_of_the_last_run(tmp_path):
+    (tmp_path / "reports" / "evaluate").mkdir(parents=True)
+    (tmp_path / "reports" / "evaluate" / "metrics.json").write_text('{"tuned/accuracy": 0.8}')
+
+    def gate(require):
+        (tmp_path / "params.yaml").write_text(
+            f"data: {{train: x.csv}}\nmodel: {{path: m}}\nevaluate: {{require: {require}}}\n"
+        )
+        return gptj8("gate", cwd=tmp_path)
+
+    met = gate("[tuned/accuracy > 0.5]")
+    assert met.returncode == 0 and "holds by 0.3" in met.stdout
+    assert_refused(gate("[tuned/accuracy > 0.9]"), "does not meet")
+    assert_refused(gate("[accuracy > 0.9]"), "did you mean tuned/accuracy?")
+    assert_refused(gate("[]"), "nothing to meet")
+    assert_refused(gate("tuned/accuracy > 0.9"), "evaluate.require", "should be a list")
+
+
 def test_summary_without_a_run(tmp_path):
     assert_refused(gptj8("summary", cwd=tmp_path), "make repro")
 

@@ -1,6 +1,7 @@
 """The export: complete, equal to the trained model, and mergeable without loss."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gptj8.export import (
     MERGED,
     adapter_bytes,
     collect,
+    describe,
     describe_dataset,
     merge,
     require_same_answers,
@@ -37,6 +39,16 @@ METRICS = {
         "tuned/accuracy_low": 0.8,
         "tuned/accuracy_high": 0.925,
         "base/accuracy": 0.25,
+        "gpt4/accuracy": 0.5,
+    },
+    "export": {
+        "max_logit_difference": 0.125,
+        "compared_prompts": 100,
+        "identical_generations": 99,
+        "merged_identical_generations": 98,
+        "merged_perplexity_ratio": 1.0002,
+        "merged_perplexity_ratio_low": 1.0,
+        "merged_perplexity_ratio_high": 1.0003,
     },
     "convert": {"seconds": 1},
 }
@@ -65,7 +77,8 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
 
 @pytest.fixture
 def exported(adapter, tiny_8bit_dir, tmp_path):
-    collect(adapter, tiny_8bit_dir, tmp_path, PARAMS, METRICS, DATASET)
+    collect(adapter, tiny_8bit_dir, tmp_path)
+    describe(tmp_path, PARAMS, METRICS, DATASET)
     return tmp_path
 
 
@@ -136,7 +149,24 @@ def test_prompts_to_compare_are_the_first_and_bounded():
 def test_an_incomplete_adapter_is_refused(tiny_8bit_dir, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(UserError, match=r"no adapter_config\.json; rerun finetune"):
-        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path, PARAMS, METRICS, DATASET)
+        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path)
+
+
+def test_an_adapter_that_was_changed_after_training_is_refused(adapter, tiny_8bit_dir, tmp_path):
+    """By its bytes: a small change answers most prompts as before."""
+    from safetensors.torch import load_file, save_file
+
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    state = load_file(changed / "adapter_model.safetensors")
+    name = next(name for name in state if "lora_B" in name)
+    state[name][0, 0] += 1e-6
+    save_file(state, changed / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was changed after training"):
+        collect(changed, tiny_8bit_dir, tmp_path)
+    (changed / REFERENCE_FILE).unlink()
+    with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
+        collect(changed, tiny_8bit_dir, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +237,10 @@ def test_the_card_is_in_the_hubs_format():
     assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
     assert "| tuned | 0.875 (0.8 to 0.925) |" in body
     assert "1,234 rows" in body
+    assert "continues 99 of 100 prompts" in body and "at most 0.125" in body
+    assert "98 of 100 prompts, perplexity 1.00020 times" in body
+    assert "| gpt4 | 0.5 |" in body
+    assert "macro_f1" not in body  # was not measured
     assert "0123456789abcdef" in body
     assert "rows.csv" in body
 

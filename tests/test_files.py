@@ -18,6 +18,18 @@ from gptj8.files import (
 )
 
 
+def test_what_libraries_make_private_is_shared_as_other_files_are(tmp_path):
+    with replace_directory(tmp_path / "out") as staging:
+        for name, mode in (("private", 0o600), ("usual", None)):
+            (staging / name).write_text("x")
+            if mode:
+                (staging / name).chmod(mode)
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+    (tmp_path / "new").write_text("x")
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_directory_appears_whole(tmp_path):
     with replace_directory(tmp_path / "out") as staging:
         (staging / "a").write_text("1")

@@ -184,6 +184,17 @@ def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
     assert "MLflow does not record this stage" in capsys.readouterr().err
 
 
+def test_a_project_that_was_moved_is_told_where_its_artifacts_go(project, capsys, monkeypatch):
+    with tracking.stage_run("validate", params()):
+        pass
+    assert "artifacts" not in capsys.readouterr().err
+    monkeypatch.setattr(tracking, "project_root", lambda: project / "elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
+    with tracking.stage_run("validate", params()):
+        pass
+    assert "keep their artifacts in" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_registered_is_an_error(project, monkeypatch):
     """Unlike all else that is recorded: whoever deploys relies on it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")

@@ -60,7 +60,8 @@ def classification_metrics(
     resamples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Return `accuracy` with its interval (Wilson) and `macro_f1` of each system, and by how much
+    """Return `accuracy` with its interval (Wilson) and `macro_f1` of each system, `not_a_label` (a
+    share of the rows) where another system predicts what is none, and by how much
     the tuned one differs from each other: `tuned/accuracy_minus_<system>` with its interval and
     `tuned/p_value_against_<system>` (McNemar).
 
@@ -75,8 +76,12 @@ def classification_metrics(
     truth = np.array(actual, dtype=object)
     correct = {s: np.asarray(p, dtype=object) == truth for s, p in predictions.items()}
     metrics: dict[str, float] = {}
+    known = set(labels)
     for system, predicted in predictions.items():
         metrics |= _interval(f"{system}/accuracy", accuracy_interval(correct[system]))
+        # Of systems that are free in what they say: a share that explains a low accuracy.
+        if strangers := np.mean([name not in known for name in predicted]):
+            metrics[f"{system}/not_a_label"] = float(strangers)
         metrics[f"{system}/macro_f1"] = float(
             f1_score(
                 list(actual), list(predicted), labels=list(labels), average="macro", zero_division=0

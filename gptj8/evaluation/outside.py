@@ -56,7 +56,7 @@ def read_predictions(
         raise UserError(f"{path}: predictions are compared only where there are labels")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.glob("*.csv") if file.is_file())
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".csv" and f.is_file())
         if not files:
             raise UserError(f"{path} has no CSV file of predictions")
     places = {
@@ -75,7 +75,7 @@ def read_predictions(
 
 
 def _check_name(path: Path) -> list[str]:
-    if path.suffix != ".csv":
+    if path.suffix.lower() != ".csv":
         return [f"{path}: predictions are read from a file that ends in .csv"]
     if not _NAME.fullmatch(path.stem):
         return [f"{path}: a system's name has only letters, digits, _ and -; rename the file"]
@@ -107,8 +107,10 @@ def _read_system(
             cells = record.cells
             missing = [name for name in required if name not in cells]
             if missing:
+                other = next((c for c in ";\t|" if any(c in name for name in cells)), None)
+                hint = f"; its columns are separated by {other!r}, write commas" if other else None
                 return predictions, [
-                    f"{path} has no column {name}{suggest(name, cells)}" for name in missing
+                    f"{path} has no column {name}{hint or suggest(name, cells)}" for name in missing
                 ]
             text = cells["row"].strip()
             file, prediction = cells.get("file", only_file), cells["prediction"].strip()
@@ -117,6 +119,9 @@ def _read_system(
                 continue
             if not _ROW.fullmatch(text):
                 add("records whose row is no whole number", f"{where} has {quote(text)}")
+                continue
+            if not prediction:
+                add("records whose prediction is empty", where)
                 continue
             key = file, int(text)
             if key not in places:

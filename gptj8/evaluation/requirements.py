@@ -148,7 +148,8 @@ def _check(requirement: Requirement, known: Mapping[str, float]) -> Outcome:
 
 
 def _explain_unknown(name: str, known: Mapping[str, float]) -> str:
-    hint = suggest(name, known)
+    whole = f"tuned/{name}"
+    hint = f", did you mean {whole}?" if whole in known else suggest(name, known)
     if not hint:
         hint = f"; there are {listed(sorted(known), 10)}" if known else "; there are none at all"
     return f"there is no metric {quote(name)}{hint}"

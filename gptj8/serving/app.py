@@ -20,6 +20,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from gptj8 import __version__
 from gptj8.errors import UserError
@@ -81,7 +82,16 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "")
+        if "json" not in kind:
+            return _problem(415, f"send JSON with Content-Type: application/json, not {kind!r}")
         return _problem(422, "; ".join(map(explain, error.errors()[:_TOLD_PROBLEMS])))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def unreadable(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        # FastAPI's own words for bytes that are no UTF-8 and for what is nested too deeply.
+        reason = "the body is not JSON in UTF-8" if error.status_code == 400 else error.detail
+        return _problem(error.status_code, reason)
 
     @app.exception_handler(_RefusedError)
     async def refused(request: Request, error: _RefusedError) -> JSONResponse:
@@ -103,7 +113,9 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
     @app.post("/classify", response_model=ClassifyResponse)
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         """Return the likeliest label of a row and the probability of each."""
-        prompt = await asyncio.to_thread(_encoded, predictor.encode_for_labels, body.row)
+        prompt = await asyncio.to_thread(
+            _encoded, predictor.encode_for_labels, body.row, limits.max_prompt_tokens
+        )
         future = _submitted(engine.classify, prompt.ids)
         probabilities = await _outcome(request, future, limits.seconds)
         scores = dict(zip(predictor.labels, probabilities.tolist(), strict=True))

@@ -37,12 +37,20 @@ def add_serving_commands(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help="answer over HTTP: /generate, /classify, /health")
     serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     serve.add_argument("--port", type=int, default=8000, help="default: 8000")
-    serve.add_argument("--max-batch", type=int, default=8, help="rows generated together")
-    serve.add_argument("--max-waiting", type=int, default=256, help="requests that wait for those")
+    serve.add_argument(
+        "--max-batch", type=int, default=8, help="rows generated together (default: 8)"
+    )
+    serve.add_argument("--max-waiting", type=int, default=256, help="more wait (default: 256)")
     serve.add_argument("--max-prompt-tokens", type=int, help="default: what the model has room for")
-    serve.add_argument("--max-new-tokens", type=int, default=512, help="that one request may ask")
-    serve.add_argument("--max-body-bytes", type=int, default=1 << 20, help="of one request")
-    serve.add_argument("--timeout", type=float, default=300.0, help="seconds for one request")
+    serve.add_argument(
+        "--max-new-tokens", type=int, default=512, help="of a request (default: 512)"
+    )
+    serve.add_argument(
+        "--max-body-bytes", type=int, default=1 << 20, help="of a request (default: 1 MiB)"
+    )
+    serve.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds a request (default: 300)"
+    )
     _add_model_arguments(serve)
     serve.set_defaults(command=_serve)
 
@@ -103,6 +111,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         encoded = request.encode(predictor)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if encoded.cut_tokens:
+        print(f"{encoded.cut_tokens} tokens of the row did not fit and were cut", file=sys.stderr)
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
     decode, shown, text = encoder.decode_stream(), 0, ""

@@ -19,6 +19,7 @@ from gptj8.evaluation.perplexity import context_length
 from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
 from gptj8.prompts import EncodedPrompt, PromptEncoder, TextEncoder
 from gptj8.serving.task import TunedTask
+from gptj8.words import quote, suggest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,48 +79,62 @@ class Predictor:
         name = f"{base} with {export}" if export else str(base)
         return cls(adapted, TextEncoder.load(base), task, name)
 
-    def encode_row(self, row: Mapping[str, Any], max_new_tokens: int) -> EncodedPrompt:
+    def encode_row(
+        self, row: Mapping[str, Any], max_new_tokens: int, max_prompt_tokens: int | None = None
+    ) -> EncodedPrompt:
         """Return the prompt of a row by the user's columns, cut as in training.
 
         Args:
+            row: its answer may be given as well, and is not looked at.
             max_new_tokens: to keep free for the answer.
+            max_prompt_tokens: None: as many as in training.
 
         Raises:
-            ValueError: if the model was not tuned, or a column is missing.
+            ValueError: if the model was not tuned, a column is missing or is none, or there are too
+                many tokens.
         """
         if self.task is None or self._prompts is None:
             raise ValueError("this model was not tuned and knows no rows; send a prompt")
+        columns = {*self.task.columns, *self.task.shape.columns.values()}
+        for name in row:
+            if name not in columns:
+                raise ValueError(f"{quote(name)} is no column{suggest(name, self.task.columns)}")
         try:
             text = self.task.shape.text_of(row)
         except RecursionError:
             raise ValueError("the row is nested too deeply") from None
         _require_characters(text)
         try:
-            return self._prompts.prompt(text, max_new_tokens)
+            encoded = self._prompts.prompt(text, max_new_tokens)
         except UserError as error:
             raise ValueError(f"max_new_tokens = {max_new_tokens} is too many: {error}") from None
+        _require_few(len(encoded.ids), max_prompt_tokens)
+        return encoded
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: str, max_prompt_tokens: int | None = None) -> list[int]:
         """Return the ids of a prompt as it is; the names of special tokens in it are plain text.
 
         Raises:
-            ValueError: if it is empty, or has half a character.
+            ValueError: if it is empty, has half a character or too many tokens.
         """
         _require_characters(prompt)
         ids = [*self.encoder.prefix_ids, *self.encoder.encode(prompt)]
         if not ids:
             raise ValueError("the prompt is empty")
+        _require_few(len(ids), max_prompt_tokens)
         return ids
 
-    def encode_for_labels(self, row: Mapping[str, Any]) -> EncodedPrompt:
-        """Return the prompt of a row that leaves room for any label.
+    def encode_for_labels(
+        self, row: Mapping[str, Any], max_prompt_tokens: int | None = None
+    ) -> EncodedPrompt:
+        """Return the prompt of a row that leaves room for any label; see `encode_row`.
 
         Raises:
-            ValueError: if there is nothing to classify, or a column is missing.
+            ValueError: if there is nothing to classify, or as by `encode_row`.
         """
         if not self._label_ids:
             raise ValueError("this model was not tuned to classify; ask it to generate")
-        return self.encode_row(row, max(map(len, self._label_ids)))
+        return self.encode_row(row, max(map(len, self._label_ids)), max_prompt_tokens)
 
     def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Return each label's probability after each prompt: (prompts, labels) float64.
@@ -131,6 +146,11 @@ class Predictor:
             self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
         )
         return label_probabilities(scores)
+
+
+def _require_few(tokens: int, most: int | None) -> None:
+    if most is not None and tokens > most:
+        raise ValueError(f"the prompt has {tokens} tokens, and at most {most} are allowed")
 
 
 def _require_characters(text: str) -> None:

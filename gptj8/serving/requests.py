@@ -56,19 +56,21 @@ class GenerateRequest(_Body):
         Raises:
             ValueError: if the prompt is empty or has too many tokens, or the row lacks a column.
         """
-        if self.row is not None:
-            encoded = predictor.encode_row(self.row, self.max_new_tokens)
-        else:
-            encoded = EncodedPrompt(predictor.encode_prompt(self.prompt or ""), 0)
         room = predictor.context - self.max_new_tokens
-        if max_prompt_tokens is not None:
-            room = min(room, max_prompt_tokens)
-        if len(encoded.ids) > room:
+        if room < 1:
             raise ValueError(
-                f"the prompt has {len(encoded.ids)} tokens, and with max_new_tokens = "
-                f"{self.max_new_tokens} there is room for {max(room, 0)}"
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt: the model "
+                f"has {predictor.context} positions"
             )
-        return encoded
+        if self.row is not None:
+            return predictor.encode_row(self.row, self.max_new_tokens, max_prompt_tokens)
+        ids = predictor.encode_prompt(self.prompt or "", max_prompt_tokens)
+        if len(ids) > room:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and with max_new_tokens = "
+                f"{self.max_new_tokens} there is room for {room}"
+            )
+        return EncodedPrompt(ids, 0)
 
 
 class GenerateResponse(BaseModel):

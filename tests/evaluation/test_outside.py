@@ -53,15 +53,15 @@ def test_in_any_order_and_as_text(tmp_path, test_rows):
     path.write_bytes(
         b"\xef\xbb\xbfnote,prediction,row,file\r\n"
         b'"x,\ny",nan,7,data/b.csv\r\n,1, 1 ,data/a.csv\r\n\r\n'
-        b',,1,data/b.csv\r\n," NA\n",03,data/a.csv\r\n'
+        b',other,1,data/b.csv\r\n," NA\n",03,data/a.csv\r\n'
     )
     predictions = read_predictions(path, test_rows, LABELS)
     assert list(predictions) == ["my-System_2"]
-    assert predictions["my-System_2"].tolist() == ["1", "NA", "", "nan"]
+    assert predictions["my-System_2"].tolist() == ["1", "NA", "other", "nan"]
     assert predictions["my-System_2"].dtype == object
     shuffled = test_rows.iloc[[2, 0, 3, 1]]
     again = read_predictions(str(path), shuffled, LABELS)["my-System_2"]
-    assert again.tolist() == ["", "1", "nan", "NA"]
+    assert again.tolist() == ["other", "1", "nan", "NA"]
 
 
 def test_without_file_where_there_is_only_one(tmp_path, one_file, test_rows):
@@ -179,3 +179,19 @@ def test_other_formats_and_places_are_refused(problems, tmp_path, test_rows):
         read_predictions(tmp_path, test_rows, LABELS)
     with pytest.raises(UserError, match="only where there are labels"):
         read_predictions(tmp_path, test_rows, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (GOOD.replace(",sql", ","), "records whose prediction is empty: 1 (record 3)"),
+        (GOOD.replace(",", ";"), "its columns are separated by ';', write commas"),
+        (GOOD.replace(",", "\t"), "its columns are separated by '\\t', write commas"),
+    ],
+)
+def test_what_exports_of_others_get_wrong(tmp_path, test_rows, content, expected):
+    path = tmp_path / "system.CSV"
+    path.write_text(content)
+    with pytest.raises(UserError) as refused:
+        read_predictions(tmp_path, test_rows, LABELS)
+    assert expected in str(refused.value)

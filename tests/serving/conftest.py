@@ -12,9 +12,10 @@ import torch
 import uvicorn
 
 from gptj8.adapters import add_adapter
-from gptj8.export import collect
+from gptj8.export import collect, describe
 from gptj8.models import load_model
 from gptj8.params import parse_params, resolved
+from gptj8.reference import save_reference
 from gptj8.serving.app import Limits, Server, create_app
 from gptj8.serving.engine import Engine
 from gptj8.serving.predictor import Predictor
@@ -55,6 +56,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder)
+    save_reference(folder, model, [[5, 6]], 0)
     return folder
 
 
@@ -72,7 +74,8 @@ def exports(adapter, tiny_8bit_dir, tmp_path_factory):
             "files": [{"path": "rows.csv", "md5": "0" * 32}],
             "prepared": "0.dir",
         }
-        collect(adapter, tiny_8bit_dir, folders[task], resolved(params), {}, dataset)
+        collect(adapter, tiny_8bit_dir, folders[task])
+        describe(folders[task], resolved(params), {}, dataset)
     return folders
 
 

@@ -23,7 +23,7 @@ PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "é漢", "liq
 
 @pytest.fixture(scope="module")
 def server(predictors):
-    limits = Limits(max_prompt_tokens=80, max_new_tokens=40, max_body_bytes=20_000)
+    limits = Limits(max_prompt_tokens=95, max_new_tokens=40, max_body_bytes=20_000)
     with running(predictors["classification"], limits) as (url, _):
         yield url
 
@@ -194,7 +194,11 @@ BAD = [
     ({}, "send either prompt or row"),
     ({"prompt": "a", "row": {"text": "a"}}, "send either prompt or row"),
     ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": "fox " * 100}, "with max_new_tokens = 40 there is room for 80"),
+    ({"prompt": "fox " * 300}, "tokens, and at most 95 are allowed"),
+    (
+        {"prompt": "fox " * 90, "max_new_tokens": 40},
+        "with max_new_tokens = 40 there is room for 88",
+    ),
     ({"prompt": "a", "max_new_tokens": 41}, "max_new_tokens = 41 is more than 40"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens: input should be greater than"),
     ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens: input should be a valid integer"),
@@ -215,7 +219,7 @@ BAD = [
     ({"prompt": "a", "tempreature": 1}, "tempreature: extra inputs are not permitted"),
     ({"prompt": "a", "\ud800\n": 1}, "unable to parse raw data"),
     ({"prompt": "a", "k\n\u202e": 1}, "extra inputs are not permitted"),
-    ({"row": {"txt": "a"}}, "text is missing"),
+    ({"row": {"txt": "a"}}, "txt is no column, did you mean text?"),
     ({"row": {"text": 1}}, "text is not a text"),
     ({"row": {"text": "a\ud800"}}, "half a character"),
     ({"row": "a"}, "row: input should be a valid dictionary"),
@@ -298,8 +302,29 @@ def test_a_prompt_and_its_answer_stay_within_the_context(base_server, predictors
     assert len(predictors["base"].encode_prompt(fits["prompt"])) + 28 > 128
     assert_refused(post(base_server, "/generate", **fits), 422, "there is room for 100")
     assert_refused(
-        post(base_server, "/generate", prompt="a", max_new_tokens=200), 422, "there is room for 0"
+        post(base_server, "/generate", prompt="a", max_new_tokens=200),
+        422,
+        "the model has 128 positions",
     )
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_is_not_sent_as_json_is_told_how_to(server, kind):
+    answer = requests.post(
+        server + "/classify",
+        data='{"row": {"text": "fox"}}',
+        headers={"Content-Type": kind},
+        timeout=30,
+    )
+    assert_refused(answer, 415, "send JSON with Content-Type: application/json")
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe", b"[" * 15_000], ids=["not-utf-8", "nested"])
+def test_a_body_that_cannot_be_read_is_told_so(server, body):
+    kind = {"Content-Type": "application/json"}
+    answer = requests.post(server + "/classify", data=body, headers=kind, timeout=30)
+    assert answer.status_code in (400, 422)
+    assert "not JSON" in answer.json()["detail"]
 
 
 def test_other_paths_and_methods(server):

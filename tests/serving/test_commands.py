@@ -103,7 +103,7 @@ def test_standard_input_that_is_no_text_is_refused(gptj8):
 
 
 def test_what_the_model_has_no_room_for_is_refused(gptj8):
-    assert_refused(gptj8("generate", "--row", "txt=a"), "text is missing")
+    assert_refused(gptj8("generate", "--row", "txt=a"), "txt is no column, did you mean text?")
 
 
 @pytest.mark.parametrize(

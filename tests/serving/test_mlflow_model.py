@@ -45,7 +45,7 @@ def store(exports, tiny_8bit_dir, tmp_path_factory):
     for task, name in (("classification", "classifier"), ("instructions", "writer")):
         run = client.create_run(experiment)
         arguments = (client, run.info.run_id, name, tiny_8bit_dir, exports[task])
-        assert str(register(*arguments, {"tuned/accuracy": 0.5})) == "1"
+        assert str(register(*arguments, {"evaluate": {"tuned/accuracy": 0.5}})) == "1"
         assert str(register(*arguments, {})) == "1"  # the same one is registered once
     return uri
 

@@ -21,7 +21,7 @@ CHAT = [
 ROWS = {
     "classification": [
         {"text": "the quick brown fox"},
-        {"text": "  jumps <|endoftext|> over\n", "more": 7},
+        {"text": "  jumps <|endoftext|> over\n", "label": "fox"},
         {"text": "lazy dog " * 80},
     ],
     "columns": [
@@ -94,7 +94,7 @@ def test_names_of_special_tokens_are_text(predictors):
     ("task", "row", "reason"),
     [
         ("classification", {}, "text is missing"),
-        ("classification", {"TEXT": "a"}, "text is missing"),
+        ("classification", {"TEXT": "a"}, "TEXT is no column, did you mean text"),
         ("classification", {"text": " \n\u200b"}, "text is empty"),
         ("classification", {"text": None}, "text is empty"),
         ("classification", {"text": 7}, "text is not a text"),
