@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from gptj8.errors import UserError
+from gptj8.files import read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -51,6 +53,20 @@ def add_adapter(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write an adapter in PEFT's format; the same one gives the same bytes.
+
+    PEFT keeps names of modules in sets, whose order is another one in each process.
+    """
+    model.save_pretrained(str(folder))
+    file = Path(folder) / "adapter_config.json"
+    content = read_json(file)
+    for key, value in content.items():
+        if key.endswith("_modules") and isinstance(value, list):
+            content[key] = sorted(value)
+    write_json(file, content)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

@@ -34,7 +34,7 @@ def main() -> None:
     with stage_run("finetune", params) as record:
         from transformers import set_seed
 
-        from gptj8.adapters import add_adapter
+        from gptj8.adapters import add_adapter, save_adapter
         from gptj8.dataset import load_prepared
         from gptj8.examples import prompt_ids
         from gptj8.models import load_model, pick_device, pick_dtype
@@ -68,7 +68,7 @@ def main() -> None:
             _label_accuracy(params, dataset, encoder),
         )
         with replace_directory(OUTPUT) as staging:
-            adapted.save_pretrained(str(staging))
+            save_adapter(adapted, staging)
             compared = choose_prompts(map(prompt_ids, validation_set))
             save_reference(staging, adapted, compared, encoder.eos_id)
         for curve in ("loss", "eval_loss"):

@@ -130,9 +130,9 @@ class Clone:
     def metrics(self, stage: str) -> dict:
         return json.loads((self.folder / "reports" / stage / "metrics.json").read_text())
 
-    def adapter_digest(self) -> str:
-        file = self.folder / "artifacts" / "adapter" / "adapter_model.safetensors"
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+    def adapter_digest(self) -> dict[str, str]:
+        folder = self.folder / "artifacts" / "adapter"
+        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
     def runs(self) -> dict[str, mlflow.entities.Run]:
         client = mlflow.MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
@@ -254,6 +254,28 @@ def test_the_same_seed_gives_the_same_bytes(clone, first_run):
     }
 
 
+def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
+    client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    name = ["-S", "tracking.registered_model_name=animals"]
+    refused = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
+    assert refused.returncode != 0
+    assert [s for s in STAGES if f"Running stage '{s}'" in refused.stdout] == ["export"]
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "tuned/accuracy > 2 is not met" in errors[0] and "misses by" in errors[0]
+    assert "exited with 2" in refused.stderr
+    assert not client.search_registered_models()
+    assert not (clone.folder / "artifacts" / "export").exists()
+
+    accepted = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy >= 0']")
+    assert ran(accepted) == ["export"]
+    (version,) = client.search_model_versions("name = 'animals'")
+    accuracy = clone.metrics("evaluate")["tuned/accuracy"]
+    assert version.tags["evaluate.tuned.accuracy"] == f"{accuracy:.6g}"
+    run = client.get_run(version.run_id)
+    assert run.data.metrics["evaluate/tuned/accuracy"] == pytest.approx(accuracy)
+    clone.git("checkout", "--", "params.yaml")
+
+
 def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     known = set(clone.runs())
     assert ran(clone.dvc("exp", "run", "-S", "finetune.r=4")) == ["finetune", "evaluate", "export"]
@@ -305,25 +327,3 @@ def test_bad_params_stop_the_stage_with_one_line(clone, first_run, change, parts
     clone.git("checkout", "--", "params.yaml")
     clone.dvc("checkout")
     assert clone.adapter_digest() == before
-
-
-def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
-    client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
-    assert clone.dvc("repro").returncode == 0
-    name = ["-S", "tracking.registered_model_name=animals"]
-    refused = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
-    assert refused.returncode != 0
-    assert [s for s in STAGES if f"Running stage '{s}'" in refused.stdout] == ["export"]
-    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert "tuned/accuracy > 2 is not met" in errors[0] and "misses by" in errors[0]
-    assert "exited with 2" in refused.stderr
-    assert not client.search_registered_models()
-    assert not (clone.folder / "artifacts" / "export").exists()
-
-    accepted = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy >= 0']")
-    assert ran(accepted) == ["export"]
-    (version,) = client.search_model_versions("name = 'animals'")
-    accuracy = clone.metrics("evaluate")["tuned/accuracy"]
-    assert version.tags["evaluate.tuned.accuracy"] == f"{accuracy:.6g}"
-    run = client.get_run(version.run_id)
-    assert run.data.metrics["evaluate/tuned/accuracy"] == pytest.approx(accuracy)

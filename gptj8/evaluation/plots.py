@@ -66,7 +66,8 @@ def plot_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]])
             confidence = [part.confidence for part in bins]
             accuracy = [part.accuracy for part in bins]
             name = f"{system}, expected calibration error {expected_calibration_error(bins):.3f}"
-            (line,) = axes.plot(confidence, accuracy, linewidth=1, label=name)
+            # Faint: between bins of a few rows it says little.
+            (line,) = axes.plot(confidence, accuracy, linewidth=1, alpha=0.4, label=name)
             areas = np.maximum(_LARGEST_POINT * rows / rows.sum(), _SMALLEST_POINT)
             axes.scatter(confidence, accuracy, s=areas, color=line.get_color(), alpha=0.6)
         axes.set_xlim(-0.02, 1.02)

@@ -116,6 +116,7 @@ def test_no_rows_are_no_answers(predictors, task):
     assert len(Model(predictors[task]).predict(pd.DataFrame(columns=columns))) == 0
 
 
+@pytest.mark.slow
 def test_mlflow_serves_it(store, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/classifier/1"]
