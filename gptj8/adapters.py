@@ -55,6 +55,19 @@ def add_adapter(
     return adapted
 
 
+def round_layernorms(model: PeftModel, dtype: torch.dtype) -> None:
+    """Round trained LayerNorms to the base's dtype, in place.
+
+    They are trained in float32, and PEFT loads them in the base's dtype: rounded before they are
+    saved, the model that is measured and handed over is the one that answers here.
+    """
+    if model.peft_config["default"].peft_type != "LN_TUNING":
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write an adapter in PEFT's format; the same one gives the same bytes.
 

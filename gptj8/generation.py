@@ -213,8 +213,12 @@ class GenerationBatch:
             self._cache = None
             return
         longest = max(row.prompt_length + row._steps - 1 for row in self.rows)
-        for layer in _layers(self._cache):
-            layer.select(torch.tensor(kept), longest)
+        try:
+            for layer in _layers(self._cache):
+                layer.select(torch.tensor(kept), longest)
+        except BaseException:  # some layers have lost the rows and some have not
+            self.rows, self._cache = [], None
+            raise
 
 
 def generate_greedily(

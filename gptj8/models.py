@@ -90,7 +90,9 @@ def load_model(
         check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
-    if model.device.type == "meta":  # not even the first layer fits, and inputs would have no place
+    if model.device.type == "meta":  # not even the first layer fits, and inputs have no place
+        if max_resident_bytes is None:
+            raise UserError(f"{path}: there is not enough memory for its first layer")
         return load_model(path, dtype, device)
     if device.type == "cpu" and model.get_memory_footprint() > _LARGE_BYTES:
         keep_large_blocks_out_of_the_heap()

@@ -112,12 +112,11 @@ def compare_in_fresh_process(
     command += ["--dtype", str(dtype).removeprefix("torch."), "--device", device.type]
     if adapter is not None:
         command += ["--adapter", str(adapter)]
-    environment = {
-        **os.environ,
-        # With another number of threads, or other kernels, sums round differently.
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": str(Path(replay.__file__).parents[1]),
-    }
+    # With another number of threads, or other kernels, sums round differently.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if adapter is not None:  # a merged model has to do without this package
+        paths = [str(Path(replay.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]

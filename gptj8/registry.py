@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptj8 import __version__
 from gptj8.files import sha256_file
 from gptj8.manifest import MANIFEST
 from gptj8.serving.mlflow_model import BASE, EXPORT, LIBRARIES, NEW_TOKENS
@@ -71,7 +72,8 @@ def register(
 def _digest(base: Path, export: Path) -> str:
     """Return the digest of what decides an answer."""
     files = [*export.iterdir(), base / MANIFEST]
-    parts = [
+    parts = [f"gptj8 {__version__}"]
+    parts += [
         f"{file.name} {sha256_file(file)}"
         for file in sorted(files)
         if file.is_file() and file.name not in _TOLD

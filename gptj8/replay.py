@@ -64,6 +64,8 @@ def compare(model: Any, reference: Path) -> dict[str, float]:
     difference, identical = 0.0, 0
     for prompt, expected, tokens in zip(prompts, logits, continuations, strict=True):
         found, new = answer(model, prompt, eos_id)
+        if not (found.isfinite().all() and expected.isfinite().all()):
+            raise ValueError("logits are not finite; try model.dtype: float32")
         difference = max(difference, float((found - expected).abs().max()))
         identical += new.tolist() == tokens
     return {

@@ -109,8 +109,8 @@ def _explain(error: Exception) -> str | None:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
             "out of GPU memory; halve finetune.per_device_train_batch_size and double "
-            "gradient_accumulation_steps, or lower data.max_length or "
-            "evaluate.per_device_eval_batch_size"
+            "gradient_accumulation_steps, or lower data.max_length, "
+            "evaluate.per_device_eval_batch_size or --max-batch"
         )
     if type(error).__name__ == "SafetensorError" and "StorageFull" in str(error):
         return "no space left on the disk for weights; make room and run again"

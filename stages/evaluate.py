@@ -61,7 +61,7 @@ def main() -> None:
             dataset.task,
             test,
             labels,
-            prompts if labels else whole,
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             max_generated_rows=settings.max_generated_rows,
         )

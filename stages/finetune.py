@@ -34,7 +34,7 @@ def main() -> None:
     with stage_run("finetune", params) as record:
         from transformers import set_seed
 
-        from gptj8.adapters import add_adapter, save_adapter
+        from gptj8.adapters import add_adapter, round_layernorms, save_adapter
         from gptj8.dataset import load_prepared
         from gptj8.examples import prompt_ids
         from gptj8.models import load_model, pick_device, pick_dtype
@@ -43,7 +43,8 @@ def main() -> None:
         from gptj8.training import TrainingSettings, train
 
         device = pick_device()
-        model = load_model(BASE, pick_dtype(params.model.dtype, device), device)
+        dtype = pick_dtype(params.model.dtype, device)
+        model = load_model(BASE, dtype, device)
         encoder = TextEncoder.load(BASE)
         dataset = load_prepared(DATASET)
         train_set, validation_set = dataset.examples("train"), dataset.examples("validation")
@@ -67,6 +68,7 @@ def main() -> None:
             record.log_metrics,
             _label_accuracy(params, dataset, encoder),
         )
+        round_layernorms(adapted, dtype)
         with replace_directory(OUTPUT) as staging:
             save_adapter(adapted, staging)
             compared = choose_prompts(map(prompt_ids, validation_set))

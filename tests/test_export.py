@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import gptj8
-from gptj8.adapters import add_adapter
+from gptj8.adapters import add_adapter, round_layernorms, save_adapter
 from gptj8.errors import UserError
 from gptj8.export import (
     MERGED,
@@ -130,6 +130,31 @@ def test_what_a_new_process_cannot_load_is_refused_in_a_line(exported, adapter, 
     with pytest.raises(UserError, match="cannot be loaded by a new process") as refused:
         compare(adapter, tiny_8bit_dir, exported)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / REFERENCE_FILE)
+    tensors["logits"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / REFERENCE_FILE)
+    with pytest.raises(UserError, match="logits are not finite"):
+        compare(tmp_path, tiny_8bit_dir, exported)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, tmp_path, dtype):
+    model = load_model(tiny_8bit_dir, dtype, CPU)
+    adapted = add_adapter(model, "layernorm", "attention", 4, 8, 0.0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    round_layernorms(adapted, dtype)
+    save_adapter(adapted, tmp_path)
+    save_reference(tmp_path, adapted, PROMPTS, 0)
+    compared = compare(tmp_path, tiny_8bit_dir, tmp_path, dtype)
+    assert compared["max_logit_difference"] == 0.0
+    assert compared["identical_generations"] == 2
 
 
 def test_without_a_reference_nothing_is_proven(exported, tiny_8bit_dir, tmp_path):

@@ -87,11 +87,11 @@ def for_each_batch(
                 part = batch[done : done + limit]
                 try:
                     score(part)
+                    done += len(part)
+                    advance(len(part))
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise
                     limit = len(part) // 2
+                if limit < len(part):  # here: the error no longer holds on to the tensors
                     torch.cuda.empty_cache()
-                    continue
-                done += len(part)
-                advance(len(part))

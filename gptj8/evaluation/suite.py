@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 
 from gptj8.errors import UserError
 from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, plan_batches
@@ -186,6 +188,10 @@ class Comparison:
         yield
         self.costs[f"{system}/seconds"] = time.perf_counter() - started
         self.costs[f"{system}/peak_memory_gib"] = peak_memory_gib()
+        # What reads a model's layers from the disk holds on to it in cycles.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def measure(self, system: str, model: Model) -> None:
         """Measure perplexity, and accuracy where there is something to answer."""

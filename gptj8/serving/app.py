@@ -48,7 +48,7 @@ class Limits:
         max_prompt_tokens: None: as many as the model's context holds.
         max_new_tokens: a request that asks for more is refused.
         max_body_bytes: of the request.
-        seconds: from its arrival to its end.
+        seconds: from when it was read to its end.
     """
 
     max_prompt_tokens: int | None = None

@@ -43,7 +43,7 @@ class Engine:
     """Runs requests on a model, at most `max_batch` generations at a time.
 
     Args:
-        predictor: used by the engine's thread alone from here on.
+        predictor: whose model is the engine's thread's alone from here on.
         max_batch: rows generated together; more wait.
         max_waiting: requests that wait; one more is refused.
     """
@@ -126,8 +126,13 @@ class Engine:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._active)
                 if self._closed:
                     return
-            self._classify_waiting()
-            self._generate()
+            try:
+                self._classify_waiting()
+                self._generate()
+            except Exception as error:  # such as no memory to take a row out of the cache
+                active, self._active = self._active, []
+                self._batch = self._new_batch()
+                self._fail(active, error)
 
     def _classify_waiting(self) -> None:
         requests = self._take(_Classification, self.max_waiting)
@@ -144,7 +149,6 @@ class Engine:
     def _generate(self) -> None:
         for request in [r for r in self._active if r.future.cancelled()]:
             self._leave(request)
-        added = self._take(_Generation, self.max_batch - len(self._active))
         # Steps first: who is being answered does not wait longer for each one who comes.
         try:
             advanced = self._batch.step()
@@ -154,7 +158,7 @@ class Engine:
             advanced = []
         for row in advanced:
             self._report(next(r for r in self._active if r.row is row))
-        if added:
+        if added := self._take(_Generation, self.max_batch - len(self._active)):
             self._begin(added)
 
     def _begin(self, added: Sequence[_Generation]) -> None:

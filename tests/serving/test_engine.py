@@ -172,3 +172,26 @@ def test_close_cancels_what_is_not_done(make_engine, monkeypatch):
     with pytest.raises(BusyError, match="shutting down"):
         engine.generate([5, 6], LONG)
     engine.close()  # twice is once
+
+
+@pytest.mark.parametrize("leaving", ["cancelled", "finished"])
+def test_no_memory_to_take_a_row_out_is_survived(make_engine, predictor, monkeypatch, leaving):
+    """Taking a row out copies the cache of the others."""
+    engine = make_engine()
+    begun = threading.Event()
+    other = engine.generate([5, 6, 7], LONG, lambda token: begun.set())
+    assert begun.wait(20)
+
+    def no_memory(layer, rows, columns):
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr("gptj8.generation._GrowingLayer.select", no_memory)
+        future = engine.generate([8, 9], Sampling(2 if leaving == "finished" else 90))
+        if leaving == "cancelled":
+            until(lambda: engine.active == 2 or other.done())
+            future.cancel()
+        until(lambda: other.done() and future.done())
+    until(lambda: engine.active == 0)
+    again = engine.generate([5, 6, 7], Sampling(8)).result(20)
+    assert again.ids == greedy(predictor, [5, 6, 7], 8)
