@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gptj8.approaches import add_compare_command
 from gptj8.errors import UserError
-from gptj8.evaluation.harness_command import add_harness_command
 from gptj8.files import read_json
+from gptj8.harness_command import add_harness_command
 from gptj8.params import Params, load_params
 from gptj8.runtime import project_root, run
 from gptj8.serving.commands import add_serving_commands

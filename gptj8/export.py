@@ -5,23 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from gptj8.dataset import load_prepared
 from gptj8.errors import UserError
 from gptj8.evaluation.perplexity import score_documents
 from gptj8.evaluation.statistics import Estimate, perplexity_ratio
-from gptj8.evaluation.suite import held_out_documents
+from gptj8.evaluation.suite import Documents
 from gptj8.files import list_files, read_json, write_json
 from gptj8.model_card import model_card
 from gptj8.models import load_adapter, load_model
-from gptj8.params import Params
-from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.reference import ADAPTER_FILE, require_unchanged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MERGED = "merged"
 
@@ -149,49 +148,29 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def perplexity_against_tuned(
-    model: Path,
-    prepared: Path,
-    table: Path,
-    params: Params,
-    dtype: torch.dtype,
-    device: torch.device,
+    model: PreTrainedModel,
+    documents: Documents,
+    tuned_nll: np.ndarray,
+    *,
+    batch_size: int,
+    resamples: int,
+    seed: int,
 ) -> Estimate:
     """Return a model's perplexity to the tuned one's, which `evaluate` has measured.
 
     Args:
-        model: directory.
-        prepared: the dataset that both are measured on.
-        table: `perplexity.csv` of the evaluation.
-        params: what decides the documents; resamples and seed of the interval.
-        dtype, device: of the arithmetic.
+        model: in eval mode.
+        documents: the same that were measured then.
+        tuned_nll: (documents,) what the tuned model made of them, in nats.
+        batch_size: most windows in one forward pass.
+        resamples, seed: of the paired bootstrap.
     """
-    dataset, settings = load_prepared(prepared), params.evaluate
-    prompts = PromptEncoder(
-        TextEncoder.load(model),
-        dataset.prompt_template,
-        params.data.max_length,
-        dataset.truncation_side,
-    )
-    _, documents = held_out_documents(
-        dataset.task,
-        dataset.split("test"),
-        prompts,
-        path=settings.perplexity_text,
-        text_column=params.data.text_column,
-        limit=settings.max_perplexity_documents,
-    )
     scores = score_documents(
-        load_model(model, dtype, device),
+        model,
         documents.ids,
         documents.starts,
-        batch_size=settings.per_device_eval_batch_size,
+        batch_size=batch_size,
         description="merged: perplexity",
     )
-    tuned = pd.read_csv(table)["tuned_nll"].to_numpy()
-    return perplexity_ratio(
-        scores.nll,
-        tuned,
-        scores.tokens,
-        resamples=settings.bootstrap_resamples,
-        rng=np.random.default_rng(params.seed),
-    )
+    rng = np.random.default_rng(seed)
+    return perplexity_ratio(scores.nll, tuned_nll, scores.tokens, resamples=resamples, rng=rng)

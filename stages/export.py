@@ -72,9 +72,14 @@ def _merge(
     params: Params, staging: Path, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """Write the merged model and return what it differs by."""
+    import pandas as pd
     import torch
 
+    from gptj8.dataset import load_prepared
+    from gptj8.evaluation.suite import held_out_documents
     from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
+    from gptj8.models import load_model
+    from gptj8.prompts import PromptEncoder, TextEncoder
     from gptj8.reference import compare_in_fresh_process
 
     merged = staging / MERGED
@@ -82,8 +87,23 @@ def _merge(
     merge(BASE, ADAPTER, merged, half)
     compared = compare_in_fresh_process(ADAPTER, merged, None, dtype, device)
     require_same_answers(compared, "the merged model")
+    dataset, settings = load_prepared(DATASET), params.evaluate
+    template, side = dataset.prompt_template, dataset.truncation_side
+    _, documents = held_out_documents(
+        dataset.task,
+        dataset.split("test"),
+        PromptEncoder(TextEncoder.load(BASE), template, params.data.max_length, side),
+        path=settings.perplexity_text,
+        text_column=params.data.text_column,
+        limit=settings.max_perplexity_documents,
+    )
     ratio = perplexity_against_tuned(
-        merged, DATASET, REPORTS / "evaluate" / "perplexity.csv", params, dtype, device
+        load_model(merged, dtype, device),
+        documents,
+        pd.read_csv(REPORTS / "evaluate" / "perplexity.csv")["tuned_nll"].to_numpy(),
+        batch_size=settings.per_device_eval_batch_size,
+        resamples=settings.bootstrap_resamples,
+        seed=params.seed,
     )
     return {
         "merged_logit_difference": compared["max_logit_difference"],

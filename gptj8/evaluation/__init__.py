@@ -3,6 +3,6 @@
 Low to high: `batching` (rows to padded tensors), `perplexity` and `likelihood` (a model's scores),
 `statistics`, `calibration`, `baseline` and `outside` (numbers and predictions of others), `metrics`
 (all numbers by name), `few_shot` (solved examples), `report` and `plots` (files), `suite` (the same
-measurements on every model compared), `requirements` (what they have to meet). Beside them
-`harness` and its command: standard benchmarks. Nothing here reads params.yaml.
+measurements on every model compared), `requirements` (what they have to meet). Nothing here reads
+params.yaml.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptj8.errors import UserError
-from gptj8.evaluation.harness import (
+from gptj8.harness import (
     check_counts,
     load_tasks,
     load_tokenizer,
@@ -20,7 +20,7 @@ from gptj8.evaluation.harness import (
 )
 
 if TYPE_CHECKING:
-    from gptj8.evaluation.harness import Model
+    from gptj8.harness import Model
 
 
 def table_lines(measured: dict[str, dict[str, float]]) -> list[str]:

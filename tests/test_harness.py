@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+from gptj8 import harness
 from gptj8.errors import UserError
-from gptj8.evaluation import harness
-from gptj8.evaluation.harness import (
+from gptj8.harness import (
     load_tasks,
     load_tokenizer,
     measure_tasks,
     run_tasks,
     wrap_model,
 )
-from gptj8.evaluation.harness_command import add_harness_command, table_lines
+from gptj8.harness_command import add_harness_command, table_lines
 from gptj8.models import load_adapter, load_model
 
 CPU = torch.device("cpu")
