@@ -276,6 +276,7 @@ def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
     clone.git("checkout", "--", "params.yaml")
 
 
+@pytest.mark.slow
 def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     known = set(clone.runs())
     assert ran(clone.dvc("exp", "run", "-S", "finetune.r=4")) == ["finetune", "evaluate", "export"]
@@ -294,6 +295,7 @@ def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     assert client.list_artifacts(new, "adapter")
 
 
+@pytest.mark.slow
 def test_ones_own_csv_needs_params_only(clone, first_run):
     vocabulary = {"wild and tame animals": ANIMALS, "works of magic": MAGIC}
     write_rows(clone.folder / "mine.csv", "tweet", "class", vocabulary)
