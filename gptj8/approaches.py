@@ -29,6 +29,7 @@ from typing import Any
 from gptj8.approaches_table import Outcome, table_rows, write_table
 from gptj8.errors import UserError
 from gptj8.files import format_bytes, list_files, require_free_space
+from gptj8.inputs import missing_inputs
 from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
 from gptj8.words import one_line, quote, suggest
 
@@ -87,8 +88,6 @@ def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[
             "experiments start from a commit, and this folder has none; git init, git add --all "
             "and git commit first"
         )
-    from gptj8.cli import missing_inputs
-
     problems = missing_inputs(params[names[0]])
     if problems:
         raise UserError("\n".join(problems))

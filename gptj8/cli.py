@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from gptj8.approaches import add_compare_command
 from gptj8.errors import UserError
 from gptj8.files import read_json
 from gptj8.harness_command import add_harness_command
-from gptj8.params import Params, load_params
-from gptj8.runtime import project_root, run
+from gptj8.inputs import missing_inputs
+from gptj8.params import load_params
+from gptj8.runtime import run
 from gptj8.serving.commands import add_serving_commands
-
-_OWN = {"base", "quantized", "few_shot", "baseline", "tuned"}
 
 
 def main() -> None:
@@ -73,41 +71,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("\n".join(problems))
 
 
-def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
-    """Return a line for each input that is neither there nor made by a recipe under data/."""
-    root = root or project_root()
-    problems = []
-    for key, value in params.inputs.items():
-        if (root / value).exists():
-            continue
-        if _is_made_by_a_recipe((root / value).absolute(), root):
-            continue
-        section, _, split = key.partition(".")
-        if section == "data":
-            from gptj8.sources import explain_missing
-
-            problems.append(explain_missing(split, value))
-        else:
-            problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
-    return problems
-
-
-def _is_made_by_a_recipe(path: Path, root: Path) -> bool:
-    """Whether a dvc.yaml below `root` declares the path, or a folder that holds it, as an out."""
-    from ruamel.yaml import YAML
-
-    for folder in path.parents:
-        if root not in folder.parents or not (folder / "dvc.yaml").is_file():
-            continue
-        content = YAML(typ="safe").load(folder / "dvc.yaml") or {}
-        for stage in content.get("stages", {}).values():
-            for out in stage.get("outs", []):
-                made = folder / (out if isinstance(out, str) else next(iter(out)))
-                if made == path or made in path.parents:
-                    return True
-    return False
-
-
 def _convert(arguments: argparse.Namespace) -> None:
     if Path(arguments.target).exists():
         raise UserError(f"{arguments.target} exists already; remove it or choose another name")
@@ -155,49 +118,12 @@ def _measured() -> dict[str, dict[str, float]]:
 
 
 def _summary(arguments: argparse.Namespace) -> None:
+    from gptj8.summary import summary_lines
+
     measured = {f"{s}/{k}": v for s, metrics in _measured().items() for k, v in metrics.items()}
     print()
     for line in summary_lines(measured):
         print(line)
-
-
-def summary_lines(measured: dict[str, float]) -> list[str]:
-    """Return what matters of all stages' metrics, for the terminal, with 95 % intervals."""
-    rows = [
-        ("accuracy, base model", "evaluate/base/accuracy", "{:.1%}"),
-        ("accuracy, few-shot", "evaluate/few_shot/accuracy", "{:.1%}"),
-        ("accuracy, TF-IDF + logistic regression", "evaluate/baseline/accuracy", "{:.1%}"),
-        *(
-            (f"accuracy, {key.split('/')[1]}", key, "{:.1%}")
-            for key in measured
-            if re.fullmatch(r"evaluate/[^/]+/accuracy", key) and key.split("/")[1] not in _OWN
-        ),
-        ("accuracy, fine-tuned", "evaluate/tuned/accuracy", "{:.1%}"),
-        ("exact match of what it writes, fine-tuned", "evaluate/tuned/exact_match", "{:.1%}"),
-        ("accuracy, fine-tuned - TF-IDF", "evaluate/tuned/accuracy_minus_baseline", "{:+.1%}"),
-        ("perplexity, base model", "evaluate/base/perplexity", "{:.3f}"),
-        ("perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"),
-        ("perplexity, fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"),
-        ("8-bit weights, relative RMS error", "convert/relative_rmse", "{:.3%}"),
-        ("peak memory of training, GiB", "finetune/peak_memory_gib", "{:.2f}"),
-        ("training tokens a second", "finetune/tokens_per_second", "{:,.0f}"),
-        ("export against trained model, logits", "export/max_logit_difference", "{:.2g}"),
-        (
-            f"  prompts answered alike, of {measured.get('export/compared_prompts', 0):.0f}",
-            "export/identical_generations",
-            "{:.0f}",
-        ),
-    ]
-    known = [row for row in rows if row[1] in measured]
-    width = max((len(name) for name, *_ in known), default=0)
-    lines = []
-    for name, key, form in known:
-        line = f"  {name:<{width}}  {form.format(measured[key]):>10}"
-        if f"{key}_low" in measured:
-            low, high = (form.format(measured[f"{key}_{end}"]) for end in ("low", "high"))
-            line += f"   {low} to {high}"
-        lines.append(line)
-    return [*lines, "", "  adapter: artifacts/export    reports: reports/    runs: make ui"]
 
 
 def _ui(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,43 @@
+"""Whether the files that a run reads are there, or can be made, before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptj8.params import Params
+from gptj8.runtime import project_root
+
+
+def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
+    """Return a line for each input that is neither there nor made by a recipe under data/."""
+    root = root or project_root()
+    problems = []
+    for key, value in params.inputs.items():
+        if (root / value).exists():
+            continue
+        if _is_made_by_a_recipe((root / value).absolute(), root):
+            continue
+        section, _, split = key.partition(".")
+        if section == "data":
+            from gptj8.sources import explain_missing
+
+            problems.append(explain_missing(split, value))
+        else:
+            problems.append(f"{key} = {value} does not exist, and no recipe under data/ makes it")
+    return problems
+
+
+def _is_made_by_a_recipe(path: Path, root: Path) -> bool:
+    """Whether a dvc.yaml below `root` declares the path, or a folder that holds it, as an out."""
+    from ruamel.yaml import YAML
+
+    for folder in path.parents:
+        if root not in folder.parents or not (folder / "dvc.yaml").is_file():
+            continue
+        content = YAML(typ="safe").load(folder / "dvc.yaml") or {}
+        for stage in content.get("stages", {}).values():
+            for out in stage.get("outs", []):
+                made = folder / (out if isinstance(out, str) else next(iter(out)))
+                if made == path or made in path.parents:
+                    return True
+    return False
