@@ -13,6 +13,7 @@ from gptj8.inputs import missing_inputs
 from gptj8.params import load_params
 from gptj8.runtime import run
 from gptj8.serving.commands import add_serving_commands
+from gptj8.tracking.commands import add_tracking_commands
 
 
 def main() -> None:
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare_command(commands)
     add_harness_command(commands)
     add_serving_commands(commands)
+    add_tracking_commands(commands)
 
     ui = commands.add_parser("ui", help="browse the runs in MLflow")
     ui.add_argument("--host", default="127.0.0.1", help="default: this machine only")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,17 +149,29 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def dvc_digest(path: str | Path) -> str:
+def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:
     """Return the digest by which DVC knows a file or a directory, as dvc.lock has it.
 
     Of a file its MD5; of a directory that of the list of its files and theirs, with `.dir` behind.
+
+    Args:
+        path: a file or a directory.
+        known: digests by absolute path, size, modification time and inode. What is in it is not
+            read again, what is not is added.
     """
     path = Path(path)
     if path.is_file():
+        stat = path.stat()
+        key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        if known is not None and key in known:
+            return known[key]
         with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, _md5).hexdigest()
+            digest = hashlib.file_digest(stream, _md5).hexdigest()
+        if known is not None:
+            known[key] = digest
+        return digest
     entries = [
-        {"md5": dvc_digest(file), "relpath": file.relative_to(path).as_posix()}
+        {"md5": dvc_digest(file, known), "relpath": file.relative_to(path).as_posix()}
         for file in list_files(path)
     ]
     entries.sort(key=lambda entry: entry["relpath"])
@@ -169,33 +181,6 @@ def dvc_digest(path: str | Path) -> str:
 
 def _md5(content: bytes = b"") -> Any:
     return hashlib.md5(content, usedforsecurity=False)
-
-
-def sha256_tree(path: str | Path, cache: str | Path | None = None) -> str:
-    """Return one SHA-256 for a file, or for the names and contents of all files in a directory.
-
-    Args:
-        path: a file or a directory.
-        cache: a JSON file that remembers digests by absolute path, size, modification time and
-            inode, so that twelve gigabytes of weights are read once and not by every stage.
-    """
-    known: dict[str, str] = {}
-    if cache is not None and Path(cache).exists():
-        try:
-            known = json.loads(Path(cache).read_text(encoding="utf-8"))
-        except ValueError:  # a damaged cache costs time, not correctness
-            known = {}
-    path, total, changed = Path(path), hashlib.sha256(), False
-    for file in list_files(path):
-        stat = file.stat()
-        key = f"{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-        if key not in known:
-            known[key], changed = sha256_file(file), True
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        total.update(f"{name}\0{known[key]}\n".encode())
-    if cache is not None and changed:
-        write_json(cache, known)
-    return total.hexdigest()
 
 
 def _share(directory: Path) -> None:

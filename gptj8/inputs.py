@@ -15,7 +15,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
     for key, value in params.inputs.items():
         if (root / value).exists():
             continue
-        if _is_made_by_a_recipe((root / value).absolute(), root):
+        if is_made_by_a_recipe((root / value).absolute(), root):
             continue
         section, _, split = key.partition(".")
         if section == "data":
@@ -27,7 +27,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
     return problems
 
 
-def _is_made_by_a_recipe(path: Path, root: Path) -> bool:
+def is_made_by_a_recipe(path: Path, root: Path) -> bool:
     """Whether a dvc.yaml below `root` declares the path, or a folder that holds it, as an out."""
     from ruamel.yaml import YAML
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gptj8.errors import QuantizationError
+from gptj8.runtime import project_root
 
 # Must equal INTERFACE in cpu_kernels.c: a library of an older source tree is not used.
 _INTERFACE = 2
@@ -30,8 +31,10 @@ _WEIGHTS_A_THREAD = 1 << 18
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled library; None if there is none for this machine and source."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = Path(__file__).with_name(f"_cpu_kernels{suffix}")
+    names = [f"_cpu_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    # DVC's copies of the project, in which queued experiments run, hold what git knows: the source.
+    folders = [Path(__file__).parent, project_root() / "gptj8"]
+    for file in (folder / name for folder in folders for name in names):
         if file.is_file():
             try:
                 loaded = ctypes.CDLL(str(file))

@@ -191,8 +191,8 @@ class Tracking(_Section):
     """Where MLflow keeps the runs. Changing it reruns nothing."""
 
     experiment: str = "gptj8"
-    uri: str = "sqlite:///mlflow.db"
-    """MLFLOW_TRACKING_URI, where set, takes precedence."""
+    uri: str | None = "sqlite:///mlflow.db"
+    """MLFLOW_TRACKING_URI, where set, takes precedence; null: nothing is recorded."""
     registered_model_name: str | None = None
 
 

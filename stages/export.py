@@ -30,7 +30,6 @@ def main() -> None:
     with stage_run("export", params) as record:
         from gptj8.evaluation.requirements import require_all
         from gptj8.export import (
-            MERGED,
             adapter_bytes,
             collect,
             describe,
@@ -59,9 +58,6 @@ def main() -> None:
             require_all(require, measured)
             describe(staging, resolved(params), measured, dataset)
         write_json(REPORT / "metrics.json", metrics)
-        for file in sorted(OUTPUT.iterdir()):
-            if file.name != MERGED:
-                record.log_artifact(file, OUTPUT.name)
         name = params.tracking.registered_model_name
         if name:
             version = record.register_model(name, BASE, OUTPUT, measured)

@@ -79,7 +79,6 @@ def main() -> None:
         measured = asdict(result).items()
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
         write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak_memory_gib()})
-        record.log_artifact(OUTPUT, OUTPUT.name)
 
 
 def _label_accuracy(

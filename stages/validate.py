@@ -1,8 +1,8 @@
 """Check the dataset, split it and write what is good: artifacts/dataset and reports/validate.
 
 Reads the files that `data` in params.yaml names and the tokenizer of `model.path`. A dataset that
-cannot be used ends here, before any model is loaded and without a row in MLflow. If its files could
-be read, the report shows why; an earlier report, of another dataset, is gone in any case.
+cannot be used ends here, before any model is loaded. If its files could be read, the report shows
+why, also in MLflow; an earlier report, of another dataset, is gone in any case.
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ def main() -> None:
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
     shutil.rmtree(REPORT, ignore_errors=True)
-    with replace_directory(DATASET) as staging:
+    with stage_run(STAGE, params), replace_directory(DATASET) as staging:
         validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)
         if validated.problems:
             problems = "\n".join(validated.problems)
             raise UserError(f"{problems} (everything found: {REPORT}/report.html)")
-    with stage_run(STAGE, params):
-        pass  # what is in the report is all there is to record
     sizes = ", ".join(f"{validated.rows[name]:,} {name}" for name in SPLITS)
     left_out = validated.findings.dropped_rows
     ignored = f"; {len(validated.ignored)} files not read" if validated.ignored else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # Before torch is imported, here and in child processes: models this small lose more to threads that
@@ -74,3 +75,26 @@ def tiny_8bit_dir(tiny_model_dir: Path) -> Path:
     target = tiny_model_dir.parent / "tiny-gptj-8bit"
     gptj8.convert_checkpoint(tiny_model_dir, target, gptj8.Blockwise8bitConfig(block_size=256))
     return target
+
+
+@pytest.fixture(scope="session")
+def empty_tracking_database(tmp_path_factory):
+    """MLflow's tables take seconds to make, so they are made once and copied."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_tracking_database):
+    """A project folder with inputs, MLflow's database beside them."""
+    shutil.copyfile(empty_tracking_database, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path

@@ -1,18 +1,17 @@
 """Outputs are whole or absent; digests depend on names and bytes alone."""
 
 import hashlib
-import json
 
 import pytest
 
 from gptj8.errors import UserError
 from gptj8.files import (
+    dvc_digest,
     format_bytes,
     read_json,
     replace_directory,
     replace_file,
     require_free_space,
-    sha256_tree,
     write_csv,
     write_json,
 )
@@ -105,21 +104,20 @@ def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
         (tmp_path / folder / "sub").mkdir(parents=True)
         (tmp_path / folder / "sub" / "x").write_text("x")
         (tmp_path / folder / "y").write_text("y")
-    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    assert dvc_digest(tmp_path / "a") == dvc_digest(tmp_path / "b")
     (tmp_path / "b" / "y").rename(tmp_path / "b" / "z")
-    assert sha256_tree(tmp_path / "a") != sha256_tree(tmp_path / "b")
+    assert dvc_digest(tmp_path / "a") != dvc_digest(tmp_path / "b")
 
 
-def test_digest_cache_is_used_and_never_trusted_blindly(tmp_path):
-    data, cache = tmp_path / "data", tmp_path / "cache" / "digests.json"
+def test_known_digests_are_used_and_never_trusted_blindly(tmp_path):
+    data, known = tmp_path / "data", {}
     data.write_text("one")
-    first = sha256_tree(data, cache)
-    assert hashlib.sha256(b"one").hexdigest() in json.loads(cache.read_text()).values()
-    assert sha256_tree(data, cache) == first
+    first = dvc_digest(data, known)
+    assert list(known.values()) == [first] == [hashlib.md5(b"one").hexdigest()]
+    known[next(iter(known))] = "remembered"
+    assert dvc_digest(data, known) == "remembered"
     data.write_text("three")  # another size, so the entry no longer applies
-    assert sha256_tree(data, cache) == sha256_tree(data) != first
-    cache.write_text("{damaged")
-    assert sha256_tree(data, cache) == sha256_tree(data)
+    assert dvc_digest(data, known) == dvc_digest(data) == hashlib.md5(b"three").hexdigest()
 
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):

@@ -54,7 +54,7 @@ def closure(file: Path) -> set[str]:
     found, waiting = set(), [file]
     while waiting:
         path = waiting.pop()
-        if path not in found and (path == file or path.stem not in NEUTRAL):
+        if path not in found and (path == file or not {path.stem, path.parent.name} & NEUTRAL):
             found.add(path)
             waiting += imports_of(path)
     return {path.relative_to(ROOT).as_posix() for path in found}

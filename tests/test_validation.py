@@ -444,6 +444,7 @@ def project(tmp_path: Path) -> Path:
 
 def write_params(folder: Path, **data: object) -> None:
     content = {"data": {"train": "mine.csv"} | data, "model": {"path": "model"}}
+    content["tracking"] = {"uri": None}  # a new database takes MLflow ten seconds
     (folder / "params.yaml").write_text(json.dumps(content))  # JSON is YAML
 
 
@@ -454,9 +455,10 @@ def run_stage(folder: Path, code: str = "") -> subprocess.CompletedProcess[str]:
     own = {
         "PYTHONPATH": str(ROOT),
         "HOME": str(home),
-        "MLFLOW_TRACKING_URI": "none://",  # a new database takes MLflow ten seconds
     }
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DVC_"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DVC_", "MLFLOW_"))
+    }
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,

@@ -1,0 +1,60 @@
+"""The table of `gptj8 compare` as a run of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptj8.params import Params, resolved
+from gptj8.tracking.identity import artifact_location, is_recorded, tracking_uri
+from gptj8.tracking.journal import now
+from gptj8.words import one_line
+
+_NOT_IN_A_NAME = r"[^\w\-. ]"  # nor MLflow's separator of folders
+
+
+def log_comparison(
+    params: Params, rows: Sequence[Mapping[str, Any]], files: Sequence[str | Path]
+) -> None:
+    """Record the table of `gptj8 compare` as a run, which the same comparison finds again.
+
+    Args:
+        params: what the approaches have in common.
+        rows: of `gptj8.approaches.table_rows`; their numbers become `<approach>/<column>`.
+        files: the table, as artifacts.
+    """
+    if not is_recorded(params):
+        return
+    from mlflow.entities import Metric, RunTag
+
+    from gptj8.tracking.delivery import KEY_TAG, connect, find_run
+
+    compared = {row["approach"]: row for row in rows if row["status"] != "evaluated"}
+    content = json.dumps({"comparison": sorted(compared), "params": resolved(params)})
+    key = hashlib.sha256(content.encode()).hexdigest()
+    tags = {"gptj8.kind": "comparison", KEY_TAG: key}
+    metrics = [
+        Metric(f"{re.sub(_NOT_IN_A_NAME, '_', row['approach'])}/{column}", float(value), now(), 0)
+        for row in rows
+        for column, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+    # Which experiments the numbers are of: the row of each is found by this name.
+    results = [RunTag(f"approach.{n}", r["experiment"] or r["status"]) for n, r in compared.items()]
+    try:
+        uri = tracking_uri(params)
+        client, group, _ = connect(uri, params.tracking.experiment, artifact_location(uri))
+        run = find_run(client, group, key) or client.create_run(group, None, tags, "approaches")
+        client.log_batch(run.info.run_id, metrics=metrics, tags=results)
+        for file in files:
+            client.log_artifact(run.info.run_id, str(file), "approaches")
+        failed = any(row["status"] == "failed" for row in rows)
+        client.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
+    except Exception as error:  # whatever is wrong with tracking, the table is written
+        print(f"warning: MLflow does not record the table: {one_line(error)}", file=sys.stderr)

@@ -1,0 +1,254 @@
+"""Journals become MLflow rows. The only module that imports mlflow, with `registry`.
+
+Sending is repeatable: the row is found by its key, points carry the time at which they happened,
+which MLflow takes once, and what a row shows already is not sent again. So a stage that runs a
+second time with the same result changes nothing, and neither does a journal of which half was sent
+before the server went away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+
+from gptj8.tracking.identity import state_folder
+from gptj8.tracking.journal import Event, read_events, read_state, write_state
+
+KEY_TAG = "gptj8.key"
+SWEEP_TAG = "gptj8.sweep"
+ERROR_TAG = "gptj8.error"
+EXPERIMENTS_TAG = "dvc.experiments"
+"""All the names that DVC has given to one row's experiment, one a line."""
+_TABLES_TAG = "mlflow.loggedArtifacts"
+_BATCH = 500  # MLflow takes 1,000 metrics, 100 params and 100 tags at once
+_PRIMARY_METRIC = {
+    "mlflow.experiment.primaryMetric.name": "evaluate/tuned/accuracy",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+}
+
+
+def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClient, str, str]:
+    """Return a client, the id of the experiment, made if need be, and where its artifacts lie."""
+    # The tables of a new SQLite store are reported line by line, which tells the user nothing.
+    # After the import, which sets levels of its own.
+    for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = MlflowClient(tracking_uri=uri)
+    # One process at a time: the tables of a new database, and a new experiment, are made once.
+    state_folder().mkdir(parents=True, exist_ok=True)
+    with open(state_folder() / "connect.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            try:
+                made = client.create_experiment(experiment, location, tags=_PRIMARY_METRIC)
+            except MlflowException:  # another machine was first, or the server says no
+                found = client.get_experiment_by_name(experiment)
+                if found is None:
+                    raise
+            else:
+                found = client.get_experiment(made)
+    return client, found.experiment_id, found.artifact_location
+
+
+def find_run(client: MlflowClient, experiment_id: str, key: str, tag: str = KEY_TAG) -> Any:
+    """Return the run of a key; None if there is none."""
+    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{key}'", max_results=1)
+    return found[0] if found else None
+
+
+class Delivery:
+    """Sends one journal, from where it stopped.
+
+    Attributes:
+        run_id: empty before the journal's first event is sent.
+        rejected: what the server will never take, a line each. It is left out, because waiting
+            would hold up everything behind it.
+    """
+
+    def __init__(self, journal: Path, client: MlflowClient, experiment_id: str) -> None:
+        self.journal = journal
+        self.run_id = ""
+        self.rejected: list[str] = []
+        self._client = client
+        self._experiment_id = experiment_id
+        self._sent = read_state(journal).get("sent", 0)
+        self._tags: dict[str, str] = {}
+        self._known: dict[str, set[tuple[int, float]]] = {}
+        self._begun = False
+        self._again = False
+        self._replayed = False
+
+    def advance(self) -> bool:
+        """Send what has been written since the last call; return whether the journal has ended.
+
+        Raises:
+            Exception: of mlflow or the network; what was sent before it is not sent again.
+        """
+        events, ends = read_events(self.journal, self._sent)
+        if not self._begun and (self._sent or events):
+            # Known after a restart too: what later events belong to.
+            self._start(read_events(self.journal)[0][0])
+            self._begun = True
+        done = False
+        while events:
+            count = self._batch(events)
+            self._apply(events[:count])
+            self._sent = ends[count - 1]
+            write_state(self.journal, sent=self._sent, phase="sending", run_id=self.run_id)
+            done = done or events[count - 1]["event"] == "end"
+            events, ends = events[count:], ends[count:]
+        return done
+
+    def _batch(self, events: Sequence[Event]) -> int:
+        """Return how many of the first events are sent at once: metrics are many and small."""
+        count = 0
+        while count < min(len(events), _BATCH) and events[count]["event"] == "metrics":
+            count += 1
+        return max(1, count)
+
+    def _apply(self, events: Sequence[Event]) -> None:
+        kind = events[0]["event"]
+        try:
+            if kind == "metrics":
+                self._log_metrics(events)
+            else:
+                getattr(self, f"_on_{kind}")(events[0])
+        except MlflowException as error:
+            if not _is_refusal(error):
+                raise
+            self.rejected.append(f"{kind}: {' '.join(str(error).split())[:500]}")
+
+    def _start(self, event: Event) -> None:
+        run = find_run(self._client, self._experiment_id, event["key"])
+        if run is None:
+            tags = {KEY_TAG: event["key"], **event["tags"], **self._parent(event)}
+            run = self._client.create_run(
+                self._experiment_id, event["time"], tags, run_name=event["name"]
+            )
+        self.run_id = run.info.run_id
+        self._tags = dict(run.data.tags)
+        # A stage that ran before, or that DVC had taken from its cache: its curves may be there.
+        self._again = f"stage.{event['stage']}" in self._tags
+        missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
+        self._log_params(missing)
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def _on_start(self, event: Event) -> None:
+        if ERROR_TAG in self._tags:  # of an earlier attempt
+            self._client.delete_tag(self.run_id, ERROR_TAG)
+
+    def _on_metrics(self, event: Event) -> None:
+        self._log_metrics([event])
+
+    def _on_tags(self, event: Event) -> None:
+        tags = dict(event["tags"])
+        name = tags.get("dvc.experiment")
+        if name:
+            names = self._tags.get(EXPERIMENTS_TAG, "").split("\n")
+            tags[EXPERIMENTS_TAG] = "\n".join(dict.fromkeys([*filter(None, names), name]))
+        self._set_tags(tags)
+
+    def _on_artifact(self, event: Event) -> None:
+        path, folder = self.journal / event["file"], event["folder"]
+        if not path.exists():
+            self.rejected.append(f"artifact: {path} is gone")
+        elif path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+        if event.get("table"):
+            tables = json.loads(self._tags.get(_TABLES_TAG, "[]"))
+            table = {"path": path.name, "type": "table"}
+            if table not in tables:
+                self._set_tags({_TABLES_TAG: json.dumps([*tables, table])})
+
+    def _on_datasets(self, event: Event) -> None:
+        inputs = [
+            DatasetInput(
+                Dataset(item["name"], item["digest"], "local", json.dumps({"uri": item["path"]})),
+                [InputTag("mlflow.data.context", item["context"])],
+            )
+            for item in event["datasets"]
+        ]
+        self._client.log_inputs(self.run_id, datasets=inputs)
+
+    def _on_stage(self, event: Event) -> None:
+        """All of one stage: that ran, or that came from DVC's cache and is not in the row yet."""
+        tag = f"stage.{event['stage']}"
+        if event["earlier"] and tag in self._tags:
+            return
+        self._again = tag in self._tags
+        nested = event["events"]
+        while nested:
+            count = self._batch(nested)
+            self._apply(nested[:count])
+            nested = nested[count:]
+        self._set_tags({tag: event["origin"]})
+
+    def _on_end(self, event: Event) -> None:
+        if event.get("error"):
+            self._set_tags({ERROR_TAG: event["error"][:5000]})
+        self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+    def _log_metrics(self, events: Sequence[Event]) -> None:
+        points = [
+            Metric(key, value, event["time"], event["step"])
+            for event in events
+            for key, value in event["values"].items()
+        ]
+        if self._again:
+            points = [p for p in points if (p.step, p.value) not in self._history(p.key)]
+        for start in range(0, len(points), _BATCH):
+            self._client.log_batch(self.run_id, metrics=points[start : start + _BATCH])
+
+    def _history(self, key: str) -> set[tuple[int, float]]:
+        if key not in self._known:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._known[key] = {(point.step, point.value) for point in history}
+        return self._known[key]
+
+    def _log_params(self, params: dict[str, str]) -> None:
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), 100):
+            self._client.log_batch(self.run_id, params=entities[start : start + 100])
+
+    def _set_tags(self, tags: dict[str, str]) -> None:
+        entities = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(entities), 100):
+            self._client.log_batch(self.run_id, tags=entities[start : start + 100])
+        self._tags |= tags
+
+    def _parent(self, event: Event) -> dict[str, str]:
+        """Return the tag that puts a queued experiment below the run of its sweep."""
+        name = event.get("sweep")
+        if not name:
+            return {}
+        sweep = find_run(self._client, self._experiment_id, name.replace("'", ""), SWEEP_TAG)
+        if sweep is None:
+            tags = {SWEEP_TAG: name.replace("'", ""), "gptj8.kind": "sweep"}
+            sweep = self._client.create_run(self._experiment_id, event["time"], tags, run_name=name)
+            self._client.set_terminated(sweep.info.run_id)
+        return {"mlflow.parentRunId": sweep.info.run_id}
+
+
+def missing_stages(tags: dict[str, str], stages: Sequence[str]) -> list[str]:
+    """Return those of `stages` that a row's tags do not show."""
+    return [stage for stage in stages if f"stage.{stage}" not in tags]
+
+
+def _is_refusal(error: MlflowException) -> bool:
+    """Whether asking again would be answered alike. Not so where a server is away, overloaded or
+    does not know the user."""
+    if isinstance(error, RestException):
+        return error.get_http_status_code() == 400
+    return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)

@@ -1,0 +1,181 @@
+"""Where a run comes from: commit and changes, DVC's experiment, libraries, machine, command."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptj8.params import PARAMS_FILE
+from gptj8.tracking.identity import without_password
+from gptj8.tracking.journal import flatten
+
+# Changed by running, not by people; DVC writes the one, the stages the other.
+_RESULTS = (":(exclude)dvc.lock", ":(exclude)**/dvc.lock", ":(exclude)reports")
+# What a hydra override may hold without quotes.
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+%@?")
+
+
+def lineage_tags(folder: Path) -> dict[str, str]:
+    """Return the tags of a process that runs in `folder`, MLflow's own names where it has one."""
+    commit = git(folder, "rev-parse", "HEAD")
+    branch = git(folder, "rev-parse", "--abbrev-ref", "HEAD")
+    remote = git(folder, "remote", "get-url", "origin")
+    experiment = os.environ.get("DVC_EXP_NAME")
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "dvc exp run" if experiment else "dvc repro",
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.branch": branch if branch != "HEAD" else None,
+        "mlflow.source.git.repoURL": without_password(remote) if remote else None,
+        "git.dirty": str(bool(changes(folder))).lower() if commit else None,
+        "dvc.experiment": experiment,
+        "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV"),
+        "python": platform.python_version(),
+        **{f"hardware.{name}": value for name, value in hardware().items()},
+        "command": reproducing_command(folder, commit) if commit else None,
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def changes(folder: Path) -> str:
+    """Return what differs from the commit, as a patch: params and code, not results."""
+    return git(folder, "diff", "--binary", "HEAD", "--", ".", *_RESULTS, strip=False) or ""
+
+
+def unknown_files(folder: Path) -> str:
+    """Return the names of files that git neither knows nor ignores, a line each."""
+    names = git(folder, "ls-files", "--others", "--exclude-standard", "--", ".", *_RESULTS)
+    return f"{names}\n" if names else ""
+
+
+def reproducing_command(folder: Path, commit: str) -> str:
+    """Return the shell commands that do the same again, from a clone of the repository."""
+    patch = git(folder, "diff", "--name-only", "HEAD", "--", ".", *_RESULTS)
+    start = f"git checkout {commit}"
+    if not patch:
+        return f"{start} && dvc repro"
+    if patch == PARAMS_FILE:
+        overrides = _changed_params(folder)
+        if overrides is not None:
+            options = " ".join(f"-S {shlex.quote(change)}" for change in overrides)
+            return f"{start} && dvc exp run {options}"
+    return f"{start} && git apply changes.diff && dvc repro"
+
+
+def libraries() -> str:
+    """Return the installed distributions with their versions, as a requirements file."""
+    found = {
+        distribution.name: distribution.version
+        for distribution in importlib.metadata.distributions()
+        if distribution.name
+    }
+    return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower))
+
+
+def hardware() -> dict[str, str]:
+    """Return `cpu`, `cores`, `memory_gib` and, where there is one, `gpu`."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = {
+        "cpu": _cpu(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0),
+        "memory_gib": f"{memory:.1f}",
+    }
+    if shutil.which("nvidia-smi"):
+        gpus = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+        if gpus:
+            found["gpu"] = "; ".join(gpus.splitlines())
+    return found
+
+
+def git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
+    """Return what git prints in `folder`; None where it fails or there is none."""
+    output = _output(["git", "-C", str(folder), *arguments])
+    return output.strip() if output is not None and strip else output
+
+
+def override(key: str, value: Any) -> str:
+    """Return `key=value` as `dvc exp run -S` takes it, whose grammar is hydra's."""
+    return f"{key}={_hydra(value)}"
+
+
+def _hydra(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    text = str(value)
+    if text and set(text) <= _PLAIN and not _reads_as_another_type(text):
+        return text
+    # A backslash is one, but for those before a quote.
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
+
+
+def _reads_as_another_type(text: str) -> bool:
+    if text.lower() in {"null", "true", "false", "nan", "inf", "-inf"}:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _changed_params(folder: Path) -> list[str] | None:
+    """Return the changes of params.yaml as overrides; None where they do not say all."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    before = yaml.load(git(folder, "show", f"HEAD:./{PARAMS_FILE}", strip=False) or "")
+    after = yaml.load((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return None
+    old, new = flatten(before, "."), flatten(after, ".")
+    if old.keys() - new.keys():
+        return None
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    if any("${" in str(value) for value in changed.values()):  # hydra would put a value there
+        return None
+    return [override(key, value) for key, value in changed.items()] or None
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        process = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return process.stdout if process.returncode == 0 else None

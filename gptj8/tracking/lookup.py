@@ -1,0 +1,114 @@
+"""From a commit, a DVC experiment or a run id to the MLflow run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gptj8.errors import UserError
+from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.tracking.delivery import EXPERIMENTS_TAG, find_run
+from gptj8.tracking.identity import experiment_key, key_of, tracking_uri, without_password
+from gptj8.tracking.lineage import git
+
+_COMMIT_TAG = "mlflow.source.git.commit"
+
+
+def client_of(params: Params) -> tuple[MlflowClient, str]:
+    """Return a client and the id of the MLflow experiment that the params name.
+
+    Raises:
+        UserError: if the server is away, or nothing has been recorded there yet.
+    """
+    uri, name = tracking_uri(params), params.tracking.experiment
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        experiment = client.get_experiment_by_name(name)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{without_password(uri)} does not answer: {reason}") from None
+    if experiment is None:
+        raise UserError(
+            f"{without_password(uri)} has no experiment {name} yet; `dvc repro` records one"
+        )
+    return client, experiment.experiment_id
+
+
+def find(what: str | None, params: Params) -> list[Any]:
+    """Return the runs of a run id, a DVC experiment's name or a git revision, newest first.
+
+    Args:
+        what: None for the experiment that params.yaml and the inputs in the workspace are.
+        params: of the workspace; they say where the runs are kept.
+
+    Raises:
+        UserError: if there is none.
+    """
+    client, experiment_id = client_of(params)
+    if what is None:
+        key = key_of(params)
+        run = find_run(client, experiment_id, key) if key else None
+        if run is None:
+            raise UserError(
+                f"{PARAMS_FILE} as it is now has no run yet; `dvc repro` makes one, and gptj8 find "
+                "takes a commit, an experiment's name or a run id"
+            )
+        return [run]
+    if re.fullmatch(r"[0-9a-f]{32}", what):
+        try:
+            return [client.get_run(what)]
+        except MlflowException:
+            raise UserError(
+                f"{what} is no run of {without_password(tracking_uri(params))}"
+            ) from None
+    quoted = what.replace("'", "")
+    named = client.search_runs([experiment_id], f"tags.`{EXPERIMENTS_TAG}` LIKE '%{quoted}%'")
+    found = [run for run in named if what in run.data.tags[EXPERIMENTS_TAG].split("\n")]
+    here = Path()
+    commit = git(here, "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}") or _experiment(
+        what
+    )
+    if not found and commit is None:
+        raise UserError(f"{what} is no run, no DVC experiment and no revision that git knows")
+    if commit is not None:
+        key = key_at(commit)
+        found += [run] if key and (run := find_run(client, experiment_id, key)) else []
+        found += client.search_runs([experiment_id], f"tags.`{_COMMIT_TAG}` = '{commit}'")
+    if not found:
+        raise UserError(f"{what} has no run in {params.tracking.experiment}")
+    return list({run.info.run_id: run for run in found}.values())
+
+
+def key_at(commit: str) -> str | None:
+    """Return the key of the experiment whose params.yaml and dvc.lock a commit holds; None where it
+    holds none, or where it was committed without having been run."""
+    yaml = YAML(typ="safe", pure=True)
+    here = Path()
+    try:
+        content = yaml.load(git(here, "show", f"{commit}:./{PARAMS_FILE}", strip=False) or "")
+        lock = yaml.load(git(here, "show", f"{commit}:./dvc.lock", strip=False) or "")
+        params = parse_params(content)
+        stages = lock["stages"].values()
+    except (YAMLError, UserError, TypeError, KeyError, AttributeError):
+        return None
+    digests = {
+        dep["path"].removesuffix("/."): dep.get("md5")
+        for stage in stages
+        for dep in stage.get("deps", [])
+    }
+    inputs = {key: digests.get(path.removesuffix("/")) for key, path in params.inputs.items()}
+    known = {key: digest for key, digest in inputs.items() if digest}
+    return experiment_key(resolved(params), known) if len(known) == len(inputs) else None
+
+
+def _experiment(name: str) -> str | None:
+    """Return the commit that DVC made for an experiment."""
+    listed = git(Path(), "for-each-ref", "--format=%(objectname) %(refname:lstrip=4)", "refs/exps")
+    matches = (line.split(" ", 1) for line in (listed or "").splitlines())
+    return next((commit for commit, known in matches if known == name), None)

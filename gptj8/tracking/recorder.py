@@ -1,0 +1,209 @@
+"""The process beside a stage that sends its journal to MLflow while the stage works.
+
+A process of its own, so that nothing about a server, be it away, hanging or answering nonsense,
+slows the stage or ends it, and so that a stage that is killed is marked so by somebody. It reads
+the end of the stage from its standard input, which closes when the stage is gone.
+
+python -m gptj8.tracking.recorder JOURNAL FOLDER     (started by `gptj8.tracking.stage_run`)
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gptj8
+from gptj8.runtime import project_root, set_defaults
+from gptj8.tracking.evidence import ANCESTORS, origin, stage_events, stage_is_recordable
+from gptj8.tracking.journal import (
+    JournalWriter,
+    is_alive,
+    journals_of,
+    read_events,
+    read_state,
+    write_state,
+)
+from gptj8.tracking.lineage import changes, libraries, lineage_tags, unknown_files
+from gptj8.words import one_line
+
+_POLL_SECONDS = 0.5
+_SAMPLE_SECONDS = 10.0
+_RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
+_LINGER_SECONDS = 30.0
+"""How long a server that is away is waited for once the stage has ended."""
+_LOG = "recorder.log"
+
+
+def start_recorder(journal: Path) -> subprocess.Popen[bytes] | None:
+    """Start the recorder of a journal that has its first event; None where that is not possible.
+
+    Not in the stage's process group: an interrupt at the terminal ends the stage, which tells.
+    """
+    package = str(Path(gptj8.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "gptj8.tracking.recorder", str(journal), str(Path.cwd())]
+    try:
+        with open(journal / _LOG, "ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=project_root(),
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    except OSError:
+        return None
+
+
+def main() -> None:
+    """Record one stage; see the module."""
+    set_defaults()
+    with suppress(OSError):
+        os.nice(5)  # the stage comes first
+    journal, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    _describe(journal, folder)
+    _Recorder(journal).run()
+
+
+def _describe(journal: Path, folder: Path) -> None:
+    """Write down what the stage would lose time with: where it comes from, and what of its inputs
+    DVC took from its cache. Before anything is imported that takes long: the folder of a queued
+    experiment is gone soon after its last stage."""
+    stage = read_events(journal)[0][0]["stage"]
+    writer = JournalWriter(journal)
+    try:
+        writer.write("tags", tags=lineage_tags(folder))
+        texts = {
+            "requirements.txt": libraries(),
+            "changes.diff": changes(folder),
+            "not_in_git.txt": unknown_files(folder),
+        }
+        for name, content in texts.items():
+            if content:
+                (journal / name).write_text(content, encoding="utf-8")
+                writer.write("artifact", file=name, folder="lineage")
+        for earlier in ANCESTORS[stage]:
+            if stage_is_recordable(earlier, folder):
+                events = stage_events(earlier, writer, replay=True, root=folder)
+                how = origin(earlier, folder)
+                writer.write("stage", stage=earlier, earlier=True, origin=how, events=events)
+    finally:
+        writer.close()
+
+
+class _Recorder:
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._writer = JournalWriter(journal)
+        self._stage_is_there = True
+        self._ended_at = 0.0
+        self._sampler: _SystemMetrics | None = None
+
+    def run(self) -> None:
+        self._tell("starting")
+        from gptj8.tracking import sending
+
+        failures = 0
+        with sending.turn(self.journal.parent):
+            # Journals of stages before this one that could not be sent then.
+            before = [j for j in journals_of(self.journal.parent) if j < self.journal]
+            while True:
+                try:
+                    self._tell("connecting")
+                    while before:
+                        if not is_alive(before[0]):
+                            sending.send(before[0])
+                        del before[0]
+                    delivery = sending.open_delivery(self.journal)
+                    while not delivery.advance():
+                        failures = 0
+                        self._watch(_POLL_SECONDS)
+                    sending.finish(self.journal, delivery)
+                    self._watch_until_the_stage_leaves()
+                    sending.discard(self.journal)
+                    return
+                except (
+                    Exception
+                ) as error:  # whatever it is, the stage goes on, and the journal stays
+                    print(f"{time.strftime('%H:%M:%S')} {one_line(error)}", flush=True)
+                    self._tell("trouble", reason=one_line(error))
+                pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
+                failures += 1
+                self._watch(pause)
+                if self._ended_at and time.monotonic() - self._ended_at > _LINGER_SECONDS:
+                    return
+
+    def _watch_until_the_stage_leaves(self) -> None:
+        """It reads the state of the journal as its last act."""
+        until = time.monotonic() + _LINGER_SECONDS
+        while self._stage_is_there and time.monotonic() < until:
+            self._look(_POLL_SECONDS)
+
+    def _tell(self, phase: str, reason: str = "") -> None:
+        state = {**read_state(self.journal), "phase": phase, "reason": reason}
+        write_state(self.journal, **state)
+
+    def _watch(self, seconds: float) -> None:
+        """Wait, and see meanwhile whether the stage is still there and what the machine does."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if not self._stage_is_there:
+                time.sleep(left)
+                return
+            if self._sampler is None:
+                self._sampler = _SystemMetrics(self._writer)
+            self._sampler.sample()
+            self._look(min(left, _POLL_SECONDS))
+
+    def _look(self, seconds: float) -> None:
+        """Wait for the stage to leave; one that did so without a word was killed."""
+        readable, _, _ = select.select([sys.stdin], [], [], seconds)
+        if readable and not os.read(sys.stdin.fileno(), 1):
+            self._stage_is_there, self._ended_at = False, time.monotonic()
+            events, _ = read_events(self.journal)
+            if not any(event["event"] == "end" for event in events):
+                self._writer.write("end", status="KILLED", error="the process was killed")
+
+
+class _SystemMetrics:
+    """CPU, memory, disk, network and GPU as MLflow itself records them."""
+
+    def __init__(self, writer: JournalWriter) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._writer = writer
+        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with suppress(Exception):  # no NVIDIA GPU, or no library to ask it with
+            self._monitors.append(GPUMonitor())
+        self._next = 0.0
+
+    def sample(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _SAMPLE_SECONDS
+        values: dict[str, Any] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        # Minutes of the stages of one experiment follow each other, whichever process took them.
+        step = int(time.time())
+        self._writer.write(
+            "metrics", step=step, values={f"system/{key}": float(v) for key, v in values.items()}
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Journals sent to the servers that they were meant for, by recorders and by `gptj8 sync`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from gptj8.errors import UserError
+from gptj8.params import load_params
+from gptj8.tracking.delivery import Delivery, connect
+from gptj8.tracking.identity import artifact_location, tracking_uri, without_password
+from gptj8.tracking.journal import (
+    EVENTS,
+    JournalWriter,
+    is_alive,
+    journals_folder,
+    journals_of,
+    read_events,
+    read_state,
+    write_state,
+)
+from gptj8.words import one_line
+
+
+class Sent(NamedTuple):
+    """What `send_all` did.
+
+    Attributes:
+        stages: of how many stages the record was sent.
+        busy: of how many it is being written or sent by another process.
+        failed: server -> what it said, where something could not be sent.
+        notices: a line for each thing that a server refused.
+    """
+
+    stages: int
+    busy: int
+    failed: dict[str, str]
+    notices: list[str]
+
+
+def open_delivery(journal: Path) -> Delivery:
+    """Connect to the server of a journal, whose first event names it."""
+    start = read_events(journal)[0][0]
+    uri = _with_password(start["uri"])
+    client, experiment_id, location = connect(uri, start["experiment"], artifact_location(uri))
+    expected = artifact_location(uri)
+    if expected and location != expected and location.endswith("/mlartifacts"):
+        notice = (
+            f"the runs of {start['experiment']} keep their artifacts in {location}, where this "
+            "project was when they began; set tracking.experiment to another name to keep them here"
+        )
+        write_state(journal, **{**read_state(journal), "notices": [notice]})
+    return Delivery(journal, client, experiment_id)
+
+
+def finish(journal: Path, delivery: Delivery) -> None:
+    """Mark a journal as sent; what it holds is not needed any more."""
+    state = read_state(journal)
+    refused = [f"MLflow refused {line}" for line in delivery.rejected]
+    notices = [*state.get("notices", []), *refused]
+    write_state(journal, **{**state, "phase": "done", "notices": notices})
+
+
+def discard(journal: Path) -> None:
+    """Remove a journal, and the experiment's folder with its last one."""
+    shutil.rmtree(journal, ignore_errors=True)
+    with suppress(OSError):  # another one is there, or begins
+        if not journals_of(journal.parent):
+            (journal.parent / "turn.lock").unlink(missing_ok=True)
+            journal.parent.rmdir()
+
+
+def send(journal: Path) -> list[str]:
+    """Send the journal of a stage that is gone, and return what was refused.
+
+    Raises:
+        Exception: of mlflow or the network; the journal stays.
+    """
+    if read_state(journal).get("phase") != "done":
+        _end_if_killed(journal)
+        delivery = open_delivery(journal)
+        delivery.advance()
+        finish(journal, delivery)
+    notices = read_state(journal).get("notices", [])
+    discard(journal)
+    return notices
+
+
+def send_all() -> Sent:
+    """Send every journal of the project that no running stage writes and no recorder sends."""
+    stages, busy, failed, notices = 0, 0, {}, []
+    for folder in sorted(journals_folder().glob("*")):
+        if not folder.is_dir():
+            continue
+        # The recorder of a stage that has ended gives its turn back within a minute.
+        running = any(map(is_alive, journals_of(folder)))
+        with turn(folder, wait=not running) as mine:
+            for journal in journals_of(folder):
+                if not mine or is_alive(journal):
+                    busy += 1
+                    continue
+                start = next(iter(read_events(journal)[0]), None)
+                if start is None:  # killed before its first line was written
+                    discard(journal)
+                    continue
+                if start["uri"] in failed:
+                    continue  # known to be away: the next one would wait in vain as well
+                try:
+                    notices += send(journal)
+                    stages += 1
+                except Exception as error:
+                    failed[start["uri"]] = one_line(error)
+    return Sent(stages, busy, failed, notices)
+
+
+@contextmanager
+def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an experiment's journals; yield whether it could be had without waiting, if asked so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "turn.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _end_if_killed(journal: Path) -> None:
+    events, _ = read_events(journal)
+    if events[-1]["event"] != "end":
+        writer = JournalWriter(journal)
+        ended = int((journal / EVENTS).stat().st_mtime * 1000)
+        writer.write("end", status="KILLED", error="the process was killed", time=ended)
+        writer.close()
+
+
+def _with_password(uri: str) -> str:
+    """Return the address with the password that the environment or params.yaml has for it."""
+    candidates = [os.environ.get("MLFLOW_TRACKING_URI", "")]
+    with suppress(UserError):
+        candidates.append(tracking_uri(load_params()))
+    return next((known for known in candidates if without_password(known) == uri), uri)

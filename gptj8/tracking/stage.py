@@ -1,0 +1,227 @@
+"""How a stage is recorded: `with stage_run("finetune", params) as record`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gptj8.errors import UserError
+from gptj8.params import Params, resolved
+from gptj8.tracking.evidence import (
+    failure_events,
+    remember_that_it_ran,
+    stage_events,
+    stage_is_recordable,
+)
+from gptj8.tracking.identity import (
+    artifact_location,
+    experiment_key,
+    experiment_name,
+    input_digests,
+    is_recorded,
+    sweep_name,
+    tracking_uri,
+    without_password,
+)
+from gptj8.tracking.journal import JournalWriter, flatten, metric_values, read_state
+from gptj8.tracking.recorder import start_recorder
+from gptj8.words import one_line
+
+_PARAM_LENGTH = 6000  # MLflow's limit for one value
+_SILENCE_SECONDS = {True: 20.0, False: 3.0}
+"""How long the end of a stage waits for a recorder that gets nowhere: a database of this project
+may have to be made; a server that does not answer is not waited for."""
+
+
+class StageRun:
+    """The MLflow run of one experiment, as one stage sees it.
+
+    Made by `stage_run`. What is recorded goes to a file, which another process sends: no method
+    waits for a server, and none raises where it cannot be reached.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._journal: JournalWriter | None = None
+        self._recorder: subprocess.Popen[bytes] | None = None
+        self._uri = ""
+        self._experiment = ""
+        self._last_step = 0
+        self._has_no_row_yet = False
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Record numbers as `<stage>/<key>`; nested dicts are joined with `/`."""
+        self._last_step = max(self._last_step, step or 0)
+        self._write("metrics", step=step or 0, values=metric_values(self.stage, metrics))
+
+    def register_model(
+        self, name: str, base: Path, export: Path, metrics: Mapping[str, Mapping[str, float]]
+    ) -> str:
+        """Make an export, with the base it belongs to, a version of a model in the registry.
+
+        The very same export is registered once.
+
+        Args:
+            name: of the registered model, made if need be.
+            base, export: folders, copied whole.
+            metrics: stage -> flat name -> value; tags of the version.
+
+        Returns:
+            the number of the version.
+
+        Raises:
+            UserError: if that fails. Unlike all other recording it was asked for by name, and
+                whoever deploys relies on it.
+        """
+        from gptj8 import registry
+        from gptj8.tracking.delivery import connect
+
+        try:
+            run_id = self._run_id()
+            client, _, _ = connect(self._uri, self._experiment, artifact_location(self._uri))
+            return registry.register(client, run_id, name, base, export, metrics)
+        except Exception as error:
+            raise UserError(
+                f"tracking.registered_model_name = {name}: not registered, {one_line(error)}; the "
+                f"export is complete in {export}, run again to register it"
+            ) from error
+
+    def _start(self, params: Params) -> None:
+        if not is_recorded(params):
+            return
+        try:
+            digests = input_digests(params)
+            if digests is None:
+                # DVC may convert a model before it has made the dataset, and the experiment has no
+                # key until both are there. The stages that follow record what this one leaves.
+                self._has_no_row_yet = True
+                return
+            key = experiment_key(resolved(params), digests)
+            self._uri, self._experiment = tracking_uri(params), params.tracking.experiment
+            journal = JournalWriter.begin(key, self.stage)
+            journal.write(
+                "start",
+                key=key,
+                stage=self.stage,
+                name=experiment_name(params),
+                sweep=sweep_name(),
+                uri=without_password(self._uri),
+                experiment=self._experiment,
+                params=_flat_params(params),
+                tags={f"digest.{name}": digest for name, digest in digests.items()},
+            )
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._journal = journal
+        self._recorder = start_recorder(journal.folder)
+
+    def _finish(self, status: str, error: str | None = None) -> None:
+        if self._has_no_row_yet and status == "FINISHED":
+            remember_that_it_ran(self.stage)
+        if self._journal is None:
+            return
+        try:
+            if status != "FINISHED":
+                for event in failure_events(self.stage, self._journal):
+                    self._write(**event)
+            elif stage_is_recordable(self.stage):
+                events = stage_events(self.stage, self._journal, replay=False, step=self._last_step)
+                self._write("stage", stage=self.stage, earlier=False, origin="ran", events=events)
+        except OSError as failure:
+            self._give_up(failure)
+            return
+        self._write("end", status=status, error=error)
+        if self._journal is not None:
+            self._journal.close()
+            self._wait_for_the_recorder()
+
+    def _wait_for_the_recorder(self) -> None:
+        """Let it come to its end, which takes a moment where the server answers."""
+        journal = self._journal
+        assert journal is not None
+        limit = _SILENCE_SECONDS[self._uri.startswith("sqlite:")]
+        state: dict[str, Any] = {}
+        heard = time.monotonic()
+        while self._recorder is not None and self._recorder.poll() is None:
+            latest = read_state(journal.folder)
+            if latest != state:
+                state, heard = latest, time.monotonic()
+            if state.get("phase") in ("done", "trouble") or time.monotonic() - heard > limit:
+                break
+            time.sleep(0.02)
+        state = read_state(journal.folder)
+        if self._recorder is not None and self._recorder.stdin is not None:
+            with suppress(OSError):
+                self._recorder.stdin.close()
+        for notice in state.get("notices", []):
+            _warn(notice)
+        if state.get("phase") != "done":
+            reason = state.get("reason") or f"{without_password(self._uri)} does not answer"
+            _warn(
+                f"MLflow has not received all of {self.stage} yet ({reason}); nothing is lost, "
+                "`gptj8 sync` sends what is missing"
+            )
+
+    def _run_id(self) -> str:
+        """Return the id of the run once the recorder has found or made it."""
+        if self._journal is None:
+            raise UserError("this stage is not recorded")
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            state = read_state(self._journal.folder)
+            if state.get("run_id"):
+                return str(state["run_id"])
+            if state.get("phase") == "trouble":
+                raise UserError(state["reason"])
+            time.sleep(0.05)
+        raise UserError(f"{without_password(self._uri)} does not answer")
+
+    def _write(self, event: str, **content: Any) -> None:
+        if self._journal is None:
+            return
+        try:
+            self._journal.write(event, **content)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._journal = None
+        _warn(f"MLflow does not record this stage: {one_line(error)}")
+
+
+@contextmanager
+def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
+    """Record one stage of the experiment that `params` describes.
+
+    The run is marked running at the start and finished, failed or killed at the end. What the stage
+    left in `reports/<stage>` becomes its metrics and artifacts, and so does what the stages before
+    it left there, if DVC took it from its cache.
+    """
+    run = StageRun(stage)
+    run._start(params)
+    try:
+        yield run
+    except (KeyboardInterrupt, SystemExit):
+        run._finish("KILLED", "interrupted")
+        raise
+    except BaseException as error:
+        run._finish("FAILED", f"{stage}: {one_line(error)}")
+        raise
+    run._finish("FINISHED")
+
+
+def _flat_params(params: Params) -> dict[str, str]:
+    flat = flatten(resolved(params), ".").items()
+    texts = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in flat)
+    return {key: text[:_PARAM_LENGTH] for key, text in texts}
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
