@@ -106,6 +106,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError("\n".join(map(explain, error.errors()))) from None
     predictor = _load(arguments)
     from gptj8.generation import GenerationBatch
+    from gptj8.serving.predictor import AnswerStream
 
     try:
         encoded = request.encode(predictor)
@@ -115,15 +116,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(f"{encoded.cut_tokens} tokens of the row did not fit and were cut", file=sys.stderr)
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
-    decode, shown, text = encoder.decode_stream(), 0, ""
+    stream, shown = AnswerStream(encoder, of_row=bool(row)), 0
     (answer,) = batch.add([encoded.ids], [request.sampling])
     while True:
         for token in answer.ids[shown:]:
-            piece = decode(token)
-            if row and not text:  # an answer was learned behind a space
-                piece = piece.lstrip()
-            text += piece
-            print(piece, end="", flush=True)
+            print(stream.put(token), end="", flush=True)
             shown += 1
         if answer.finish_reason is not None:
             break

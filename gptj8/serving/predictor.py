@@ -148,6 +148,31 @@ class Predictor:
         return label_probabilities(scores)
 
 
+class AnswerStream:
+    """The text of one answer, as its tokens come.
+
+    Args:
+        encoder: reads them.
+        of_row: the answer to a row was learned behind a space, which is no part of it.
+
+    Attributes:
+        text: all so far.
+    """
+
+    def __init__(self, encoder: TextEncoder, of_row: bool) -> None:
+        self.text = ""
+        self._decode = encoder.decode_stream()
+        self._of_row = of_row
+
+    def put(self, token: int) -> str:
+        """Return what a token adds: nothing while a character is not complete."""
+        piece = self._decode(token)
+        if self._of_row and not self.text:
+            piece = piece.lstrip()
+        self.text += piece
+        return piece
+
+
 def _require_few(tokens: int, most: int | None) -> None:
     if most is not None and tokens > most:
         raise ValueError(f"the prompt has {tokens} tokens, and at most {most} are allowed")
