@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.serving.conftest import free_port, until
+from tests.serving.conftest import free_port, greedy, until
 
 PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "liquor " * 5]
 ROOT = Path(__file__).parents[2]
@@ -49,18 +49,7 @@ def assert_refused(process, reason):
 
 
 def expected(predictor, ids, tokens):
-    from gptj8.generation import generate_greedily
-
-    encoder = predictor.encoder
-    (out,) = generate_greedily(
-        predictor.model,
-        [ids],
-        max_new_tokens=tokens,
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-    )
-    decode = encoder.decode_stream()
-    return "".join(map(decode, out))
+    return "".join(map(predictor.encoder.decode_stream(), greedy(predictor, ids, tokens)))
 
 
 def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
