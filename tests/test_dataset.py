@@ -25,6 +25,7 @@ from gptj8.dataset import SPLITS, load_prepared
 from gptj8.errors import UserError
 from gptj8.formats import read_batches, read_rows
 from gptj8.params import Data
+from gptj8.prompts import TextEncoder
 from gptj8.relations import hold_out
 from gptj8.sources import content_key, find_sources
 
@@ -611,6 +612,18 @@ def test_a_prepared_dataset_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert rows.values.tolist() == splits[name][list(rows.columns)].values.tolist()
     with pytest.raises(ValueError, match="'dev' is not one of"):
         dataset.split("dev")
+
+
+def test_prompts_are_made_as_it_says(tmp_path: Path, tiny_model_dir: Path) -> None:
+    encoder = TextEncoder.load(tiny_model_dir)
+    prepared(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "truncation_side": "left"}))
+    prompts = load_prepared(tmp_path).prompt_encoder(encoder, 12)
+    words = "the quick brown fox jumps over the lazy dog " * 3
+    ids = prompts.prompt(words, 4).ids
+    assert len(ids) == 8
+    assert encoder.decode(ids).endswith("lazy dog:")
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
