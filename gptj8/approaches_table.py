@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
 from gptj8.files import replace_file, write_csv
 from gptj8.words import one_line
 
@@ -17,13 +18,13 @@ _TITLES = {
     "layernorm": "LayerNorms only",
     "lora-attention": "LoRA on attention",
     "lora-all-linear": "LoRA on all linear layers",
-    "few_shot": "few-shot, not trained",
-    "quantized": "8-bit base model, not trained",
-    "base": "base model, not trained",
-    "baseline": "TF-IDF + logistic regression",
+    FEW_SHOT: "few-shot, not trained",
+    QUANTIZED: "8-bit base model, not trained",
+    ORIGINAL: "base model, not trained",
+    BASELINE: "TF-IDF + logistic regression",
 }
 # Of the untrained systems, those that the project has; predictions of others follow.
-_SYSTEMS = ("few_shot", "quantized", "base", "baseline")
+_UNTRAINED = (FEW_SHOT, QUANTIZED, ORIGINAL, BASELINE)
 _MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "perplexity")
 _COLUMNS = (
     "approach",
@@ -62,7 +63,7 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         if outcome.metrics is not None:
             finetune = outcome.metrics.get("finetune", {})
             row |= {"status": "trained", "experiment": outcome.experiment}
-            row |= _evaluated(outcome.metrics.get("evaluate", {}), "tuned")
+            row |= _evaluated(outcome.metrics.get("evaluate", {}), TUNED)
             row |= {
                 "eval_loss": finetune.get("eval_loss"),
                 "trainable_parameters": finetune.get("trainable_parameters"),
@@ -76,8 +77,8 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     evaluate = first.metrics.get("evaluate", {})
     measured = [key.rpartition("/") for key in evaluate]
     found = dict.fromkeys(s for s, _, m in measured if s and m in ("accuracy", "perplexity"))
-    found.pop("tuned", None)
-    for system in [s for s in _SYSTEMS if s in found] + [s for s in found if s not in _SYSTEMS]:
+    found.pop(TUNED, None)
+    for system in own_first(found, _UNTRAINED):
         row = dict.fromkeys(_COLUMNS)
         row |= {"approach": system, "status": "evaluated", "experiment": first.experiment}
         rows.append(row | _evaluated(evaluate, system))

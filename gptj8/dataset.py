@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from gptj8.errors import UserError
 from gptj8.files import read_json, write_json
+from gptj8.prompts import PromptEncoder, TextEncoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,6 +87,15 @@ class PreparedDataset:
             return Dataset.from_file(str(path))
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+
+    def prompt_encoder(self, encoder: TextEncoder, max_length: int) -> PromptEncoder:
+        """Return what makes the prompts that the examples have.
+
+        Args:
+            encoder: the model's tokenizer.
+            max_length: tokens of prompt and answer together; the examples have `data.max_length`.
+        """
+        return PromptEncoder(encoder, self.prompt_template, max_length, self.truncation_side)
 
     def _file(self, name: str, known: Sequence[str], suffix: str) -> Path:
         if name not in known:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
+
 _METRICS = {  # of evaluate: what the Hub calls it
-    "tuned/accuracy": "accuracy",
-    "tuned/macro_f1": "f1",
-    "tuned/exact_match": "exact_match",
-    "tuned/perplexity": "perplexity",
+    f"{TUNED}/accuracy": "accuracy",
+    f"{TUNED}/macro_f1": "f1",
+    f"{TUNED}/exact_match": "exact_match",
+    f"{TUNED}/perplexity": "perplexity",
 }
 _COLUMNS = {
     "accuracy": "the share of rows whose likeliest label is the right one, with its 95 % interval",
@@ -21,11 +23,11 @@ _COLUMNS = {
 }
 _TASKS = {"classification": "text-classification"}
 _SYSTEMS = {
-    "base": "the original model, unquantized",
-    "quantized": "its 8-bit copy",
-    "few_shot": "the 8-bit copy with solved examples before each prompt",
-    "baseline": "TF-IDF and logistic regression, fitted on the same rows",
-    "tuned": "the 8-bit copy with this adapter",
+    ORIGINAL: "the original model, unquantized",
+    QUANTIZED: "its 8-bit copy",
+    FEW_SHOT: "the 8-bit copy with solved examples before each prompt",
+    BASELINE: "TF-IDF and logistic regression, fitted on the same rows",
+    TUNED: "the 8-bit copy with this adapter",
 }
 
 
@@ -114,7 +116,7 @@ on held-out rows of the same source only.
 
 def _systems_table(evaluation: Mapping[str, Any]) -> str:
     found = dict.fromkeys(key.partition("/")[0] for key in evaluation if "/" in key)
-    systems = [*(s for s in _SYSTEMS if s in found), *(s for s in found if s not in _SYSTEMS)]
+    systems = own_first(found)
     known = [c for c in _COLUMNS if any(f"{s}/{c}" in evaluation for s in systems)]
     lines = [f"| system | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
     for system in systems:

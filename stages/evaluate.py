@@ -126,14 +126,12 @@ def _prompt_encoders(
     from transformers import AutoConfig
 
     from gptj8.evaluation.perplexity import context_length
-    from gptj8.prompts import PromptEncoder, TextEncoder
+    from gptj8.prompts import TextEncoder
 
     context = context_length(AutoConfig.from_pretrained(str(BASE)))
-    encoder, side = TextEncoder.load(BASE), dataset.truncation_side
-    trained = PromptEncoder(
-        encoder, dataset.prompt_template, min(params.data.max_length, context), side
-    )
-    return trained, PromptEncoder(encoder, dataset.prompt_template, context, side)
+    encoder = TextEncoder.load(BASE)
+    trained = dataset.prompt_encoder(encoder, min(params.data.max_length, context))
+    return trained, dataset.prompt_encoder(encoder, context)
 
 
 def _measure_baseline(comparison: Comparison, train: pd.DataFrame, test: pd.DataFrame) -> None:

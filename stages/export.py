@@ -75,7 +75,7 @@ def _merge(
     from gptj8.evaluation.suite import held_out_documents
     from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
     from gptj8.models import load_model
-    from gptj8.prompts import PromptEncoder, TextEncoder
+    from gptj8.prompts import TextEncoder
     from gptj8.reference import compare_in_fresh_process
 
     merged = staging / MERGED
@@ -84,11 +84,10 @@ def _merge(
     compared = compare_in_fresh_process(ADAPTER, merged, None, dtype, device)
     require_same_answers(compared, "the merged model")
     dataset, settings = load_prepared(DATASET), params.evaluate
-    template, side = dataset.prompt_template, dataset.truncation_side
     _, documents = held_out_documents(
         dataset.task,
         dataset.split("test"),
-        PromptEncoder(TextEncoder.load(BASE), template, params.data.max_length, side),
+        dataset.prompt_encoder(TextEncoder.load(BASE), params.data.max_length),
         path=settings.perplexity_text,
         text_column=params.data.text_column,
         limit=settings.max_perplexity_documents,

@@ -92,12 +92,10 @@ def _label_accuracy(
     if not dataset.labels:
         return None
     from gptj8.evaluation.likelihood import label_accuracy
-    from gptj8.prompts import PromptEncoder
 
     rows = dataset.split("validation")
     rows = rows.head(params.finetune.max_eval_samples or len(rows))
-    template, side = dataset.prompt_template, dataset.truncation_side
-    prompts = PromptEncoder(encoder, template, params.data.max_length, side)
+    prompts = dataset.prompt_encoder(encoder, params.data.max_length)
     labels = [prompts.completion_ids(label) for label in dataset.labels]
     longest = max(map(len, labels))
     ids = [prompts.prompt(text, longest).ids for text in rows["text"]]

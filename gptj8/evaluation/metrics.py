@@ -21,12 +21,7 @@ from gptj8.evaluation.statistics import (
     mcnemar,
     perplexity_ratio,
 )
-
-ORIGINAL = "base"
-"""The system that perplexities are compared with."""
-
-TUNED = "tuned"
-"""The system that accuracies are compared with the others'."""
+from gptj8.evaluation.systems import ORIGINAL, TUNED
 
 
 def perplexity_metrics(

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from gptj8.errors import UserError
+from gptj8.evaluation.systems import OWN_SYSTEMS
 from gptj8.formats import explain_missing_file
 from gptj8.parsers import parse_file
 from gptj8.words import listed, quote, suggest
-
-OWN_SYSTEMS = ("base", "quantized", "few_shot", "tuned", "baseline")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ROW = re.compile(r"[0-9]{1,18}")

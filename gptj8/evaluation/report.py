@@ -19,11 +19,12 @@ from gptj8.evaluation.calibration import ReliabilityBin, reliability_curves
 from gptj8.evaluation.perplexity import DocumentScores
 from gptj8.evaluation.plots import plot_confusion, plot_reliability
 from gptj8.evaluation.statistics import accuracy_difference, mcnemar
+from gptj8.evaluation.systems import ORIGINAL, TUNED
 from gptj8.files import replace_file
 
 _TEXT_START = 120  # characters
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-_PLOTTED = ("tuned", "base")
+_PLOTTED = (TUNED, ORIGINAL)
 
 
 def write_reports(
@@ -50,7 +51,7 @@ def write_reports(
         generated: system -> what it wrote for the first rows.
     """
     actual = list(test["label"]) if labels else []
-    predicted = list(predictions["tuned"]) if labels else []
+    predicted = list(predictions[TUNED]) if labels else []
     confusion = zip(actual, predicted, strict=True)
     write_table(directory / "confusion_matrix.csv", ["actual", "predicted"], confusion)
     _write_predictions(directory / "predictions.csv", test, predictions, generated or {})

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from gptj8.errors import UserError
-from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, plan_batches
+from gptj8.evaluation.answers import write_answers
 from gptj8.evaluation.likelihood import score_labels
 from gptj8.evaluation.metrics import (
     classification_metrics,
@@ -24,7 +24,6 @@ from gptj8.evaluation.metrics import (
 )
 from gptj8.evaluation.perplexity import DocumentScores, score_documents
 from gptj8.formats import read_rows
-from gptj8.generation import cache_bytes_per_token, generate_greedily
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.runtime import peak_memory_gib, reset_peak_memory
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model = PreTrainedModel | PeftModel
-
-_CACHE_BYTES = 1 << 29  # keys and values of all rows that are generated together
 
 
 @dataclass(frozen=True)
@@ -225,29 +222,14 @@ class Comparison:
             labels = np.array(questions.labels, dtype=object)
             self.predictions[system] = labels[likelihoods.argmax(1)]
         if questions.generated_rows:
-            asked = prompts[: questions.generated_rows]
-            self.generated[system] = self._generate(system, model, asked)
-
-    def _generate(self, system: str, model: Model, prompts: Sequence[Sequence[int]]) -> list[str]:
-        encoder, new_tokens = self.questions.encoder, self.questions.max_new_tokens
-        texts = [""] * len(prompts)
-
-        def answer(batch: list[int]) -> None:
-            rows = generate_greedily(
+            self.generated[system] = write_answers(
                 model,
-                [prompts[i] for i in batch],
-                max_new_tokens=new_tokens,
-                vocab_size=encoder.vocab_size,
-                eos_id=encoder.eos_id,
+                prompts[: questions.generated_rows],
+                questions.encoder,
+                max_new_tokens=questions.max_new_tokens,
+                batch_size=self.batch_size,
+                description=f"{system}: answers",
             )
-            for index, ids in zip(batch, rows, strict=True):
-                texts[index] = encoder.decode(ids).strip()
-
-        most = min(max_batch_tokens(model.device, 1), _CACHE_BYTES // cache_bytes_per_token(model))
-        lengths = [len(prompt) + new_tokens for prompt in prompts]
-        batches = plan_batches(lengths, self.batch_size, most)
-        for_each_batch(batches, answer, f"{system}: answers", len(prompts))
-        return texts
 
     def metrics(self, resamples: int, seed: int) -> dict[str, float]:
         """Return everything as `<system>/<metric>`; see `gptj8.evaluation.metrics`.

@@ -26,6 +26,7 @@ from gptj8 import __version__
 from gptj8.errors import UserError
 from gptj8.prompts import EncodedPrompt
 from gptj8.serving.engine import BusyError, Engine
+from gptj8.serving.predictor import AnswerStream
 from gptj8.serving.requests import (
     ClassifyRequest,
     ClassifyResponse,
@@ -137,7 +138,7 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
             reason = f"max_new_tokens = {body.max_new_tokens} is more than {limits.max_new_tokens}"
             raise _RefusedError(422, reason)
         prompt = await asyncio.to_thread(_encoded, body.encode, predictor, limits.max_prompt_tokens)
-        pieces = _Pieces(engine, is_answer=body.row is not None)
+        pieces = _Pieces(AnswerStream(predictor.encoder, of_row=body.row is not None))
         future = _submitted(engine.generate, prompt.ids, body.sampling, pieces.put)
         if body.stream:
             return _EventStream(_events(pieces, future, prompt, limits.seconds), future)
@@ -190,19 +191,17 @@ class _BodyLimit:
 class _Pieces:
     """The text of one answer as it grows, handed from the engine's thread to the event loop."""
 
-    def __init__(self, engine: Engine, is_answer: bool) -> None:
-        self._decode = engine.predictor.encoder.decode_stream()
-        self._is_answer = is_answer
+    def __init__(self, stream: AnswerStream) -> None:
+        self._stream = stream
         self._loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[str | None] = asyncio.Queue()
-        self.text = ""
+
+    @property
+    def text(self) -> str:
+        return self._stream.text
 
     def put(self, token: int) -> None:
-        piece = self._decode(token)
-        if self._is_answer and not self.text:  # an answer was learned behind a space
-            piece = piece.lstrip()
-        if piece:
-            self.text += piece
+        if piece := self._stream.put(token):
             self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
     def end(self, future: Future) -> None:

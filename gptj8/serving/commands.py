@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptj8.errors import UserError
+from gptj8.serving.sockets import bind, listen
 
 if TYPE_CHECKING:
     from gptj8.serving.predictor import Predictor
@@ -106,6 +107,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError("\n".join(map(explain, error.errors()))) from None
     predictor = _load(arguments)
     from gptj8.generation import GenerationBatch
+    from gptj8.serving.predictor import AnswerStream
 
     try:
         encoded = request.encode(predictor)
@@ -115,15 +117,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(f"{encoded.cut_tokens} tokens of the row did not fit and were cut", file=sys.stderr)
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
-    decode, shown, text = encoder.decode_stream(), 0, ""
+    stream, shown = AnswerStream(encoder, of_row=bool(row)), 0
     (answer,) = batch.add([encoded.ids], [request.sampling])
     while True:
         for token in answer.ids[shown:]:
-            piece = decode(token)
-            if row and not text:  # an answer was learned behind a space
-                piece = piece.lstrip()
-            text += piece
-            print(piece, end="", flush=True)
+            print(stream.put(token), end="", flush=True)
             shown += 1
         if answer.finish_reason is not None:
             break
@@ -148,7 +146,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} {getattr(arguments, name)} must be more than 0")
     if arguments.max_prompt_tokens is not None and arguments.max_prompt_tokens < 1:
         raise UserError(f"--max-prompt-tokens {arguments.max_prompt_tokens} must be more than 0")
-    _require_free_port(arguments.host, arguments.port)
+    host = arguments.host
+    sockets = bind(host, arguments.port)
     predictor = _load(arguments)
     import uvicorn
 
@@ -161,34 +160,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         max_body_bytes=arguments.max_body_bytes,
         seconds=arguments.timeout,
     )
+    url = listen(host, sockets)
     engine = Engine(predictor, arguments.max_batch, arguments.max_waiting)
-    if arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"whoever reaches {arguments.host} can use the model", file=sys.stderr)
-    print(
-        f"{predictor.name}: http://{arguments.host}:{arguments.port} (described at /docs)",
-        flush=True,
-    )
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"whoever reaches {host} can use the model", file=sys.stderr)
+    print(f"{predictor.name}: {url} (described at /docs)", flush=True)
     config = uvicorn.Config(
         create_app(engine, limits),
-        host=arguments.host,
-        port=arguments.port,
         log_level="warning",
         timeout_graceful_shutdown=10,  # for a client that does not read
     )
-    server = Server(config, engine)
-    server.run()
-    if not server.started:
-        raise UserError(f"the server did not start on {arguments.host}:{arguments.port}")
-
-
-def _require_free_port(host: str, port: int) -> None:
-    """Refuse before a large model is loaded what could not be listened at afterwards."""
-    import socket
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError, UnicodeError) as error:  # a host that is no name
-            raise UserError(f"--host {host} --port {port}: {error}") from None
+    Server(config, engine).run(sockets)

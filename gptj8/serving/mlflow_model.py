@@ -43,8 +43,6 @@ LIBRARIES = (
 NEW_TOKENS = 64
 """Of a completion, where a request does not say."""
 
-_ROWS_AT_ONCE = 16
-
 
 class Model:
     """Answers the rows of a table, in MLflow's interface for Python functions."""
@@ -75,7 +73,11 @@ class Model:
             tokens = int((params or {}).get("max_new_tokens", NEW_TOKENS))
             if tokens < 1:
                 raise UserError(f"max_new_tokens = {tokens} must be at least 1")
-            return pd.DataFrame({"completion": self._complete(records, tokens)})
+            prompts = [
+                _of_row(number, lambda row=row: self.predictor.encode_row(row, tokens).ids)
+                for number, row in enumerate(records)
+            ]
+            return pd.DataFrame({"completion": self.predictor.complete(prompts, tokens)})
         prompts = [
             _of_row(number, lambda row=row: self.predictor.encode_for_labels(row).ids)
             for number, row in enumerate(records)
@@ -84,26 +86,6 @@ class Model:
         found = pd.DataFrame(scores, columns=[f"score_{label}" for label in labels])
         found.insert(0, "label", [labels[index] for index in scores.argmax(1)])
         return found
-
-    def _complete(self, records: list[dict[str, Any]], max_new_tokens: int) -> list[str]:
-        from gptj8.generation import generate_greedily
-
-        encoder = self.predictor.encoder
-        prompts = [
-            _of_row(number, lambda row=row: self.predictor.encode_row(row, max_new_tokens).ids)
-            for number, row in enumerate(records)
-        ]
-        texts: list[str] = []
-        for begin in range(0, len(prompts), _ROWS_AT_ONCE):
-            answers = generate_greedily(
-                self.predictor.model,
-                prompts[begin : begin + _ROWS_AT_ONCE],
-                max_new_tokens=max_new_tokens,
-                vocab_size=encoder.vocab_size,
-                eos_id=encoder.eos_id,
-            )
-            texts += [encoder.decode(ids).strip() for ids in answers]
-        return texts
 
 
 def _of_row(number: int, encode: Any) -> list[int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptj8.errors import UserError
+from gptj8.evaluation.answers import write_answers
 from gptj8.evaluation.calibration import label_probabilities
 from gptj8.evaluation.likelihood import score_labels
 from gptj8.evaluation.perplexity import context_length
@@ -146,6 +147,42 @@ class Predictor:
             self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
         )
         return label_probabilities(scores)
+
+    def complete(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Return the likeliest continuation of each prompt, without white space around it."""
+        return write_answers(
+            self.model,
+            prompts,
+            self.encoder,
+            max_new_tokens=max_new_tokens,
+            batch_size=_ROWS_AT_ONCE,
+            description=None,
+        )
+
+
+class AnswerStream:
+    """The text of one answer, as its tokens come.
+
+    Args:
+        encoder: reads them.
+        of_row: the answer to a row was learned behind a space, which is no part of it.
+
+    Attributes:
+        text: all so far.
+    """
+
+    def __init__(self, encoder: TextEncoder, of_row: bool) -> None:
+        self.text = ""
+        self._decode = encoder.decode_stream()
+        self._of_row = of_row
+
+    def put(self, token: int) -> str:
+        """Return what a token adds: nothing while a character is not complete."""
+        piece = self._decode(token)
+        if self._of_row and not self.text:
+            piece = piece.lstrip()
+        self.text += piece
+        return piece
 
 
 def _require_few(tokens: int, most: int | None) -> None:

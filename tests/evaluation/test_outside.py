@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from gptj8.errors import UserError
-from gptj8.evaluation.outside import OWN_SYSTEMS, read_predictions
+from gptj8.evaluation.outside import read_predictions
+from gptj8.evaluation.systems import OWN_SYSTEMS
 
 LABELS = ["1", "NA", "sql"]
 

@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score
 
 import stages.evaluate as stage
 from gptj8.errors import UserError
+from gptj8.evaluation.systems import OWN_SYSTEMS
 
 WORDS = {"sql": "table select join", "fox": "quick brown fox", "dog": "lazy dog"}
 COSTS = {"seconds", "tokens_per_second", "peak_memory_gib"}
@@ -94,6 +95,7 @@ def table(name):
 def test_classification(project):
     metrics = project("classification", few_shot=2)
     systems = {"baseline", "base", "quantized", "few_shot", "tuned"}
+    assert systems == set(OWN_SYSTEMS)
     measured = {"base", "quantized", "tuned"}
     asked = {"base", "quantized", "few_shot", "tuned"}
     interval = ("", "_low", "_high")

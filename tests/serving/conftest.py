@@ -13,6 +13,7 @@ import uvicorn
 
 from gptj8.adapters import add_adapter
 from gptj8.export import collect, describe
+from gptj8.generation import generate_greedily
 from gptj8.models import load_model
 from gptj8.params import parse_params, resolved
 from gptj8.reference import save_reference
@@ -84,6 +85,19 @@ def predictors(exports, tiny_8bit_dir):
     """By task, and `base` for the model without an adapter."""
     found = {t: Predictor.load(tiny_8bit_dir, folder, "float32") for t, folder in exports.items()}
     return {**found, "base": Predictor.load(tiny_8bit_dir, None, "float32")}
+
+
+def greedy(predictor, prompt, tokens):
+    """Return the ids that the model finds likeliest, asked alone."""
+    encoder = predictor.encoder
+    (ids,) = generate_greedily(
+        predictor.model,
+        [prompt],
+        max_new_tokens=tokens,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+    )
+    return ids
 
 
 def free_port():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.serving.conftest import free_port, until
+from gptj8.errors import UserError
+from gptj8.serving import commands
+from gptj8.serving.sockets import bind
+from tests.serving.conftest import greedy
 
 PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "liquor " * 5]
 ROOT = Path(__file__).parents[2]
@@ -49,18 +55,7 @@ def assert_refused(process, reason):
 
 
 def expected(predictor, ids, tokens):
-    from gptj8.generation import generate_greedily
-
-    encoder = predictor.encoder
-    (out,) = generate_greedily(
-        predictor.model,
-        [ids],
-        max_new_tokens=tokens,
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-    )
-    decode = encoder.decode_stream()
-    return "".join(map(decode, out))
+    return "".join(map(predictor.encoder.decode_stream(), greedy(predictor, ids, tokens)))
 
 
 def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
@@ -132,11 +127,32 @@ def test_a_port_in_use_is_refused_before_a_model_is_loaded(gptj8, tmp_path):
         assert_refused(gptj8("serve", "--port", port, "--model", "no-model"), f"--port {port}")
 
 
+def test_a_port_that_is_lost_while_the_model_is_loaded_is_refused_in_a_line(
+    predictors, monkeypatch, capfd
+):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+
+        def load(arguments):
+            other.listen()
+            return predictors["base"]
+
+        monkeypatch.setattr(commands, "_load", load)
+        parser = argparse.ArgumentParser()
+        commands.add_serving_commands(parser.add_subparsers())
+        port = other.getsockname()[1]
+        arguments = parser.parse_args(["serve", "--port", str(port)])
+        with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
+            arguments.command(arguments)
+    assert capfd.readouterr() == ("", "")
+
+
 @contextmanager
-def served(exports, tiny_8bit_dir, cwd):
-    port = free_port()
+def served(exports, tiny_8bit_dir, cwd, host="127.0.0.1"):
     options = ["--model", tiny_8bit_dir, "--adapter", exports["classification"]]
-    command = [sys.executable, "-m", "gptj8.cli", "serve", "--port", port, *options]
+    options += ["--host", host, "--port", 0]
+    command = [sys.executable, "-m", "gptj8.cli", "serve", *options]
     with subprocess.Popen(
         list(map(str, command)),
         cwd=cwd,
@@ -144,19 +160,67 @@ def served(exports, tiny_8bit_dir, cwd):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
+        too_late = threading.Timer(60, process.kill)
+        too_late.start()
         try:
-            url = f"http://127.0.0.1:{port}"
-            until(lambda: process.poll() is not None or answers(url), 60)
-            yield process, url
+            line = process.stdout.readline().decode()
+            too_late.cancel()
+            url = re.search(r": (http://\S+) \(described at /docs\)", line)
+            assert url, process.stderr.read().decode()
+            yield process, url[1]
         finally:
+            too_late.cancel()
             process.kill()
 
 
-def answers(url):
+def has_ipv6():
     try:
-        return requests.get(url + "/health", timeout=5).status_code == 200
-    except requests.ConnectionError:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
         return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+
+
+@needs_ipv6
+def test_what_it_prints_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
+    """Also where the host is an address of IPv6, and the port any that is free."""
+    with served(exports, tiny_8bit_dir, tmp_path, "::1") as (_, url):
+        assert url.startswith("http://[::1]:")
+        assert not url.endswith(":0")
+        assert requests.get(url + "/health", timeout=5).json()["status"] == "ok"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::", marks=needs_ipv6)])
+def test_a_port_is_taken_at_every_address_of_a_host(host):
+    sockets = bind(host, 0)
+    try:
+        assert len({taken.getsockname()[1] for taken in sockets}) == 1
+        assert len({taken.getsockname() for taken in sockets}) == len(sockets) >= 1
+        for taken in sockets:
+            assert taken.proto == socket.IPPROTO_TCP  # else asyncio delays small packets
+            taken.listen()
+            with socket.create_connection(taken.getsockname()[:2], timeout=5):
+                pass
+    finally:
+        for taken in sockets:
+            taken.close()
+
+
+def test_an_address_that_the_machine_lacks_is_no_fault_of_the_others(monkeypatch):
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # nobody's: RFC 5737
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **keywords: found)
+    (taken,) = bind("somewhere", 0)
+    taken.close()
+    del found[1]
+    with pytest.raises(UserError, match="--host somewhere --port 0"):
+        bind("somewhere", 0)
 
 
 def resident_mb(pid):
@@ -182,7 +246,7 @@ def test_it_serves_keeps_its_memory_and_ends_when_told(exports, tiny_8bit_dir, t
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode in (0, 143)
-    assert url in stdout.decode()
+    assert stdout == b""  # its line was read
     assert "Traceback" not in stderr.decode()
 
 

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from gptj8.generation import GenerationBatch, Sampling, generate_greedily
+from gptj8.generation import GenerationBatch, Sampling
 from gptj8.serving.engine import BusyError, Engine
-from tests.serving.conftest import held, until
+from tests.serving.conftest import greedy, held, until
 
 LONG = Sampling(100)
 
@@ -30,18 +30,6 @@ def make_engine(predictor):
     yield make
     for engine in engines:
         engine.close()
-
-
-def greedy(predictor, prompt, tokens):
-    encoder = predictor.encoder
-    (ids,) = generate_greedily(
-        predictor.model,
-        [prompt],
-        max_new_tokens=tokens,
-        vocab_size=encoder.vocab_size,
-        eos_id=encoder.eos_id,
-    )
-    return ids
 
 
 def test_tokens_come_one_by_one_and_in_order(make_engine, predictor):

@@ -11,6 +11,7 @@ import torch
 
 from gptj8.params import parse_params
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.serving.predictor import AnswerStream
 from gptj8.shapes import shape_of
 from tests.serving.conftest import LABELS, TASKS, data_of
 
@@ -156,3 +157,13 @@ def test_probabilities_are_the_models_own(predictors):
     found = predictor.classify(prompts)
     assert np.allclose(found, expected, atol=1e-5)
     assert np.ptp(found, axis=1).min() > 0.01  # no coin is tossed
+
+
+@pytest.mark.parametrize(
+    ("of_row", "text"), [(True, "a  fox é "), (False, "   a  fox é ")], ids=["row", "prompt"]
+)
+def test_the_space_that_an_answer_was_learned_behind_is_no_part_of_it(predictors, of_row, text):
+    encoder = predictors["base"].encoder
+    stream = AnswerStream(encoder, of_row)
+    pieces = [stream.put(token) for token in encoder.encode("   a  fox é ")]
+    assert stream.text == "".join(pieces) == text
