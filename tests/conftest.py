@@ -98,3 +98,35 @@ def project(tmp_path, monkeypatch, empty_tracking_database):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path
+
+
+@pytest.fixture
+def recorded_inline(monkeypatch):
+    """Stages are recorded in the process of the test, and not by one that takes seconds to start.
+
+    The process is what tests/test_tracking_faults.py and tests/test_pipeline.py are about.
+    """
+    from gptj8.tracking import recorder, sending, stage
+
+    class Inline:
+        stdin = None
+
+        def __init__(self, journal: Path) -> None:
+            self.journal = journal
+            recorder.describe(journal, Path.cwd())
+
+        def poll(self) -> int:
+            delivery = sending.open_delivery(self.journal)
+            assert delivery.advance()
+            sending.finish(self.journal, delivery)
+            return 0
+
+    monkeypatch.setattr(stage, "start_recorder", Inline)
+
+
+@pytest.fixture
+def recorded_beside(recorded_inline, monkeypatch):
+    """As users have it, where a module is recorded inline."""
+    from gptj8.tracking import recorder, stage
+
+    monkeypatch.setattr(stage, "start_recorder", recorder.start_recorder)

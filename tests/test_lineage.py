@@ -15,6 +15,8 @@ from gptj8.params import load_params
 from gptj8.tracking import identity, lineage, lookup
 from gptj8.tracking.evidence import remember_that_it_ran
 
+pytestmark = pytest.mark.usefixtures("recorded_inline")
+
 PARAMS = "data:\n  train: rows.csv\nmodel:\n  path: model\nfinetune:\n  r: 8\n"
 
 

@@ -12,6 +12,8 @@ from gptj8.errors import UserError
 from gptj8.params import parse_params
 from gptj8.tracking import identity
 
+pytestmark = pytest.mark.usefixtures("recorded_inline")
+
 
 def params(**sections):
     content = {"data": {"train": "rows.csv"}, "model": {"path": "model"}}
@@ -116,6 +118,7 @@ def test_the_experiments_name_is_the_rows(project, monkeypatch):
     assert row.data.tags["dvc.experiment"] == "brave-fox"
 
 
+@pytest.mark.usefixtures("recorded_beside")
 def test_without_a_server_the_work_goes_on(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db")
     done = []
@@ -153,6 +156,7 @@ def test_before_the_inputs_exist_there_is_no_row(project):
     assert client.get_experiment_by_name("gptj8") is None
 
 
+@pytest.mark.usefixtures("recorded_beside")
 def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     started = time.monotonic()
@@ -174,6 +178,7 @@ def test_a_project_that_was_moved_is_told_where_its_artifacts_go(project, capsys
     assert "keep their artifacts in" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("recorded_beside")
 def test_a_model_that_cannot_be_registered_is_an_error(project, monkeypatch):
     """Unlike all else that is recorded: whoever deploys relies on it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
 from gptj8.tracking.identity import state_folder
-from gptj8.tracking.journal import Event, read_events, read_state, write_state
+from gptj8.tracking.journal import Event, read_events, read_state, update_state
 
 KEY_TAG = "gptj8.key"
 SWEEP_TAG = "gptj8.sweep"
@@ -104,7 +104,7 @@ class Delivery:
             count = self._batch(events)
             self._apply(events[:count])
             self._sent = ends[count - 1]
-            write_state(self.journal, sent=self._sent, phase="sending", run_id=self.run_id)
+            update_state(self.journal, sent=self._sent, phase="sending", run_id=self.run_id)
             done = done or events[count - 1]["event"] == "end"
             events, ends = events[count:], ends[count:]
         return done

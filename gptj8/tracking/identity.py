@@ -43,9 +43,7 @@ def tracking_uri(params: Params) -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
     if uri is None:
-        raise UserError(
-            "tracking.uri is null, and nothing is recorded; set it to where runs are kept"
-        )
+        raise UserError("tracking.uri is null: nothing is recorded; set it to where runs are kept")
     if uri.startswith(_SQLITE) and not uri.startswith(_SQLITE + "/"):
         return f"{_SQLITE}{project_root() / uri.removeprefix(_SQLITE)}"
     return uri

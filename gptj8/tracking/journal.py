@@ -123,9 +123,9 @@ def read_state(journal: Path) -> dict[str, Any]:
         return {}
 
 
-def write_state(journal: Path, **state: Any) -> None:
-    """Replace the state of a journal."""
-    write_json(journal / _STATE, state)
+def update_state(journal: Path, **changes: Any) -> None:
+    """Change what the state of a journal says."""
+    write_json(journal / _STATE, {**read_state(journal), **changes})
 
 
 def metric_values(stage: str, metrics: Mapping[str, Any]) -> dict[str, float]:

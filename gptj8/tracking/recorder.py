@@ -26,8 +26,7 @@ from gptj8.tracking.journal import (
     is_alive,
     journals_of,
     read_events,
-    read_state,
-    write_state,
+    update_state,
 )
 from gptj8.tracking.lineage import changes, libraries, lineage_tags, unknown_files
 from gptj8.words import one_line
@@ -70,11 +69,11 @@ def main() -> None:
     with suppress(OSError):
         os.nice(5)  # the stage comes first
     journal, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    _describe(journal, folder)
+    describe(journal, folder)
     _Recorder(journal).run()
 
 
-def _describe(journal: Path, folder: Path) -> None:
+def describe(journal: Path, folder: Path) -> None:
     """Write down what the stage would lose time with: where it comes from, and what of its inputs
     DVC took from its cache. Before anything is imported that takes long: the folder of a queued
     experiment is gone soon after its last stage."""
@@ -149,8 +148,7 @@ class _Recorder:
             self._look(_POLL_SECONDS)
 
     def _tell(self, phase: str, reason: str = "") -> None:
-        state = {**read_state(self.journal), "phase": phase, "reason": reason}
-        write_state(self.journal, **state)
+        update_state(self.journal, phase=phase, reason=reason)
 
     def _watch(self, seconds: float) -> None:
         """Wait, and see meanwhile whether the stage is still there and what the machine does."""

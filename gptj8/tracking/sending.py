@@ -22,7 +22,7 @@ from gptj8.tracking.journal import (
     journals_of,
     read_events,
     read_state,
-    write_state,
+    update_state,
 )
 from gptj8.words import one_line
 
@@ -54,16 +54,15 @@ def open_delivery(journal: Path) -> Delivery:
             f"the runs of {start['experiment']} keep their artifacts in {location}, where this "
             "project was when they began; set tracking.experiment to another name to keep them here"
         )
-        write_state(journal, **{**read_state(journal), "notices": [notice]})
+        update_state(journal, notices=[notice])
     return Delivery(journal, client, experiment_id)
 
 
 def finish(journal: Path, delivery: Delivery) -> None:
     """Mark a journal as sent; what it holds is not needed any more."""
-    state = read_state(journal)
     refused = [f"MLflow refused {line}" for line in delivery.rejected]
-    notices = [*state.get("notices", []), *refused]
-    write_state(journal, **{**state, "phase": "done", "notices": notices})
+    notices = [*read_state(journal).get("notices", []), *refused]
+    update_state(journal, phase="done", notices=notices)
 
 
 def discard(journal: Path) -> None:
