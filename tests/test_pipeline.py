@@ -20,9 +20,21 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 
-# Modules that decide how a stage talks to its surroundings and not what it writes. Were they deps,
-# every new param and every change of tracking would reconvert the model.
-NEUTRAL = {"__init__", "_registration", "errors", "files", "params", "runtime", "tracking"}
+# Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
+# what it writes. Were they deps, every new param, every change of tracking and every other line on
+# the terminal would reconvert the model.
+NEUTRAL = {
+    "__init__",
+    "_registration",
+    "changes",
+    "errors",
+    "files",
+    "params",
+    "runtime",
+    "terminal",
+    "tracking",
+    "training_progress",
+}
 # Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
 # computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
 # module with conversion, and never converts.

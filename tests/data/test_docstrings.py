@@ -180,7 +180,7 @@ def test_mistakes_end_with_one_line_and_leave_nothing(
     result = run(folder, packages)
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("docstrings: ") and all(name in line for name in named)
+    assert line.startswith("error: docstrings: ") and all(name in line for name in named)
     assert "Traceback" not in result.stderr
     assert {path.name for path in folder.iterdir()} == {"extract.py", "params.yaml"}
 
