@@ -86,6 +86,7 @@ class Progress:
                 unit_scale=unit == "bytes",
                 bar_format=_BAR,
                 mininterval=_REFRESH_SECONDS,
+                miniters=1,  # else a slower pace is not shown
                 smoothing=0,
                 leave=False,
                 dynamic_ncols=True,

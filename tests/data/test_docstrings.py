@@ -69,7 +69,8 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 
 
 def run(folder: Path, packages: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(packages), "PYTHONHASHSEED": hash_seed}
+    path = os.pathsep.join([str(packages), str(RECIPE.parents[2])])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}
     command = [sys.executable, "extract.py"]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
