@@ -13,6 +13,7 @@ pace of the last seconds would promise much after it and little during it.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,8 +26,9 @@ LOG_SECONDS = 30.0
 """Between two lines of progress in a log."""
 
 _REFRESH_SECONDS = 0.5
+# The time left before the facts: a terminal of 80 columns has no room for all of them.
 _BAR = (
-    "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt} of {total_fmt} {unit}{postfix}, {remaining} left"
+    "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt} of {total_fmt} {unit}, {remaining} left{postfix}"
 )
 
 _speaker = ""
@@ -89,7 +91,8 @@ class Progress:
                 miniters=1,  # else a slower pace is not shown
                 smoothing=0,
                 leave=False,
-                dynamic_ncols=True,
+                # Not tqdm's own idea: a terminal that does not know its size would get nothing.
+                ncols=shutil.get_terminal_size().columns,
             )
 
     def __call__(self, count: int = 1) -> None:

@@ -81,7 +81,7 @@ class TrainingProgress(TrainerCallback):
         if "loss" in last:
             parts.append(f"loss {last['loss']:.3f}")
         if "eval_accuracy" in last:
-            parts.append(f"validation accuracy {last['eval_accuracy']:.1%}")
+            parts.append(f"accuracy {last['eval_accuracy']:.1%}")
         elif "eval_loss" in last:
             parts.append(f"validation loss {last['eval_loss']:.3f}")
         if measured.step_seconds:

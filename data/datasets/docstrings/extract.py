@@ -174,7 +174,8 @@ def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
     normalized = [normalize(text) for text in texts]
     hashes = band_hashes(normalized, *banding(max_similarity, len(texts)))
     one_group = np.zeros(len(texts), dtype=np.uint8)
-    return find_similar(hashes, one_group, normalized.__getitem__, max_similarity)[0]
+    shown = each(hashes, len(hashes), "compare", "bands")
+    return find_similar(shown, one_group, normalized.__getitem__, max_similarity)[0]
 
 
 def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
