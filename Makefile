@@ -9,11 +9,13 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
+STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
+
 .PHONY: repro compare test test-slow bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
-	dvc repro
+	@dvc repro || { echo $(STOPPED) >&2; exit 2; }
 	gptj8 summary
 
 compare: $(INSTALLED) ## LayerNorms only, LoRA on attention, LoRA on all linears: one table

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.errors import UserError
@@ -32,6 +31,7 @@ from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swa
 from gptj8.layers import Frozen8bitModule
 from gptj8.manifest import MANIFEST, write_manifest
 from gptj8.shards import ShardedWeights, ShardWriter
+from gptj8.terminal import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,9 +129,9 @@ def convert_checkpoint(
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
     with replace_directory(target) as staging, ShardWriter(staging) as writer:
-        with tqdm(total=weights.total_bytes, unit="B", unit_scale=True, desc="convert") as bar:
+        with progress(weights.total_bytes, "convert", "bytes") as advance:
             for source_name, tensor in weights:
-                bar.update(tensor.numel() * tensor.element_size())
+                advance(tensor.numel() * tensor.element_size())
                 name = names.get(source_name)
                 if name is None:
                     continue

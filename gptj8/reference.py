@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from gptj8 import replay
 from gptj8.errors import UserError
 from gptj8.files import sha256_file
+from gptj8.terminal import each
 
 REFERENCE_FILE = "reference_answers.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -50,7 +51,8 @@ def save_reference(
     """Write prompts and the model's answers into the folder in which its adapter was saved, with
     the adapter's digest."""
     model.eval()
-    answers = [replay.answer(model, prompt, eos_id) for prompt in prompts]
+    shown = each(prompts, len(prompts), "answers to compare exports with", "prompts")
+    answers = [replay.answer(model, prompt, eos_id) for prompt in shown]
     tensors = {
         "logits": torch.stack([logits for logits, _ in answers]),
         "eos_id": torch.tensor(eos_id),

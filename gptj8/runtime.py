@@ -10,8 +10,8 @@ import resource
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from gptj8.errors import UserError
@@ -119,27 +119,6 @@ def _explain(error: Exception) -> str | None:
 
 def _raise_terminated(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
-
-
-@contextmanager
-def progress(total: int, description: str, unit: str) -> Iterator[Callable[[int], object]]:
-    """Show how much of `total` is done, and yield what to call with each further number.
-
-    A bar on a terminal; elsewhere, where every refresh is one more line in a log, a line every half
-    minute and none for what is done sooner.
-    """
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=True,
-        mininterval=interval,
-        delay=0 if sys.stderr.isatty() else interval,
-    ) as bar:
-        yield bar.update
 
 
 def peak_memory_gib() -> float:

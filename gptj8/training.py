@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gptj8.adapters import trainable_parameters
 from gptj8.errors import UserError
 from gptj8.examples import IGNORED, Example
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+from gptj8.training_progress import TrainingProgress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +49,18 @@ class TrainingSettings:
         """Pick the settings out of the params' `finetune` section."""
         names = {item.name for item in fields(cls)} - {"seed"}
         return cls(seed=seed, **{name: section[name] for name in names})
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one step, on all GPUs together."""
+        devices = max(1, torch.cuda.device_count())
+        return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int) -> int:
+        """Return how many steps Trainer makes with so many rows."""
+        batches = math.ceil(rows / (self.rows_a_step // self.gradient_accumulation_steps))
+        steps_an_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        return math.ceil(self.num_train_epochs * steps_an_epoch)
 
 
 @dataclass
@@ -102,15 +115,19 @@ def train(
     model.config.use_cache = False
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
-    with tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch,
+        TrainingProgress(monitor) as shown,
+    ):
         trainer = _CompletionTrainer(
             model=model,
             args=_training_arguments(settings, scratch, model),
             train_dataset=train_examples,
             eval_dataset=eval_examples,
             data_collator=collator,
-            callbacks=[monitor],
+            callbacks=[monitor, shown],
         )
+        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         output = trainer.train()
         if monitor.last_eval_step != trainer.state.global_step:
@@ -177,6 +194,7 @@ def _training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
+        disable_tqdm=True,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),

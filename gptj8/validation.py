@@ -35,9 +35,9 @@ from gptj8.parallel import ordered_map
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.row_store import RowStore
-from gptj8.runtime import progress
 from gptj8.scan import Scanner, scan_files
 from gptj8.sources import find_sources
+from gptj8.terminal import each, progress
 from gptj8.words import listed
 
 FINDINGS_FILE = "findings.parquet"
@@ -170,7 +170,7 @@ class _Validation:
         files = [path for paths in validated.files.values() for path in paths]
         numbers: dict[str, int] = {}
         total = sum(path.stat().st_size for path in files)
-        with progress(total, "read", "B") as advance:
+        with progress(total, "read", "bytes") as advance:
             empty: dict[Path, str] = {}
             for batch in scan_files(self.scanner, files, self.data.engine, advance, empty):
                 split = split_of[batch.file]
@@ -226,7 +226,7 @@ class _Validation:
         bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
         self.validated.near_recall = near_duplicates.expected_recall(threshold, len(rows))
         pairs, alike = near_duplicates.find_similar(
-            (self.store.fact(band)[rows] for band in bands),
+            (self.store.fact(b)[rows] for b in each(bands, len(bands), "match", "bands")),
             self.split[rows],
             lambda index: self.store.normalized(int(rows[index])),
             threshold,
@@ -249,7 +249,7 @@ class _Validation:
         starts = range(0, size, _CHUNK)
         texts = (self.store.normalized_between(s, min(s + _CHUNK, size)) for s in starts)
         names = [f"band{number}" for number in range(bands)]
-        with progress(size, "compare", " rows") as advance:
+        with progress(size, "compare", "rows") as advance:
             hash_texts = functools.partial(near_duplicates.band_hashes, bands=bands, width=width)
             for hashes in ordered_map(hash_texts, texts):
                 self.store.add_facts(dict(zip(names, hashes, strict=True)))
@@ -316,7 +316,7 @@ class _Validation:
         )
         with (
             closing(prepared) as writer,
-            progress(self.store.size, "write", " rows") as advance,
+            progress(self.store.size, "write", "rows") as advance,
         ):
             for start, batch in self.store.batches():
                 end = start + batch.num_rows

@@ -12,6 +12,7 @@ from pathlib import Path
 from gptj8.files import write_csv, write_json
 from gptj8.params import load_params
 from gptj8.runtime import peak_memory_gib, run
+from gptj8.terminal import Story
 from gptj8.tracking import stage_run
 
 OUTPUT = Path("artifacts/base-8bit")
@@ -20,7 +21,12 @@ REPORT = Path("reports/convert")
 
 def main() -> None:
     """Convert `model.path` as the params' `quantization` section says."""
+    story = Story("convert")
     params = load_params()
+    story.say(
+        f"{params.model.path} to 8 bits in blocks of {params.quantization.block_size:,}, "
+        f"{params.quantization.codebook} codebook"
+    )
     with stage_run("convert", params):
         from gptj8.checkpoint import convert_checkpoint, summarize
         from gptj8.integration import Blockwise8bitConfig
@@ -44,7 +50,7 @@ def main() -> None:
                 "peak_memory_gib": peak_memory_gib(),
             },
         )
-        print(f"convert: {summarize(report)}")
+    story.end(summarize(report))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gptj8.files import write_json
 from gptj8.params import Params, load_params
 from gptj8.runtime import run
+from gptj8.terminal import Story, format_seconds
 from gptj8.tracking import REPORTS, stage_run
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ REPORT = REPORTS / "evaluate"
 
 def main() -> None:
     """Measure the original model, the 8-bit one and the tuned one on the same held-out rows."""
+    story = Story("evaluate")
     params = load_params()
     with stage_run("evaluate", params):
         from gptj8.dataset import load_prepared
@@ -75,21 +77,29 @@ def main() -> None:
             solved = few_shot_prompts(
                 test["text"], train, labels, whole, count=shots, seed=params.seed
             )
+        systems = f"{params.model.path}, its 8-bit copy and the tuned model"
+        asked = f", {len(labels)} labels" if labels else ""
+        story.say(f"{systems}, {len(test):,} test rows{asked}")
         if labels:
             _measure_baseline(comparison, train, test)
+            story.say(_result(comparison, "baseline"))
 
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
         with comparison.costing("base"):  # not kept: memory holds a single model at a time
             comparison.measure("base", load_original(params.model.path, BASE, dtype, device))
+        story.say(_result(comparison, "base"))
         with comparison.costing("quantized"):
             model = load_model(BASE, dtype, device)
             comparison.measure("quantized", model)
+        story.say(_result(comparison, "quantized"))
         if shots:
             with comparison.costing("few_shot"):
                 comparison.ask("few_shot", model, solved)
+            story.say(_result(comparison, "few_shot"))
         with comparison.costing("tuned"):
             comparison.measure("tuned", load_adapter(model, ADAPTER))
+        story.say(_result(comparison, "tuned"))
 
         resamples, seed = settings.bootstrap_resamples, params.seed
         metrics = comparison.metrics(resamples, seed)
@@ -115,8 +125,23 @@ def main() -> None:
         metrics["peak_memory_gib"] = max(peaks)
         metrics["seconds"] = time.perf_counter() - started
         write_json(REPORT / "metrics.json", metrics)
-        shown = {k: v for k, v in metrics.items() if k.endswith(("/perplexity", "/accuracy"))}
-        print("evaluate: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+    ratio = metrics["quantized/perplexity_ratio"]
+    story.end(f"8-bit perplexity {ratio:.5f} of the original's ({REPORT})")
+
+
+def _result(comparison: Comparison, system: str) -> str:
+    """Return in a line what was measured of one system."""
+    parts = []
+    if system in comparison.scores:
+        parts.append(f"perplexity {comparison.scores[system].perplexity:.3f}")
+    if system in comparison.predictions:
+        is_right = comparison.predictions[system] == list(comparison.questions.answers)
+        parts.append(f"accuracy {is_right.mean():.1%}")
+    elif system in comparison.generated:
+        parts.append(f"{len(comparison.generated[system]):,} answers")
+    took = format_seconds(comparison.costs[f"{system}/seconds"])
+    name = "baseline (TF-IDF)" if system == "baseline" else system
+    return f"{name}: {', '.join(parts)}; {took}"
 
 
 def _prompt_encoders(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gptj8.files import read_json, replace_directory, write_json
 from gptj8.params import Params, load_params, resolved
 from gptj8.runtime import run
+from gptj8.terminal import Story
 from gptj8.tracking import REPORTS, STAGES, flatten, stage_run
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ REPORT = REPORTS / "export"
 def main() -> None:
     """Collect, compare what a new process loads with what was trained, and only then put it in
     place; register it where that is asked for."""
+    story = Story("export")
     params = load_params()
+    story.say(
+        f"{ADAPTER} with its evidence, and the answers of a new process beside the trained model's"
+    )
     with stage_run("export", params) as record:
         from gptj8.evaluation.requirements import require_all
         from gptj8.export import (
@@ -61,7 +66,11 @@ def main() -> None:
         name = params.tracking.registered_model_name
         if name:
             version = record.register_model(name, BASE, OUTPUT, measured)
-            print(f"export: registered as version {version} of {name}")
+            story.say(f"registered as version {version} of {name}")
+    story.end(
+        f"{metrics['identical_generations']:.0f} of {metrics['compared_prompts']:.0f} prompts "
+        f"answered alike, logits differ by {metrics['max_logit_difference']:.2g} ({OUTPUT})"
+    )
 
 
 def _merge(

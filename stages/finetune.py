@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptj8.files import replace_directory, write_csv, write_json
-from gptj8.params import Params, load_params
+from gptj8.params import Finetune, Params, load_params
 from gptj8.runtime import peak_memory_gib, run
+from gptj8.terminal import Story
 from gptj8.tracking import stage_run
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from gptj8.dataset import PreparedDataset
     from gptj8.prompts import TextEncoder
+    from gptj8.training import TrainingSettings
 
 DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
@@ -29,6 +31,7 @@ REPORT = Path("reports/finetune")
 
 def main() -> None:
     """Train as the params' `finetune` section says and save the adapter in PEFT's format."""
+    story = Story("finetune")
     params = load_params()
     finetune = params.finetune
     with stage_run("finetune", params) as record:
@@ -59,6 +62,7 @@ def main() -> None:
             lora_dropout=finetune.lora_dropout,
         )
         settings = TrainingSettings.from_params(finetune.model_dump(), params.seed)
+        story.say(_describe(finetune, settings, len(train_set)))
         result = train(
             adapted,
             train_set,
@@ -78,7 +82,28 @@ def main() -> None:
             write_csv(REPORT / f"{curve}.csv", rows)
         measured = asdict(result).items()
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
-        write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak_memory_gib()})
+        peak = peak_memory_gib()
+        write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak})
+    accuracy = result.eval_accuracy
+    story.end(
+        f"{result.steps:,} steps, loss {result.train_loss:.3f}, validation loss "
+        f"{result.eval_loss:.3f}{'' if accuracy is None else f' and accuracy {accuracy:.1%}'}, "
+        f"{result.tokens_per_second:,.0f} tokens/s, peak memory {peak:.2f} GiB"
+    )
+
+
+def _describe(finetune: Finetune, settings: TrainingSettings, rows: int) -> str:
+    """Return what is trained, on how much."""
+    method = "LayerNorms"
+    if finetune.method == "lora":
+        target = finetune.target
+        names = target if isinstance(target, str) else ", ".join(target)
+        method = f"LoRA r={finetune.r} on {names}"
+    epochs = settings.num_train_epochs
+    return (
+        f"{method}, {rows:,} rows x {epochs:g} epoch{'' if epochs == 1 else 's'}, "
+        f"{settings.steps(rows):,} steps of {settings.rows_a_step}"
+    )
 
 
 def _label_accuracy(
@@ -101,7 +126,14 @@ def _label_accuracy(
     ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
     actual = [dataset.labels.index(label) for label in rows["label"]]
     batch_size = params.finetune.per_device_train_batch_size
-    return lambda model: label_accuracy(model, ids, labels, actual, batch_size=batch_size)
+    return lambda model: label_accuracy(
+        model,
+        ids,
+        labels,
+        actual,
+        batch_size=batch_size,
+        description="validation accuracy",
+    )
 
 
 if __name__ == "__main__":

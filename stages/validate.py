@@ -17,6 +17,7 @@ from gptj8.files import replace_directory
 from gptj8.params import load_params
 from gptj8.prompts import TextEncoder, check_context
 from gptj8.runtime import run
+from gptj8.terminal import Story
 from gptj8.tracking import REPORTS, stage_run
 from gptj8.validation import validate
 
@@ -27,9 +28,14 @@ REPORT = REPORTS / STAGE
 
 def main() -> None:
     """Run the stage in the current folder."""
+    story = Story(STAGE)
     params = load_params()
     if not Path(params.model.path).is_dir():
         raise UserError(f"model.path: {params.model.path} is not a directory with a model")
+    story.say(
+        f"{params.data.train}, a {params.data.task} of at most {params.data.max_length} tokens "
+        f"of {params.model.path}"
+    )
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
     shutil.rmtree(REPORT, ignore_errors=True)
@@ -43,7 +49,9 @@ def main() -> None:
     left_out = validated.findings.dropped_rows
     ignored = f"; {len(validated.ignored)} files not read" if validated.ignored else ""
     total = validated.total_rows.total()
-    print(f"{total:,} rows read: {sizes}; {left_out:,} left out{ignored} ({REPORT}/report.html)")
+    story.end(
+        f"{total:,} rows read: {sizes}; {left_out:,} left out{ignored} ({REPORT}/report.html)"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,21 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 
-# Modules that decide how a stage talks to its surroundings and not what it writes. Were they deps,
-# every new param and every change of tracking would reconvert the model.
-NEUTRAL = {"__init__", "_registration", "errors", "files", "params", "runtime", "tracking"}
+# Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
+# what it writes. Were they deps, every new param, every change of tracking and every other line on
+# the terminal would reconvert the model.
+NEUTRAL = {
+    "__init__",
+    "_registration",
+    "changes",
+    "errors",
+    "files",
+    "params",
+    "runtime",
+    "terminal",
+    "tracking",
+    "training_progress",
+}
 # Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
 # computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
 # module with conversion, and never converts.
@@ -114,6 +127,7 @@ class Clone:
         scripts = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": ""}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        environment.pop("TRANSFORMERS_VERBOSITY", None)  # users hear all that it has to say
         command = [sys.executable, "-m", "dvc", *arguments]
         return subprocess.run(
             command, cwd=self.folder, capture_output=True, text=True, env=environment
@@ -205,6 +219,36 @@ def test_the_pipeline_runs_from_rows_to_an_exported_adapter(clone, first_run):
     }
 
 
+# What DVC says itself.
+DVC_LINES = (
+    r"Running stage '\w+':|> python -m stages\.\w+|(Generating|Updating) lock file 'dvc.lock'"
+    r"|To track the changes with git, run:|\tgit add .*|To enable auto staging, run:"
+    r"|\tdvc config core.autostage true|Use `dvc push` .*"
+)
+
+
+def test_the_log_tells_the_story_and_nothing_else(clone, first_run):
+    for line in filter(None, first_run.stdout.splitlines()):
+        assert re.fullmatch(rf"{DVC_LINES}|({'|'.join(STAGES)}|record): .+|  .*", line), line
+    for line in first_run.stderr.splitlines():  # no bar, no dict, no warning of a library
+        assert re.fullmatch(r"finetune: training: \d+ of 24 steps, .+ (left|took .+)", line), line
+    assert "\r" not in first_run.stdout + first_run.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_says_why_it_runs_and_what_came_of_it(clone, first_run, stage):
+    said = [line for line in first_run.stdout.splitlines() if line.startswith(f"{stage}: ")]
+    assert said[0] == f"{stage}: first run"
+    assert len(said) >= 3
+    assert re.search(r"; [\d.]+ s$", said[-1])
+
+
+def test_a_skipped_stage_is_told(clone, first_run):
+    again = clone.dvc("repro", "validate", "convert")
+    for stage in ("validate", "convert"):
+        assert f"Stage '{stage}' didn't change, skipping" in again.stdout
+
+
 def test_the_first_run_is_one_complete_row(clone, first_run):
     client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
     (run,) = clone.runs().values()
@@ -245,7 +289,9 @@ def test_nothing_but_results_is_left_in_the_tree(clone, first_run):
 
 def test_the_same_seed_gives_the_same_bytes(clone, first_run):
     before, metrics = clone.adapter_digest(), clone.metrics("finetune")
-    assert ran(clone.dvc("repro", "--force", "--single-item", "finetune")) == ["finetune"]
+    forced = clone.dvc("repro", "--force", "--single-item", "finetune")
+    assert ran(forced) == ["finetune"]
+    assert "finetune: runs again: it was asked to" in forced.stdout
     assert clone.adapter_digest() == before
     timed = {"seconds", "tokens_per_second", "samples_per_second", "peak_memory_gib"}
     again = clone.metrics("finetune")
@@ -260,6 +306,8 @@ def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
     refused = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
     assert refused.returncode != 0
     assert [s for s in STAGES if f"Running stage '{s}'" in refused.stdout] == ["export"]
+    reason = "evaluate.require is ['tuned/accuracy > 2'] (was [])"
+    assert f"export: runs because {reason}" in refused.stdout
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "tuned/accuracy > 2 is not met" in errors[0] and "misses by" in errors[0]
     assert "exited with 2" in refused.stderr

@@ -37,3 +37,10 @@ def test_labels_of_shifted_splits_are_told_from_those_of_equal_ones(seed: int) -
         by_hand = sum(abs(a / one.sum() - b / other.sum()) for a, b in zip(one, other, strict=True))
         assert shift.distance == pytest.approx(by_hand / 2)
         assert bool(shift.notable) is notable
+
+
+@pytest.mark.parametrize("counts", [((40, 60), (70, 30)), ((5, 5), (5, 5)), ((50, 50), (51, 49))])
+def test_two_labels_are_compared_with_yates_correction(counts: tuple) -> None:
+    one, other = map(np.array, counts)
+    expected = chi2_contingency(np.stack([one, other])).pvalue
+    assert label_shift(one, other).p_value == pytest.approx(expected)

@@ -559,7 +559,7 @@ def test_bad_input_ends_in_one_line(
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-    assert done.stdout == ""
+    assert len(done.stdout.splitlines()) <= 1  # what is validated, and no word of success
     report = {"reports/validate/report.html", "reports/validate/findings.parquet"}
     assert files(project) - report == before
     assert not files(project.parent / "home")

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from gptj8.runtime import progress
+from gptj8.terminal import progress
 
 # Padded tokens of one forward pass. A CPU gains nothing from more (its caches are small: GPT-J's
 # attention at 512 tokens was twice as fast in batches of 1,024 tokens as of 8,192); a GPU needs
@@ -80,7 +80,7 @@ def for_each_batch(
     """
     limit = max(map(len, batches), default=1)
     quiet = nullcontext(lambda count: None)
-    with progress(rows, description, "row") if description else quiet as advance:
+    with progress(rows, description, "rows") if description else quiet as advance:
         for batch in batches:
             done = 0
             while done < len(batch):

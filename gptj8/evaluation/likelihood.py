@@ -137,9 +137,10 @@ def label_accuracy(
     actual: Sequence[int],
     *,
     batch_size: int,
+    description: str | None = None,
 ) -> float:
     """Return the share of prompts whose likeliest label is the one with the index `actual`."""
-    scores = score_labels(model, prompts, labels, batch_size=batch_size, description=None)
+    scores = score_labels(model, prompts, labels, batch_size=batch_size, description=description)
     return float((scores.argmax(1) == np.asarray(actual)).mean())
 
 

@@ -54,6 +54,7 @@ class StageRun:
         self._experiment = ""
         self._last_step = 0
         self._has_no_row_yet = False
+        self._is_sent = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record numbers as `<stage>/<key>`; nested dicts are joined with `/`."""
@@ -91,6 +92,13 @@ class StageRun:
                 f"tracking.registered_model_name = {name}: not registered, {one_line(error)}; the "
                 f"export is complete in {export}, run again to register it"
             ) from error
+
+    def outcome(self) -> str:
+        """Return, once the stage has ended, whether its row is complete, and where."""
+        if not self._uri:
+            return "nothing is recorded"
+        where = without_password(self._uri)
+        return f"the run is complete in {where}" if self._is_sent else f"{where} is behind"
 
     def _start(self, params: Params) -> None:
         if not is_recorded(params):
@@ -162,7 +170,8 @@ class StageRun:
                 self._recorder.stdin.close()
         for notice in state.get("notices", []):
             _warn(notice)
-        if state.get("phase") != "done":
+        self._is_sent = state.get("phase") == "done"
+        if not self._is_sent:
             reason = state.get("reason") or f"{without_password(self._uri)} does not answer"
             _warn(
                 f"MLflow has not received all of {self.stage} yet ({reason}); nothing is lost, "

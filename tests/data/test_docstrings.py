@@ -69,7 +69,8 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 
 
 def run(folder: Path, packages: Path, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(packages), "PYTHONHASHSEED": hash_seed}
+    path = os.pathsep.join([str(packages), str(RECIPE.parents[2])])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}
     command = [sys.executable, "extract.py"]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
@@ -180,7 +181,7 @@ def test_mistakes_end_with_one_line_and_leave_nothing(
     result = run(folder, packages)
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("docstrings: ") and all(name in line for name in named)
+    assert line.startswith("error: docstrings: ") and all(name in line for name in named)
     assert "Traceback" not in result.stderr
     assert {path.name for path in folder.iterdir()} == {"extract.py", "params.yaml"}
 

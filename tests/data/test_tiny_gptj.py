@@ -129,7 +129,7 @@ def test_mistakes_are_named_and_leave_nothing(
 def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
     result = run(write_recipe(tmp_path, documents=0))
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("tiny-gptj: ")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: tiny-gptj: ")
     assert "corpus.jsonl" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -39,9 +39,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
+from gptj8.terminal import Story, each
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -160,13 +160,8 @@ def extract(roots: dict[str, Path], params: Params) -> list[Row]:
     ]
     read = partial(docstrings, min_chars=params.min_chars, max_chars=params.max_chars)
     with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        texts = tqdm(
-            pool.map(read, [path for *_, path in files], chunksize=32),
-            total=len(files),
-            desc="reading",
-            unit="file",
-            mininterval=1,
-        )
+        found = pool.map(read, [path for *_, path in files], chunksize=32)
+        texts = each(found, len(files), "read", "files")
         return [
             Row(text, label, f"{label}/{path.relative_to(root).as_posix()}")
             for (label, root, path), found in zip(files, texts, strict=True)
@@ -179,7 +174,8 @@ def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
     normalized = [normalize(text) for text in texts]
     hashes = band_hashes(normalized, *banding(max_similarity, len(texts)))
     one_group = np.zeros(len(texts), dtype=np.uint8)
-    return find_similar(hashes, one_group, normalized.__getitem__, max_similarity)[0]
+    shown = each(hashes, len(hashes), "compare", "bands")
+    return find_similar(shown, one_group, normalized.__getitem__, max_similarity)[0]
 
 
 def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
@@ -282,18 +278,20 @@ def load_params(path: Path) -> Params:
 
 
 def main(folder: Path = HERE) -> None:
+    story = Story("extract")
     params = load_params(folder / "params.yaml")
+    story.say(f"docstrings of {len(params.libraries)} installed libraries as a labelled dataset")
     rows = extract(find_libraries(params.libraries), params)
     kept = deduplicate(rows, params.max_similarity)
     splits = split(kept, params)
     write(splits, folder)
-    sizes = ", ".join(f"{len(splits[name])} {name}" for name in (*SPLITS, "corpus"))
-    print(f"{len(rows)} docstrings, {len(kept)} after near-duplicate removal: {sizes}")
+    sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in (*SPLITS, "corpus"))
+    story.end(f"{len(rows):,} docstrings, {len(kept):,} without near-duplicates: {sizes}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (RecipeError, OSError, YAMLError) as error:
-        print(f"docstrings: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: docstrings: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -45,9 +45,10 @@ from ruamel.yaml.error import YAMLError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from gptj8.terminal import Story, progress
 
 HERE = Path(__file__).resolve().parent
 CORPUS = Path("../../datasets/docstrings/corpus.jsonl")
@@ -216,21 +217,17 @@ def train(model: GPTJForCausalLM, sequences: Tensor, params: Params) -> None:
     factor = (params.steps, params.warmup_steps, params.cooldown)
     schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, *factor)) for o in chosen]
     model.train()
-    progress = tqdm(
-        batches(sequences, params.batch_size, params.steps, params.seed),
-        total=params.steps,
-        desc="training",
-        unit="step",
-        mininterval=1,
-    )
-    for tokens in progress:
-        loss = loss_of(model, tokens)
-        loss.backward()
-        for optimizer, schedule in zip(chosen, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    order = batches(sequences, params.batch_size, params.steps, params.seed)
+    with progress(params.steps, "training", "steps") as advance:
+        for tokens in order:
+            loss = loss_of(model, tokens)
+            loss.backward()
+            for optimizer, schedule in zip(chosen, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            advance.show(f"loss {loss.item():.3f}")
+            advance()
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, n_positions: int, target: Path) -> None:
@@ -260,7 +257,12 @@ def keep_memory() -> None:
 
 
 def main(folder: Path = HERE) -> None:
+    story = Story("train")
     params = load_params(folder / "params.yaml")
+    story.say(
+        f"a GPT-J of {params.n_layer} layers of {params.n_embd} from scratch, {params.steps:,} "
+        f"steps of {params.batch_size} x {params.sequence_length} tokens of {CORPUS.name}"
+    )
     logging.disable_progress_bar()
     torch.manual_seed(params.seed)
     texts = read_corpus(folder / CORPUS)
@@ -275,7 +277,7 @@ def main(folder: Path = HERE) -> None:
         held_out_loss = loss_of(model.eval(), mixed[:HELD_OUT]).item()
     save(model, tokenizer, params.n_positions, folder / "model")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{millions:.1f} million parameters, held-out loss {held_out_loss:.3f}")
+    story.end(f"{millions:.1f} million parameters, held-out loss {held_out_loss:.3f}")
 
 
 if __name__ == "__main__":
@@ -283,5 +285,5 @@ if __name__ == "__main__":
         keep_memory()
         main()
     except (RecipeError, OSError, YAMLError) as error:
-        print(f"tiny-gptj: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: tiny-gptj: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,119 @@
+"""Why a stage runs, told from dvc.lock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from gptj8 import changes
+from gptj8.changes import FIRST, explain
+from gptj8.files import dvc_digest
+
+STAGE = {
+    "cmd": "python -m stages.train",
+    "deps": ["code.py", "${data.train}", "${data.test}/.", "made"],
+    "params": ["seed", "train"],
+}
+PARAMS = {"seed": 0, "train": {"r": 8, "warm": None}, "data": {"train": "rows", "test": None}}
+
+
+def write_yaml(path: Path, content: object) -> None:
+    with open(path, "w") as stream:
+        YAML(typ="safe").dump(content, stream)
+
+
+def entry(folder: Path, path: str) -> dict[str, object]:
+    file = folder / path
+    size = {"size": sum(f.stat().st_size for f in file.rglob("*"))} if file.is_dir() else {}
+    count = {"nfiles": len(list(file.iterdir()))} if file.is_dir() else {}
+    size = size or {"size": file.stat().st_size}
+    return {"path": path, "hash": "md5", "md5": dvc_digest(file), **size, **count}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project whose stage has just run."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_text("a")
+    (tmp_path / "code.py").write_text("x = 1")
+    (tmp_path / "None").write_text("")
+    write_yaml(tmp_path / "params.yaml", PARAMS)
+    write_yaml(tmp_path / "dvc.yaml", {"stages": {"train": STAGE}})
+    made = {"path": "made", "hash": "md5", "md5": "1.dir", "size": 1, "nfiles": 1}
+    lock(tmp_path, made, [made])
+    return tmp_path
+
+
+def lock(folder: Path, made: dict[str, object], outs: list[dict[str, object]]) -> None:
+    deps = [entry(folder, "code.py"), entry(folder, "rows")]
+    deps += [{**entry(folder, "None"), "path": "None/."}, made]
+    params = {"params.yaml": {"seed": 0, "train": {"r": 8, "warm": None}}}
+    stage = {"cmd": STAGE["cmd"], "deps": deps, "params": params}
+    stages = {"train": stage, "make": {"cmd": "true", "outs": outs}}
+    write_yaml(folder / "dvc.lock", {"schema": "2.0", "stages": stages})
+
+
+def test_the_first_run_is_named(tmp_path, project):
+    assert explain("evaluate", project) == FIRST
+    (project / "dvc.lock").unlink()
+    assert explain("train", project) == FIRST
+
+
+def test_nothing_changed_means_that_it_was_asked_to(project):
+    assert explain("train", project).startswith("runs again: it was asked to")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed is 1 (was 0)"),
+        ({"train": {"r": 4, "warm": None}}, "train.r is 4 (was 8)"),
+        ({"train": {"r": 8, "warm": 0.5}}, "train.warm is 0.5 (was null)"),
+        ({"train": {"r": 8}}, "train.warm is gone (was null)"),
+        ({"train": {"r": 8, "warm": None, "k": True}}, "train.k is true (was not there)"),
+    ],
+    ids=str,
+)
+def test_params_are_told_with_what_they_were(project, change, said):
+    write_yaml(project / "params.yaml", PARAMS | change)
+    assert explain("train", project) == f"runs because {said}"
+
+
+def test_changed_files_are_told(project):
+    (project / "code.py").write_text("x = 2")
+    assert explain("train", project) == "runs because code.py changed"
+    (project / "rows" / "a.csv").write_text("b")
+    assert explain("train", project) == "runs because code.py changed, rows changed"
+
+
+def test_what_another_stage_made_is_told_by_its_lock(project):
+    before = {"path": "made", "hash": "md5", "md5": "1.dir", "size": 1, "nfiles": 1}
+    lock(project, before, [{**before, "md5": "2.dir"}])
+    assert explain("train", project) == "runs because made changed"
+
+
+def test_another_input_is_told(project):
+    (project / "mine").write_text("")
+    data = {"data": {"train": "mine", "test": None}}
+    write_yaml(project / "params.yaml", PARAMS | data)
+    assert "mine is a new dependency" in explain("train", project)
+    assert "rows is no dependency any more" in explain("train", project)
+
+
+def test_what_takes_long_to_compare_is_not_called_unchanged(project, monkeypatch):
+    monkeypatch.setattr(changes, "_MOST_BYTES", 0)
+    assert "or something in rows changed" in explain("train", project)
+    (project / "rows" / "a.csv").write_text("longer")
+    assert "rows changed" in explain("train", project)
+
+
+def test_many_changes_are_counted(project):
+    write_yaml(project / "params.yaml", PARAMS | {"seed": 5, "train": {"a": 1, "b": 2, "r": 8}})
+    assert explain("train", project).endswith("train.b is 2 (was not there) and 1 more")
+
+
+def test_a_project_that_cannot_be_read_stops_nothing(project):
+    (project / "dvc.lock").write_text("{")
+    assert explain("train", project) == "runs"
