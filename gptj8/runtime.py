@@ -135,6 +135,17 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
 
 
+def memory_gib() -> float:
+    """Return the memory of this process in GiB now: the GPU's if one is used, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return torch.cuda.memory_allocated() / 2**30
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        return pages * resource.getpagesize() / 2**30
+    return peak_memory_gib()  # not Linux
+
+
 def reset_peak_memory() -> None:
     """Begin to measure anew, where the system can: what follows is not blamed for what was."""
     torch = sys.modules.get("torch")

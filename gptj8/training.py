@@ -16,6 +16,7 @@ from gptj8.adapters import trainable_parameters
 from gptj8.errors import UserError
 from gptj8.examples import IGNORED, Example
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+from gptj8.runtime import memory_gib
 from gptj8.training_progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -353,5 +354,6 @@ class _Monitor(TrainerCallback):
             if not math.isfinite(values["loss"]):
                 raise UserError(_not_finite(values["loss"], state.global_step))
             values["tokens_per_second"] = self.tokens / max(self.step_seconds, 1e-9)
+            values["memory_gib"] = memory_gib()
         self.log(values, state.global_step)
         self.history.append({"step": state.global_step, **values})

@@ -10,6 +10,19 @@ from pathlib import Path
 from gptj8.errors import UserError
 from gptj8.params import Params, load_params
 
+_COLUMNS = (
+    "Experiment$",
+    "State$",
+    r"(.*:)?(seed|(data|model|quantization|finetune|evaluate|export)\.\w+)$",
+    r"(.*:)?tuned/accuracy$",
+    r"(.*:)?tuned/macro_f1$",
+    r"(.*:)?quantized/perplexity_ratio$",
+    r"(.*:)?eval_loss$",
+    r"(.*finetune.*:)?peak_memory_gib$",
+    r"(.*finetune.*:)?tokens_per_second$",
+)
+"""What fits a screen of the two hundred columns that params and metrics are."""
+
 
 def add_tracking_commands(commands: argparse._SubParsersAction) -> None:
     """Add the commands that are about recorded runs."""
@@ -26,6 +39,15 @@ def add_tracking_commands(commands: argparse._SubParsersAction) -> None:
         help="DVC experiment, git revision or run id (default: the workspace)",
     )
     find.set_defaults(command=_find)
+
+    experiments = commands.add_parser(
+        "experiments",
+        help="dvc exp show, with the params that differ and the metrics that matter",
+    )
+    experiments.add_argument(
+        "options", nargs=argparse.REMAINDER, help="of dvc exp show, such as --all-commits --csv"
+    )
+    experiments.set_defaults(command=_experiments)
 
     reproduce = commands.add_parser(
         "reproduce", help="do a run again from its commit and compare the adapter byte for byte"
@@ -109,6 +131,12 @@ def _find(arguments: argparse.Namespace) -> None:
                 print(f"  {name.removeprefix('mlflow.source.')}: {tags[name]}")
         if "evaluate/tuned/accuracy" in metrics:
             print(f"  accuracy: {metrics['evaluate/tuned/accuracy']:.1%}")
+
+
+def _experiments(arguments: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--only-changed", "--no-pager"]
+    command += ["--drop", f"^(?!{'|'.join(_COLUMNS)})", *arguments.options]
+    os.execv(sys.executable, command)
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:

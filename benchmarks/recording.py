@@ -1,0 +1,136 @@
+"""What recording costs a training, with a server that answers, is away, hangs or fails.
+
+python -m benchmarks.recording [ROUNDS]      after `make repro`
+
+Trains the embedded default's adapter for half an epoch, unrecorded, then with MLflow in a local
+database, on a server on loopback that is well, that nobody runs, that never answers, and that
+answers 500; in rounds, so that what else the machine does meets all of them alike. Prints medians
+of the seconds that the steps took and of those of the whole stage, and their ratios to the
+unrecorded training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+_PROJECT = Path.cwd()
+_INPUTS = ("artifacts/dataset", "artifacts/base-8bit")
+_FAILURE = b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+def main() -> None:
+    """Run the rounds and print the table."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    times: dict[str, list[tuple[float, float]]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="gptj8-recording-") as name,
+        _servers(Path(name)) as uri,
+    ):
+        for number in range(rounds):
+            for place, address in uri.items():
+                folder = Path(name) / f"{number}-{place.replace(' ', '-')}"
+                times.setdefault(place, []).append(_train(folder, address))
+                print(f"round {number + 1}: {place} {times[place][-1]}", file=sys.stderr)
+    steps = {place: statistics.median(t[0] for t in seconds) for place, seconds in times.items()}
+    whole = {place: statistics.median(t[1] for t in seconds) for place, seconds in times.items()}
+    print("| recorded | steps, s | ratio | stage, s | ratio |\n|---|---|---|---|---|")
+    for place in times:
+        print(
+            f"| {place} | {steps[place]:.1f} | {steps[place] / steps['nowhere']:.3f} "
+            f"| {whole[place]:.1f} | {whole[place] / whole['nowhere']:.3f} |"
+        )
+
+
+def _train(folder: Path, address: str | None) -> tuple[float, float]:
+    """Return the seconds of the steps and of the stage, in a folder of its own."""
+    params = YAML(typ="safe").load((_PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    params["finetune"] |= {"num_train_epochs": 0.5, "logging_steps": 1, "eval_steps": 1000}
+    params["finetune"]["max_eval_samples"] = 20
+    params["tracking"]["uri"] = address
+    for section, key in (("data", "train"), ("model", "path")):
+        params[section][key] = str(_PROJECT / params[section][key])
+    (folder / "artifacts").mkdir(parents=True)
+    (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML
+    for path in _INPUTS:
+        (folder / path).symlink_to(_PROJECT / path)
+    environment = {**os.environ, "PYTHONPATH": str(_PROJECT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "stages.finetune"],
+        cwd=folder, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    whole = time.perf_counter() - started
+    metrics = json.loads((folder / "reports/finetune/metrics.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder / "artifacts")
+    return metrics["seconds"], whole
+
+
+@contextlib.contextmanager
+def _servers(folder: Path) -> Iterator[dict[str, str | None]]:
+    """Yield where to record, by a name for it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", str(folder / "served")]
+    with open(folder / "server.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    try:
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), timeout=1),
+            ):
+                break
+            if server.poll() is not None:
+                sys.exit(f"error: the server did not start, see {folder / 'server.log'}")
+            time.sleep(0.2)
+        yield {
+            "nowhere": None,
+            "local database": "sqlite:///mlflow.db",
+            "server": f"http://127.0.0.1:{port}",
+            "server away": "http://127.0.0.1:9",
+            "server hangs": f"http://127.0.0.1:{_answer(b'')}",
+            "server answers 500": f"http://127.0.0.1:{_answer(_FAILURE)}",
+        }
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answer(content: bytes) -> int:
+    """Listen on loopback, and answer everything alike; nothing at all if `content` is empty."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            if not content:
+                time.sleep(3600)
+            connection.sendall(content)
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()
