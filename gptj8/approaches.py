@@ -31,6 +31,7 @@ from gptj8.errors import UserError
 from gptj8.files import format_bytes, list_files, require_free_space
 from gptj8.inputs import missing_inputs
 from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.tracking.lineage import git
 from gptj8.words import one_line, quote, suggest
 
 APPROACHES: dict[str, tuple[str, ...]] = {
@@ -82,7 +83,7 @@ def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[
     changes = {name: [*overrides, *APPROACHES[name]] for name in names}
     # All of them first: a mistake in the last should not cost the hours of the others.
     params = {name: overridden_params(changes[name]) for name in names}
-    baseline = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    baseline = git("rev-parse", "--verify", "--quiet", "HEAD")
     if baseline is None:
         raise UserError(
             "experiments start from a commit, and this folder has none; git init, git add --all "
@@ -156,7 +157,7 @@ def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
     Raises:
         UserError: for an input that an experiment could not see.
     """
-    listed = _git("ls-files", "-z")
+    listed = git("ls-files", "-z")
     tracked = {Path(name) for name in (listed or "").split("\0") if name}
     tracked |= {folder for file in tracked for folder in file.parents}
     paths: list[Path] = []
@@ -192,7 +193,7 @@ def _run(
     the new one gets a name of its own, and goes where it turns out to be the old one.
     """
     folder = f"refs/exps/{baseline[:2]}/{baseline[2:]}"
-    listed = _git("for-each-ref", "--format=%(refname:lstrip=4)", folder) or ""
+    listed = git("for-each-ref", "--format=%(refname:lstrip=4)", folder) or ""
     earlier = [e for e in listed.split() if re.fullmatch(rf"{re.escape(label)}(-\d+)?", e)]
     number = 1 + max((int(e.removeprefix(label)[1:] or 1) for e in earlier), default=0)
     experiment = label if number == 1 else f"{label}-{number}"
@@ -205,12 +206,12 @@ def _run(
     command.append("evaluate")
     if (
         _dvc(command) != 0
-        or _git("rev-parse", "--verify", "--quiet", f"{folder}/{experiment}") is None
+        or git("rev-parse", "--verify", "--quiet", f"{folder}/{experiment}") is None
     ):
         return Outcome(name, experiment, None)
     for other in earlier:
         revisions = f"{folder}/{other}", f"{folder}/{experiment}"
-        if _git("diff", "--quiet", *revisions, "--", "reports/finetune", "reports/evaluate") == "":
+        if git("diff", "--quiet", *revisions, "--", "reports/finetune", "reports/evaluate") == "":
             _dvc(["exp", "remove", "--quiet", experiment])
             experiment = other
             break
@@ -222,7 +223,7 @@ def _read_metrics(revision: str) -> dict[str, dict[str, Any]]:
 
     metrics = {}
     for stage in ("finetune", "evaluate"):
-        text = _git("show", f"{revision}:./reports/{stage}/metrics.json")
+        text = git("show", f"{revision}:./reports/{stage}/metrics.json")
         metrics[stage] = flatten(json.loads(text), "/") if text else {}
     return metrics
 
@@ -281,14 +282,6 @@ def _report_copies(copies: Sequence[Path]) -> None:
         "`dvc add` of it and `git add` of its .dvc file would make that needless",
         flush=True,
     )
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git prints, None where it exits with an error."""
-    process = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, encoding="utf-8", errors="replace"
-    )
-    return process.stdout.strip() if process.returncode == 0 else None
 
 
 def _dvc(arguments: Sequence[str]) -> int:

@@ -57,7 +57,9 @@ def write_report(
             write_json(staging / "inputs.json", inputs)
             label_counts(validated).to_csv(staging / "labels.csv", index=False)
             lengths = token_lengths(validated, data.max_length)
-            lengths.to_csv(staging / "token_lengths.csv", index=False)
+            # A column a split: DVC draws a line for each column of a plot.
+            by_split = lengths.pivot(index="tokens", columns="split", values="rows")
+            by_split[list(SPLITS)].to_csv(staging / "token_lengths.csv")
 
 
 def input_files(validated: Validated) -> list[dict[str, Any]]:

@@ -35,11 +35,11 @@ def commit(folder: Path) -> str:
     git = ["git", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "add", "-A"], cwd=folder, check=True)
     subprocess.run([*git, "commit", "-q", "-m", "x"], cwd=folder, check=True)
-    return lineage.git(folder, "rev-parse", "HEAD") or ""
+    return lineage.git("rev-parse", "HEAD", folder=folder) or ""
 
 
 def test_a_clean_commit_is_reproduced_by_itself(repository):
-    commit = lineage.git(repository, "rev-parse", "HEAD")
+    commit = lineage.git("rev-parse", "HEAD", folder=repository)
     tags = lineage.lineage_tags(repository)
     assert tags["mlflow.source.git.commit"] == commit
     assert tags["mlflow.source.git.branch"] == "trunk"

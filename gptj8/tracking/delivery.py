@@ -20,6 +20,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
+from gptj8.errors import UserError
 from gptj8.tracking.identity import state_folder
 from gptj8.tracking.journal import Event, read_events, read_state, update_state
 
@@ -57,6 +58,11 @@ def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClie
                     raise
             else:
                 found = client.get_experiment(made)
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"the MLflow experiment {experiment} is deleted; restore it, or set "
+            "tracking.experiment to another name"
+        )
     return client, found.experiment_id, found.artifact_location
 
 

@@ -26,9 +26,9 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 def lineage_tags(folder: Path) -> dict[str, str]:
     """Return the tags of a process that runs in `folder`, MLflow's own names where it has one."""
-    commit = git(folder, "rev-parse", "HEAD")
-    branch = git(folder, "rev-parse", "--abbrev-ref", "HEAD")
-    remote = git(folder, "remote", "get-url", "origin")
+    commit = git("rev-parse", "HEAD", folder=folder)
+    branch = git("rev-parse", "--abbrev-ref", "HEAD", folder=folder)
+    remote = git("remote", "get-url", "origin", folder=folder)
     experiment = os.environ.get("DVC_EXP_NAME")
     tags = {
         "mlflow.user": _user(),
@@ -49,18 +49,18 @@ def lineage_tags(folder: Path) -> dict[str, str]:
 
 def changes(folder: Path) -> str:
     """Return what differs from the commit, as a patch: params and code, not results."""
-    return git(folder, "diff", "--binary", "HEAD", "--", ".", *_RESULTS, strip=False) or ""
+    return git("diff", "--binary", "HEAD", "--", ".", *_RESULTS, strip=False, folder=folder) or ""
 
 
 def unknown_files(folder: Path) -> str:
     """Return the names of files that git neither knows nor ignores, a line each."""
-    names = git(folder, "ls-files", "--others", "--exclude-standard", "--", ".", *_RESULTS)
+    names = git("ls-files", "--others", "--exclude-standard", "--", ".", *_RESULTS, folder=folder)
     return f"{names}\n" if names else ""
 
 
 def reproducing_command(folder: Path, commit: str) -> str:
     """Return the shell commands that do the same again, from a clone of the repository."""
-    patch = git(folder, "diff", "--name-only", "HEAD", "--", ".", *_RESULTS)
+    patch = git("diff", "--name-only", "HEAD", "--", ".", *_RESULTS, folder=folder)
     start = f"git checkout {commit}"
     if not patch:
         return f"{start} && dvc repro"
@@ -97,9 +97,9 @@ def hardware() -> dict[str, str]:
     return found
 
 
-def git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
-    """Return what git prints in `folder`; None where it fails or there is none."""
-    output = _output(["git", "-C", str(folder), *arguments])
+def git(*arguments: str, folder: Path | None = None, strip: bool = True) -> str | None:
+    """Return what git prints in a folder, by default the working one; None where it fails."""
+    output = _output(["git", "-C", str(folder or Path()), *arguments])
     return output.strip() if output is not None and strip else output
 
 
@@ -139,7 +139,7 @@ def _changed_params(folder: Path) -> list[str] | None:
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
-    before = yaml.load(git(folder, "show", f"HEAD:./{PARAMS_FILE}", strip=False) or "")
+    before = yaml.load(git("show", f"HEAD:./{PARAMS_FILE}", strip=False, folder=folder) or "")
     after = yaml.load((folder / PARAMS_FILE).read_text(encoding="utf-8"))
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -70,10 +69,7 @@ def find(what: str | None, params: Params) -> list[Any]:
     quoted = what.replace("'", "")
     named = client.search_runs([experiment_id], f"tags.`{EXPERIMENTS_TAG}` LIKE '%{quoted}%'")
     found = [run for run in named if what in run.data.tags[EXPERIMENTS_TAG].split("\n")]
-    here = Path()
-    commit = git(here, "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}") or _experiment(
-        what
-    )
+    commit = git("rev-parse", "--verify", "--quiet", f"{what}^{{commit}}") or _experiment(what)
     if not found and commit is None:
         raise UserError(f"{what} is no run, no DVC experiment and no revision that git knows")
     if commit is not None:
@@ -89,10 +85,9 @@ def key_at(commit: str) -> str | None:
     """Return the key of the experiment whose params.yaml and dvc.lock a commit holds; None where it
     holds none, or where it was committed without having been run."""
     yaml = YAML(typ="safe", pure=True)
-    here = Path()
     try:
-        content = yaml.load(git(here, "show", f"{commit}:./{PARAMS_FILE}", strip=False) or "")
-        lock = yaml.load(git(here, "show", f"{commit}:./dvc.lock", strip=False) or "")
+        content = yaml.load(git("show", f"{commit}:./{PARAMS_FILE}", strip=False) or "")
+        lock = yaml.load(git("show", f"{commit}:./dvc.lock", strip=False) or "")
         params = parse_params(content)
         stages = lock["stages"].values()
     except (YAMLError, UserError, TypeError, KeyError, AttributeError):
@@ -109,6 +104,6 @@ def key_at(commit: str) -> str | None:
 
 def _experiment(name: str) -> str | None:
     """Return the commit that DVC made for an experiment."""
-    listed = git(Path(), "for-each-ref", "--format=%(objectname) %(refname:lstrip=4)", "refs/exps")
+    listed = git("for-each-ref", "--format=%(objectname) %(refname:lstrip=4)", "refs/exps")
     matches = (line.split(" ", 1) for line in (listed or "").splitlines())
     return next((commit for commit, known in matches if known == name), None)

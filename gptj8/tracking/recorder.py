@@ -106,6 +106,7 @@ class _Recorder:
         self._stage_is_there = True
         self._ended_at = 0.0
         self._sampler: _SystemMetrics | None = None
+        self._is_sampled = True
 
     def run(self) -> None:
         self._tell("starting")
@@ -157,10 +158,19 @@ class _Recorder:
             if not self._stage_is_there:
                 time.sleep(left)
                 return
+            self._sample()
+            self._look(min(left, _POLL_SECONDS))
+
+    def _sample(self) -> None:
+        if not self._is_sampled:
+            return
+        try:
             if self._sampler is None:
                 self._sampler = _SystemMetrics(self._writer)
             self._sampler.sample()
-            self._look(min(left, _POLL_SECONDS))
+        except Exception as error:  # a machine that cannot be measured so; the rest is recorded
+            self._is_sampled = False
+            print(f"no system metrics: {one_line(error)}", flush=True)
 
     def _look(self, seconds: float) -> None:
         """Wait for the stage to leave; one that did so without a word was killed."""

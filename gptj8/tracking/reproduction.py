@@ -49,7 +49,7 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     if not commit or "digest.adapter" not in tags:
         raise UserError(f"run {run_id} has recorded no commit or no adapter to compare with")
     root = project_root()
-    if git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+    if git("cat-file", "-e", f"{commit}^{{commit}}", folder=root) is None:
         raise UserError(
             f"run {run_id} is of commit {commit}, which is not here; git fetch it first"
         )
@@ -59,7 +59,7 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     for line in _other_libraries(evidence):
         print(f"warning: {line}", file=sys.stderr)
     patch = evidence / "changes.diff"
-    if patch.is_file() and git(folder, "apply", "--binary", str(patch)) is None:
+    if patch.is_file() and git("apply", "--binary", str(patch), folder=folder) is None:
         raise UserError(f"the recorded changes of run {run_id} do not apply to {commit}")
     _share_what_git_does_not_know(root, folder, tags)
     environment = _environment(folder)
@@ -79,14 +79,14 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
 def remove(folder: Path) -> None:
     """Remove a checkout."""
     shutil.rmtree(folder, ignore_errors=True)
-    git(project_root(), "worktree", "prune")
+    git("worktree", "prune", folder=project_root())
 
 
 def _check_out(root: Path, folder: Path, commit: str) -> None:
     if folder.exists():
         remove(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if git(root, "worktree", "add", "--detach", "--force", str(folder), commit) is None:
+    if git("worktree", "add", "--detach", "--force", str(folder), commit, folder=root) is None:
         raise UserError(f"git could not check {commit} out into {folder}")
     settings = folder / ".dvc" / "config.local"
     cache = _cache_folder(root)
