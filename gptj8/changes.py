@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.files import dvc_digest, list_files
+from gptj8.runtime import project_root
 
 FIRST = "first run"
 """What is said of a stage that dvc.lock does not know."""
+
+FIRST_IN_COPY = "runs in an experiment's copy, which has no dvc.lock of an earlier run"
+"""The same, in the copy that `dvc exp run --temp` makes of what git knows: dvc.lock may not be of
+it."""
 
 _MOST_BYTES = 64 << 20  # of a directory that is read for its digest
 _SHOWN = 3
@@ -35,7 +40,7 @@ def explain(stage: str, folder: str | Path = ".") -> str:
     try:
         locked = (_read(folder / "dvc.lock") or {}).get("stages", {})
         if stage not in locked:
-            return FIRST
+            return FIRST if project_root() == Path.cwd().resolve() else FIRST_IN_COPY
         declared = _read(folder / "dvc.yaml")["stages"][stage]
         changes = list(_changes(folder, locked[stage], declared, locked))
     except Exception:  # a file that is missing, or is not what DVC writes

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from gptj8 import replay
 from gptj8.errors import UserError
 from gptj8.files import sha256_file
-from gptj8.terminal import each
+from gptj8.terminal import Progress, each
 
 REFERENCE_FILE = "reference_answers.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -119,8 +121,38 @@ def compare_in_fresh_process(
     if adapter is not None:  # a merged model has to do without this package
         paths = [str(Path(replay.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+    code, last, errors = _run(command, environment)
+    if code:
+        reason = (errors.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"{adapter or model} cannot be loaded by a new process: {reason[:300]}")
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(last)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
+    """Run `gptj8.replay`, show how far it is, and return its exit code, its last line and what it
+    wrote to stderr."""
+    shown, last = None, ""
+    # stderr in a file: a second pipe would fill up while nobody reads it.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                counted = re.fullmatch(r"(\d+) of (\d+)\n", line)
+                if counted is None:
+                    last = line
+                    continue
+                shown = shown or Progress(int(counted[2]), "answers of a new process", "prompts")
+                shown()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            if shown is not None:
+                shown.close()
+        code = process.wait()
+        errors.seek(0)
+        return code, last, errors.read()

@@ -2,17 +2,18 @@
 
     python -P replay.py MODEL REFERENCE [--adapter DIR] [--dtype NAME] [--device NAME]
 
-prints as JSON how the answers of a saved model, loaded by this process, differ from those that the
-trained one gave before it was saved. Nothing here is of this package but the line that lets
-transformers read an 8-bit base: a merged model must load where the package is not installed, so
-this file is run by its path and imports no neighbour.
+prints `<prompts done> of <prompts>` after each prompt, and last, as JSON, how the answers of a
+saved model, loaded by this process, differ from those that the trained one gave before it was
+saved. Nothing here is of this package but the line that lets transformers read an 8-bit base: a
+merged model must load where the package is not installed, so this file is run by its path and
+imports no neighbour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,25 @@ def read_reference(file: Path) -> tuple[list[list[int]], torch.Tensor, list[list
     return prompts, logits, [tensors[f"answer.{name}"].tolist() for name in names], eos_id
 
 
-def compare(model: Any, reference: Path) -> dict[str, float]:
-    """Return `max_logit_difference`, `compared_prompts` and `identical_generations`."""
+def compare(
+    model: Any, reference: Path, tell: Callable[[int, int], object] = lambda done, total: None
+) -> dict[str, float]:
+    """Return `max_logit_difference`, `compared_prompts` and `identical_generations`.
+
+    Args:
+        tell: called with the number of prompts that are done, and of all.
+    """
     prompts, logits, continuations, eos_id = read_reference(reference)
     model.eval()
-    difference, identical = 0.0, 0
+    difference, identical, done = 0.0, 0, 0
     for prompt, expected, tokens in zip(prompts, logits, continuations, strict=True):
         found, new = answer(model, prompt, eos_id)
         if not (found.isfinite().all() and expected.isfinite().all()):
             raise ValueError("logits are not finite; try model.dtype: float32")
         difference = max(difference, float((found - expected).abs().max()))
         identical += new.tolist() == tokens
+        done += 1
+        tell(done, len(prompts))
     return {
         "max_logit_difference": difference,
         "compared_prompts": len(prompts),
@@ -101,7 +110,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     model = load(given.model, given.adapter, given.dtype, given.device)
-    print(json.dumps(compare(model, Path(given.reference))))
+    tell = lambda done, total: print(done, "of", total, flush=True)  # noqa: E731
+    print(json.dumps(compare(model, Path(given.reference), tell)))
 
 
 if __name__ == "__main__":

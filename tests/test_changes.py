@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from gptj8 import changes
-from gptj8.changes import FIRST, explain
+from gptj8.changes import FIRST, FIRST_IN_COPY, explain
 from gptj8.files import dvc_digest
 
 STAGE = {
@@ -59,6 +59,13 @@ def test_the_first_run_is_named(tmp_path, project):
     assert explain("evaluate", project) == FIRST
     (project / "dvc.lock").unlink()
     assert explain("train", project) == FIRST
+
+
+def test_an_experiments_copy_may_know_of_no_run(tmp_path, monkeypatch):
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert explain("train") == FIRST_IN_COPY
 
 
 def test_nothing_changed_means_that_it_was_asked_to(project):

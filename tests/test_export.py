@@ -1,7 +1,9 @@
 """The export: complete, equal to the trained model, and mergeable without loss."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import gptj8
+from gptj8 import reference
 from gptj8.adapters import add_adapter, round_layernorms, save_adapter
 from gptj8.errors import UserError
 from gptj8.export import (
@@ -280,3 +283,14 @@ def test_the_dataset_is_described_by_its_digests(tmp_path):
         "files": [],
         "prepared": "x.dir",
     }
+
+
+def test_a_new_process_is_followed_as_it_goes(capsys, monkeypatch):
+    monkeypatch.setattr("gptj8.terminal.LOG_SECONDS", 0)
+    code = "import sys; print('1 of 2'); print('2 of 2'); print('{}'); sys.exit('no memory')"
+    assert reference._run([sys.executable, "-c", code], os.environ) == (1, "{}\n", "no memory\n")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[0] for line in told] == [
+        "answers of a new process: 1 of 2 prompts",
+        "answers of a new process: 2 of 2 prompts",
+    ]
