@@ -10,19 +10,6 @@ from pathlib import Path
 from gptj8.errors import UserError
 from gptj8.params import Params, load_params
 
-_COLUMNS = (
-    "Experiment$",
-    "State$",
-    r"(.*:)?(seed|(data|model|quantization|finetune|evaluate|export)\.\w+)$",
-    r"(.*:)?tuned/accuracy$",
-    r"(.*:)?tuned/macro_f1$",
-    r"(.*:)?quantized/perplexity_ratio$",
-    r"(.*:)?eval_loss$",
-    r"(.*finetune.*:)?peak_memory_gib$",
-    r"(.*finetune.*:)?tokens_per_second$",
-)
-"""What fits a screen of the two hundred columns that params and metrics are."""
-
 
 def add_tracking_commands(commands: argparse._SubParsersAction) -> None:
     """Add the commands that are about recorded runs."""
@@ -45,7 +32,7 @@ def add_tracking_commands(commands: argparse._SubParsersAction) -> None:
         help="dvc exp show, with the params that differ and the metrics that matter",
     )
     experiments.add_argument(
-        "options", nargs=argparse.REMAINDER, help="of dvc exp show, such as --all-commits --csv"
+        "options", nargs=argparse.REMAINDER, help="of dvc exp show, such as --all-commits"
     )
     experiments.set_defaults(command=_experiments)
 
@@ -134,9 +121,9 @@ def _find(arguments: argparse.Namespace) -> None:
 
 
 def _experiments(arguments: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--only-changed", "--no-pager"]
-    command += ["--drop", f"^(?!{'|'.join(_COLUMNS)})", *arguments.options]
-    os.execv(sys.executable, command)
+    from gptj8.tracking.experiments_table import experiments_table
+
+    print(experiments_table(arguments.options))
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,82 @@
+"""DVC's table of experiments, with few enough of its two hundred columns for a screen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from gptj8.errors import UserError
+
+_METRICS = (
+    "tuned/accuracy",
+    "quantized/perplexity_ratio",
+    "finetune/eval_loss",
+    "finetune/peak_memory_gib",
+    "finetune/tokens_per_second",
+)
+_PARAM = r"seed|(data|model|quantization|finetune|evaluate|export)\.\w+"
+# DVC puts the file before a name that is in more than one.
+_FILE = re.compile(r"reports/(\w+)/metrics\.json:|params\.yaml:")
+_FINETUNE_ALONE = {"eval_loss": "finetune/eval_loss"}
+
+
+def experiments_table(options: Sequence[str] = ()) -> str:
+    """Return a table of the experiments: params that differ between them, and metrics that matter.
+
+    Args:
+        options: of `dvc exp show`, such as --all-commits or --num.
+
+    Raises:
+        UserError: if DVC cannot tell.
+    """
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--csv", *options]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if process.returncode != 0:
+        reasons = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
+        raise UserError(f"dvc exp show: {' '.join(reasons) or process.stderr.strip()}")
+    rows = [_short(row) for row in csv.DictReader(io.StringIO(process.stdout))]
+    known = list(dict.fromkeys(name for row in rows for name in row))
+    params = [name for name in known if re.fullmatch(_PARAM, name) and _differs(rows, name)]
+    columns = ["experiment", *params, *(name for name in _METRICS if name in known)]
+    if any(row.get("State") for row in rows):
+        columns.insert(1, "State")
+    cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if n < len(columns) - len(_METRICS) else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+    return "\n".join(lines)
+
+
+def _differs(rows: Sequence[dict[str, str]], name: str) -> bool:
+    return len({row.get(name) for row in rows}) > 1
+
+
+def _short(row: dict[str, str]) -> dict[str, str]:
+    """Return a row by names without files, numbers by four digits."""
+    found = {"experiment": row.get("Experiment") or row.get("rev") or ""}
+    for name, value in row.items():
+        if name in ("Experiment", "rev", "typ", "parent", "Created"):
+            continue
+        file = _FILE.match(name)
+        short = name[file.end() :] if file else _FINETUNE_ALONE.get(name, name)
+        if file and file[1] and f"{file[1]}/{short}" in _METRICS:
+            short = f"{file[1]}/{short}"
+        found.setdefault(short, value if re.fullmatch(_PARAM, short) else _number(value))
+    return found
+
+
+def _number(text: str) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text if text != "!" else "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
