@@ -12,24 +12,18 @@ component goes on in a straight line.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.evaluation.batching import max_batch_tokens
+from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
+from gptj8.evaluation.perplexity import context_length
 from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.heap import Heap
-from gptj8.memory.skeleton import (
-    AdapterShape,
-    Weights,
-    build,
-    layers_of,
-    optimizer_bytes,
-    weigh,
-    with_layers,
-)
+from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
 from gptj8.models import LARGE_BYTES
 from gptj8.runtime import LARGE_BLOCK
@@ -37,6 +31,9 @@ from gptj8.runtime import LARGE_BLOCK
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from gptj8.params import Params
+
+_LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 # Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
 _SMALL = 1 << 14  # what is smaller finds a place between the others
@@ -54,7 +51,6 @@ class Plan:
         length: tokens of the longest row.
         learned: positions of a row that get logits in training.
         checkpointing, optim: as in params.
-        accumulates: whether gradients of several micro-batches are added up.
         eval_rows: rows of an evaluation's forward pass, at most.
     """
 
@@ -67,7 +63,6 @@ class Plan:
     learned: int
     checkpointing: bool = True
     optim: str = "adamw_bnb_8bit"
-    accumulates: bool = False
     eval_rows: int = 16
 
 
@@ -113,12 +108,20 @@ class Estimator:
         return Estimate({**fixed, **step})
 
     def evaluation(self) -> Estimate:
-        """Return the peak of scoring held-out rows with the tuned model."""
+        """Return the peak of scoring every token of held-out rows with the tuned model."""
         plan = self.plan
-        vocabulary = plan.config.vocab_size
-        most = max_batch_tokens(torch.device(plan.device), vocabulary)
+        most = max_batch_tokens(torch.device(plan.device), plan.config.vocab_size)
         rows = max(1, min(plan.eval_rows, most // plan.length))
-        batch = Batch(rows, plan.length, plan.length)
+        return self.scoring(rows, plan.length)
+
+    def scoring(self, rows: int, places: int) -> Estimate:
+        """Return the peak of a forward pass that returns logits at so many places of each row."""
+        plan = self.plan
+        most = max_batch_tokens(torch.device(plan.device), 1)
+        rows = max(
+            1, min(rows, most // plan.length, MAX_LOGITS // (places * plan.config.vocab_size))
+        )
+        batch = Batch(rows, plan.length, min(places, plan.length))
 
         def trace(layers: int) -> dict[str, int]:
             return self._components(trace_evaluation(self._build(layers), batch))
@@ -139,21 +142,21 @@ class Estimator:
             candidates: sizes to choose from, ascending; None: any up to 4,096.
         """
         sizes = candidates or range(1, 4097)
-
-        def fits(index: int) -> bool:
-            return self.training(sizes[index]).total <= memory
-
-        if not fits(0):
+        total = lambda index: self.training(sizes[index]).total  # noqa: E731
+        if total(0) > memory:
             return 0
-        # Memory grows nearly in a line, so that the line through two points leads next to the end.
-        low, high = 0, len(sizes)
-        step = 1
+        # Memory grows nearly in a line: the one through two points leads next to the end, and what
+        # is found is certain, because the next size does not fit.
+        low, high, other = 0, len(sizes), min(7, len(sizes) - 1)
         while low + 1 < high:
-            guess = min(low + step, high - 1)
-            if fits(guess):
-                low, step = guess, step * 2
-                continue
-            high, step = guess, max(1, (guess - low) // 2)
+            rise = (total(other) - total(low)) / (sizes[other] - sizes[low]) if other != low else 0
+            wanted = sizes[low] + (memory - total(low)) / rise if rise > 0 else sizes[high - 1]
+            guess = bisect_right(sizes, wanted) - 1
+            guess = max(low + 1, min(guess, high - 1))
+            if total(guess) <= memory:
+                low, other = guess, low
+            else:
+                high = other = guess
         return sizes[low]
 
     def _held(self) -> dict[str, int]:
@@ -232,4 +235,43 @@ def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype 
     return torch.bfloat16 if dtype == torch.bfloat16 and method == "layernorm" else None
 
 
-__all__ = ["Batch", "Estimate", "Estimator", "Plan", "autocast_dtype", "optimizer_bytes"]
+def plan_of(
+    params: Params,
+    config: Any,
+    dtype: torch.dtype,
+    device: str,
+    length: int | None = None,
+    learned: int | None = None,
+) -> Plan:
+    """Return the plan that params describe.
+
+    Args:
+        config: from `skeleton.read_config`.
+        length, learned: of the longest row, where the dataset is known; None: `data.max_length`, of
+            which running text learns all, a completion may learn all but its first token, and a
+            label has a few.
+    """
+    finetune, quantization = params.finetune, params.quantization
+    length = length or min(params.data.max_length, context_length(config))
+    if learned is None:
+        learned = _LABEL_TOKENS if params.data.task == "classification" else length - 1
+    return Plan(
+        config=config,
+        quantization=Blockwise8bitConfig(
+            quantization.block_size, quantization.codebook, list(quantization.skip_modules)
+        ),
+        adapter=AdapterShape(
+            finetune.method,
+            finetune.target,
+            finetune.r,
+            finetune.lora_alpha,
+            finetune.lora_dropout,
+        ),
+        dtype=dtype,
+        device=device,
+        length=length,
+        learned=max(1, min(learned, length - 1)),
+        checkpointing=finetune.gradient_checkpointing,
+        optim=finetune.optim,
+        eval_rows=params.evaluate.per_device_eval_batch_size,
+    )

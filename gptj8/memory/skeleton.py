@@ -147,9 +147,7 @@ def build(
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"config.json describes no model that can be built: {reason}") from None
