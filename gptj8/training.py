@@ -154,7 +154,8 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool)
     model.config.use_cache = False
     model.train()
     if checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        base: Any = model.get_base_model()
+        base.activation_checkpointing_enable({"use_reentrant": False})
     try:
         with torch.random.fork_rng(devices):
             with torch.autocast(**_autocast(model)):

@@ -52,6 +52,7 @@ class Plan:
         learned: positions of a row that get logits in training.
         checkpointing, optim: as in params.
         eval_rows: rows of an evaluation's forward pass, at most.
+        padded: whether rows of a batch differ in length.
     """
 
     config: Any
@@ -64,6 +65,7 @@ class Plan:
     checkpointing: bool = True
     optim: str = "adamw_bnb_8bit"
     eval_rows: int = 16
+    padded: bool = True
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Estimator:
         return trace_training_step(model, batch, self.plan.checkpointing, autocast)
 
     def _trace_training(self, micro_batch: int) -> dict[str, int]:
-        batch = Batch(micro_batch, self.plan.length, self.plan.learned)
+        plan = self.plan
+        batch = Batch(micro_batch, plan.length, plan.learned, plan.padded)
         return self._extrapolate(lambda layers: self._components(self._step(layers, batch)))
 
     def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:

@@ -60,9 +60,9 @@ def available_bytes(device: str) -> int:
 
         if not torch.cuda.is_available():
             raise UserError("no GPU is here to ask for its memory; add --memory, such as 8GB")
-        free, _ = torch.cuda.mem_get_info()
+        unused, _ = torch.cuda.mem_get_info()
         # What torch has reserved and does not use it gives to the next that asks.
-        return free + torch.cuda.memory_reserved()
+        return unused + torch.cuda.memory_reserved()
     free = _meminfo("MemAvailable")
     if free is None:
         raise UserError("this system does not tell how much memory is free; add --memory")

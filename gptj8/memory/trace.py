@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from gptj8 import kernels, operators
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PHASES = ("forward", "loss", "backward")
 _ATTENTION = "scaled_dot_product"
@@ -60,7 +63,7 @@ class Batch:
 
 
 def trace_training_step(
-    model: nn.Module, batch: Batch, checkpointing: bool, autocast: torch.dtype | None = None
+    model: PeftModel, batch: Batch, checkpointing: bool, autocast: torch.dtype | None = None
 ) -> Trace:
     """Run forward, loss and backward of one micro-batch.
 
@@ -72,7 +75,8 @@ def trace_training_step(
         model.config.use_cache = False
         model.train()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            base: Any = model.get_base_model()
+            base.activation_checkpointing_enable({"use_reentrant": False})
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             loss = _loss(model, batch, recorder)
         recorder.enter("backward", "recomputed layer" if checkpointing else "gradients of layers")
@@ -83,7 +87,7 @@ def trace_training_step(
         return recorder.result()
 
 
-def trace_evaluation(model: nn.Module, batch: Batch) -> Trace:
+def trace_evaluation(model: PeftModel, batch: Batch) -> Trace:
     """Run the forward pass that scores `batch.learned` positions of each row."""
     with _recording(model) as recorder, torch.inference_mode():
         model.config.use_cache = False
@@ -94,7 +98,7 @@ def trace_evaluation(model: nn.Module, batch: Batch) -> Trace:
         return recorder.result()
 
 
-def _loss(model: nn.Module, batch: Batch, recorder: _Recorder) -> torch.Tensor:
+def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
     """What `training` computes: logits at learned positions alone, in chunks if the head is
     frozen."""
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
@@ -145,7 +149,8 @@ def _make_fake(model: nn.Module) -> None:
     fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
+            tensors: dict[str, Any] = store  # type: ignore[assignment]
+            for name, tensor in tensors.items():
                 if tensor is None:
                     continue
                 if id(tensor) not in fakes:
@@ -153,7 +158,7 @@ def _make_fake(model: nn.Module) -> None:
                     if store is module._parameters:
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     fakes[id(tensor)] = fake
-                store[name] = fakes[id(tensor)]  # type: ignore[index]
+                tensors[name] = fakes[id(tensor)]
 
 
 class _Recorder(TorchDispatchMode):
