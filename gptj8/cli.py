@@ -10,6 +10,7 @@ from gptj8.errors import UserError
 from gptj8.files import read_json
 from gptj8.harness_command import add_harness_command
 from gptj8.inputs import missing_inputs
+from gptj8.memory.command import add_estimate_command
 from gptj8.params import load_params
 from gptj8.runtime import run
 from gptj8.serving.commands import add_serving_commands
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gate.set_defaults(command=_gate)
 
+    add_estimate_command(commands)
     add_compare_command(commands)
     add_harness_command(commands)
     add_serving_commands(commands)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_LARGE_BYTES = 1 << 30
+LARGE_BYTES = 1 << 30
+"""A larger model has its tensors' memory returned to the system as they are freed."""
 
 
 def pick_device() -> torch.device:
@@ -94,7 +95,7 @@ def load_model(
         if max_resident_bytes is None:
             raise UserError(f"{path}: there is not enough memory for its first layer")
         return load_model(path, dtype, device)
-    if device.type == "cpu" and model.get_memory_footprint() > _LARGE_BYTES:
+    if device.type == "cpu" and model.get_memory_footprint() > LARGE_BYTES:
         keep_large_blocks_out_of_the_heap()
     return model.eval()
 
@@ -111,7 +112,7 @@ def load_original(
     """
     size = sum(file.stat().st_size for file in list_files(copy))
     # Half, because the files' own pages count beside what is made of them.
-    return load_model(path, dtype, device, max_resident_bytes=max(size // 2, _LARGE_BYTES))
+    return load_model(path, dtype, device, max_resident_bytes=max(size // 2, LARGE_BYTES))
 
 
 def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:

@@ -14,7 +14,7 @@ with a known shape, where they would look into a Function and stop at the first 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,12 +111,7 @@ def _restored_pieces(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield a matrix in pieces of rows in the dtype of x, each valid until the next is asked."""
     rows, columns = codes.shape
-    dtype, step = x.dtype, rows
-    is_small = x.device.type == "cpu" and x.numel() <= _CACHED_ROWS * x.shape[-1]
-    piece = _CACHED_PIECE if is_small else _PIECE
-    if not whole and codes.numel() > piece:
-        aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
-        step = max(aligned, piece // columns // aligned * aligned)
+    dtype, step = x.dtype, piece_rows(x, codes.shape, block_size, whole)
     for start in range(0, rows, step):
         part = codes[start : start + step]
         first = start * columns // block_size
@@ -126,6 +121,18 @@ def _restored_pieces(
             slice(start, start + len(part)),
             kernels.dequantize(part, scales, codebook, block_size, dtype, out),
         )
+
+
+def piece_rows(x: torch.Tensor, shape: Sequence[int], block_size: int, whole: bool) -> int:
+    """Return how many rows of a matrix (rows, columns) are restored at a time; see
+    `frozen_linear`."""
+    rows, columns = shape
+    is_small = x.device.type == "cpu" and x.numel() <= _CACHED_ROWS * x.shape[-1]
+    piece = _CACHED_PIECE if is_small else _PIECE
+    if whole or rows * columns <= piece:
+        return rows
+    aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
+    return min(rows, max(aligned, piece // columns // aligned * aligned))
 
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

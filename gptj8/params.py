@@ -140,8 +140,13 @@ class Finetune(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Positive = 1.0
     num_train_epochs: Positive = 2
-    per_device_train_batch_size: PositiveInt = 8
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
+    """Sequences in memory at a time; auto: as many as fit, see `train_batch_size`."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Set by auto, and then left at 1 here."""
+    train_batch_size: PositiveInt | None = None
+    """Sequences an optimizer step, which auto divides; null: 8. A number beside a number of
+    `per_device_train_batch_size` must be the product of the other two."""
     gradient_checkpointing: bool = True
     optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
     logging_steps: PositiveInt = 10
@@ -149,6 +154,30 @@ class Finetune(_Section):
     """Steps between two measurements on the validation split: loss, and accuracy of labels."""
     max_eval_samples: PositiveInt | None = None
     """Measure on the first so many examples of it; null: on all."""
+
+    @property
+    def sequences_a_step(self) -> int:
+        """Sequences an optimizer step, on one device."""
+        if self.per_device_train_batch_size == "auto":
+            return self.train_batch_size or 8
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @model_validator(mode="after")
+    def _batch_sizes_agree(self) -> Finetune:
+        micro, steps = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if micro == "auto":
+            if steps != 1:
+                raise ValueError(
+                    f"gradient_accumulation_steps = {steps} beside per_device_train_batch_size = "
+                    "auto, which chooses it; leave it at 1 and set train_batch_size"
+                )
+        elif self.train_batch_size not in (None, micro * steps):
+            raise ValueError(
+                f"train_batch_size = {self.train_batch_size} is not per_device_train_batch_size x "
+                f"gradient_accumulation_steps = {micro} x {steps}; set per_device_train_batch_size "
+                "to auto, or train_batch_size to null"
+            )
+        return self
 
 
 class Evaluate(_Section):

@@ -28,6 +28,8 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
+LARGE_BLOCK = 4 << 20
+"""Bytes of a tensor that `keep_large_blocks_out_of_the_heap` is about."""
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
@@ -64,7 +66,7 @@ def keep_large_blocks_out_of_the_heap() -> None:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     try:
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
     except (OSError, AttributeError):  # not glibc
         return
 

@@ -157,6 +157,33 @@ def train(
     )
 
 
+def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool) -> None:
+    """Run forward and backward of one micro-batch as training will, to see whether it fits.
+
+    Nothing of it stays: neither gradients nor draws of random numbers.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError or MemoryError: if it does not.
+    """
+    was_training = model.training
+    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.config.use_cache = False
+    model.train()
+    if checkpointing:
+        base: Any = model.get_base_model()
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        with torch.random.fork_rng(devices):
+            with torch.autocast(**_autocast(model)):
+                total, _, _ = _summed_loss(model, inputs)
+            total.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+
+
 def _first(examples: Sequence[Example] | Dataset, count: int) -> Sequence[Example] | Dataset:
     if isinstance(examples, Sequence):
         return examples[:count]
@@ -223,6 +250,35 @@ def _not_finite(loss: float, step: int) -> str:
     return f"the loss is {loss} at step {step}; lower finetune.learning_rate or max_grad_norm"
 
 
+def _summed_loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Return the loss summed over learned tokens, how many those are, and the model's outputs."""
+    targets = inputs["labels"][:, 1:]  # the logits at a position predict the next one's token
+    learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    targets = targets[:, learned]
+    arguments = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "logits_to_keep": learned,
+    }
+    head = frozen_head(model)
+    if head is None:
+        outputs = model(**arguments)
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+    else:
+        with input_of(head) as taken:
+            outputs = model(**arguments)
+        is_learned = targets != IGNORED
+        total = frozen_cross_entropy(taken[0][is_learned], targets[is_learned], head)
+    return total, (targets != IGNORED).sum(), outputs
+
+
 class _CompletionTrainer(Trainer):
     """A Trainer that asks for logits only where a token is learned.
 
@@ -237,30 +293,9 @@ class _CompletionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        targets = inputs["labels"][:, 1:]  # the logits at a position predict the next one's token
-        learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        targets = targets[:, learned]
-        arguments = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "logits_to_keep": learned,
-        }
-        head = frozen_head(model)
-        if head is None:
-            outputs = model(**arguments)
-            total = torch.nn.functional.cross_entropy(
-                outputs.logits.flatten(0, 1).float(),
-                targets.flatten(),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
-        else:
-            with input_of(head) as taken:
-                outputs = model(**arguments)
-            is_learned = targets != IGNORED
-            total = frozen_cross_entropy(taken[0][is_learned], targets[is_learned], head)
+        total, learned, outputs = _summed_loss(model, inputs)
         # With accumulated gradients, Trainer counts the learned tokens of all micro-batches.
-        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        count = learned if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         return (loss, outputs) if return_outputs else loss
 

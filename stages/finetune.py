@@ -40,17 +40,19 @@ def main() -> None:
         from gptj8.adapters import add_adapter, round_layernorms, save_adapter
         from gptj8.dataset import load_prepared
         from gptj8.examples import prompt_ids
+        from gptj8.memory.stage import TrainingMemory
         from gptj8.models import load_model, pick_device, pick_dtype
         from gptj8.prompts import TextEncoder
         from gptj8.reference import choose_prompts, save_reference
-        from gptj8.training import TrainingSettings, train
+        from gptj8.training import TrainingSettings, train, try_step
 
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
-        model = load_model(BASE, dtype, device)
-        encoder = TextEncoder.load(BASE)
         dataset = load_prepared(DATASET)
         train_set, validation_set = dataset.examples("train"), dataset.examples("validation")
+        memory = TrainingMemory(params, BASE, dtype, device.type, train_set)
+        model = load_model(BASE, dtype, device)
+        encoder = TextEncoder.load(BASE)
 
         set_seed(params.seed)  # before the adapter is made: its first weights are random
         adapted = add_adapter(
@@ -61,7 +63,9 @@ def main() -> None:
             lora_alpha=finetune.lora_alpha,
             lora_dropout=finetune.lora_dropout,
         )
-        settings = TrainingSettings.from_params(finetune.model_dump(), params.seed)
+        checkpointing = finetune.gradient_checkpointing
+        sizes = memory.batch_sizes(lambda rows: try_step(adapted, rows, checkpointing))
+        settings = TrainingSettings.from_params({**finetune.model_dump(), **sizes}, params.seed)
         story.say(_describe(finetune, settings, len(train_set)))
         result = train(
             adapted,
@@ -70,7 +74,7 @@ def main() -> None:
             settings,
             encoder.eos_id,
             record.log_metrics,
-            _label_accuracy(params, dataset, encoder),
+            _label_accuracy(params, dataset, encoder, settings.per_device_train_batch_size),
         )
         round_layernorms(adapted, dtype)
         with replace_directory(OUTPUT) as staging:
@@ -83,7 +87,10 @@ def main() -> None:
         measured = asdict(result).items()
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
         peak = peak_memory_gib()
-        write_json(REPORT / "metrics.json", {**metrics, "peak_memory_gib": peak})
+        metrics |= {**sizes, "peak_memory_gib": peak}
+        metrics["estimated_memory_gib"] = memory.gib(settings.per_device_train_batch_size)
+        write_json(REPORT / "metrics.json", metrics)
+        memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction))
     accuracy = result.eval_accuracy
     story.end(
         f"{result.steps:,} steps, loss {result.train_loss:.3f}, validation loss "
@@ -107,7 +114,7 @@ def _describe(finetune: Finetune, settings: TrainingSettings, rows: int) -> str:
 
 
 def _label_accuracy(
-    params: Params, dataset: PreparedDataset, encoder: TextEncoder
+    params: Params, dataset: PreparedDataset, encoder: TextEncoder, batch_size: int
 ) -> Callable[[PeftModel], float] | None:
     """Return what measures accuracy by label likelihood on the validation split, if it has labels.
 
@@ -125,7 +132,6 @@ def _label_accuracy(
     longest = max(map(len, labels))
     ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
     actual = [dataset.labels.index(label) for label in rows["label"]]
-    batch_size = params.finetune.per_device_train_batch_size
     return lambda model: label_accuracy(
         model,
         ids,

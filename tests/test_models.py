@@ -49,6 +49,6 @@ def test_the_original_takes_no_more_than_its_copy(tiny_model_dir, tiny_8bit_dir,
     )
     size = sum(file.stat().st_size for file in tiny_8bit_dir.iterdir())
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
-    monkeypatch.setattr(models, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(models, "LARGE_BYTES", 0)
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
     assert asked == [1 << 30, size // 2]

@@ -14,13 +14,15 @@ from ruamel.yaml import YAML
 
 # Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
 # what it writes. Were they deps, every new param, every change of tracking and every other line on
-# the terminal would reconvert the model.
+# the terminal would reconvert the model. Nor what estimates memory: given a batch size it tells
+# a number, and the one that it chooses for `auto` depends on the machine in any case.
 NEUTRAL = {
     "__init__",
     "_registration",
     "changes",
     "errors",
     "files",
+    "memory",
     "params",
     "runtime",
     "terminal",

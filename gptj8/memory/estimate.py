@@ -1,0 +1,280 @@
+"""Peak memory of training and of evaluation, by component.
+
+    training    = process + weights + adapter + optimizer + what one micro-batch allocates
+    evaluation  = process + weights + adapter             + what one forward pass allocates
+
+Weights, adapter and optimizer are counted on the model itself, built without weights; what a step
+allocates is recorded as it runs on tensors without memory (`gptj8.memory.trace`). All blocks of a
+model allocate alike, so that a model of many is recorded with a few of them, twice, and each
+component goes on in a straight line.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
+from gptj8.evaluation.perplexity import context_length
+from gptj8.integration import Blockwise8bitConfig
+from gptj8.memory.heap import Heap
+from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
+from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
+from gptj8.models import LARGE_BYTES
+from gptj8.runtime import LARGE_BLOCK
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from gptj8.params import Params
+
+_LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
+# Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
+_SHALLOW, _DEEP = 2, 4
+_SMALL = 1 << 14  # what is smaller finds a place between the others
+_STEPS = 2  # after the second one a heap is about as large as it gets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how.
+
+    Attributes:
+        config: transformers' config of the model (`skeleton.read_config`).
+        dtype: of the arithmetic.
+        device: "cpu" or "cuda".
+        length: tokens of the longest row.
+        learned: positions of a row that get logits in training.
+        checkpointing, optim: as in params.
+        eval_rows: rows of an evaluation's forward pass, at most.
+        padded: whether rows of a batch differ in length.
+    """
+
+    config: Any
+    quantization: Blockwise8bitConfig
+    adapter: AdapterShape
+    dtype: torch.dtype
+    device: str
+    length: int
+    learned: int
+    checkpointing: bool = True
+    optim: str = "adamw_bnb_8bit"
+    eval_rows: int = 16
+    padded: bool = True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by component, and their sum; each in the order in which it is shown."""
+
+    components: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All components together."""
+        return sum(self.components.values())
+
+
+class Estimator:
+    """Estimates for one plan and any micro-batch.
+
+    Args:
+        plan: what is trained.
+        process: bytes that Python and its libraries take before a model is loaded; 0 on a GPU,
+            whose own memory is counted.
+
+    Attributes:
+        weights: what the model holds.
+    """
+
+    def __init__(self, plan: Plan, process: int = 0) -> None:
+        self.plan = plan
+        self.process = process if plan.device == "cpu" else 0
+        self.weights: Weights = weigh(self._build(layers_of(plan.config)), plan.optim)
+        self._training = functools.cache(self._trace_training)
+
+    def training(self, micro_batch: int) -> Estimate:
+        """Return the peak of training with so many rows at a time."""
+        step = dict(self._training(micro_batch))
+        fixed = self._held()
+        fixed["optimizer"] = self.weights.optimizer
+        # What training compares its result with, to tell whether anything was learned.
+        fixed["adapter"] += self.weights.adapter
+        step.pop("gradients", None)
+        fixed["gradients"] = self.weights.adapter
+        return Estimate({**fixed, **step})
+
+    def evaluation(self) -> Estimate:
+        """Return the peak of scoring every token of held-out rows with the tuned model."""
+        plan = self.plan
+        most = max_batch_tokens(torch.device(plan.device), plan.config.vocab_size)
+        rows = max(1, min(plan.eval_rows, most // plan.length))
+        return self.scoring(rows, plan.length)
+
+    def scoring(self, rows: int, places: int) -> Estimate:
+        """Return the peak of a forward pass that returns logits at so many places of each row."""
+        plan = self.plan
+        most = max_batch_tokens(torch.device(plan.device), 1)
+        rows = max(
+            1, min(rows, most // plan.length, MAX_LOGITS // (places * plan.config.vocab_size))
+        )
+        batch = Batch(rows, plan.length, min(places, plan.length))
+
+        def trace(layers: int) -> dict[str, int]:
+            return self._components(trace_evaluation(self._build(layers), batch))
+
+        return Estimate({**self._held(), **self._extrapolate(trace)})
+
+    def flops_per_token(self) -> float:
+        """Return the operations of a training step, a token."""
+        batch = Batch(1, self.plan.length, self.plan.learned)
+        found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch).flops})
+        return found["flops"] / self.plan.length
+
+    def largest_micro_batch(self, memory: int, candidates: Sequence[int] | None = None) -> int:
+        """Return the largest micro-batch whose training fits, 0 if none does.
+
+        Args:
+            memory: in bytes.
+            candidates: sizes to choose from, ascending; None: any up to 4,096.
+        """
+        sizes = candidates or range(1, 4097)
+        total = lambda index: self.training(sizes[index]).total  # noqa: E731
+        if total(0) > memory:
+            return 0
+        # Memory grows nearly in a line: the one through two points leads next to the end, and what
+        # is found is certain, because the next size does not fit.
+        low, high, other = 0, len(sizes), min(7, len(sizes) - 1)
+        while low + 1 < high:
+            rise = (total(other) - total(low)) / (sizes[other] - sizes[low]) if other != low else 0
+            wanted = sizes[low] + (memory - total(low)) / rise if rise > 0 else sizes[high - 1]
+            guess = bisect_right(sizes, wanted) - 1
+            guess = max(low + 1, min(guess, high - 1))
+            if total(guess) <= memory:
+                low, other = guess, low
+            else:
+                high = other = guess
+        return sizes[low]
+
+    def _held(self) -> dict[str, int]:
+        weights = self.weights
+        return {
+            "process and libraries": self.process,
+            "8-bit weights": weights.codes,
+            "absmax and codebooks": weights.scales,
+            "unquantized weights": weights.unquantized,
+            "adapter": weights.adapter,
+        }
+
+    def _build(self, layers: int) -> PeftModel:
+        plan = self.plan
+        config = plan.config
+        if layers != layers_of(config):
+            config = with_layers(config, layers)
+        return build(config, plan.quantization, plan.dtype, plan.adapter)
+
+    def _step(self, layers: int, batch: Batch) -> Trace:
+        autocast = autocast_dtype(self.plan.dtype, self.plan.device, self.plan.adapter.method)
+        model = self._build(layers)
+        return trace_training_step(model, batch, self.plan.checkpointing, autocast)
+
+    def _trace_training(self, micro_batch: int) -> dict[str, int]:
+        plan = self.plan
+        batch = Batch(micro_batch, plan.length, plan.learned, plan.padded)
+        return self._extrapolate(lambda layers: self._components(self._step(layers, batch)))
+
+    def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
+        layers = layers_of(self.plan.config)
+        if layers <= _DEEP:
+            return trace(layers)
+        shallow, deep = trace(_SHALLOW), trace(_DEEP)
+        found = {}
+        for name in deep:
+            at_two = shallow.get(name, 0)
+            slope = (deep[name] - at_two) / (_DEEP - _SHALLOW)
+            found[name] = max(0, round(at_two + slope * (layers - _SHALLOW)))
+        return found
+
+    def _components(self, trace: Trace) -> dict[str, int]:
+        """Return the components of the phase that takes the most, and what is beside them."""
+        totals = {phase: sum(peak.values()) for phase, peak in trace.peaks.items()}
+        components = dict(trace.peaks[max(totals, key=totals.__getitem__)])
+        live = sum(components.values())
+        components["dequantization"] = self._workspace(trace)
+        if self.plan.device == "cpu":
+            components["unused heap"] = max(0, self._heap(trace) - live)
+        return components
+
+    def _workspace(self, trace: Trace) -> int:
+        # bitsandbytes returns new memory on a GPU, which is copied to where it is wanted.
+        return trace.workspace if self.plan.device == "cpu" else 2 * trace.workspace
+
+    def _heap(self, trace: Trace) -> int:
+        is_large = self.weights.base > LARGE_BYTES
+        heap = Heap(LARGE_BLOCK if is_large else None)
+        for _ in range(_STEPS):
+            blocks: dict[int, int] = {}
+            for number, size in trace.events:
+                if abs(size) < _SMALL:
+                    continue
+                if size >= 0 and number not in blocks:
+                    blocks[number] = heap.allocate(size)
+                elif number in blocks:
+                    heap.free(blocks.pop(number))
+            for address in blocks.values():
+                heap.free(address)
+        return heap.peak
+
+
+def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype | None:
+    """Return the dtype that training runs under autocast in; None: without."""
+    if dtype == torch.float16 and device == "cuda":
+        return torch.float16
+    return torch.bfloat16 if dtype == torch.bfloat16 and method == "layernorm" else None
+
+
+def plan_of(
+    params: Params,
+    config: Any,
+    dtype: torch.dtype,
+    device: str,
+    length: int | None = None,
+    learned: int | None = None,
+) -> Plan:
+    """Return the plan that params describe.
+
+    Args:
+        config: from `skeleton.read_config`.
+        length, learned: of the longest row, where the dataset is known; None: `data.max_length`, of
+            which running text learns all, a completion may learn all but its first token, and a
+            label has a few.
+    """
+    finetune, quantization = params.finetune, params.quantization
+    length = length or min(params.data.max_length, context_length(config))
+    if learned is None:
+        learned = _LABEL_TOKENS if params.data.task == "classification" else length - 1
+    return Plan(
+        config=config,
+        quantization=Blockwise8bitConfig(
+            quantization.block_size, quantization.codebook, list(quantization.skip_modules)
+        ),
+        adapter=AdapterShape(
+            finetune.method,
+            finetune.target,
+            finetune.r,
+            finetune.lora_alpha,
+            finetune.lora_dropout,
+        ),
+        dtype=dtype,
+        device=device,
+        length=length,
+        learned=max(1, min(learned, length - 1)),
+        checkpointing=finetune.gradient_checkpointing,
+        optim=finetune.optim,
+        eval_rows=params.evaluate.per_device_eval_batch_size,
+    )

@@ -1,0 +1,90 @@
+"""What the finetune stage does with the estimate: it is written down, and `auto` follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptj8.memory import calibration, machine
+from gptj8.memory.auto_batch import USED, choose_micro_batch, confirm, lengths_of, longest_of
+from gptj8.memory.estimate import Estimator, plan_of
+from gptj8.memory.skeleton import read_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from gptj8.examples import Example
+    from gptj8.params import Params
+
+
+class TrainingMemory:
+    """The estimate of one training, made before its model is loaded.
+
+    Args:
+        params: with its `finetune` section.
+        base: directory of the converted model.
+        dtype: of the arithmetic.
+        device: "cpu" or "cuda".
+        examples: what is trained on.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Path,
+        dtype: torch.dtype,
+        device: str,
+        examples: Sequence[Example] | Dataset,
+    ) -> None:
+        self._finetune, self._examples = params.finetune, examples
+        self._device, self._dtype = device, str(dtype).removeprefix("torch.")
+        lengths, learned = lengths_of(examples)
+        plan = plan_of(
+            params, read_config(base), dtype, device, int(lengths.max()), int(learned.max())
+        )
+        process = machine.process_bytes(self._dtype) if device == "cpu" else 0
+        self.estimator = Estimator(plan, process)
+
+    def batch_sizes(self, try_step: Callable[[Sequence[Example]], None]) -> dict[str, int]:
+        """Return `per_device_train_batch_size` and `gradient_accumulation_steps`: what params say,
+        or what fits.
+
+        Args:
+            try_step: runs a step on examples; called for `auto` only.
+
+        Raises:
+            UserError: if not even one sequence at a time fits.
+        """
+        finetune, a_step = self._finetune, self._finetune.sequences_a_step
+        micro = finetune.per_device_train_batch_size
+        if micro == "auto":
+            available = machine.available_bytes(self._device)
+            chosen = choose_micro_batch(self.estimator, a_step, int(USED * available))
+            micro = confirm(chosen, a_step, longest_of(self._examples), try_step)
+            print(
+                f"finetune: {micro} sequences at a time, {a_step // micro} times an optimizer "
+                f"step ({self.gib(micro):.2f} of {available / 2**30:.2f} GiB)",
+                flush=True,
+            )
+        return {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": a_step // micro,
+        }
+
+    def gib(self, micro_batch: int) -> float:
+        """Return the estimated peak of training in GiB."""
+        return self.estimator.training(micro_batch).total / 2**30
+
+    def calibrate(self, tokens_per_second: float) -> None:
+        """Keep how fast this machine trained.
+
+        Args:
+            tokens_per_second: of training steps, padding included.
+        """
+        measured = calibration.Calibration(
+            tokens_per_second * self.estimator.flops_per_token(), self.estimator.process
+        )
+        calibration.write(machine.device_name(self._device), self._dtype, measured)

@@ -1,0 +1,289 @@
+"""A training step on tensors that have shapes and no memory, and all that it allocates.
+
+Under torch's FakeTensorMode the model's own code runs in full, autograd and checkpointing
+included; `_Recorder` sees each storage come and go. What an operator allocates inside and drops
+again is invisible to it and is listed in `_inside`, which follows `gptj8.operators` and torch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gptj8 import kernels, operators
+from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PHASES = ("forward", "loss", "backward")
+_ATTENTION = "scaled_dot_product"
+
+
+@dataclass
+class Trace:
+    """What one step allocates beside weights and optimizer.
+
+    Attributes:
+        peaks: phase -> component -> bytes, when the phase held the most.
+        workspace: bytes of the largest restored piece of a matrix, held on to by a CPU.
+        events: (storage, bytes) as each comes, (storage, -bytes) as it goes.
+        flops: multiplications and additions of matrix products, forward and backward.
+    """
+
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    workspace: int = 0
+    events: list[tuple[int, int]] = field(default_factory=list)
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shape of a batch.
+
+    Attributes:
+        rows, length: padded tokens.
+        learned: positions of a row that get logits.
+        padded: whether rows differ in length, so that attention needs a mask.
+    """
+
+    rows: int
+    length: int
+    learned: int
+    padded: bool = True
+
+
+def trace_training_step(
+    model: PeftModel, batch: Batch, checkpointing: bool, autocast: torch.dtype | None = None
+) -> Trace:
+    """Run forward, loss and backward of one micro-batch.
+
+    Args:
+        model: from `skeleton.build`; its tensors are replaced by fake ones.
+        autocast: dtype to run under, as `training` does; None: without.
+    """
+    with _recording(model) as recorder:
+        model.config.use_cache = False
+        model.train()
+        if checkpointing:
+            base: Any = model.get_base_model()
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = _loss(model, batch, recorder)
+        recorder.enter("backward", "recomputed layer" if checkpointing else "gradients of layers")
+        loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                recorder.name(parameter.grad, "gradients")
+        return recorder.result()
+
+
+def trace_evaluation(model: PeftModel, batch: Batch) -> Trace:
+    """Run the forward pass that scores `batch.learned` positions of each row."""
+    with _recording(model) as recorder, torch.inference_mode():
+        model.config.use_cache = False
+        model.eval()
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+        kept = torch.zeros(batch.learned, dtype=torch.int64)
+        model(input_ids=ids, attention_mask=_mask(batch), logits_to_keep=kept)
+        return recorder.result()
+
+
+def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
+    """What `training` computes: logits at learned positions alone, in chunks if the head is
+    frozen."""
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+    arguments: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": _mask(batch),
+        "logits_to_keep": torch.zeros(batch.learned, dtype=torch.int64),
+    }
+    targets = torch.zeros(batch.rows * batch.learned, dtype=torch.int64)
+    head = frozen_head(model)
+    if head is None:
+        logits = model(**arguments).logits
+        recorder.enter("loss", "logits and loss", keep=True)
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+    with input_of(head) as taken:
+        outputs = model(**arguments)
+    recorder.enter("loss", "logits and loss", keep=True)
+    learned = torch.zeros(len(targets), dtype=torch.int64)
+    loss = frozen_cross_entropy(taken[0].flatten(0, 1)[learned], targets, head)
+    del outputs
+    return loss
+
+
+def _mask(batch: Batch) -> torch.Tensor | None:
+    """Return what transformers makes of padding: which tokens see which, for each row."""
+    if not batch.padded or batch.rows == 1:
+        return None
+    return torch.zeros(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[_Recorder]:
+    kernels.few_rows(torch.empty(0))  # tries the compiled kernels once, on tensors with memory
+    state = torch.get_rng_state()
+    recorder = _Recorder()
+    try:
+        with FakeTensorMode():
+            _make_fake(model)
+            recorder.leave_out(model)
+            with recorder:
+                yield recorder
+    finally:
+        torch.set_rng_state(state)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace meta tensors by fake ones on the CPU; what was shared stays shared."""
+    fakes: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = store  # type: ignore[assignment]
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if store is module._parameters:
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]
+
+
+class _Recorder(TorchDispatchMode):
+    """See every storage that an operator makes, until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase, self._component = "forward", "activations"
+        self._live: dict[int, tuple[int, Any]] = {}  # number -> bytes, the storage's watcher
+        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
+        self._named: dict[int, str] = {}
+        self._count = self._bytes = 0
+        self._most = dict.fromkeys(PHASES, -1)
+        self._at_peak: dict[str, tuple[dict[int, int], dict[str, int]]] = {}
+        self._trace = Trace()
+
+    def leave_out(self, model: nn.Module) -> None:
+        """Do not count the model's own tensors, of which operators return views."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._numbers[tensor.untyped_storage()._cdata] = 0
+
+    def enter(self, phase: str, component: str, keep: bool = False) -> None:
+        """Begin a phase; `keep`: what lives now was kept for backward."""
+        if keep:
+            for number in self._live:
+                self._named[number] = "kept for backward"
+        self._phase, self._component = phase, component
+        self._note({})
+
+    def name(self, tensor: torch.Tensor, component: str) -> None:
+        """Tell what a tensor is."""
+        number = self._numbers.get(tensor.untyped_storage()._cdata)
+        if number is not None:
+            self._named[number] = component
+
+    def result(self) -> Trace:
+        """Return what was recorded."""
+        for phase, (live, inside) in self._at_peak.items():
+            found = dict(inside)
+            for number, size in live.items():
+                component = self._named[number]
+                found[component] = found.get(component, 0) + size
+            self._trace.peaks[phase] = found
+        return self._trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        new = False
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                new |= self._see(tensor, name)
+        inside, workspace = _inside(name, args, output)
+        self._trace.workspace = max(self._trace.workspace, workspace)
+        self._trace.flops += _flops(name, args, output)
+        if new or inside:
+            self._note({self._component: inside})
+            if inside:
+                self._count += 1
+                self._trace.events += [(self._count, inside), (self._count, -inside)]
+        return output
+
+    def _see(self, tensor: torch.Tensor, name: str) -> bool:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._numbers:
+            return False
+        self._count += 1
+        number, size = self._count, storage.nbytes()
+        self._numbers[address] = number
+        self._named[number] = "attention" if _ATTENTION in name else self._component
+        watcher = weakref.ref(storage, lambda _: self._forget(address, number, size))
+        self._live[number] = size, watcher
+        self._bytes += size
+        self._trace.events.append((number, size))
+        return True
+
+    def _forget(self, address: int, number: int, size: int) -> None:
+        self._numbers.pop(address, None)
+        if self._live.pop(number, None) is not None:
+            self._bytes -= size
+            self._trace.events.append((number, -size))
+
+    def _note(self, inside: dict[str, int]) -> None:
+        total = self._bytes + sum(inside.values())
+        if total > self._most[self._phase]:
+            self._most[self._phase] = total
+            live = {number: size for number, (size, _) in self._live.items()}
+            self._at_peak[self._phase] = live, inside
+
+
+def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
+    """Return the bytes that an operator allocates inside, and of those the restored weights that
+    a CPU holds on to (`kernels.scratch`)."""
+    if name == "aten::logsumexp":  # exp(x - max)
+        return args[0].untyped_storage().nbytes(), 0
+    if not name.startswith("gptj8::frozen_linear"):
+        return 0, 0
+    x, codes, block_size, transposed = args[0], args[1], args[-2], args[-1]
+    is_forward = name == "gptj8::frozen_linear"
+    few = kernels.few_rows(x) * codes.shape[1]
+    if is_forward and not transposed and x.numel() <= few:
+        return 0, 0
+    rows = operators.piece_rows(x, codes.shape, block_size, transposed)
+    size, restored = x.element_size(), rows * codes.shape[1] * x.element_size()
+    if rows == codes.shape[0]:
+        return 0, restored
+    if is_forward:  # the parts, beside what they become
+        return output.numel() * size, restored
+    # A part of dy in one piece, its product, and the sum in float32.
+    return x.numel() // codes.shape[0] * rows * size + output.numel() * (size + 4), restored
+
+
+def _flops(name: str, args: Any, output: Any) -> int:
+    """Return the multiplications and additions of a matrix product."""
+    if name in ("gptj8::frozen_linear", "gptj8::frozen_linear_backward"):
+        codes = args[1]
+        side = args[0].shape[-1]
+        return 2 * (args[0].numel() // side) * codes.numel()
+    if name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        left = args[1] if name == "aten::addmm" else args[0]
+        return 2 * output.numel() * left.shape[-1]
+    if _ATTENTION in name:
+        backward = "backward" in name
+        query, key = (args[1], args[2]) if backward else (args[0], args[1])
+        products = 5 if backward else 2
+        return products * 2 * query.numel() * key.shape[-2]
+    return 0

@@ -1,0 +1,348 @@
+"""The estimate of memory: what it counts is what a loaded model has and what a step allocates."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import gptj8
+from benchmarks import memory as benchmark
+from gptj8 import cli
+from gptj8.adapters import add_adapter
+from gptj8.errors import UserError
+from gptj8.memory import calibration, machine
+from gptj8.memory import estimate as estimating
+from gptj8.memory.auto_batch import choose_micro_batch, confirm, divisors, lengths_of, longest_of
+from gptj8.memory.estimate import Estimator, Plan, plan_of
+from gptj8.memory.heap import Heap
+from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_config, weigh
+from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
+from gptj8.models import load_model
+from gptj8.params import load_params, parse_params
+from gptj8.training import TrainingSettings, train, try_step
+from tests.test_architectures import ARCHITECTURES, COMMON
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+QUANTIZATION = gptj8.Blockwise8bitConfig(block_size=256)
+MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
+
+
+def plan(config, *, length=32, layers=None, method="lora", target="all-linear", **changes):
+    config = read_config(config) if isinstance(config, str | Path) else config
+    shape = AdapterShape(method, target, 4, 8.0, 0.0)
+    return Plan(config, QUANTIZATION, shape, torch.float32, "cpu", length, length - 1, **changes)
+
+
+def gptj(**changes):
+    sizes = {"vocab_size": 400, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    return transformers.GPTJConfig(**{**sizes, "rotary_dim": 8, **changes})
+
+
+def config_alone(folder, config):
+    folder.mkdir()
+    config.save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "target"), [("lora", "all-linear"), ("lora", "attention"), ("layernorm", "-")]
+)
+def test_counts_are_those_of_the_loaded_model(tiny_8bit_dir, tmp_path, method, target):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(tiny_8bit_dir / "config.json", folder)
+    loaded = load_model(tiny_8bit_dir, torch.float32, CPU)
+    loaded = add_adapter(loaded, method, target, 4, 8, 0.0)
+    shape = AdapterShape(method, target, 4, 8.0, 0.0)
+    counted = build(read_config(folder), gptj8.Blockwise8bitConfig(), torch.float32, shape)
+    assert weigh(counted) == weigh(loaded)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch"])
+def test_the_optimizers_state_is_counted_exactly(optim):
+    import bitsandbytes
+
+    weights = [torch.nn.Parameter(torch.randn(n)) for n in (8, 4095, 4096, 10_000)]
+    kind = {"adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit, "adamw_torch": torch.optim.AdamW}
+    optimizer = kind[optim](weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for weight in weights:
+        state = optimizer.state[weight]
+        tensors = [
+            value
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in name
+        ]
+        assert sum(t.numel() * t.element_size() for t in tensors) == optimizer_bytes(
+            weight.numel(), optim
+        )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
+    kind, sizes = ARCHITECTURES[name]
+    config = getattr(transformers, kind)(**sizes, **COMMON)
+    folder = config_alone(tmp_path / "alone", config)
+    found = Estimator(plan(folder))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "model", quantization_config=QUANTIZATION)
+    assert found.weights == weigh(add_adapter(loaded, "lora", "all-linear", 4, 8, 0.0))
+    assert found.training(2).total > found.training(1).total > found.weights.base
+    assert found.evaluation().total > found.weights.base
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpointing):
+    batch = Batch(3, 20, 19, padded=False)
+    shape = AdapterShape("lora", "all-linear", 4, 8.0, 0.0)
+    config = read_config(tiny_8bit_dir)
+    recorded = trace_training_step(
+        build(config, QUANTIZATION, torch.float32, shape), batch, checkpointing
+    )
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    model = add_adapter(model, "lora", "all-linear", 4, 8, 0.0).train()
+    model.config.use_cache = False
+    if checkpointing:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    recorder = _Recorder()
+    recorder.leave_out(model)
+    with recorder:
+        loss = _loss(model, batch, recorder)
+        recorder.enter("backward", "backward")
+        loss.backward()
+    real = recorder.result()
+    for phase, peak in recorded.peaks.items():
+        assert sum(peak.values()) == pytest.approx(sum(real.peaks[phase].values()), rel=0.02), phase
+
+
+def test_what_is_recorded_changes_no_random_number(tmp_path):
+    found = Estimator(plan(gptj(), checkpointing=True))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found.training(2)
+    machine.process_bytes("float32")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_more_takes_more():
+    def total(rows=2, **changes):
+        length = changes.pop("length", 64)
+        checkpointing = changes.pop("checkpointing", True)
+        config = gptj(**changes)
+        return Estimator(plan(config, length=length, checkpointing=checkpointing)).training(rows)
+
+    least = total().total
+    for changes in (
+        {"rows": 4},
+        {"length": 128},
+        {"n_layer": 4},
+        {"n_embd": 128},
+        {"checkpointing": False},
+    ):
+        assert total(**changes).total > least, changes
+
+
+def test_a_deep_model_goes_on_as_a_shallow_one(monkeypatch):
+    deep = plan(gptj(n_layer=7))
+    extrapolated = Estimator(deep).training(2).components
+    monkeypatch.setattr(estimating, "_DEEP", 7)
+    recorded = Estimator(deep).training(2).components
+    for name in recorded:
+        if name != "unused heap":
+            assert extrapolated[name] == pytest.approx(recorded[name], rel=0.01, abs=2048), name
+
+
+@pytest.mark.parametrize("rows", [1, 5, 23])
+def test_the_largest_micro_batch_is_the_largest(rows):
+    found = Estimator(plan(gptj()))
+    memory = found.training(rows).total
+    largest = found.largest_micro_batch(memory)
+    assert largest >= rows
+    assert found.training(largest).total <= memory < found.training(largest + 1).total
+    assert found.largest_micro_batch(found.training(1).total - 1) == 0
+
+
+def test_auto_takes_the_largest_divisor_that_fits():
+    found = Estimator(plan(gptj()))
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert choose_micro_batch(found, 12, found.training(5).total) == 4
+    assert choose_micro_batch(found, 12, 1 << 50) == 12
+    with pytest.raises(UserError, match="for one sequence of 32 tokens, and 1000 B may be used"):
+        choose_micro_batch(found, 12, 1000)
+
+
+def test_what_does_not_fit_after_all_is_halved():
+    tried = []
+
+    def step(rows):
+        tried.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert confirm(12, 12, lambda count: [{}] * count, step) == 3
+    assert tried == [12, 6, 3]
+
+    def fails(rows):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        confirm(4, 12, lambda count: [{}] * count, fails)
+
+
+def some_examples(count=8):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [8 + 3 * (i % 5) for i in range(count)]
+    return [
+        {
+            "input_ids": torch.randint(1, 380, (n,), generator=generator).tolist(),
+            "prompt_length": n - 3,
+            "length": n,
+        }
+        for n in lengths
+    ]
+
+
+def test_trying_a_step_leaves_no_trace_in_what_is_trained(tiny_8bit_dir):
+    examples = some_examples()
+    lengths, learned = lengths_of(examples)
+    assert (lengths.max(), learned.max()) == (20, 3)
+    settings = TrainingSettings(1e-2, 1, 2, gradient_accumulation_steps=2, eval_steps=2)
+
+    def adapter(tried):
+        torch.manual_seed(0)
+        model = load_model(tiny_8bit_dir, torch.float32, CPU)
+        model = add_adapter(model, "lora", "all-linear", 4, 8, 0.3)
+        if tried:
+            assert confirm(2, 4, longest_of(examples), lambda rows: try_step(model, rows, True))
+        train(model, examples, examples[:2], settings, 0)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    for one, other in zip(adapter(False), adapter(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_batch_sizes_that_contradict_each_other_are_refused():
+    def finetune(**changes):
+        return parse_params({**MINIMAL, "finetune": changes}).finetune
+
+    auto = {"per_device_train_batch_size": "auto"}
+    assert finetune().sequences_a_step == 8
+    assert finetune(**auto).sequences_a_step == 8
+    assert finetune(**auto, train_batch_size=32).sequences_a_step == 32
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps = 4 beside .* leave it at 1"):
+        finetune(**auto, gradient_accumulation_steps=4)
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert finetune(**sizes, train_batch_size=8).sequences_a_step == 8
+    with pytest.raises(UserError, match="train_batch_size = 16 is not") as refused:
+        finetune(**sizes, train_batch_size=16)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_heap_with_fixed_threshold_holds_what_lives():
+    heap = Heap(1 << 20)
+    blocks = [heap.allocate(4 << 20) for _ in range(3)]
+    for block in blocks:
+        heap.free(block)
+    assert heap.live == heap.resident == 0
+    assert heap.peak == pytest.approx(12 << 20, rel=0.01)
+
+
+def test_a_calibration_is_kept_and_a_damaged_one_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert calibration.read("a CPU", "float32") is None
+    measured = calibration.Calibration(2.5e11, 600_000_000)
+    calibration.write("a CPU", "float32", measured)
+    calibration.write("a GPU", "bfloat16", calibration.Calibration(1e13))
+    assert calibration.read("a CPU", "float32") == measured
+    (tmp_path / calibration.FILE).write_text("[1")
+    assert calibration.read("a CPU", "float32") is None
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with params.yaml and a model that is nothing but its config.json."""
+    config_alone(tmp_path / "model", gptj())
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "process_bytes_elsewhere", lambda dtype: 600 << 20)
+    return tmp_path
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["gptj8", "estimate", *arguments])
+    cli.main()
+
+
+def test_the_command_prints_a_table_and_json(project, monkeypatch, capsys):
+    run_command(monkeypatch, "--model", "model", "--memory", "2GB")
+    shown = capsys.readouterr().out
+    assert "process and libraries" in shown
+    assert "fits into 2.00 GB" in shown
+    assert "not calibrated" in shown
+    dtype = str(gptj8_dtype()).removeprefix("torch.")
+    calibration.write(machine.device_name("cpu"), dtype, calibration.Calibration(1e9, 500 << 20))
+    run_command(monkeypatch, "--model", "model/config.json", "--memory", "2GB", "--json")
+    found = json.loads(capsys.readouterr().out)
+    training = found["training"]
+    assert training["per_device_train_batch_size"] == load_params().finetune.sequences_a_step
+    assert sum(training["components"].values()) == training["peak"]
+    assert training["components"]["process and libraries"] == 500 << 20
+    assert found["tokens_per_second"] == pytest.approx(1e9 / found["flops_per_token"])
+
+
+def gptj8_dtype():
+    from gptj8.models import pick_dtype
+
+    return pick_dtype("auto", CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model", "nowhere"], ["nowhere has no config.json"]),
+        (["--model", "strange"], ["model_type = unheard_of"]),
+        (["--model", "model", "--memory", "8 apples"], ["--memory 8 apples", "8GB"]),
+        (["--model", "model", "-S", "finetune.rr=4"], ["finetune.rr is not a known key"]),
+        (["--model", "model", "-S", "finetune.target=[nothing]"], ["finetune.target"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_command_refuses_in_one_line(project, monkeypatch, capsys, arguments, parts):
+    (project / "strange").mkdir()
+    (project / "strange" / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in parts)
+
+
+def test_sizes_are_read_in_either_unit():
+    assert machine.parse_bytes("8GB") == 8_000_000_000
+    assert machine.parse_bytes("1.5 GiB") == 3 << 29
+    assert machine.parse_bytes("123") == 123
+
+
+def test_params_become_a_plan():
+    params = parse_params({**MINIMAL, "data": {"train": "x", "max_length": 4096, "task": "text"}})
+    found = plan_of(params, gptj(), torch.float32, "cpu")
+    assert (found.length, found.learned) == (512, 511)  # no longer than the model's context
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 6])
+def test_the_estimate_is_right_to_a_tenth(number, tmp_path):
+    found = benchmark.compare(number, tmp_path)
+    assert found["estimated"] == pytest.approx(found["measured"], rel=0.1)
