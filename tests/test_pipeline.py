@@ -23,6 +23,10 @@ STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 # Modules that decide how a stage talks to its surroundings and not what it writes. Were they deps,
 # every new param and every change of tracking would reconvert the model.
 NEUTRAL = {"__init__", "_registration", "errors", "files", "params", "runtime", "tracking"}
+# The estimate of memory is written beside what training measured and decides only how `auto` splits a
+# batch, which depends on the memory that is free, and so on what no file tells: to estimate better is
+# no reason to train again for hours.
+NEUTRAL |= {"skeleton", "trace", "heap", "estimate", "machine", "calibration", "auto_batch", "stage"}
 # Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
 # computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
 # module with conversion, and never converts.
