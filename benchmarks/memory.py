@@ -1,8 +1,8 @@
 """Estimated and measured peak memory of training: `python -m benchmarks.memory FOLDER`.
 
-Each configuration is trained for two steps (the full size for one) in a process of its own, as the
-finetune stage does it: the estimate is made before the model is loaded, the peak is the process's
-(VmHWM). Models have random weights, made in the 8-bit format in FOLDER and removed again.
+Each configuration is trained for two steps (those that take a minute: one) in a process of its own,
+as the finetune stage does it: the estimate is made before the model is loaded, the peak is the
+process's (VmHWM). Models have random weights, made in the 8-bit format in FOLDER and removed again.
 `--full-size` adds GPT-J-6B's shape: 6 GB of disk, 8 GB of memory, minutes.
 """
 

@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 
 # Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
 # what it writes. Were they deps, every new param, every change of tracking and every other line on
-# the terminal would reconvert the model. Nor what estimates memory: given a batch size it tells
-# a number, and the one that it chooses for `auto` depends on the machine in any case.
+# the terminal would reconvert the model. Nor what estimates memory: it decides only how
+# `auto` splits a batch, which depends on the memory that is free, and so on what no file tells.
 NEUTRAL = {
     "__init__",
     "_registration",

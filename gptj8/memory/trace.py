@@ -123,10 +123,10 @@ def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
 
 
 def _mask(batch: Batch) -> torch.Tensor | None:
-    """Return what transformers makes of padding: which tokens see which, for each row."""
+    """Return which tokens are real; None where all are, as transformers finds out by looking."""
     if not batch.padded or batch.rows == 1:
         return None
-    return torch.zeros(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
+    return torch.ones(batch.rows, batch.length, dtype=torch.int64)
 
 
 @contextmanager
