@@ -88,7 +88,7 @@ def main() -> None:
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
         peak = peak_memory_gib()
         metrics |= {**sizes, "peak_memory_gib": peak}
-        metrics["estimated_memory_gib"] = memory.gib(settings.per_device_train_batch_size)
+        metrics |= memory.metrics(settings.per_device_train_batch_size)
         write_json(REPORT / "metrics.json", metrics)
         memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction))
     accuracy = result.eval_accuracy

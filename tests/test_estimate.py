@@ -178,7 +178,7 @@ def test_auto_takes_the_largest_divisor_that_fits():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert choose_micro_batch(found, 12, found.training(5).total) == 4
     assert choose_micro_batch(found, 12, 1 << 50) == 12
-    with pytest.raises(UserError, match="for one sequence of 32 tokens, and 1.00 kB may be used"):
+    with pytest.raises(UserError, match=r"for one sequence of 32 tokens, and 1\.00 kB may be used"):
         choose_micro_batch(found, 12, 1000)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from gptj8.errors import UserError
 from gptj8.memory import calibration, machine
 from gptj8.memory.auto_batch import USED, choose_micro_batch, confirm, lengths_of, longest_of
 from gptj8.memory.estimate import Estimator, plan_of
 from gptj8.memory.skeleton import read_config
+from gptj8.words import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,12 +44,23 @@ class TrainingMemory:
     ) -> None:
         self._finetune, self._examples = params.finetune, examples
         self._device, self._dtype = device, str(dtype).removeprefix("torch.")
+        self._estimator: Estimator | None = None
         lengths, learned = lengths_of(examples)
-        plan = plan_of(
-            params, read_config(base), dtype, device, int(lengths.max()), int(learned.max())
-        )
-        process = machine.process_bytes(self._dtype) if device == "cpu" else 0
-        self.estimator = Estimator(plan, process)
+        try:
+            plan = plan_of(
+                params, read_config(base), dtype, device, int(lengths.max()), int(learned.max())
+            )
+            process = machine.process_bytes(self._dtype) if device == "cpu" else 0
+            self._estimator = Estimator(plan, process)
+            self._estimator.training(1)
+        except Exception as error:  # a model whose step cannot be recorded can be trained yet
+            self._estimator = None
+            if params.finetune.per_device_train_batch_size == "auto":
+                raise UserError(
+                    f"finetune.per_device_train_batch_size: auto: the memory of this model cannot "
+                    f"be estimated ({one_line(error)}); give a number"
+                ) from error
+            print(f"warning: memory is not estimated: {one_line(error)}", file=sys.stderr)
 
     def batch_sizes(self, try_step: Callable[[Sequence[Example]], None]) -> dict[str, int]:
         """Return `per_device_train_batch_size` and `gradient_accumulation_steps`: what params say,
@@ -61,12 +75,13 @@ class TrainingMemory:
         finetune, a_step = self._finetune, self._finetune.sequences_a_step
         micro = finetune.per_device_train_batch_size
         if micro == "auto":
+            assert self._estimator is not None
             available = machine.available_bytes(self._device)
-            chosen = choose_micro_batch(self.estimator, a_step, int(USED * available))
+            chosen = choose_micro_batch(self._estimator, a_step, int(USED * available))
             micro = confirm(chosen, a_step, longest_of(self._examples), try_step)
             print(
                 f"finetune: {micro} sequences at a time, {a_step // micro} times an optimizer "
-                f"step ({self.gib(micro):.2f} of {available / 2**30:.2f} GiB)",
+                f"step ({self._gib(micro):.2f} of {available / 2**30:.2f} GiB)",
                 flush=True,
             )
         return {
@@ -74,9 +89,11 @@ class TrainingMemory:
             "gradient_accumulation_steps": a_step // micro,
         }
 
-    def gib(self, micro_batch: int) -> float:
-        """Return the estimated peak of training in GiB."""
-        return self.estimator.training(micro_batch).total / 2**30
+    def metrics(self, micro_batch: int) -> dict[str, float]:
+        """Return `estimated_memory_gib`, the peak of training; nothing if it cannot be told."""
+        if self._estimator is None:
+            return {}
+        return {"estimated_memory_gib": self._gib(micro_batch)}
 
     def calibrate(self, tokens_per_second: float) -> None:
         """Keep how fast this machine trained.
@@ -84,7 +101,13 @@ class TrainingMemory:
         Args:
             tokens_per_second: of training steps, padding included.
         """
+        if self._estimator is None:
+            return
         measured = calibration.Calibration(
-            tokens_per_second * self.estimator.flops_per_token(), self.estimator.process
+            tokens_per_second * self._estimator.flops_per_token(), self._estimator.process
         )
         calibration.write(machine.device_name(self._device), self._dtype, measured)
+
+    def _gib(self, micro_batch: int) -> float:
+        assert self._estimator is not None
+        return self._estimator.training(micro_batch).total / 2**30
