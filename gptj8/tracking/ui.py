@@ -50,8 +50,8 @@ def _ui(arguments: argparse.Namespace) -> None:
     if uri.startswith(("http://", "https://")):
         print(f"the runs are kept by a server that has its own page: {without_password(uri)}")
         return
-    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
-        raise UserError(f"no run is recorded yet: {uri.removeprefix(_SQLITE)} does not exist")
+    if uri.startswith(_SQLITE):
+        _check_database(Path(uri.removeprefix(_SQLITE)))
     host = arguments.host
     taken = bind(host, arguments.port)
     port = taken[0].getsockname()[1]
@@ -76,9 +76,19 @@ def _ui(arguments: argparse.Namespace) -> None:
         finally:
             _stop(server)
         said.seek(0)
-        lines = said.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
+        lines = [x.strip() for x in said.read().decode(errors="replace").splitlines()]
+        telling = [x for x in lines if "error" in x.lower() and "://" not in x]
+        last = next(iter([*telling[-1:], *lines[-1:]]), "it says nothing")
         raise UserError(f"MLflow's server does not run: {last}")
+
+
+def _check_database(file: Path) -> None:
+    """Raise UserError for what MLflow would make silently, or try for two minutes to open."""
+    if not file.is_file():
+        raise UserError(f"no run is recorded yet: {file} does not exist")
+    with open(file, "rb") as stream:
+        if stream.read(16) not in (b"", b"SQLite format 3\0"):
+            raise UserError(f"{file} is not a database")
 
 
 def _page(server: subprocess.Popen[bytes], address: str, experiment: str) -> str | None:
