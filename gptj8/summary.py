@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gptj8.evaluation.outside import OWN_SYSTEMS
+from gptj8.evaluation.systems import OWN_SYSTEMS
 
 _NEXT = (
     ("adapter", "artifacts/export, whose README.md is its model card"),

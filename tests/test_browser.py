@@ -72,6 +72,8 @@ class Browser:
 
     def open(self, path: str, *texts: str):
         """Open a page afresh, and wait until it shows all of `texts`."""
+        for earlier in self._context.pages:  # they go on asking and drawing
+            earlier.close()
         page = self._context.new_page()
         page.set_default_timeout(SECONDS * 1000)
         page.on("request", lambda request: self._note(request.url))
@@ -83,7 +85,8 @@ class Browser:
     def expect(self, page, *texts: str) -> str:
         """Wait for texts, and return all that is shown."""
         for text in texts:
-            page.get_by_text(text).first.wait_for()
+            script = "text => document.body.innerText.includes(text)"
+            page.wait_for_function(script, arg=text)
         shown = page.inner_text("body")
         for problem in ("Something went wrong", "Error loading", "Page not found", "Failed to"):
             assert problem not in shown

@@ -68,8 +68,9 @@ def test_an_experiment_gets_what_it_lacks_and_keeps_what_was_changed(project):
         assert tags["mlflow.experimentKind"] == "custom_model_development"
         state = json.loads(json.loads(tags[page.VIEW_TAG])["state"])
         assert "metrics.`evaluate/tuned/accuracy`" in state["selectedColumns"]
-        sections = {section["uuid"] for section in state["compareRunSections"]}
-        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
+        (opened,) = [s["uuid"] for s in state["compareRunSections"] if s["display"]]
+        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {opened}
+        assert len(tags[page.VIEW_TAG]) < 5000  # MLflow's limit
 
 
 def refused(monkeypatch, capsys, *options: str) -> str:

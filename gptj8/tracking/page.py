@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gptj8.evaluation.systems import OWN_SYSTEMS
+
 VIEW = "gptj8"
 """The saved view's key in the page's address."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -38,6 +40,11 @@ _CHARTS = {
     "finetune/trainable_parameters": "BAR",
     "finetune/peak_memory_gib": "BAR",
 }
+_CLOSED_SECTIONS = (
+    *("convert", "evaluate", *(f"evaluate/{system}" for system in OWN_SYSTEMS)),
+    *("export", "finetune", "validate", "validate/findings", "Model metrics", "System metrics"),
+)
+"""Of the page's charts, those that wait for a click: all of them at once take long to draw."""
 _EXPERIMENT_NOTE = """\
 Fine-tuning on frozen 8-bit weights. A run is one combination of params, data and base model,
 whichever stages DVC took from its cache (tag `stage.<name>`: `ran` or `cached`).
@@ -112,13 +119,16 @@ def _view_state() -> str:
         "showDifferencesOnly": True,
         "baselineColumnUuid": "",
     }
-    section = {"uuid": VIEW, "name": _VIEW_NAME, "display": True, "isReordered": True}
+    sections = [
+        {"uuid": VIEW, "name": _VIEW_NAME, "display": True, "isReordered": True},
+        *({"uuid": name, "name": name, "display": False} for name in _CLOSED_SECTIONS),
+    ]
     state = {
         "selectedColumns": list(_COLUMNS),
         "columnWidths": _COLUMNS,
         "columnOrder": list(_COLUMNS),
         "compareRunCharts": [*charts, difference | shown],
-        "compareRunSections": [section | {"deleted": False, "isGenerated": False}],
+        "compareRunSections": sections,
         "isAccordionReordered": True,  # or the sections would be sorted by name
     }
     return json.dumps(state, separators=(",", ":"))
