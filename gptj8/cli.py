@@ -15,6 +15,7 @@ from gptj8.params import load_params
 from gptj8.runtime import run
 from gptj8.serving.commands import add_serving_commands
 from gptj8.tracking.commands import add_tracking_commands
+from gptj8.tracking.ui import add_ui_command
 
 
 def main() -> None:
@@ -60,11 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add_harness_command(commands)
     add_serving_commands(commands)
     add_tracking_commands(commands)
-
-    ui = commands.add_parser("ui", help="browse the runs in MLflow")
-    ui.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    ui.add_argument("--port", type=int, default=5000)
-    ui.set_defaults(command=_ui)
+    add_ui_command(commands)
     return parser
 
 
@@ -128,21 +125,6 @@ def _summary(arguments: argparse.Namespace) -> None:
     print()
     for line in summary_lines(measured):
         print(line)
-
-
-def _ui(arguments: argparse.Namespace) -> None:
-    import os
-    import sys
-
-    from gptj8.tracking import tracking_uri
-
-    uri = tracking_uri(load_params())
-    if uri.startswith(("http://", "https://")):
-        print(f"the runs are kept by a server that has its own page: {uri}")
-        return
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    command += ["--host", arguments.host]
-    os.execv(sys.executable, [*command, "--port", str(arguments.port)])
 
 
 if __name__ == "__main__":

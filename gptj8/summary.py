@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gptj8.evaluation.outside import OWN_SYSTEMS
+from gptj8.evaluation.systems import OWN_SYSTEMS
 
 _NEXT = (
     ("adapter", "artifacts/export, whose README.md is its model card"),
@@ -23,16 +23,23 @@ def summary_lines(measured: Mapping[str, float]) -> list[str]:
     Args:
         measured: `<stage>/<metric>` -> value; what is missing has no line.
     """
-    rows = [row for row in _rows(measured) if row[1] in measured]
+    rows = measured_rows(measured)
     width = max((len(name) for name, *_ in rows), default=0)
-    lines = []
-    for name, key, form in rows:
-        line = f"  {name:<{width}}  {form.format(measured[key]):>10}"
-        if f"{key}_low" in measured:
-            low, high = (form.format(measured[f"{key}_{end}"]) for end in ("low", "high"))
-            line += f"   {low} to {high}"
-        lines.append(line)
+    lines = [
+        f"  {name:<{width}}  {value:>10}{interval and f'   {interval}'}"
+        for name, value, interval in rows
+    ]
     return [*lines, "", *(f"  {name:<10}{place}" for name, place in _NEXT)]
+
+
+def measured_rows(measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return name, value and, where it is known, the interval of what the table shows."""
+    rows = []
+    for name, key, form in _rows(measured):
+        if key in measured:
+            ends = [measured[f"{key}_{e}"] for e in ("low", "high") if f"{key}_{e}" in measured]
+            rows.append((name, form.format(measured[key]), " to ".join(map(form.format, ends))))
+    return rows
 
 
 def _rows(measured: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:

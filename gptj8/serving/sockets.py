@@ -57,6 +57,11 @@ def listen(host: str, sockets: Sequence[socket.socket]) -> str:
             taken.listen()
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error}") from None
+    return url_of(host, port)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a port at a host, a name or an address."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

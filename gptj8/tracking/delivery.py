@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
 from gptj8.errors import UserError
 from gptj8.tracking.identity import state_folder
-from gptj8.tracking.journal import Event, read_events, read_state, update_state
+from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
+from gptj8.tracking.page import NOTE_TAG, experiment_tags, run_note
 
 KEY_TAG = "gptj8.key"
 SWEEP_TAG = "gptj8.sweep"
@@ -31,10 +33,6 @@ EXPERIMENTS_TAG = "dvc.experiments"
 """All the names that DVC has given to one row's experiment, one a line."""
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _BATCH = 500  # MLflow takes 1,000 metrics, 100 params and 100 tags at once
-_PRIMARY_METRIC = {
-    "mlflow.experiment.primaryMetric.name": "evaluate/tuned/accuracy",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-}
 
 
 def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClient, str, str]:
@@ -49,9 +47,10 @@ def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClie
     with open(state_folder() / "connect.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = client.get_experiment_by_name(experiment)
+        tags = experiment_tags(now())
         if found is None:
             try:
-                made = client.create_experiment(experiment, location, tags=_PRIMARY_METRIC)
+                made = client.create_experiment(experiment, location, tags=tags)
             except MlflowException:  # another machine was first, or the server says no
                 found = client.get_experiment_by_name(experiment)
                 if found is None:
@@ -63,6 +62,9 @@ def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClie
             f"the MLflow experiment {experiment} is deleted; restore it, or set "
             "tracking.experiment to another name"
         )
+    for key in tags.keys() - found.tags.keys():
+        with suppress(MlflowException):  # a user who may write runs and not experiments
+            client.set_experiment_tag(found.experiment_id, key, tags[key])
     return client, found.experiment_id, found.artifact_location
 
 
@@ -204,6 +206,10 @@ class Delivery:
     def _on_end(self, event: Event) -> None:
         if event.get("error"):
             self._set_tags({ERROR_TAG: event["error"][:5000]})
+        run = self._client.get_run(self.run_id)
+        note = run_note(run.data.metrics, run.data.tags)
+        if note is not None:
+            self._set_tags({NOTE_TAG: note})
         self._client.set_terminated(self.run_id, event["status"], event["time"])
 
     def _log_metrics(self, events: Sequence[Event]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from gptj8.params import PARAMS_FILE
 from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten
+from gptj8.tracking.page import CHANGED_TAG
 
 # Changed by running, not by people; DVC writes the one, the stages the other.
 _RESULTS = (":(exclude)dvc.lock", ":(exclude)**/dvc.lock", ":(exclude)reports")
@@ -42,6 +43,7 @@ def lineage_tags(folder: Path) -> dict[str, str]:
         "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV"),
         "python": platform.python_version(),
         **{f"hardware.{name}": value for name, value in hardware().items()},
+        CHANGED_TAG: " ".join(_changed_params(folder) or []) if commit else None,
         "command": reproducing_command(folder, commit) if commit else None,
     }
     return {key: value for key, value in tags.items() if value}
@@ -136,11 +138,14 @@ def _reads_as_another_type(text: str) -> bool:
 
 def _changed_params(folder: Path) -> list[str] | None:
     """Return the changes of params.yaml as overrides; None where they do not say all."""
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
 
     yaml = YAML(typ="safe", pure=True)
-    before = yaml.load(git("show", f"HEAD:./{PARAMS_FILE}", strip=False, folder=folder) or "")
-    after = yaml.load((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+    try:
+        before = yaml.load(git("show", f"HEAD:./{PARAMS_FILE}", strip=False, folder=folder) or "")
+        after = yaml.load((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+    except (OSError, YAMLError):
+        return None
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return None
     old, new = flatten(before, "."), flatten(after, ".")

@@ -1,0 +1,152 @@
+"""What MLflow's page shows first, of an experiment and of a run.
+
+By itself the page takes an experiment for one of agents and their traces, shows no number in the
+table of runs, and draws 130 charts in the order of the alphabet. Tags of the experiment put that
+right for everybody who opens it: its kind, a description, and a saved view, which the page offers
+under "Views" and `gptj8 ui` opens. They are set where they are absent: what somebody has changed or
+added there is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gptj8.evaluation.systems import OWN_SYSTEMS
+
+VIEW = "gptj8"
+"""The saved view's key in the page's address."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+NOTE_TAG = "mlflow.note.content"
+CHANGED_TAG = "params.changed"
+
+_OWN_NOTE = "*Written by gptj8, which leaves a description without this line alone.*"
+_VIEW_NAME = "What matters"
+_COLUMNS = {  # kind and key: width
+    f"tags.`{CHANGED_TAG}`": 240,
+    "metrics.`evaluate/tuned/accuracy`": 190,
+    "metrics.`evaluate/base/accuracy`": 190,
+    "metrics.`evaluate/tuned/perplexity`": 200,
+    "metrics.`evaluate/quantized/perplexity_ratio`": 260,
+    "metrics.`finetune/peak_memory_gib`": 210,
+    "metrics.`evaluate/tuned/exact_match`": 210,
+}
+_CHARTS = {
+    "evaluate/tuned/accuracy": "BAR",
+    "evaluate/base/accuracy": "BAR",
+    "finetune/loss": "LINE",
+    "finetune/eval_loss": "LINE",
+    "finetune/trainable_parameters": "BAR",
+    "finetune/peak_memory_gib": "BAR",
+}
+_CLOSED_SECTIONS = (
+    *("convert", "evaluate", *(f"evaluate/{system}" for system in OWN_SYSTEMS)),
+    *("export", "finetune", "validate", "validate/findings", "Model metrics", "System metrics"),
+)
+"""Of the page's charts, those that wait for a click: all of them at once take long to draw."""
+_EXPERIMENT_NOTE = """\
+Fine-tuning on frozen 8-bit weights. A run is one combination of params, data and base model,
+whichever stages DVC took from its cache (tag `stage.<name>`: `ran` or `cached`).
+
+| number | what it is |
+|---|---|
+| `evaluate/tuned/accuracy` | right answers to the test rows after fine-tuning |
+| `evaluate/base/accuracy` | before it, of the original model |
+| `evaluate/quantized/perplexity_ratio` | what 8 bits cost: 1 is nothing |
+| `finetune/peak_memory_gib` | what training took |
+
+Tick runs and press Compare to see which params differ; a run's `predictions.json` holds what it
+answered to every test row.
+"""
+
+
+def experiment_tags(time: int) -> dict[str, str]:
+    """Return the tags that an experiment is to have.
+
+    Args:
+        time: now, in milliseconds.
+    """
+    view = {"name": _VIEW_NAME, "createdAt": time, "updatedAt": time, "state": _view_state()}
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": "evaluate/tuned/accuracy",
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+        NOTE_TAG: _EXPERIMENT_NOTE,
+        VIEW_TAG: json.dumps(view),
+    }
+
+
+def run_note(measured: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
+    """Return the description of a run, in Markdown; None where it is to stay as it is.
+
+    Args:
+        measured: `<stage>/<metric>` -> value.
+        tags: of the run.
+    """
+    from gptj8.summary import measured_rows
+
+    if _OWN_NOTE not in tags.get(NOTE_TAG, _OWN_NOTE):
+        return None
+    rows = [f"| {' | '.join(row)} |" for row in measured_rows(measured)]
+    parts = []
+    before, after = (measured.get(f"evaluate/{s}/accuracy") for s in ("base", "tuned"))
+    if before is not None and after is not None:  # four lines are seen without a click
+        parts.append(f"**Accuracy {before:.1%} → {after:.1%}**")
+    if CHANGED_TAG in tags:
+        parts.append(f"Changed: `{tags[CHANGED_TAG]}`")
+    if rows:
+        parts.append("\n".join(["| measured | | 95 % interval |", "|---|---|---|", *rows]))
+    if "command" in tags:
+        parts.append(f"The same again:\n\n```sh\n{tags['command']}\n```")
+    return "\n\n".join([*parts, _OWN_NOTE]) if parts else None
+
+
+def _view_state() -> str:
+    """Return the state of the table and the charts, as the page itself would write it."""
+    shown = {"metricSectionId": VIEW, "deleted": False, "isGenerated": False}
+    shown |= {"runsCountToCompare": 10}
+    charts: list[dict[str, Any]] = [
+        {"type": kind, "uuid": f"{VIEW}-{key}", "metricKey": key, **_AXES[kind], **shown}
+        for key, kind in _CHARTS.items()
+    ]
+    difference = {
+        "type": "DIFFERENCE",
+        "uuid": f"{VIEW}-difference",
+        "chartName": "What differs",
+        "compareGroups": ["Parameters", "Model metrics"],
+        "showChangeFromBaseline": True,
+        "showDifferencesOnly": True,
+        "baselineColumnUuid": "",
+    }
+    sections = [
+        {"uuid": VIEW, "name": _VIEW_NAME, "display": True, "isReordered": True},
+        *({"uuid": name, "name": name, "display": False} for name in _CLOSED_SECTIONS),
+    ]
+    state = {
+        "selectedColumns": list(_COLUMNS),
+        "columnWidths": _COLUMNS,
+        "columnOrder": list(_COLUMNS),
+        "compareRunCharts": [*charts, difference | shown],
+        "compareRunSections": sections,
+        "isAccordionReordered": True,  # or the sections would be sorted by name
+    }
+    return json.dumps(state, separators=(",", ":"))
+
+
+_AXES: dict[str, dict[str, Any]] = {
+    "BAR": {},
+    "LINE": {
+        "lineSmoothness": 0,
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "range": {},
+        "xAxisKey": "step",
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "ignoreOutliers": False,
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+    },
+}
