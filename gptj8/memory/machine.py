@@ -95,7 +95,14 @@ def process_bytes(dtype: str) -> int:
     attention.register()
     kind = getattr(torch, dtype)
     config = GPTJConfig(
-        vocab_size=256, n_positions=64, n_embd=128, n_layer=1, n_head=2, rotary_dim=32
+        vocab_size=256,
+        n_positions=64,
+        n_embd=128,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=32,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config.use_cache = False
     state = torch.get_rng_state()

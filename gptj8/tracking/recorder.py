@@ -4,7 +4,7 @@ A process of its own, so that nothing about a server, be it away, hanging or ans
 slows the stage or ends it, and so that a stage that is killed is marked so by somebody. It reads
 the end of the stage from its standard input, which closes when the stage is gone.
 
-python -m gptj8.tracking.recorder JOURNAL FOLDER     (started by `gptj8.tracking.stage_run`)
+python -m gptj8.tracking JOURNAL FOLDER     (started by `gptj8.tracking.stage_run`)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def start_recorder(journal: Path) -> subprocess.Popen[bytes] | None:
     package = str(Path(gptj8.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "gptj8.tracking.recorder", str(journal), str(Path.cwd())]
+    command = [sys.executable, "-m", "gptj8.tracking", str(journal), str(Path.cwd())]
     try:
         with open(journal / _LOG, "ab") as log:
             return subprocess.Popen(
@@ -211,7 +211,3 @@ class _SystemMetrics:
         self._writer.write(
             "metrics", step=step, values={f"system/{key}": float(v) for key, v in values.items()}
         )
-
-
-if __name__ == "__main__":
-    main()
