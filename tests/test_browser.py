@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_pipeline import STAGES, Clone
+from project_clone import STAGES, Clone
 from test_tracking_faults import free_port
 
 pytestmark = pytest.mark.browser

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_architectures import ARCHITECTURES, COMMON
 
 import gptj8
 from benchmarks import memory as benchmark
@@ -23,7 +24,6 @@ from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.models import load_model
 from gptj8.params import load_params, parse_params
 from gptj8.training import TrainingSettings, train, try_step
-from tests.test_architectures import ARCHITECTURES, COMMON
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,16 @@ def test_the_optimizers_state_is_counted_exactly(optim):
         )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+FAST = ("gptj", "llama")  # the others take a minute together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith(FAST) else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
     kind, sizes = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**sizes, **COMMON)
