@@ -31,9 +31,8 @@ def add_tracking_commands(commands: argparse._SubParsersAction) -> None:
         "experiments",
         help="dvc exp show, with the params that differ and the metrics that matter",
     )
-    experiments.add_argument(
-        "options", nargs=argparse.REMAINDER, help="of dvc exp show, such as --all-commits"
-    )
+    experiments.add_argument("-A", "--all-commits", action="store_true", help="of all commits")
+    experiments.add_argument("-n", "--num", type=int, help="of so many commits (default: the last)")
     experiments.set_defaults(command=_experiments)
 
     reproduce = commands.add_parser(
@@ -123,7 +122,10 @@ def _find(arguments: argparse.Namespace) -> None:
 def _experiments(arguments: argparse.Namespace) -> None:
     from gptj8.tracking.experiments_table import experiments_table
 
-    print(experiments_table(arguments.options))
+    options = ["--all-commits"] if arguments.all_commits else []
+    if arguments.num is not None:
+        options += ["--num", str(arguments.num)]
+    print(experiments_table(options))
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from gptj8.errors import UserError
 
-_METRICS = (
-    "tuned/accuracy",
-    "quantized/perplexity_ratio",
-    "finetune/eval_loss",
-    "finetune/peak_memory_gib",
-    "finetune/tokens_per_second",
-)
+_METRICS = {
+    "tuned/accuracy": "accuracy",
+    "quantized/perplexity_ratio": "perplexity ratio",
+    "finetune/eval_loss": "eval_loss",
+    "finetune/peak_memory_gib": "peak GiB",
+    "finetune/tokens_per_second": "tokens/s",
+}
+"""Metrics that matter, and what their columns are called: names alone would fill a screen."""
 _PARAM = r"seed|(data|model|quantization|finetune|evaluate|export)\.\w+"
 # DVC puts the file before a name that is in more than one.
 _FILE = re.compile(r"reports/(\w+)/metrics\.json:|params\.yaml:")
@@ -44,11 +45,12 @@ def experiments_table(options: Sequence[str] = ()) -> str:
     columns = ["experiment", *params, *(name for name in _METRICS if name in known)]
     if any(row.get("State") for row in rows):
         columns.insert(1, "State")
-    cells = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    titles = [_METRICS.get(name, name) for name in columns]
+    cells = [titles, *([row.get(name, "") for name in columns] for row in rows)]
     widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
     lines = (
         "  ".join(
-            cell.ljust(width) if n < len(columns) - len(_METRICS) else cell.rjust(width)
+            cell.rjust(width) if columns[n] in _METRICS else cell.ljust(width)
             for n, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in cells
