@@ -142,9 +142,25 @@ def overridden_params(overrides: Sequence[str]) -> Params:
             if own:
                 apply_overrides(copy, own)
         except DvcException as error:
+            _refuse_unknown_keys(own)
             raise UserError(f"-S {' '.join(own)}: {one_line(error)}") from None
         content = YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8"))
     return parse_params(content, " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)]))
+
+
+def _refuse_unknown_keys(changes: Sequence[str]) -> None:
+    """Tell of a key that params.yaml cannot have, which DVC only calls invalid."""
+    for change in changes:
+        *sections, key = change.partition("=")[0].split(".")
+        content: dict[str, Any] = {key: None}
+        for section in reversed(sections):
+            content = {section: content}
+        try:
+            parse_params(content, f"-S {change}")
+        except UserError as error:
+            unknown = [line for line in str(error).splitlines() if "is not a known key" in line]
+            if unknown:
+                raise UserError(unknown[0]) from None
 
 
 def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:

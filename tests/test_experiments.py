@@ -225,7 +225,13 @@ def test_dvc_shows_metrics_plots_and_experiments(clone, tmp_path):
     shown = clone.dvc("plots", "diff", "lora-2", "lora-4", "--out", str(page))
     assert shown.returncode == 0, shown.stderr
     text = (page / "index.html").read_text()
-    for plot in ("training loss", "validation accuracy", "confusion", "error of each", "token lengths"):
+    for plot in (
+        "training loss",
+        "validation accuracy",
+        "confusion",
+        "error of each",
+        "token lengths",
+    ):
         assert plot in text, plot
     assert "finetune" in clone.dvc("dag").stdout
 

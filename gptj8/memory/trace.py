@@ -62,6 +62,7 @@ class Batch:
     padded: bool = True
 
 
+@torch.random.fork_rng(devices=[])
 def trace_training_step(
     model: PeftModel, batch: Batch, checkpointing: bool, autocast: torch.dtype | None = None
 ) -> Trace:
@@ -87,6 +88,7 @@ def trace_training_step(
         return recorder.result()
 
 
+@torch.random.fork_rng(devices=[])
 def trace_evaluation(model: PeftModel, batch: Batch) -> Trace:
     """Run the forward pass that scores `batch.learned` positions of each row."""
     with _recording(model) as recorder, torch.inference_mode():
