@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
 
-.PHONY: repro compare test test-slow test-browser bench ui lint lock clean
+.PHONY: repro compare test test-slow test-long test-browser bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## the fast tests
 
 test-slow: $(INSTALLED) ## what takes a minute or more
 	python -m pytest -m slow
+
+test-long: $(INSTALLED) ## real experiments through DVC, estimated against measured memory: half an hour
+	python -m pytest -m long
 
 test-browser: $(INSTALLED) ## look at the runs in a real browser: needs Chromium
 	python -m pytest -m browser

@@ -350,7 +350,7 @@ def test_params_become_a_plan():
     assert (found.length, found.learned) == (512, 511)  # no longer than the model's context
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [0, 6])
 def test_the_estimate_is_right_to_a_tenth(number, tmp_path):
     found = benchmark.compare(number, tmp_path)

@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from gptj8.tracking import flatten
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 OTHER = ["-S", "data.train=mine.csv", "-S", "data.text_column=tweet", "-S", "data.label_column=cl"]
 EXPERIMENTS = {
