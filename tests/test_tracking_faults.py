@@ -140,25 +140,26 @@ def proxy(project, server, monkeypatch):
 
 def train(proxy: Proxy, faults: dict[int, str]) -> tuple[float, float]:
     """Record a stage of steps of 0.1 s, the server misbehaving from given steps on; return the
-    seconds that the steps took and those that the stage took."""
+    seconds that the steps waited for the recording, and those that the end of the stage did."""
     from gptj8.params import load_params
 
     folder = Path("reports/finetune")
-    started = time.monotonic()
+    waited = 0.0
     with tracking.stage_run("finetune", load_params()) as run:
-        begun = time.monotonic()
         for step in range(1, STEPS + 1):
             if step in faults:
                 proxy.switch(faults[step])
+            begun = time.monotonic()
             run.log_metrics({"loss": 1 / step, "tokens_per_second": 100.0}, step)
+            waited += time.monotonic() - begun
             time.sleep(0.1)
-        trained = time.monotonic() - begun
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({"eval_loss": 0.25, "steps": STEPS}))
         (folder / "loss.csv").write_text("step,loss\n1,1\n")
         if STEPS + 1 in faults:
             proxy.switch(faults[STEPS + 1])
-    return trained, time.monotonic() - started
+        ended = time.monotonic()
+    return waited, time.monotonic() - ended
 
 
 def the_row(server: int, name: str):
@@ -197,9 +198,9 @@ def assert_complete_once(server: int, name: str) -> None:
     ids=str,
 )
 def test_a_row_is_complete_once_after_sync(proxy, server, project, faults, capsys, monkeypatch):
-    trained, whole = train(proxy, faults)
-    assert trained < 1.05 * STEPS * 0.1 + 0.05  # sleeping itself takes a little longer than asked
-    assert whole - trained < 6
+    waited, ended = train(proxy, faults)
+    assert waited < 0.05 * STEPS * 0.1
+    assert ended < 10  # 3 s for a server that is silent, and what a busy machine adds
     assert "`gptj8 sync` sends what is missing" in capsys.readouterr().err
     proxy.switch("pass")
     monkeypatch.setattr(sys, "argv", ["gptj8", "sync"])
