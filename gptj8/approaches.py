@@ -31,6 +31,7 @@ from gptj8.errors import UserError
 from gptj8.files import format_bytes, list_files, require_free_space
 from gptj8.inputs import missing_inputs
 from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.runtime import path_of_this_python
 from gptj8.tracking.lineage import git
 from gptj8.words import one_line, quote, suggest
 
@@ -306,11 +307,9 @@ def _dvc(arguments: Sequence[str]) -> int:
     In a process group of its own, which is interrupted as one when this process is: DVC then puts
     away its copy, and no stage goes on training for nobody.
     """
-    # DVC starts the stages as `python -m`, which is to be this Python, environment entered or not.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", *arguments],
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path_of_this_python()},
         start_new_session=True,
     )
     try:

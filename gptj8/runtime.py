@@ -6,6 +6,7 @@ import ctypes
 import errno
 import logging
 import os
+import platform
 import resource
 import signal
 import sys
@@ -138,15 +139,33 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
 
 
+def path_of_this_python() -> str:
+    """Return a PATH by which DVC's `python -m` is this Python, environment entered or not."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has now; 0 where the system does not tell."""
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        return pages * resource.getpagesize()
+    return 0
+
+
 def memory_gib() -> float:
     """Return the memory of this process in GiB now: the GPU's if one is used, else resident."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.memory_allocated():
         return torch.cuda.memory_allocated() / 2**30
-    with suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-        return pages * resource.getpagesize() / 2**30
-    return peak_memory_gib()  # not Linux
+    return resident_bytes() / 2**30 or peak_memory_gib()  # the latter where it is not Linux
 
 
 def reset_peak_memory() -> None:

@@ -61,7 +61,7 @@ def test_an_experiment_gets_what_it_lacks_and_keeps_what_was_changed(project):
     client = mlflow.MlflowClient(uri)
     old = client.create_experiment("old", tags={page.NOTE_TAG: "mine"})
     for name in ("old", "new"):
-        delivery.connect(uri, name, None)
+        delivery.connect(uri, name)
     assert client.get_experiment(old).tags[page.NOTE_TAG] == "mine"
     for name in ("old", "new"):
         tags = client.get_experiment_by_name(name).tags

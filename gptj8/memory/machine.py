@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptj8.errors import UserError
+from gptj8.runtime import cpu_name, resident_bytes
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _CGROUPS = (
@@ -39,11 +39,6 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise UserError(f"--memory {text}: must be more than nothing, such as 8GB")
     return size
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process has now; 0 where the system does not tell."""
-    return _status("VmRSS")
 
 
 def available_bytes(device: str) -> int:
@@ -141,18 +136,7 @@ def device_name(device: str) -> str:
 
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        name = found[1].strip() if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _status(key: str) -> int:
-    with suppress(OSError):
-        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-        return int(found[1]) * 1024 if found else 0
-    return 0
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _meminfo(key: str) -> int | None:

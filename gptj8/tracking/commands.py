@@ -76,12 +76,12 @@ def _sync(arguments: argparse.Namespace) -> None:
 def _missing_stages(params: Params, key: str | None) -> list[str]:
     from gptj8.tracking.delivery import connect, find_run, missing_stages
     from gptj8.tracking.evidence import STAGES, stage_is_recordable
-    from gptj8.tracking.identity import artifact_location, tracking_uri
+    from gptj8.tracking.identity import tracking_uri
 
     if key is None:
         return []
     uri = tracking_uri(params)
-    client, group, _ = connect(uri, params.tracking.experiment, artifact_location(uri))
+    client, group, _ = connect(uri, params.tracking.experiment)
     run = find_run(client, group, key)
     there = [stage for stage in STAGES if stage_is_recordable(stage)]
     return missing_stages(run.data.tags if run else {}, there)

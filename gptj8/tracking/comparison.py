@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.params import Params, resolved
-from gptj8.tracking.identity import artifact_location, is_recorded, tracking_uri
+from gptj8.tracking.identity import is_recorded, tracking_uri
 from gptj8.tracking.journal import now
 from gptj8.words import one_line
 
@@ -49,7 +49,7 @@ def log_comparison(
     results = [RunTag(f"approach.{n}", r["experiment"] or r["status"]) for n, r in compared.items()]
     try:
         uri = tracking_uri(params)
-        client, group, _ = connect(uri, params.tracking.experiment, artifact_location(uri))
+        client, group, _ = connect(uri, params.tracking.experiment)
         run = find_run(client, group, key) or client.create_run(group, None, tags, "approaches")
         client.log_batch(run.info.run_id, metrics=metrics, tags=results)
         for file in files:

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
 from gptj8.errors import UserError
-from gptj8.tracking.identity import state_folder
+from gptj8.tracking.identity import artifact_location, state_folder
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
 from gptj8.tracking.page import NOTE_TAG, experiment_tags, run_note
 
@@ -35,7 +35,7 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 _BATCH = 500  # MLflow takes 1,000 metrics, 100 params and 100 tags at once
 
 
-def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClient, str, str]:
+def connect(uri: str, experiment: str) -> tuple[MlflowClient, str, str]:
     """Return a client, the id of the experiment, made if need be, and where its artifacts lie."""
     # The tables of a new SQLite store are reported line by line, which tells the user nothing.
     # After the import, which sets levels of its own.
@@ -50,7 +50,7 @@ def connect(uri: str, experiment: str, location: str | None) -> tuple[MlflowClie
         tags = experiment_tags(now())
         if found is None:
             try:
-                made = client.create_experiment(experiment, location, tags=tags)
+                made = client.create_experiment(experiment, artifact_location(uri), tags=tags)
             except MlflowException:  # another machine was first, or the server says no
                 found = client.get_experiment_by_name(experiment)
                 if found is None:
@@ -92,9 +92,7 @@ class Delivery:
         self._sent = read_state(journal).get("sent", 0)
         self._tags: dict[str, str] = {}
         self._known: dict[str, set[tuple[int, float]]] = {}
-        self._begun = False
         self._again = False
-        self._replayed = False
 
     def advance(self) -> bool:
         """Send what has been written since the last call; return whether the journal has ended.
@@ -103,10 +101,9 @@ class Delivery:
             Exception: of mlflow or the network; what was sent before it is not sent again.
         """
         events, ends = read_events(self.journal, self._sent)
-        if not self._begun and (self._sent or events):
+        if not self.run_id and (self._sent or events):
             # Known after a restart too: what later events belong to.
             self._start(read_events(self.journal)[0][0])
-            self._begun = True
         done = False
         while events:
             count = self._batch(events)
@@ -154,9 +151,6 @@ class Delivery:
     def _on_start(self, event: Event) -> None:
         if ERROR_TAG in self._tags:  # of an earlier attempt
             self._client.delete_tag(self.run_id, ERROR_TAG)
-
-    def _on_metrics(self, event: Event) -> None:
-        self._log_metrics([event])
 
     def _on_tags(self, event: Event) -> None:
         tags = dict(event["tags"])

@@ -115,6 +115,16 @@ def is_alive(journal: Path) -> bool:
         return False
 
 
+def end_if_killed(journal: Path, time: int) -> None:
+    """End the journal of a stage that is gone, at a time in milliseconds, if it did not do so."""
+    events, _ = read_events(journal)
+    # Not the last one: what the recorder finds out may come behind it.
+    if not any(event["event"] == "end" for event in events):
+        writer = JournalWriter(journal)
+        writer.write("end", status="KILLED", error="the process was killed", time=time)
+        writer.close()
+
+
 def read_state(journal: Path) -> dict[str, Any]:
     """Return how far a journal was sent: `sent` (bytes), `phase`, `reason`; empty if nowhere."""
     try:

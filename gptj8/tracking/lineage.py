@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.params import PARAMS_FILE
+from gptj8.runtime import cpu_name
 from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten
 from gptj8.tracking.page import CHANGED_TAG
@@ -88,7 +89,7 @@ def hardware() -> dict[str, str]:
     """Return `cpu`, `cores`, `memory_gib` and, where there is one, `gpu`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0),
         "memory_gib": f"{memory:.1f}",
     }
@@ -162,14 +163,6 @@ def _user() -> str | None:
         return getpass.getuser()
     except (KeyError, OSError):  # a user id without a name, as in containers
         return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _output(command: list[str]) -> str | None:

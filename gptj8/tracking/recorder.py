@@ -23,8 +23,10 @@ from gptj8.runtime import project_root, set_defaults
 from gptj8.tracking.evidence import ANCESTORS, origin, stage_events, stage_is_recordable
 from gptj8.tracking.journal import (
     JournalWriter,
+    end_if_killed,
     is_alive,
     journals_of,
+    now,
     read_events,
     update_state,
 )
@@ -131,9 +133,7 @@ class _Recorder:
                     self._watch_until_the_stage_leaves()
                     sending.discard(self.journal)
                     return
-                except (
-                    Exception
-                ) as error:  # whatever it is, the stage goes on, and the journal stays
+                except Exception as error:  # the stage goes on, and the journal stays
                     print(f"{time.strftime('%H:%M:%S')} {one_line(error)}", flush=True)
                     self._tell("trouble", reason=one_line(error))
                 pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
@@ -177,9 +177,7 @@ class _Recorder:
         readable, _, _ = select.select([sys.stdin], [], [], seconds)
         if readable and not os.read(sys.stdin.fileno(), 1):
             self._stage_is_there, self._ended_at = False, time.monotonic()
-            events, _ = read_events(self.journal)
-            if not any(event["event"] == "end" for event in events):
-                self._writer.write("end", status="KILLED", error="the process was killed")
+            end_if_killed(self.journal, now())
 
 
 class _SystemMetrics:

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from gptj8.errors import UserError
 from gptj8.files import dvc_digest, list_files, sha256_file
 from gptj8.params import load_params
-from gptj8.runtime import project_root
+from gptj8.runtime import path_of_this_python, project_root
 from gptj8.tracking.identity import state_folder
 from gptj8.tracking.lineage import git, libraries
 
@@ -130,8 +130,10 @@ def _is_made(path: Path, root: Path) -> bool:
 
 def _environment(folder: Path) -> dict[str, str]:
     """The stages are to be this Python's, and to leave the recorded row alone."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    own = {"PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    own = {
+        "PATH": path_of_this_python(),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+    }
     dropped = {"DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT", "PYTHONPATH"}
     return {**{k: v for k, v in os.environ.items() if k not in dropped}, **own}
 

@@ -16,7 +16,7 @@ from gptj8.tracking.delivery import Delivery, connect
 from gptj8.tracking.identity import artifact_location, tracking_uri, without_password
 from gptj8.tracking.journal import (
     EVENTS,
-    JournalWriter,
+    end_if_killed,
     is_alive,
     journals_folder,
     journals_of,
@@ -47,7 +47,7 @@ def open_delivery(journal: Path) -> Delivery:
     """Connect to the server of a journal, whose first event names it."""
     start = read_events(journal)[0][0]
     uri = _with_password(start["uri"])
-    client, experiment_id, location = connect(uri, start["experiment"], artifact_location(uri))
+    client, experiment_id, location = connect(uri, start["experiment"])
     expected = artifact_location(uri)
     if expected and location != expected and location.endswith("/mlartifacts"):
         notice = (
@@ -81,7 +81,7 @@ def send(journal: Path) -> list[str]:
         Exception: of mlflow or the network; the journal stays.
     """
     if read_state(journal).get("phase") != "done":
-        _end_if_killed(journal)
+        end_if_killed(journal, int((journal / EVENTS).stat().st_mtime * 1000))
         delivery = open_delivery(journal)
         delivery.advance()
         finish(journal, delivery)
@@ -128,16 +128,6 @@ def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _end_if_killed(journal: Path) -> None:
-    events, _ = read_events(journal)
-    # Not the last one: what the recorder finds out may come behind it.
-    if not any(event["event"] == "end" for event in events):
-        writer = JournalWriter(journal)
-        ended = int((journal / EVENTS).stat().st_mtime * 1000)
-        writer.write("end", status="KILLED", error="the process was killed", time=ended)
-        writer.close()
 
 
 def _with_password(uri: str) -> str:

@@ -20,7 +20,6 @@ from gptj8.tracking.evidence import (
     stage_is_recordable,
 )
 from gptj8.tracking.identity import (
-    artifact_location,
     experiment_key,
     experiment_name,
     input_digests,
@@ -85,7 +84,7 @@ class StageRun:
 
         try:
             run_id = self._run_id()
-            client, _, _ = connect(self._uri, self._experiment, artifact_location(self._uri))
+            client, _, _ = connect(self._uri, self._experiment)
             return registry.register(client, run_id, name, base, export, metrics)
         except Exception as error:
             raise UserError(
