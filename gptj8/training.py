@@ -14,7 +14,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gptj8.adapters import trainable_parameters
 from gptj8.errors import UserError
-from gptj8.examples import IGNORED, Example
+from gptj8.evaluation.perplexity import context_length
+from gptj8.examples import IGNORED, Example, padded_length
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime import memory_gib
 from gptj8.training_progress import TrainingProgress
@@ -112,7 +113,7 @@ def train(
     """
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     monitor = _Monitor(log, eval_accuracy)
-    collator = _Collator(pad_id, monitor)
+    collator = _Collator(pad_id, monitor, context_length(model.config))
     model.config.use_cache = False
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
@@ -166,7 +167,8 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool)
         torch.OutOfMemoryError, RuntimeError or MemoryError: if it does not.
     """
     was_training = model.training
-    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples)
+    monitor = _Monitor(lambda values, step: None, None)
+    batch = _Collator(0, monitor, context_length(model.config))(examples)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.config.use_cache = False
@@ -301,14 +303,15 @@ class _CompletionTrainer(Trainer):
 
 
 class _Collator:
-    """Pad on the right to the longest example of a batch, and count what was padded."""
+    """Pad on the right to the longest example of a batch or a little more, and count it."""
 
-    def __init__(self, pad_id: int, monitor: _Monitor) -> None:
+    def __init__(self, pad_id: int, monitor: _Monitor, context: int) -> None:
         self.pad_id = pad_id
         self.monitor = monitor
+        self.context = context
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        length = max(len(e["input_ids"]) for e in examples)
+        length = padded_length(max(len(e["input_ids"]) for e in examples), self.context)
         batch = {
             "input_ids": torch.full((len(examples), length), self.pad_id),
             "attention_mask": torch.zeros((len(examples), length), dtype=torch.long),

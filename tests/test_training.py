@@ -53,8 +53,12 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
     return add_adapter(load_model(folder, dtype, CPU), method, target, 4, 8, 0.0)
 
 
+def _collator(context=64):
+    return _Collator(0, _Monitor(lambda values, step: None, None), context)
+
+
 def test_only_the_completion_is_learned(encoder, examples):
-    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
+    batch = _collator()(examples[:3])
     for row, (_, completion) in enumerate(ROWS[:3]):
         learned = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
         assert learned == [*encoder.encode(" " + completion), encoder.eos_id]
@@ -62,7 +66,7 @@ def test_only_the_completion_is_learned(encoder, examples):
 
 
 def test_batches_are_padded_on_the_right_and_masked(examples):
-    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
+    batch = _collator()(examples[:3])
     for row, example in enumerate(examples[:3]):
         length = len(example["input_ids"])
         assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
@@ -70,6 +74,18 @@ def test_batches_are_padded_on_the_right_and_masked(examples):
             batch["input_ids"].shape[1] - length
         )
         assert set(batch["labels"][row, length:].tolist()) <= {IGNORED}
+
+
+@pytest.mark.parametrize(("tokens", "context", "padded"), [(1, 64, 16), (16, 64, 16), (17, 64, 32)])
+def test_batches_have_few_lengths(tokens, context, padded):
+    example = {"input_ids": [1] * tokens, "prompt_length": 0}
+    assert _collator(context)([example])["input_ids"].shape == (1, padded)
+
+
+def test_padding_stays_within_the_models_context():
+    example = {"input_ids": [1] * 60, "prompt_length": 0}
+    assert _collator(61)([example])["input_ids"].shape == (1, 61)
+    assert _collator(50)([example])["input_ids"].shape == (1, 60)  # the model will say so
 
 
 @pytest.mark.parametrize("method", ["lora", "layernorm"])
@@ -216,7 +232,7 @@ def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples
 @pytest.mark.parametrize("items", [None, 50], ids=["mean", "of-accumulated-tokens"])
 def test_the_loss_equals_the_models_own(tiny_8bit_dir, examples, items):
     model = adapted_model(tiny_8bit_dir)
-    batch = _Collator(0, _Monitor(lambda values, step: None, None))(examples[:3])
+    batch = _collator()(examples[:3])
     arguments = _training_arguments(SETTINGS, "unused", model)
     trainer = _CompletionTrainer(model=model, args=arguments, eval_dataset=examples)
     ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)

@@ -21,6 +21,7 @@ import torch
 
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
+from gptj8.examples import padded_length
 from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.heap import Heap
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
@@ -185,7 +186,8 @@ class Estimator:
 
     def _trace_training(self, micro_batch: int) -> dict[str, int]:
         plan = self.plan
-        batch = Batch(micro_batch, plan.length, plan.learned, plan.padded)
+        length = padded_length(plan.length, context_length(plan.config))
+        batch = Batch(micro_batch, length, plan.learned, plan.padded)
         return self._extrapolate(lambda layers: self._components(self._step(layers, batch)))
 
     def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
