@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptj8.runtime import set_defaults
+from gptj8.runtime import set_defaults, tame_the_heap
 
 _GPTJ = {"model_type": "gptj", "n_positions": 2048, "n_head": 16, "rotary_dim": 64}
 _LLAMA = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("folder", help="where to make the models")
     arguments = parser.parse_args()
     if arguments.step:
+        tame_the_heap()
         set_defaults()
         folder, *rest = json.loads(arguments.folder)
         done = {"make": make, "measure": measure}[arguments.step](Path(folder), *rest)

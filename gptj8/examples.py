@@ -14,8 +14,8 @@ IGNORED = -100
 """The label of a token that is not learned, by torch's convention."""
 
 PADDED_TO = 16
-"""Rows of a training batch are padded to a multiple of so many tokens: oneDNN compiles a product for
-each length anew, for a millisecond or more each, which made the default model a fifth slower."""
+"""Rows of a training batch are padded to a multiple of so many tokens: oneDNN compiles a product
+anew for each length, for a millisecond or more, which made the default model a fifth slower."""
 
 Example = Mapping[str, Any]
 """`input_ids` (a list of int), `prompt_length` (the first so many are not learned) and `length`."""

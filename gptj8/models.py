@@ -12,14 +12,13 @@ from gptj8.checkpoint import check_model_directory, check_tensors
 from gptj8.errors import UserError
 from gptj8.files import list_files
 from gptj8.manifest import verify_manifest
-from gptj8.runtime import keep_large_blocks_out_of_the_heap
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 LARGE_BYTES = 1 << 30
-"""A larger model has its tensors' memory returned to the system as they are freed."""
+"""A smaller original is held in memory whole, however small its 8-bit copy is."""
 
 
 def pick_device() -> torch.device:
@@ -95,8 +94,6 @@ def load_model(
         if max_resident_bytes is None:
             raise UserError(f"{path}: there is not enough memory for its first layer")
         return load_model(path, dtype, device)
-    if device.type == "cpu" and model.get_memory_footprint() > LARGE_BYTES:
-        keep_large_blocks_out_of_the_heap()
     return model.eval()
 
 

@@ -168,4 +168,4 @@ def _measure_baseline(comparison: Comparison, train: pd.DataFrame, test: pd.Data
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, computes=True)

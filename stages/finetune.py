@@ -143,4 +143,4 @@ def _label_accuracy(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, computes=True)

@@ -18,7 +18,6 @@ from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
 from gptj8.memory.auto_batch import choose_micro_batch, confirm, divisors, lengths_of, longest_of
 from gptj8.memory.estimate import Estimator, Plan, plan_of
-from gptj8.memory.heap import Heap
 from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.models import load_model
@@ -256,15 +255,6 @@ def test_batch_sizes_that_contradict_each_other_are_refused():
     with pytest.raises(UserError, match="train_batch_size = 16 is not") as refused:
         finetune(**sizes, train_batch_size=16)
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_a_heap_with_fixed_threshold_holds_what_lives():
-    heap = Heap(1 << 20)
-    blocks = [heap.allocate(4 << 20) for _ in range(3)]
-    for block in blocks:
-        heap.free(block)
-    assert heap.live == heap.resident == 0
-    assert heap.peak == pytest.approx(12 << 20, rel=0.01)
 
 
 def test_a_calibration_is_kept_and_a_damaged_one_is_none(tmp_path, monkeypatch):

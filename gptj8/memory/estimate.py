@@ -23,11 +23,9 @@ from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import padded_length
 from gptj8.integration import Blockwise8bitConfig
-from gptj8.memory.heap import Heap
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
-from gptj8.models import LARGE_BYTES
-from gptj8.runtime import LARGE_BLOCK
+from gptj8.runtime import COMPILED_PRODUCTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,8 +35,15 @@ if TYPE_CHECKING:
 _LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 # Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
-_SMALL = 1 << 14  # what is smaller finds a place between the others
-_STEPS = 2  # after the second one a heap is about as large as it gets
+# What glibc's heap has and cannot use, between the tensors that live in it: of a small model a
+# multiple of these, of others some 140 to 430 MiB (measured, for a process of `tame_the_heap`).
+_UNUSED = 2.5
+_MOST_UNUSED = 260 << 20
+# What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
+# that grows with the matrix.
+_COMPILED = 700 << 10
+_COMPILED_OF_LARGE = 4 << 20
+_LARGE_MATRIX = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -193,44 +198,45 @@ class Estimator:
     def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
         layers = layers_of(self.plan.config)
         if layers <= _DEEP:
-            return trace(layers)
+            return _bounded(trace(layers))
         shallow, deep = trace(_SHALLOW), trace(_DEEP)
         found = {}
         for name in deep:
             at_two = shallow.get(name, 0)
             slope = (deep[name] - at_two) / (_DEEP - _SHALLOW)
             found[name] = max(0, round(at_two + slope * (layers - _SHALLOW)))
-        return found
+        return _bounded(found)
 
     def _components(self, trace: Trace) -> dict[str, int]:
         """Return the components of the phase that takes the most, and what is beside them."""
         totals = {phase: sum(peak.values()) for phase, peak in trace.peaks.items()}
         components = dict(trace.peaks[max(totals, key=totals.__getitem__)])
-        live = sum(components.values())
         components["dequantization"] = self._workspace(trace)
         if self.plan.device == "cpu":
-            components["unused heap"] = max(0, self._heap(trace) - live)
+            components["compiled products"] = self._compiled(trace)
+            components["unused heap"] = int(_UNUSED * trace.in_heap)
         return components
 
     def _workspace(self, trace: Trace) -> int:
         # bitsandbytes returns new memory on a GPU, which is copied to where it is wanted.
         return trace.workspace if self.plan.device == "cpu" else 2 * trace.workspace
 
-    def _heap(self, trace: Trace) -> int:
-        is_large = self.weights.base > LARGE_BYTES
-        heap = Heap(LARGE_BLOCK if is_large else None)
-        for _ in range(_STEPS):
-            blocks: dict[int, int] = {}
-            for number, size in trace.events:
-                if abs(size) < _SMALL:
-                    continue
-                if size >= 0 and number not in blocks:
-                    blocks[number] = heap.allocate(size)
-                elif number in blocks:
-                    heap.free(blocks.pop(number))
-            for address in blocks.values():
-                heap.free(address)
-        return heap.peak
+    def _compiled(self, trace: Trace) -> int:
+        """Return what oneDNN keeps, which computes in 16 bits; 32 are another library's."""
+        if self.plan.dtype == torch.float32 or not trace.products:
+            return 0
+        sizes = [
+            _COMPILED + min(_COMPILED_OF_LARGE, _COMPILED_OF_LARGE * size // _LARGE_MATRIX)
+            for size in trace.products.values()
+        ]
+        kept = COMPILED_PRODUCTS if self.plan.padded else min(COMPILED_PRODUCTS, len(sizes))
+        return kept * sum(sizes) // len(sizes)
+
+
+def _bounded(components: dict[str, int]) -> dict[str, int]:
+    if "unused heap" in components:
+        components["unused heap"] = min(components["unused heap"], _MOST_UNUSED)
+    return components
 
 
 def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype | None:

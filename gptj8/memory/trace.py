@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from gptj8 import kernels, operators
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+from gptj8.runtime import LARGE_BLOCK
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 PHASES = ("forward", "loss", "backward")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 _ATTENTION = "scaled_dot_product"
 
 
@@ -36,14 +38,16 @@ class Trace:
     Attributes:
         peaks: phase -> component -> bytes, when the phase held the most.
         workspace: bytes of the largest restored piece of a matrix, held on to by a CPU.
-        events: (storage, bytes) as each comes, (storage, -bytes) as it goes.
+        in_heap: the most that tensors below `runtime.LARGE_BLOCK` took at once.
         flops: multiplications and additions of matrix products, forward and backward.
+        products: distinct shapes of matrix products -> numbers in the second matrix.
     """
 
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)
     workspace: int = 0
-    events: list[tuple[int, int]] = field(default_factory=list)
+    in_heap: int = 0
     flops: int = 0
+    products: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class _Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, Any]] = {}  # number -> bytes, the storage's watcher
         self._numbers: dict[int, int] = {}  # address of a live storage -> its number
         self._named: dict[int, str] = {}
-        self._count = self._bytes = 0
+        self._count = self._bytes = self._in_heap = 0
         self._most = dict.fromkeys(PHASES, -1)
         self._at_peak: dict[str, tuple[dict[int, int], dict[str, int]]] = {}
         self._trace = Trace()
@@ -216,11 +220,9 @@ class _Recorder(TorchDispatchMode):
         inside, workspace = _inside(name, args, output)
         self._trace.workspace = max(self._trace.workspace, workspace)
         self._trace.flops += _flops(name, args, output)
+        self._trace.products |= _product(name, args)
         if new or inside:
             self._note({self._component: inside})
-            if inside:
-                self._count += 1
-                self._trace.events += [(self._count, inside), (self._count, -inside)]
         return output
 
     def _see(self, tensor: torch.Tensor, name: str) -> bool:
@@ -235,14 +237,17 @@ class _Recorder(TorchDispatchMode):
         watcher = weakref.ref(storage, lambda _: self._forget(address, number, size))
         self._live[number] = size, watcher
         self._bytes += size
-        self._trace.events.append((number, size))
+        if size < LARGE_BLOCK:
+            self._in_heap += size
+            self._trace.in_heap = max(self._trace.in_heap, self._in_heap)
         return True
 
     def _forget(self, address: int, number: int, size: int) -> None:
         self._numbers.pop(address, None)
         if self._live.pop(number, None) is not None:
             self._bytes -= size
-            self._trace.events.append((number, -size))
+            if size < LARGE_BLOCK:
+                self._in_heap -= size
 
     def _note(self, inside: dict[str, int]) -> None:
         total = self._bytes + sum(inside.values())
@@ -274,13 +279,24 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     return x.numel() // codes.shape[0] * rows * size + output.numel() * (size + 4), restored
 
 
+def _product(name: str, args: Any) -> dict[tuple[Any, ...], int]:
+    """Return by what a matrix product is known to who compiles it, and its second matrix's size."""
+    if name.startswith("gptj8::frozen_linear"):
+        x, right, transposed = args[0], args[1], args[-1]
+        return {(name, tuple(x.shape), tuple(right.shape), transposed): right.numel()}
+    if name in _PRODUCTS:
+        left, right = args[-2:] if name == "aten::addmm" else args[:2]
+        return {(name, *((tuple(t.shape), t.stride()) for t in (left, right))): right.numel()}
+    return {}
+
+
 def _flops(name: str, args: Any, output: Any) -> int:
     """Return the multiplications and additions of a matrix product."""
     if name in ("gptj8::frozen_linear", "gptj8::frozen_linear_backward"):
         codes = args[1]
         side = args[0].shape[-1]
         return 2 * (args[0].numel() // side) * codes.numel()
-    if name in ("aten::mm", "aten::addmm", "aten::bmm"):
+    if name in _PRODUCTS:
         left = args[1] if name == "aten::addmm" else args[0]
         return 2 * output.numel() * left.shape[-1]
     if _ATTENTION in name:
