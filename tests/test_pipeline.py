@@ -195,6 +195,37 @@ def test_the_same_seed_gives_the_same_bytes(clone, first_run):
     }
 
 
+@pytest.mark.slow
+def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch):
+    from gptj8.memory import auto_batch
+    from stages import finetune
+
+    def train(**changes):
+        clone.edit_params(finetune=changes, tracking={"uri": None})
+        finetune.main()
+        found = clone.metrics("finetune")
+        sizes = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
+        return sizes, clone.adapter_digest()
+
+    def room_for_five(estimator, rows, memory, choose=auto_batch.choose_micro_batch):
+        assert memory > estimator.training(12).total  # of this machine, which is not so small
+        return choose(estimator, rows, estimator.training(5).total)
+
+    monkeypatch.chdir(clone.folder)
+    monkeypatch.setattr("gptj8.memory.stage.choose_micro_batch", room_for_five)
+    auto = {"per_device_train_batch_size": "auto", "train_batch_size": 12}
+    try:
+        sizes, chosen = train(**auto)
+        assert sizes == (4, 3)
+        numbers = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+        assert train(**numbers, train_batch_size=None) == ((4, 3), chosen)
+        other = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+        assert train(**other)[1] != chosen  # rounding, if nothing else
+    finally:
+        clone.git("checkout", "--", "params.yaml")
+        clone.dvc("checkout")
+
+
 def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
     client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
     name = ["-S", "tracking.registered_model_name=animals"]
