@@ -35,6 +35,7 @@ LARGE_BLOCK = 32 << 20
 """Bytes from which on a block is not in the heap of a process that `tame_the_heap` began."""
 _HEAP = (
     "glibc.malloc.tcache_count=0",
+    "glibc.malloc.mxfast=0",
     f"glibc.malloc.mmap_threshold={LARGE_BLOCK}",
     f"glibc.malloc.trim_threshold={1 << 30}",  # a step's memory serves the next step
 )

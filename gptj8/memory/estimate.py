@@ -36,9 +36,9 @@ _LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 # Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
 # What glibc's heap has and cannot use, between the tensors that live in it: of a small model a
-# multiple of these, of others some 140 to 430 MiB (measured, for a process of `tame_the_heap`).
+# multiple of these, of others some 140 to 350 MiB (measured, for a process of `tame_the_heap`).
 _UNUSED = 2.5
-_MOST_UNUSED = 260 << 20
+_MOST_UNUSED = 210 << 20
 # What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
 # that grows with the matrix.
 _COMPILED = 700 << 10
