@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from gptj8.runtime import set_defaults
+from gptj8.runtime import set_defaults, tame_the_heap
 
 CONFIG = {
     "architectures": ["GPTJForCausalLM"],
@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.step:
+        if arguments.step not in ("make", "copy", "convert"):  # as the stages do
+            tame_the_heap()
         set_defaults()
         print(json.dumps(STEPS[arguments.step](*arguments.folders)))
         return

@@ -21,7 +21,7 @@ from gptj8.tracking.ui import add_ui_command
 def main() -> None:
     """Entry point; exits 2 with one line a problem on bad input."""
     arguments = _parser().parse_args()
-    run(lambda: arguments.command(arguments))
+    run(lambda: arguments.command(arguments), computes=getattr(arguments, "computes", False))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,15 +14,24 @@ IGNORED = -100
 """The label of a token that is not learned, by torch's convention."""
 
 PADDED_TO = 16
-"""Rows of a training batch are padded to a multiple of so many tokens: oneDNN compiles a product
-anew for each length, for a millisecond or more, which made the default model a fifth slower."""
+"""Rows of a training batch on a CPU are padded to a multiple of so many tokens: oneDNN compiles a
+product anew for each length, for a millisecond or more, which made the default model a fifth
+slower."""
 
 Example = Mapping[str, Any]
 """`input_ids` (a list of int), `prompt_length` (the first so many are not learned) and `length`."""
 
 
-def padded_length(length: int, context: int) -> int:
-    """Return the tokens of a batch whose longest row has `length`, of a model with `context`."""
+def padded_length(length: int, context: int, device: str) -> int:
+    """Return the tokens of a batch of rows that differ, the longest with `length`.
+
+    Args:
+        length: tokens of the longest row.
+        context: positions that the model has.
+        device: "cpu" or another, which gains nothing from it.
+    """
+    if device != "cpu":
+        return length
     return max(length, min(-(-length // PADDED_TO) * PADDED_TO, context))
 
 

@@ -93,7 +93,7 @@ def add_harness_command(commands: argparse._SubParsersAction) -> None:
         default="reports/harness/metrics.json",
         help="default: reports/harness/metrics.json",
     )
-    parser.set_defaults(command=_lm_eval)
+    parser.set_defaults(command=_lm_eval, computes=True)
 
 
 def _lm_eval(arguments: argparse.Namespace) -> None:

@@ -33,12 +33,15 @@ COMPILED_PRODUCTS = 32
 """Matrix products that oneDNN keeps compiled, on a CPU."""
 LARGE_BLOCK = 32 << 20
 """Bytes from which on a block is not in the heap of a process that `tame_the_heap` began."""
-_HEAP = (
-    "glibc.malloc.tcache_count=0",
-    "glibc.malloc.mxfast=0",
-    f"glibc.malloc.mmap_threshold={LARGE_BLOCK}",
-    f"glibc.malloc.trim_threshold={1 << 30}",  # a step's memory serves the next step
+_HEAP = ":".join(
+    (
+        "glibc.malloc.tcache_count=0",
+        "glibc.malloc.mxfast=0",
+        f"glibc.malloc.mmap_threshold={LARGE_BLOCK}",
+        f"glibc.malloc.trim_threshold={1 << 30}",  # a step's memory serves the next step
+    )
 )
+_BEGUN_ANEW = "gptj8_heap"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -70,32 +73,42 @@ def set_defaults() -> None:
 
 
 def tame_the_heap() -> None:
-    """Start this process anew, if need be, with settings that keep glibc's heap dense.
+    """Start this process anew with settings that keep glibc's heap dense, unless they are there.
 
-    For a process that computes on a CPU; to be called before anything is done or imported. As it
+    For a process that computes with a model on a CPU; to be called before torch is imported. As it
     comes, glibc keeps freed small objects aside, between tensors; the hole that a tensor leaves
     cannot grow over them and is too small for the next one, because torch asks for addresses that
     64 divides. Training steps of mid-sized models took 0.2 GiB more and, waiting for new memory,
-    up to a quarter longer. The environment is read before a process begins, hence anew; threads,
-    the process id and the arguments stay. Another C library ignores all of it.
+    up to a quarter longer. The settings are read before a process begins, hence anew; its id and
+    arguments stay, and its children have the environment that it was given. Another C library, or
+    settings of the user's own, leave all as it is.
     """
-    set_by_user = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc" in set_by_user or platform.libc_ver()[0] != "glibc":
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if _BEGUN_ANEW in sys._xoptions:
+        before = given.removesuffix(_HEAP).rstrip(":")
+        os.environ.pop("GLIBC_TUNABLES", None)
+        if before:
+            os.environ["GLIBC_TUNABLES"] = before
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [set_by_user, *_HEAP]))
+    has_own = "glibc.malloc" in given or any(name.startswith("MALLOC_") for name in os.environ)
+    if has_own or platform.libc_ver()[0] != "glibc":
+        return
+    environment = {**os.environ, "GLIBC_TUNABLES": f"{given}:{_HEAP}" if given else _HEAP}
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with suppress(OSError):  # then as it is
+        command = [sys.executable, "-X", _BEGUN_ANEW, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, environment)
 
 
 def run(main: Callable[[], object], *, computes: bool = False) -> None:
     """Run a stage or a command and turn its end into an exit code.
 
-    Args:
-        computes: on tensors, for minutes.
-
     0 done; 2 something the user can mend, in one line a problem on stderr; 130 and 143 interrupted
     and terminated. Anything else is a fault of this project and keeps its traceback.
+
+    Args:
+        computes: whether it computes with a model, so that its heap is worth `tame_the_heap`.
     """
     if computes:
         tame_the_heap()

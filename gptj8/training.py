@@ -113,7 +113,7 @@ def train(
     """
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     monitor = _Monitor(log, eval_accuracy)
-    collator = _Collator(pad_id, monitor, context_length(model.config))
+    collator = _Collator(pad_id, monitor, model)
     model.config.use_cache = False
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
@@ -168,7 +168,7 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool)
     """
     was_training = model.training
     monitor = _Monitor(lambda values, step: None, None)
-    batch = _Collator(0, monitor, context_length(model.config))(examples)
+    batch = _Collator(0, monitor, model)(examples)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.config.use_cache = False
@@ -303,15 +303,21 @@ class _CompletionTrainer(Trainer):
 
 
 class _Collator:
-    """Pad on the right to the longest example of a batch or a little more, and count it."""
+    """Pad on the right to the longest example of a batch or a little more, and count it.
 
-    def __init__(self, pad_id: int, monitor: _Monitor, context: int) -> None:
+    Rows of one length stay as they are: they need no mask, and attention is faster without.
+    """
+
+    def __init__(self, pad_id: int, monitor: _Monitor, model: PeftModel) -> None:
         self.pad_id = pad_id
         self.monitor = monitor
-        self.context = context
+        self.context, self.device = context_length(model.config), model.device.type
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        length = padded_length(max(len(e["input_ids"]) for e in examples), self.context)
+        lengths = [len(e["input_ids"]) for e in examples]
+        length = max(lengths)
+        if min(lengths) < length:
+            length = padded_length(length, self.context, self.device)
         batch = {
             "input_ids": torch.full((len(examples), length), self.pad_id),
             "attention_mask": torch.zeros((len(examples), length), dtype=torch.long),

@@ -119,4 +119,4 @@ def _merge(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, computes=True)

@@ -1,43 +1,69 @@
-"""How a process begins: the settings of its heap."""
+"""How a process begins: the settings of its heap, and how many compiled products it keeps."""
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import os, sys
-from gptj8.runtime import tame_the_heap
-print("begun", os.getpid(), sys.flags.optimize, sys.argv[1:])
-tame_the_heap()
-print("goes on", os.getpid(), os.environ.get("GLIBC_TUNABLES", ""))
+from gptj8.runtime import run
+print("begun", os.getpid(), sys.flags.optimize, sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+def main():
+    print("goes on", os.getpid(), os.environ.get("GLIBC_TUNABLES"))
+    print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+run(main, computes=True)
 """
+SETTING = "glibc.malloc.tcache_count=0"
 
 
-def lines_of(tmp_path, tunables=None):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    environment |= {} if tunables is None else {"GLIBC_TUNABLES": tunables}
-    command = [sys.executable, "-O", str(script), "an argument", "--flag"]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+def lines_of(tmp_path, how, **own):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    unset = ("GLIBC_TUNABLES", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment = {**environment, "PYTHONPATH": str(ROOT), **own}
+    command = [sys.executable, "-O", *how, "an argument", "--flag"]
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path
+    )
     assert not process.stderr
     return process.stdout.splitlines()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("how", [["script.py"], ["-m", "script"]], ids=["file", "module"])
 @pytest.mark.parametrize("own", [None, "glibc.cpu.x86_ibt=off"])
-def test_a_process_begins_anew_once_with_its_arguments(tmp_path, own):
-    first, second, last = lines_of(tmp_path, own)
-    assert first == second and first.endswith("1 ['an argument', '--flag']")
-    assert last.split()[2] == first.split()[1]  # the same process
-    tunables = last.split()[3].split(":")
-    assert "glibc.malloc.tcache_count=0" in tunables
-    assert own is None or own in tunables
+def test_a_process_begins_anew_once_with_its_arguments(tmp_path, how, own):
+    first, second, last, kept = lines_of(tmp_path, how, **({"GLIBC_TUNABLES": own} if own else {}))
+    _, process, *rest = first.split()
+    assert " ".join(rest) == f"1 ['an argument', '--flag'] {own}"
+    assert second.startswith(f"begun {process} 1 ['an argument', '--flag'] ")  # the same process
+    tunables = second.split()[-1].split(":")
+    assert SETTING in tunables and (own is None or own in tunables)
+    assert last == f"goes on {process} {own}"  # children have what the user has set
+    assert kept == "32 32"
 
 
-def test_settings_of_the_users_own_stay(tmp_path):
-    first, last = lines_of(tmp_path, "glibc.malloc.tcache_count=3")
-    assert first.startswith("begun") and last.endswith(" glibc.malloc.tcache_count=3")
+@pytest.mark.parametrize(
+    "own", [{"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, {"MALLOC_ARENA_MAX": "1"}], ids=str
+)
+def test_settings_of_the_users_own_stay(tmp_path, own):
+    first, last, kept = lines_of(tmp_path, ["script.py"], **own, LRU_CACHE_CAPACITY="7")
+    value = own.get("GLIBC_TUNABLES")
+    assert first.startswith("begun") and last.startswith("goes on")
+    assert last.endswith(f" {value}")
+    assert kept == "7 32"
+
+
+def test_what_computes_with_a_model_asks_for_it():
+    asking = {
+        path.stem
+        for path in (ROOT / "stages").glob("*.py")
+        if re.search(r"run\(main, computes=True\)", path.read_text())
+    }
+    assert asking == {"finetune", "evaluate", "export"}

@@ -1,6 +1,7 @@
 """Training on the frozen model: it learns, only where it should, and the same every time."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -54,7 +55,9 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
 
 
 def _collator(context=64):
-    return _Collator(0, _Monitor(lambda values, step: None, None), context)
+    config = types.SimpleNamespace(n_positions=context)
+    model = types.SimpleNamespace(config=config, device=CPU)
+    return _Collator(0, _Monitor(lambda values, step: None, None), model)
 
 
 def test_only_the_completion_is_learned(encoder, examples):
@@ -76,16 +79,20 @@ def test_batches_are_padded_on_the_right_and_masked(examples):
         assert set(batch["labels"][row, length:].tolist()) <= {IGNORED}
 
 
-@pytest.mark.parametrize(("tokens", "context", "padded"), [(1, 64, 16), (16, 64, 16), (17, 64, 32)])
-def test_batches_have_few_lengths(tokens, context, padded):
-    example = {"input_ids": [1] * tokens, "prompt_length": 0}
-    assert _collator(context)([example])["input_ids"].shape == (1, padded)
+def _batch_shape(*lengths, context=64):
+    rows = [{"input_ids": [1] * length, "prompt_length": 0} for length in lengths]
+    return tuple(_collator(context)(rows)["input_ids"].shape)
 
 
-def test_padding_stays_within_the_models_context():
-    example = {"input_ids": [1] * 60, "prompt_length": 0}
-    assert _collator(61)([example])["input_ids"].shape == (1, 61)
-    assert _collator(50)([example])["input_ids"].shape == (1, 60)  # the model will say so
+def test_batches_of_rows_that_differ_have_few_lengths():
+    assert [_batch_shape(1, n)[1] for n in (2, 15, 16, 17, 33)] == [16, 16, 16, 32, 48]
+    assert _batch_shape(60, 61, context=62) == (2, 62)  # within the model's context
+    assert _batch_shape(60, 61, context=50) == (2, 61)  # the model will say so
+
+
+def test_rows_of_one_length_are_not_padded():
+    assert _batch_shape(17) == (1, 17)
+    assert _batch_shape(17, 17) == (2, 17)
 
 
 @pytest.mark.parametrize("method", ["lora", "layernorm"])

@@ -36,7 +36,8 @@ _LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 # Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
 # What glibc's heap has and cannot use, between the tensors that live in it: of a small model a
-# multiple of these, of others some 140 to 350 MiB (measured, for a process of `tame_the_heap`).
+# multiple of these, of others 140 to 350 MiB, of which this is about the middle (measured, for a
+# process of `tame_the_heap`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
 # What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
@@ -191,7 +192,9 @@ class Estimator:
 
     def _trace_training(self, micro_batch: int) -> dict[str, int]:
         plan = self.plan
-        length = padded_length(plan.length, context_length(plan.config))
+        length = plan.length
+        if plan.padded and micro_batch > 1:
+            length = padded_length(length, context_length(plan.config), plan.device)
         batch = Batch(micro_batch, length, plan.learned, plan.padded)
         return self._extrapolate(lambda layers: self._components(self._step(layers, batch)))
 

@@ -161,8 +161,9 @@ def _reclaimable(statistics: str) -> int:
 
 
 if __name__ == "__main__":
-    from gptj8.runtime import set_defaults
+    from gptj8.runtime import set_defaults, tame_the_heap
 
+    tame_the_heap()  # as the stage does
     set_defaults()
     import transformers.trainer  # noqa: F401 (what the stage imports)
 

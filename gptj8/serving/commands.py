@@ -33,7 +33,7 @@ def add_serving_commands(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--top-p", type=float, default=1.0, help="default: 1")
     generate.add_argument("--seed", type=int, help="the same seed gives the same text")
     _add_model_arguments(generate)
-    generate.set_defaults(command=_generate)
+    generate.set_defaults(command=_generate, computes=True)
 
     serve = commands.add_parser("serve", help="answer over HTTP: /generate, /classify, /health")
     serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
@@ -53,7 +53,7 @@ def add_serving_commands(commands: argparse._SubParsersAction) -> None:
         "--timeout", type=float, default=300.0, help="seconds a request (default: 300)"
     )
     _add_model_arguments(serve)
-    serve.set_defaults(command=_serve)
+    serve.set_defaults(command=_serve, computes=True)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
