@@ -31,7 +31,8 @@ class Clone:
             cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
         for name in listed:
-            if (ROOT / name).is_file():
+            # A dvc.lock tells what was run here, and a newcomer has run nothing.
+            if (ROOT / name).is_file() and Path(name).name != "dvc.lock":
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
         shutil.copytree(model, folder / "models" / "tiny")
