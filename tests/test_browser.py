@@ -163,7 +163,7 @@ def page_of(run, tab: str = "") -> str:
 
 
 def test_the_table_opens_with_the_columns_that_matter(browser, recorded):
-    page = browser.open(browser.address, "rank-2", "What matters", "Training runs")
+    page = browser.open(browser.address, "rank-2", "What matters", "Model training")
     shown = browser.expect(page, "evaluate/tuned/accuracy", "finetune.r=2", "finetune.method=")
     browser.picture(page, "runs")
     assert "Agent versions" not in shown  # the page for models, not the one for agents
@@ -177,7 +177,7 @@ def test_the_charts_begin_with_what_matters_and_what_differs(browser, recorded):
         f"{browser.address}&compareRunsMode=CHART", "What matters (7)", "finetune/loss"
     )
     page.set_viewport_size({"width": 1440, "height": 1400})
-    shown = browser.expect(page, "What differs", "finetune.method")
+    shown = browser.expect(page, "Show differences only", "finetune.method")
     browser.picture(page, "charts")
     assert shown.index("What matters (7)") < shown.index("evaluate/tuned/accuracy")
 
