@@ -361,6 +361,7 @@ gptj8.convert_checkpoint(sys.argv[1], sys.argv[2], gptj8.Blockwise8bitConfig(blo
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_loads_and_is_repeated(
     tiny_model_dir, tmp_path, monkeypatch
 ):

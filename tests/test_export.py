@@ -145,6 +145,7 @@ def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, t
         compare(tmp_path, tiny_8bit_dir, exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, tmp_path, dtype):
     model = load_model(tiny_8bit_dir, dtype, CPU)
@@ -228,6 +229,7 @@ def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
     assert wrong.max() > 2**-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [["wte", "q_proj"], ["fc_in"]], ids=str)
 def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
     model = load_model(tiny_8bit_dir, torch.float32, CPU)

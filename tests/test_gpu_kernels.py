@@ -182,6 +182,7 @@ class TestKernels:
         assert torch.equal(restored[tail], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_the_kernels_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]

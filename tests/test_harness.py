@@ -193,6 +193,7 @@ def test_half_precision_is_summed_in_float32(tiny_8bit_dir, tokenizer):
     np.testing.assert_allclose(ask(model, tokenizer, pairs, 1), plain, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_task_is_measured_as_by_hand(model, tokenizer, adapter_dir, task_dir):
     tasks = load_tasks(["zz_plain", "zz_shots"], task_dir)
     measured = measure_tasks(model, tokenizer, tasks, batch_size=4)

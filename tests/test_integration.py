@@ -177,6 +177,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, tmp_path):
     """Quantize, save, load in a new process, train on: bit for bit what the first one computes."""
     config = gptj8.Blockwise8bitConfig(block_size=256)

@@ -176,6 +176,7 @@ def test_what_does_not_fit_together_never_reaches_the_kernel():
             native.linear(torch.randn(2, 64), **(parts | change), block_size=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", ["absent", "of another interface", "wrong"])
 def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
     if replacement != "absent" and shutil.which("cc") is None:

@@ -232,6 +232,7 @@ def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, 
             shutil.copytree(tmp_path / str(number), folder)
 
 
+@pytest.mark.slow
 def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
     client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
     name = ["-S", "tracking.registered_model_name=animals"]

@@ -95,6 +95,7 @@ def test_model_has_learned_something(recipe: Path) -> None:
     assert loss < uniform - 0.5
 
 
+@pytest.mark.slow
 def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_path: Path) -> None:
     made = {path.name: path.read_bytes() for path in (recipe / "model").iterdir()}
     same = write_recipe(tmp_path / "same")
