@@ -1,6 +1,7 @@
 """MLflow's page as people see it: three experiments, a real browser, and what it shows.
 
-`make test-browser`; the pictures are kept in $GPTJ8_SCREENSHOTS, and docs/compare.png is one.
+`make test-browser`; the pictures are kept in $GPTJ8_SCREENSHOTS. docs/compare.png shows the charts
+after `make repro` and `make compare`.
 """
 
 from __future__ import annotations
