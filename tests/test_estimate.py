@@ -168,7 +168,9 @@ def test_a_deep_model_goes_on_as_a_shallow_one(monkeypatch):
     monkeypatch.setattr(estimating, "_DEEP", 7)
     recorded = Estimator(deep).training(2).components
     for name in recorded:
-        assert extrapolated[name] == pytest.approx(recorded[name], rel=0.01, abs=8192), name
+        # The heap's is a multiple of what lives in it, which is itself right to 2 KiB.
+        near = 2048 * (estimating._UNUSED if name == "unused heap" else 1)
+        assert extrapolated[name] == pytest.approx(recorded[name], rel=0.01, abs=near), name
 
 
 def test_what_a_cpu_holds_beside_what_lives():

@@ -229,7 +229,7 @@ class Estimator:
         if self.plan.dtype == torch.float32 or not trace.products:
             return 0
         sizes = [
-            _COMPILED + min(_COMPILED_OF_LARGE, _COMPILED_OF_LARGE * size // _LARGE_MATRIX)
+            _COMPILED + _COMPILED_OF_LARGE * min(size, _LARGE_MATRIX) // _LARGE_MATRIX
             for size in trace.products.values()
         ]
         kept = COMPILED_PRODUCTS if self.plan.padded else min(COMPILED_PRODUCTS, len(sizes))
