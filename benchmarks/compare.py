@@ -88,10 +88,19 @@ def build(method: str, layers: int) -> nn.Module:
     model = GPTJForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     _convert(method, model)
+    if method == "gptj8":
+        from gptj8.activations import fuse_activations
+
+        fuse_activations(model)
     model = get_peft_model(
         model.requires_grad_(False), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     )
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    if method == "gptj8":
+        from gptj8.checkpointing import set_checkpointing
+
+        set_checkpointing(model, "full")
+    else:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     return model
 

@@ -14,9 +14,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptj8.runtime import set_defaults, tame_the_heap
+
+if TYPE_CHECKING:
+    from gptj8.checkpointing import Kind
 
 _GPTJ = {"model_type": "gptj", "n_positions": 2048, "n_head": 16, "rotary_dim": 64}
 _LLAMA = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -38,21 +41,23 @@ def _named(sizes: dict[str, Any], width: int, layers: int, inner: int) -> dict[s
 
 
 # Name, config, rows, tokens, learned tokens (0: all), method or target, checkpointing.
-CONFIGURATIONS: list[tuple[str, dict[str, Any], int, int, int, str, bool]] = [
-    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", True),
-    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", False),
-    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 64, "all-linear", True),
-    ("GPT-J 1024 x 4", _gptj(1024, 4), 8, 256, 8, "layernorm", True),
-    ("GPT-J 1024 x 12", _gptj(1024, 12), 2, 512, 0, "attention", True),
-    ("GPT-J 1024 x 12", _gptj(1024, 12), 1, 512, 0, "all-linear", False),
-    ("GPT-J 2048 x 4", _gptj(2048, 4), 2, 512, 0, "attention", True),
-    ("GPT-J 2048 x 4", _gptj(2048, 4), 1, 1024, 0, "attention", False),
-    ("GPT-J 2048 x 8", _gptj(2048, 8), 4, 256, 0, "all-linear", True),
-    ("Llama 1024 x 6", _named(_LLAMA, 1024, 6, 2816), 4, 256, 0, "all-linear", True),
-    ("Llama 2048 x 4", _named(_LLAMA, 2048, 4, 5632), 2, 512, 0, "layernorm", False),
-    ("GPT-NeoX 1024 x 6", _named(_NEOX, 1024, 6, 4096), 4, 256, 0, "attention", False),
+CONFIGURATIONS: list[tuple[str, dict[str, Any], int, int, int, str, Kind]] = [
+    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", "full"),
+    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", "none"),
+    ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 64, "all-linear", "full"),
+    ("GPT-J 1024 x 4", _gptj(1024, 4), 8, 256, 8, "layernorm", "full"),
+    ("GPT-J 1024 x 12", _gptj(1024, 12), 2, 512, 0, "attention", "full"),
+    ("GPT-J 1024 x 12", _gptj(1024, 12), 2, 512, 0, "attention", "selective"),
+    ("GPT-J 1024 x 12", _gptj(1024, 12), 1, 512, 0, "all-linear", "none"),
+    ("GPT-J 2048 x 4", _gptj(2048, 4), 2, 512, 0, "attention", "full"),
+    ("GPT-J 2048 x 4", _gptj(2048, 4), 1, 1024, 0, "attention", "none"),
+    ("GPT-J 2048 x 8", _gptj(2048, 8), 4, 256, 0, "all-linear", "full"),
+    ("Llama 1024 x 6", _named(_LLAMA, 1024, 6, 2816), 4, 256, 0, "all-linear", "full"),
+    ("Llama 2048 x 4", _named(_LLAMA, 2048, 4, 5632), 2, 512, 0, "layernorm", "none"),
+    ("Llama 2048 x 4", _named(_LLAMA, 2048, 4, 5632), 2, 512, 0, "all-linear", "selective"),
+    ("GPT-NeoX 1024 x 6", _named(_NEOX, 1024, 6, 4096), 4, 256, 0, "attention", "none"),
 ]
-FULL_SIZE = ("GPT-J-6B", _gptj(4096, 28), 1, 512, 0, "attention", True)
+FULL_SIZE = ("GPT-J-6B", _gptj(4096, 28), 1, 512, 0, "attention", "full")
 _LONG = 512 * 4096
 _COMMON = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
 
@@ -106,7 +111,7 @@ def _random(name: str, like: Any) -> Any:
 
 
 def measure(
-    folder: Path, rows: int, length: int, learned: int, what: str, checkpointing: bool
+    folder: Path, rows: int, length: int, learned: int, what: str, checkpointing: Kind
 ) -> dict[str, Any]:
     """Estimate, then train two steps; return both peaks in GiB."""
     import torch
@@ -139,7 +144,7 @@ def measure(
     process = machine.process_bytes(str(dtype).removeprefix("torch."))
     estimate = Estimator(plan, process).training(rows)
     model = add_adapter(load_model(folder, dtype, device), method, target, 8, 16, 0.0)
-    settings = TrainingSettings(1e-4, 1, rows, gradient_checkpointing=checkpointing)
+    settings = TrainingSettings(1e-4, 1, rows, checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(0)
     steps = 1 if length * config.hidden_size >= _LONG else 2  # a minute each, or more
     ids = torch.randint(0, config.vocab_size, (steps * rows, length), generator=generator).tolist()
@@ -204,7 +209,7 @@ def main() -> None:
         estimated, measured = found["estimated"], found["measured"]
         batch = f"{rows} x {length}" + (f", {learned} learned" if learned else "")
         print(
-            f"| {name} | {batch} | {what} | {'yes' if checkpointing else 'no'} | "
+            f"| {name} | {batch} | {what} | {checkpointing} | "
             f"{estimated:.2f} | {measured:.2f} | {estimated / measured:.3f} |",
             flush=True,
         )

@@ -24,6 +24,8 @@
 /* Blocks at least this long get a table of all 256 products with their absmax. */
 #define TABLE_BLOCK 1024
 #define CELLS 4096
+/* Restored weights that no cache holds until they are used: 32 MB and more. */
+#define STREAMED (1 << 24)
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -237,8 +239,10 @@ static void look_up_16(const uint8_t *codes, int64_t length, const uint16_t *tab
 #if defined(__x86_64__) && defined(__GNUC__)
 /* 64 codes at a time: the table's low and high bytes fill four registers each, a permutation of two
    registers looks up 128 entries, and the code's top bit chooses between two of them. */
-__attribute__((target("avx512f,avx512bw,avx512vbmi"))) static void look_up_16_vbmi(
-    const uint8_t *codes, int64_t length, const uint16_t *table, uint16_t *out) {
+#define WITH_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
+
+WITH_VBMI static inline __attribute__((always_inline)) void look_up_16_vbmi(
+    const uint8_t *codes, int64_t length, const uint16_t *table, uint16_t *out, int streams) {
   uint8_t low_bytes[256], high_bytes[256];
   for (int k = 0; k < 256; k++) {
     low_bytes[k] = (uint8_t)table[k];
@@ -261,10 +265,30 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static void look_up_16_vb
     __m512i high_byte =
         _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], code, high[1]),
                                _mm512_permutex2var_epi8(high[2], code, high[3]));
-    _mm512_storeu_si512(out + i, _mm512_unpacklo_epi8(low_byte, high_byte));
-    _mm512_storeu_si512(out + i + 32, _mm512_unpackhi_epi8(low_byte, high_byte));
+    __m512i first = _mm512_unpacklo_epi8(low_byte, high_byte);
+    __m512i second = _mm512_unpackhi_epi8(low_byte, high_byte);
+    if (streams) {
+      _mm512_stream_si512((void *)(out + i), first);
+      _mm512_stream_si512((void *)(out + i + 32), second);
+    } else {
+      _mm512_storeu_si512(out + i, first);
+      _mm512_storeu_si512(out + i + 32, second);
+    }
   }
   look_up_16(codes + i, length - i, table, out + i);
+}
+
+WITH_VBMI static void look_up_16_stored(const uint8_t *codes, int64_t length, const uint16_t *table,
+                                        uint16_t *out) {
+  look_up_16_vbmi(codes, length, table, out, 0);
+}
+
+/* Past the caches, which do not hold what is restored anyway: nothing is read to be overwritten.
+   `out` is aligned to 64 bytes. */
+WITH_VBMI static void look_up_16_streamed(const uint8_t *codes, int64_t length,
+                                          const uint16_t *table, uint16_t *out) {
+  look_up_16_vbmi(codes, length, table, out, 1);
+  _mm_sfence();
 }
 #endif
 
@@ -281,7 +305,10 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
   int64_t blocks = (n + block_size - 1) / block_size;
   void (*look_up)(const uint8_t *, int64_t, const uint16_t *, uint16_t *) = look_up_16;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512vbmi")) look_up = look_up_16_vbmi;
+  if (__builtin_cpu_supports("avx512vbmi")) {
+    int streams = n >= STREAMED && (uintptr_t)out % 64 == 0 && block_size % 32 == 0;
+    look_up = streams ? look_up_16_streamed : look_up_16_stored;
+  }
 #endif
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; block++) {

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gptj8.activations import fuse_activations
 from gptj8.codec import (
     CODEBOOKS,
     QuantizationError,
@@ -169,6 +170,8 @@ def swap_modules(
 ) -> list[str]:
     """Replace every module that has a frozen twin, in place; return the names of those replaced.
 
+    Activation functions that torch has in one piece are replaced as well.
+
     Args:
         dtype: of biases and embedding outputs; None: torch's default.
     """
@@ -186,6 +189,7 @@ def swap_modules(
                 twins.pop(name, None)
     for name, twin in twins.items():
         model.set_submodule(name, twin)
+    fuse_activations(model)
     return list(twins)
 
 

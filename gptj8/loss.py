@@ -23,6 +23,8 @@ _PLAIN_HEADS = frozenset(
     ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")
 )
 _CHUNK_BYTES = 1 << 27
+# Logits in float32 at a time: on a CPU what its caches hold.
+_SLICE_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # float16 has no numbers below 6e-8, where most probabilities are; powers of two cost no precision.
 _FLOAT16_SCALE = 1024.0
 
@@ -81,25 +83,19 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_grad else None
         # Of one size: a product with the few tokens that would be left over is a slow one.
-        at_most = max(1, _CHUNK_BYTES // (4 * head.out_features))
+        at_most = max(1, _CHUNK_BYTES // (hidden.element_size() * head.out_features))
         chunks = -(-len(hidden) // at_most)
         for number in range(chunks):
             chunk = slice(len(hidden) * number // chunks, len(hidden) * (number + 1) // chunks)
             logits = torch.ops.gptj8.frozen_linear(
                 hidden[chunk], *quantized, head.bias, head.block_size, False
-            ).float()
-            target = targets[chunk, None]
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            )
+            total += _replace_by_gradient(logits, targets[chunk, None], scale, needs_grad)
             if gradient is not None:
-                difference = logits.sub_(normalizer).exp_()
-                difference.scatter_add_(1, target, difference.new_full(target.shape, -1.0))
-                gradient[chunk] = (
-                    torch.ops.gptj8.frozen_linear_backward(
-                        difference.mul_(scale).to(hidden.dtype), *quantized, head.block_size, False
-                    )
-                    / scale
+                product = torch.ops.gptj8.frozen_linear_backward(
+                    logits, *quantized, head.block_size, False
                 )
+                gradient[chunk] = product.div_(scale) if scale != 1 else product
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -108,3 +104,22 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
         return (gradient * grad).to(gradient.dtype), None, None
+
+
+def _replace_by_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, needs_grad: bool
+) -> torch.Tensor:
+    """Return the summed loss of logits (tokens, vocabulary), given targets (tokens, 1); where a
+    gradient is needed, `scale` times the loss's takes their place."""
+    total = torch.zeros((), device=logits.device)
+    rows = max(1, _SLICE_LOGITS.get(logits.device.type, 1 << 24) // logits.shape[1])
+    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        values = part.float()
+        normalizer = values.logsumexp(1, keepdim=True)
+        total += (normalizer - values.gather(1, target)).sum()
+        if needs_grad:
+            # A copy even where the logits are float32 already and `values` is `part` itself.
+            difference = (values - normalizer).exp_()
+            difference.scatter_add_(1, target, difference.new_full(target.shape, -1.0))
+            part.copy_(difference.mul_(scale) if scale != 1 else difference)
+    return total

@@ -69,6 +69,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     from gptj8 import attention
+    from gptj8.activations import fuse_activations
 
     check_model_directory(path)
     verify_manifest(path)
@@ -94,6 +95,7 @@ def load_model(
         if max_resident_bytes is None:
             raise UserError(f"{path}: there is not enough memory for its first layer")
         return load_model(path, dtype, device)
+    fuse_activations(model)  # in the original as well: what is compared are the weights
     return model.eval()
 
 

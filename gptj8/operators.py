@@ -23,7 +23,7 @@ from torch.nn import functional
 from gptj8 import kernels
 
 # Weights restored at a time: an MLP matrix of GPT-J-6B; with few rows of x on a CPU, what its
-# caches hold until it is multiplied. With many rows the product is faster in one piece.
+# caches hold until it is multiplied. With many rows the product is as fast in one piece.
 _PIECE = 1 << 26
 _CACHED_PIECE = 1 << 21
 _CACHED_ROWS = 64
@@ -59,11 +59,19 @@ def frozen_linear(
     if not transposed and 0 < x.numel() <= kernels.few_rows(x) * columns:
         y = kernels.linear(x, codes, absmax, codebook, block_size)
         return y if bias is None else y.add_(bias)
-    outputs = []
-    for rows, weight in _restored_pieces(x, codes, absmax, codebook, block_size, transposed):
-        part = bias if transposed or bias is None else bias[rows]
-        outputs.append(functional.linear(x, weight.t() if transposed else weight, part))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    step = piece_rows(x, codes.shape, block_size, transposed)
+    pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, step)
+    if step >= len(codes):
+        ((_, weight),) = pieces
+        return functional.linear(x, weight.t() if transposed else weight, bias)
+    y = x.new_empty(x.numel() // columns, len(codes))
+    flat = x.reshape(-1, columns)
+    for rows, weight in pieces:
+        if bias is None:
+            torch.mm(flat, weight.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], flat, weight.t(), out=y[:, rows])
+    return y.view(*x.shape[:-1], len(codes))
 
 
 def frozen_linear_backward(
@@ -76,7 +84,9 @@ def frozen_linear_backward(
 ) -> torch.Tensor:
     """Return the gradient of x, (..., in), given that of y, (..., out)."""
     grad_x = None
-    for rows, weight in _restored_pieces(grad, codes, absmax, codebook, block_size, transposed):
+    step = piece_rows(grad, codes.shape, block_size, transposed)
+    pieces = _restored_pieces(codes, absmax, codebook, block_size, grad.dtype, step)
+    for rows, weight in pieces:
         part = grad.matmul(weight.t()) if transposed else grad[..., rows].matmul(weight)
         grad_x = part if grad_x is None else grad_x.float().add_(part)
     assert grad_x is not None
@@ -102,16 +112,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _restored_pieces(
-    x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
-    whole: bool,
+    dtype: torch.dtype,
+    step: int,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield a matrix in pieces of rows in the dtype of x, each valid until the next is asked."""
+    """Yield a matrix in pieces of `step` rows, each valid until the next is asked."""
     rows, columns = codes.shape
-    dtype, step = x.dtype, piece_rows(x, codes.shape, block_size, whole)
     for start in range(0, rows, step):
         part = codes[start : start + step]
         first = start * columns // block_size

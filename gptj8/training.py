@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gptj8.adapters import trainable_parameters
+from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.errors import UserError
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import IGNORED, Example, padded_length
@@ -23,6 +24,9 @@ from gptj8.training_progress import TrainingProgress
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
+
+    from gptj8.memory.fitting import Fit
+    from gptj8.params import Finetune
 
 _LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
 
@@ -39,7 +43,7 @@ class TrainingSettings:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = True
+    checkpointing: Kind = "full"
     optim: str = "adamw_bnb_8bit"
     logging_steps: int = 10
     eval_steps: int = 100
@@ -47,10 +51,16 @@ class TrainingSettings:
     seed: int = 0
 
     @classmethod
-    def from_params(cls, section: Mapping[str, Any], seed: int) -> TrainingSettings:
-        """Pick the settings out of the params' `finetune` section."""
+    def from_params(cls, finetune: Finetune, fit: Fit, seed: int) -> TrainingSettings:
+        """Pick the settings out of the params' `finetune` section; `auto` is replaced by what
+        fits."""
+        given = finetune.model_dump() | {
+            "per_device_train_batch_size": fit.micro_batch,
+            "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
+            "checkpointing": fit.checkpointing,
+        }
         names = {item.name for item in fields(cls)} - {"seed"}
-        return cls(seed=seed, **{name: section[name] for name in names})
+        return cls(seed=seed, **{name: given[name] for name in names})
 
     @property
     def rows_a_step(self) -> int:
@@ -115,6 +125,7 @@ def train(
     monitor = _Monitor(log, eval_accuracy)
     collator = _Collator(pad_id, monitor, model)
     model.config.use_cache = False
+    set_checkpointing(model, settings.checkpointing)
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
     with (
@@ -158,7 +169,7 @@ def train(
     )
 
 
-def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool) -> None:
+def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind) -> None:
     """Run forward and backward of one micro-batch as training will, to see whether it fits.
 
     Nothing of it stays: neither gradients nor draws of random numbers.
@@ -173,9 +184,7 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: bool)
     devices = [model.device] if model.device.type == "cuda" else []
     model.config.use_cache = False
     model.train()
-    if checkpointing:
-        base: Any = model.get_base_model()
-        base.activation_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(model, checkpointing)
     try:
         with torch.random.fork_rng(devices):
             with torch.autocast(**_autocast(model)):
@@ -208,11 +217,6 @@ def _training_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,
-        activation_checkpointing=settings.gradient_checkpointing,
-        # The reentrant kind gives no gradient where the embeddings are frozen.
-        activation_checkpointing_kwargs=(
-            {"use_reentrant": False} if settings.gradient_checkpointing else None
-        ),
         bf16=half is torch.bfloat16,
         fp16=half is torch.float16,
         train_sampling_strategy="group_by_length",

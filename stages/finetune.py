@@ -63,9 +63,8 @@ def main() -> None:
             lora_alpha=finetune.lora_alpha,
             lora_dropout=finetune.lora_dropout,
         )
-        checkpointing = finetune.gradient_checkpointing
-        sizes = memory.batch_sizes(lambda rows: try_step(adapted, rows, checkpointing))
-        settings = TrainingSettings.from_params({**finetune.model_dump(), **sizes}, params.seed)
+        fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
+        settings = TrainingSettings.from_params(finetune, fit, params.seed)
         story.say(_describe(finetune, settings, len(train_set)))
         result = train(
             adapted,
@@ -87,10 +86,14 @@ def main() -> None:
         measured = asdict(result).items()
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
         peak = peak_memory_gib()
-        metrics |= {**sizes, "peak_memory_gib": peak}
-        metrics |= memory.metrics(settings.per_device_train_batch_size)
+        metrics |= {
+            "per_device_train_batch_size": settings.per_device_train_batch_size,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "peak_memory_gib": peak,
+            **memory.metrics(fit),
+        }
         write_json(REPORT / "metrics.json", metrics)
-        memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction))
+        memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction), fit)
     accuracy = result.eval_accuracy
     story.end(
         f"{result.steps:,} steps, loss {result.train_loss:.3f}, validation loss "

@@ -198,7 +198,7 @@ def test_the_same_seed_gives_the_same_bytes(clone, first_run):
 
 @pytest.mark.slow
 def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, tmp_path):
-    from gptj8.memory import auto_batch
+    from gptj8.memory import fitting
     from stages import finetune
 
     def train(**changes):
@@ -208,12 +208,12 @@ def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, 
         sizes = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
         return sizes, clone.adapter_digest()
 
-    def room_for_five(estimator, rows, memory, choose=auto_batch.choose_micro_batch):
+    def room_for_five(estimator, params, memory, choose=fitting.choose_fit):
         assert memory > estimator.training(12).total  # of this machine, which is not so small
-        return choose(estimator, rows, estimator.training(5).total)
+        return choose(estimator, params, estimator.training(5).total)
 
     monkeypatch.chdir(clone.folder)
-    monkeypatch.setattr("gptj8.memory.stage.choose_micro_batch", room_for_five)
+    monkeypatch.setattr("gptj8.memory.stage.choose_fit", room_for_five)
     results = [clone.folder / name for name in ("artifacts/adapter", "reports/finetune")]
     for number, folder in enumerate(results):
         shutil.copytree(folder, tmp_path / str(number))

@@ -75,8 +75,8 @@ def estimate(
     import torch
 
     from gptj8.memory import calibration
-    from gptj8.memory.auto_batch import USED, choose_micro_batch
     from gptj8.memory.estimate import Estimator, plan_of
+    from gptj8.memory.fitting import USED, choose_fit
     from gptj8.models import pick_device, pick_dtype
 
     place = device or pick_device().type
@@ -95,11 +95,10 @@ def estimate(
     estimator = Estimator(plan_of(params, config, dtype, place), process)
     finetune = params.finetune
     largest = estimator.largest_micro_batch(limit)
-    micro = finetune.per_device_train_batch_size
-    if micro == "auto":
-        micro = choose_micro_batch(estimator, finetune.sequences_a_step, limit)
-    training, evaluation = estimator.training(micro), estimator.evaluation()
-    per_token = estimator.flops_per_token()
+    fit = choose_fit(estimator, finetune, limit)
+    training = estimator.training(fit.micro_batch, fit.checkpointing)
+    evaluation = estimator.evaluation()
+    per_token = estimator.flops_per_token(fit.checkpointing)
     plan, weights = estimator.plan, estimator.weights
     return {
         "model_type": config.model_type,
@@ -108,8 +107,9 @@ def estimate(
         "max_length": plan.length,
         "trainable_parameters": weights.trained,
         "training": {
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": finetune.sequences_a_step // micro,
+            "per_device_train_batch_size": fit.micro_batch,
+            "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
+            "checkpointing": fit.checkpointing,
             "components": training.components,
             _SHOWN: training.total,
         },
@@ -132,7 +132,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['model_type']}, {found['dtype']} on {found['device']}, "
         f"{found['trainable_parameters']:,} weights to train, "
-        f"{rows} x {length} tokens at a time",
+        f"{rows} x {length} tokens at a time, checkpointing {training['checkpointing']}",
         "",
         f"  {'GiB':<{width}}  {'training':>10}  {'evaluation':>10}",
     ]

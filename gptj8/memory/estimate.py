@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptj8.checkpointing import KINDS, Kind
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import padded_length
@@ -57,7 +58,8 @@ class Plan:
         device: "cpu" or "cuda".
         length: tokens of the longest row.
         learned: positions of a row that get logits in training.
-        checkpointing, optim: as in params.
+        checkpointing: where not asked otherwise.
+        optim: as in params.
         eval_rows: rows of an evaluation's forward pass, at most.
         padded: whether rows of a batch differ in length.
     """
@@ -69,7 +71,7 @@ class Plan:
     device: str
     length: int
     learned: int
-    checkpointing: bool = True
+    checkpointing: Kind = "full"
     optim: str = "adamw_bnb_8bit"
     eval_rows: int = 16
     padded: bool = True
@@ -105,9 +107,9 @@ class Estimator:
         self.weights: Weights = weigh(self._build(layers_of(plan.config)), plan.optim)
         self._training = functools.cache(self._trace_training)
 
-    def training(self, micro_batch: int) -> Estimate:
+    def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
         """Return the peak of training with so many rows at a time."""
-        step = dict(self._training(micro_batch))
+        step = dict(self._training(micro_batch, checkpointing or self.plan.checkpointing))
         fixed = self._held()
         fixed["optimizer"] = self.weights.optimizer
         # What training compares its result with, to tell whether anything was learned.
@@ -137,13 +139,19 @@ class Estimator:
 
         return Estimate({**self._held(), **self._extrapolate(trace)})
 
-    def flops_per_token(self) -> float:
+    def flops_per_token(self, checkpointing: Kind | None = None) -> float:
         """Return the operations of a training step, a token."""
         batch = Batch(1, self.plan.length, self.plan.learned)
-        found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch).flops})
+        kind = checkpointing or self.plan.checkpointing
+        found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch, kind).flops})
         return found["flops"] / self.plan.length
 
-    def largest_micro_batch(self, memory: int, candidates: Sequence[int] | None = None) -> int:
+    def largest_micro_batch(
+        self,
+        memory: int,
+        candidates: Sequence[int] | None = None,
+        checkpointing: Kind | None = None,
+    ) -> int:
         """Return the largest micro-batch whose training fits, 0 if none does.
 
         Args:
@@ -151,7 +159,7 @@ class Estimator:
             candidates: sizes to choose from, ascending; None: any up to 4,096.
         """
         sizes = candidates or range(1, 4097)
-        total = lambda index: self.training(sizes[index]).total  # noqa: E731
+        total = lambda index: self.training(sizes[index], checkpointing).total  # noqa: E731
         if total(0) > memory:
             return 0
         # Memory grows nearly in a line: the one through two points leads next to the end, and what
@@ -185,18 +193,20 @@ class Estimator:
             config = with_layers(config, layers)
         return build(config, plan.quantization, plan.dtype, plan.adapter)
 
-    def _step(self, layers: int, batch: Batch) -> Trace:
+    def _step(self, layers: int, batch: Batch, checkpointing: Kind) -> Trace:
         autocast = autocast_dtype(self.plan.dtype, self.plan.device, self.plan.adapter.method)
         model = self._build(layers)
-        return trace_training_step(model, batch, self.plan.checkpointing, autocast)
+        return trace_training_step(model, batch, checkpointing, autocast)
 
-    def _trace_training(self, micro_batch: int) -> dict[str, int]:
+    def _trace_training(self, micro_batch: int, checkpointing: Kind) -> dict[str, int]:
         plan = self.plan
         length = plan.length
         if plan.padded and micro_batch > 1:
             length = padded_length(length, context_length(plan.config), plan.device)
         batch = Batch(micro_batch, length, plan.learned, plan.padded)
-        return self._extrapolate(lambda layers: self._components(self._step(layers, batch)))
+        return self._extrapolate(
+            lambda layers: self._components(self._step(layers, batch, checkpointing))
+        )
 
     def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
         layers = layers_of(self.plan.config)
@@ -285,7 +295,7 @@ def plan_of(
         device=device,
         length=length,
         learned=max(1, min(learned, length - 1)),
-        checkpointing=finetune.gradient_checkpointing,
+        checkpointing=KINDS[-1] if finetune.checkpointing == "auto" else finetune.checkpointing,
         optim=finetune.optim,
         eval_rows=params.evaluate.per_device_eval_batch_size,
     )

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptj8.checkpointing import Kind
 from gptj8.errors import UserError
 from gptj8.memory import calibration, machine
-from gptj8.memory.auto_batch import USED, choose_micro_batch, confirm, lengths_of, longest_of
 from gptj8.memory.estimate import Estimator, plan_of
+from gptj8.memory.fitting import USED, Fit, choose_fit, confirm, lengths_of, longest_of
 from gptj8.memory.skeleton import read_config
 from gptj8.words import one_line
 
@@ -62,52 +63,61 @@ class TrainingMemory:
                 ) from error
             print(f"warning: memory is not estimated: {one_line(error)}", file=sys.stderr)
 
-    def batch_sizes(self, try_step: Callable[[Sequence[Example]], None]) -> dict[str, int]:
-        """Return `per_device_train_batch_size` and `gradient_accumulation_steps`: what params say,
+    def fit(self, try_step: Callable[[Sequence[Example], Kind], None]) -> Fit:
+        """Return how many sequences to take at a time, and what to compute again: what params say,
         or what fits.
 
         Args:
-            try_step: runs a step on examples; called for `auto` only.
+            try_step: runs a step on examples; called for what is chosen here, on a CPU for numbers
+                of sequences alone.
 
         Raises:
             UserError: if not even one sequence at a time fits.
         """
-        finetune, a_step = self._finetune, self._finetune.sequences_a_step
-        micro = finetune.per_device_train_batch_size
-        if micro == "auto":
-            assert self._estimator is not None
-            available = machine.available_bytes(self._device)
-            chosen = choose_micro_batch(self._estimator, a_step, int(USED * available))
-            micro = confirm(chosen, a_step, longest_of(self._examples), try_step)
+        finetune = self._finetune
+        asked, kind = finetune.per_device_train_batch_size, finetune.checkpointing
+        if asked != "auto" and kind != "auto":
+            return Fit(asked, kind)
+        if self._estimator is None:
+            assert asked != "auto"
+            return Fit(asked, "full")
+        available = machine.available_bytes(self._device)
+        fit = choose_fit(self._estimator, finetune, int(USED * available))
+        if asked == "auto" or self._device == "cuda":
+            fit = confirm(fit, finetune, longest_of(self._examples), try_step)
+        estimated = f"{self._gib(fit):.2f} of {available / 2**30:.2f} GiB"
+        if asked == "auto":
+            times = finetune.sequences_a_step // fit.micro_batch
             print(
-                f"finetune: {micro} sequences at a time, {a_step // micro} times an optimizer "
-                f"step ({self._gib(micro):.2f} of {available / 2**30:.2f} GiB)",
+                f"finetune: {fit.micro_batch} sequences at a time, {times} times an optimizer "
+                f"step, checkpointing {fit.checkpointing} ({estimated})",
                 flush=True,
             )
-        return {
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": a_step // micro,
-        }
+        else:
+            print(f"finetune: checkpointing {fit.checkpointing} ({estimated})", flush=True)
+        return fit
 
-    def metrics(self, micro_batch: int) -> dict[str, float]:
+    def metrics(self, fit: Fit) -> dict[str, float]:
         """Return `estimated_memory_gib`, the peak of training; nothing if it cannot be told."""
         if self._estimator is None:
             return {}
-        return {"estimated_memory_gib": self._gib(micro_batch)}
+        return {"estimated_memory_gib": self._gib(fit)}
 
-    def calibrate(self, tokens_per_second: float) -> None:
+    def calibrate(self, tokens_per_second: float, fit: Fit) -> None:
         """Keep how fast this machine trained.
 
         Args:
             tokens_per_second: of training steps, padding included.
+            fit: what it trained with.
         """
         if self._estimator is None:
             return
         measured = calibration.Calibration(
-            tokens_per_second * self._estimator.flops_per_token(), self._estimator.process
+            tokens_per_second * self._estimator.flops_per_token(fit.checkpointing),
+            self._estimator.process,
         )
         calibration.write(machine.device_name(self._device), self._dtype, measured)
 
-    def _gib(self, micro_batch: int) -> float:
+    def _gib(self, fit: Fit) -> float:
         assert self._estimator is not None
-        return self._estimator.training(micro_batch).total / 2**30
+        return self._estimator.training(fit.micro_batch, fit.checkpointing).total / 2**30

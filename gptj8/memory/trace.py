@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptj8 import kernels, operators
+from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime import LARGE_BLOCK
 
@@ -68,7 +69,7 @@ class Batch:
 
 @torch.random.fork_rng(devices=[])
 def trace_training_step(
-    model: PeftModel, batch: Batch, checkpointing: bool, autocast: torch.dtype | None = None
+    model: PeftModel, batch: Batch, checkpointing: Kind, autocast: torch.dtype | None = None
 ) -> Trace:
     """Run forward, loss and backward of one micro-batch.
 
@@ -79,12 +80,11 @@ def trace_training_step(
     with _recording(model) as recorder:
         model.config.use_cache = False
         model.train()
-        if checkpointing:
-            base: Any = model.get_base_model()
-            base.activation_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model, checkpointing)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             loss = _loss(model, batch, recorder)
-        recorder.enter("backward", "recomputed layer" if checkpointing else "gradients of layers")
+        repeats = checkpointing != "none"
+        recorder.enter("backward", "recomputed layer" if repeats else "gradients of layers")
         loss.backward()
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -271,10 +271,8 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
         return 0, 0
     rows = operators.piece_rows(x, codes.shape, block_size, transposed)
     size, restored = x.element_size(), rows * codes.shape[1] * x.element_size()
-    if rows == codes.shape[0]:
+    if is_forward or rows == codes.shape[0]:
         return 0, restored
-    if is_forward:  # the parts, beside what they become
-        return output.numel() * size, restored
     # A part of dy in one piece, its product, and the sum in float32.
     return x.numel() // codes.shape[0] * rows * size + output.numel() * (size + 4), restored
 

@@ -1,0 +1,56 @@
+"""What each kind of checkpointing computes again."""
+
+import pytest
+import torch
+import transformers
+from test_architectures import ARCHITECTURES, COMMON
+
+import gptj8
+from gptj8 import operators
+from gptj8.adapters import add_adapter
+from gptj8.checkpointing import KINDS, set_checkpointing
+
+BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block
+
+
+def gradients_and_products(model, kind, monkeypatch):
+    """Return the gradients of a step, and how many products its forward and backward computed."""
+    products = []
+    restored_pieces = operators._restored_pieces
+    with monkeypatch.context() as patch:
+
+        def counted(*arguments):
+            products.append(arguments)
+            return restored_pieces(*arguments)
+
+        patch.setattr(operators, "_restored_pieces", counted)
+        set_checkpointing(model, kind)
+        model.zero_grad()
+        torch.manual_seed(0)  # of dropout
+        ids = torch.arange(60).view(2, 30)
+        model(input_ids=ids, labels=ids).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad], len(products)
+
+
+@pytest.mark.parametrize("target", ["attention", "all-linear"])
+@pytest.mark.parametrize("architecture", BLOCKS)
+def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_path):
+    name, sizes = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**sizes, **COMMON)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=gptj8.Blockwise8bitConfig(block_size=256)
+    )
+    model = add_adapter(model, "lora", target, 4, 8, 0.0).train()
+    found = {kind: gradients_and_products(model, kind, monkeypatch) for kind in KINDS}
+    counts = {kind: products for kind, (_, products) in found.items()}
+    assert counts["selective"] == counts["none"]
+    every = config.num_hidden_layers * BLOCKS[architecture]
+    if target == "all-linear":
+        assert counts["full"] == counts["none"] + every
+    else:  # the first block needs no gradient of its MLP, and a last product may not be repeated
+        assert counts["none"] < counts["full"] <= counts["none"] + every
+    for kind in KINDS:
+        for gradient, expected in zip(found[kind][0], found["none"][0], strict=True):
+            assert torch.equal(gradient, expected), kind
