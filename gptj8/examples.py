@@ -7,8 +7,13 @@ never learns to stop. Running text has no prompt: every token is learned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IGNORED = -100
 """The label of a token that is not learned, by torch's convention."""
@@ -39,3 +44,16 @@ def prompt_ids(example: Example) -> list[int]:
     """Return the ids before the first one that is learned; all of them for running text."""
     ids = example["input_ids"]
     return ids[: example["prompt_length"]] or ids
+
+
+def lengths_of(examples: Sequence[Example] | Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return each example's tokens, and how many of them are learned."""
+    if isinstance(examples, Sequence):
+        lengths = [len(example["input_ids"]) for example in examples]
+        prompts = [example["prompt_length"] for example in examples]
+    else:
+        columns: Any = examples
+        lengths, prompts = columns["length"], columns["prompt_length"]
+    tokens = np.asarray(lengths, dtype=np.int64)
+    # Nothing predicts the first token.
+    return tokens, tokens - np.maximum(np.asarray(prompts, dtype=np.int64), 1)

@@ -154,6 +154,9 @@ class Finetune(_Section):
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt = 100
     """Steps between two measurements on the validation split: loss, and accuracy of labels."""
+    launcher: str | None = None
+    """torchrun's command line, for several processes in training and evaluation, such as
+    `torchrun --nproc-per-node 2`; null: this process alone."""
     max_eval_samples: PositiveInt | None = None
     """Measure on the first so many examples of it; null: on all."""
 
@@ -164,6 +167,13 @@ class Finetune(_Section):
             return self.train_batch_size or 8
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @field_validator("launcher")
+    @classmethod
+    def _is_torchrun(cls, launcher: str | None) -> str | None:
+        if launcher is not None and launcher.split()[:1] != ["torchrun"]:
+            raise ValueError(f"{launcher!r} is not a command line of torchrun")
+        return launcher
+
     @model_validator(mode="after")
     def _batch_sizes_agree(self) -> Finetune:
         micro, steps = self.per_device_train_batch_size, self.gradient_accumulation_steps
@@ -173,7 +183,7 @@ class Finetune(_Section):
                     f"gradient_accumulation_steps = {steps} beside per_device_train_batch_size = "
                     "auto, which chooses it; leave it at 1 and set train_batch_size"
                 )
-        elif self.train_batch_size not in (None, micro * steps):
+        elif self.launcher is None and self.train_batch_size not in (None, micro * steps):
             raise ValueError(
                 f"train_batch_size = {self.train_batch_size} is not per_device_train_batch_size x "
                 f"gradient_accumulation_steps = {micro} x {steps}; set per_device_train_batch_size "
@@ -238,6 +248,33 @@ class Params(_Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     tracking: Tracking = Tracking()
+
+    def for_one_of(self, processes: int) -> Params:
+        """Return the params of one of so many processes, which share each optimizer step.
+
+        Raises:
+            UserError: if they cannot share `finetune.train_batch_size`.
+        """
+        finetune = self.finetune
+        total, micro = finetune.train_batch_size, finetune.per_device_train_batch_size
+        if micro == "auto":
+            total = finetune.sequences_a_step
+            if total % processes:
+                raise UserError(
+                    f"finetune.train_batch_size = {total} cannot be divided by {processes} "
+                    "processes; choose a multiple"
+                )
+            share = total // processes
+        else:
+            share = micro * finetune.gradient_accumulation_steps
+            if total not in (None, share * processes):
+                raise UserError(
+                    f"finetune.train_batch_size = {total} is not per_device_train_batch_size x "
+                    f"gradient_accumulation_steps x processes = {share * processes}; set "
+                    "per_device_train_batch_size to auto, or train_batch_size to null"
+                )
+        mine = finetune.model_copy(update={"train_batch_size": share})
+        return self.model_copy(update={"finetune": mine})
 
     @property
     def inputs(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from gptj8.distributed import is_main_process
 from gptj8.errors import UserError
 
 # Nothing phones home unless the user says so: these are defaults, so that a variable that the user
@@ -118,8 +119,9 @@ def run(main: Callable[[], object], *, computes: bool = False) -> None:
     try:
         main()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        if is_main_process():  # of several, which fail alike
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL_DISK:

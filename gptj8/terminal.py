@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from gptj8.distributed import is_main_process
 from gptj8.files import format_bytes
 
 LOG_SECONDS = 30.0
@@ -57,7 +58,8 @@ class Story:
 
     def say(self, text: str) -> None:
         """Print a line now: in a log, what is kept back would stand behind what came later."""
-        print(f"{_speaker}: {text}", flush=True)
+        if is_main_process():
+            print(f"{_speaker}: {text}", flush=True)
 
     def end(self, text: str) -> None:
         """Say what came of the stage, and how long it took; what follows is said by nobody."""
@@ -78,7 +80,8 @@ class Progress:
         self._started = self._told = time.monotonic()
         self._told_done: int | None = None
         self._bar: Any = None
-        if sys.stderr.isatty():
+        self._is_shown = is_main_process()
+        if self._is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -110,7 +113,7 @@ class Progress:
 
     def tell(self) -> None:
         """Print a line in a log; a bar tells it all the time."""
-        if self._bar is not None:
+        if self._bar is not None or not self._is_shown:
             return
         self._told, self._told_done = time.monotonic(), self.done
         seconds = self._told - self._started

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gptj8.adapters import trainable_parameters
 from gptj8.checkpointing import Kind, set_checkpointing
+from gptj8.distributed import process_count, share_trained_only, summed
 from gptj8.errors import UserError
 from gptj8.evaluation.perplexity import context_length
-from gptj8.examples import IGNORED, Example, padded_length
+from gptj8.examples import IGNORED, Example, lengths_of, padded_length
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime import memory_gib
 from gptj8.training_progress import TrainingProgress
@@ -64,8 +66,9 @@ class TrainingSettings:
 
     @property
     def rows_a_step(self) -> int:
-        """Rows of one step, on all GPUs together."""
-        devices = max(1, torch.cuda.device_count())
+        """Rows of one step, of all processes and GPUs together."""
+        processes = process_count()
+        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
         return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def steps(self, rows: int) -> int:
@@ -126,6 +129,7 @@ def train(
     collator = _Collator(pad_id, monitor, model)
     model.config.use_cache = False
     set_checkpointing(model, settings.checkpointing)
+    share_trained_only(model)
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
     with (
@@ -155,6 +159,7 @@ def train(
         if p.requires_grad
     ):
         raise UserError("training moved no weight; finetune.learning_rate may be too small")
+    tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
     return TrainingResult(
         train_loss=float(output.training_loss),
         eval_loss=eval_loss,
@@ -162,9 +167,9 @@ def train(
         trainable_parameters=trainable_parameters(model),
         steps=trainer.state.global_step,
         seconds=seconds,
-        tokens_per_second=monitor.tokens / monitor.step_seconds,
-        samples_per_second=monitor.samples / monitor.step_seconds,
-        padding_fraction=monitor.padding / max(1, monitor.padding + monitor.tokens),
+        tokens_per_second=tokens / monitor.step_seconds,
+        samples_per_second=samples / monitor.step_seconds,
+        padding_fraction=padding / max(1, padding + tokens),
         history=monitor.history,
     )
 
@@ -219,8 +224,6 @@ def _training_arguments(
         optim=settings.optim,
         bf16=half is torch.bfloat16,
         fp16=half is torch.float16,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",  # else every example is read once to be measured
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         prediction_loss_only=True,
@@ -234,6 +237,8 @@ def _training_arguments(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
 
 
@@ -303,7 +308,19 @@ class _CompletionTrainer(Trainer):
         # With accumulated gradients, Trainer counts the learned tokens of all micro-batches.
         count = learned if num_items_in_batch is None else num_items_in_batch
         loss = total / count
+        if num_items_in_batch is not None:  # of all processes, over which gradients are averaged
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        """Order rows by the seed alone: neither by how a step's rows are divided, nor by the random
+        numbers that the model draws."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = lengths_of(rows)[0].tolist()
+        processes = self.accelerator.num_processes
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * processes
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return LengthGroupedSampler(step, lengths=lengths, generator=generator)
 
 
 class _Collator:
@@ -401,7 +418,8 @@ class _Monitor(TrainerCallback):
         if "loss" in values:
             if not math.isfinite(values["loss"]):
                 raise UserError(_not_finite(values["loss"], state.global_step))
-            values["tokens_per_second"] = self.tokens / max(self.step_seconds, 1e-9)
+            tokens = self.tokens * process_count()  # of this one; the others have about as many
+            values["tokens_per_second"] = tokens / max(self.step_seconds, 1e-9)
             values["memory_gib"] = memory_gib()
         self.log(values, state.global_step)
         self.history.append({"step": state.global_step, **values})

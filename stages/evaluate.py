@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptj8.distributed import join, launch, leave
 from gptj8.files import write_json
 from gptj8.params import Params, load_params
 from gptj8.runtime import run
@@ -30,8 +31,10 @@ REPORT = REPORTS / "evaluate"
 
 def main() -> None:
     """Measure the original model, the 8-bit one and the tuned one on the same held-out rows."""
-    story = Story("evaluate")
     params = load_params()
+    if launch(params.finetune.launcher, "stages.evaluate"):
+        return
+    story = Story("evaluate")
     with stage_run("evaluate", params):
         from gptj8.dataset import load_prepared
         from gptj8.evaluation.few_shot import few_shot_prompts
@@ -84,6 +87,7 @@ def main() -> None:
             _measure_baseline(comparison, train, test)
             story.say(_result(comparison, "baseline"))
 
+        join()
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
         with comparison.costing("base"):  # not kept: memory holds a single model at a time
@@ -101,6 +105,7 @@ def main() -> None:
             comparison.measure("tuned", load_adapter(model, ADAPTER))
         story.say(_result(comparison, "tuned"))
 
+        leave()
         resamples, seed = settings.bootstrap_resamples, params.seed
         metrics = comparison.metrics(resamples, seed)
         write_reports(

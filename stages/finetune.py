@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptj8.distributed import join, launch, leave, process_count
 from gptj8.files import replace_directory, write_csv, write_json
 from gptj8.params import Finetune, Params, load_params
 from gptj8.runtime import peak_memory_gib, run
@@ -31,9 +32,10 @@ REPORT = Path("reports/finetune")
 
 def main() -> None:
     """Train as the params' `finetune` section says and save the adapter in PEFT's format."""
-    story = Story("finetune")
     params = load_params()
-    finetune = params.finetune
+    if launch(params.finetune.launcher, "stages.finetune"):
+        return
+    story = Story("finetune")
     with stage_run("finetune", params) as record:
         from transformers import set_seed
 
@@ -46,11 +48,14 @@ def main() -> None:
         from gptj8.reference import choose_prompts, save_reference
         from gptj8.training import TrainingSettings, train, try_step
 
+        join()
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
         dataset = load_prepared(DATASET)
         train_set, validation_set = dataset.examples("train"), dataset.examples("validation")
-        memory = TrainingMemory(params, BASE, dtype, device.type, train_set)
+        mine = params.for_one_of(process_count())
+        finetune = mine.finetune
+        memory = TrainingMemory(mine, BASE, dtype, device.type, train_set)
         model = load_model(BASE, dtype, device)
         encoder = TextEncoder.load(BASE)
 
@@ -75,6 +80,7 @@ def main() -> None:
             record.log_metrics,
             _label_accuracy(params, dataset, encoder, settings.per_device_train_batch_size),
         )
+        leave()
         round_layernorms(adapted, dtype)
         with replace_directory(OUTPUT) as staging:
             save_adapter(adapted, staging)

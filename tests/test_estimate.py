@@ -16,10 +16,11 @@ from gptj8 import cli, runtime
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.errors import UserError
+from gptj8.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
 from gptj8.memory.estimate import Estimator, Plan, plan_of
-from gptj8.memory.fitting import Fit, choose_fit, confirm, divisors, lengths_of, longest_of
+from gptj8.memory.fitting import Fit, choose_fit, confirm, divisors, longest_of
 from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.models import load_model

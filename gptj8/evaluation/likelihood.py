@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gptj8.distributed import each_a_share
 from gptj8.errors import UserError
 from gptj8.evaluation.batching import (
     MAX_LOGITS,
@@ -140,7 +141,12 @@ def label_accuracy(
     description: str | None = None,
 ) -> float:
     """Return the share of prompts whose likeliest label is the one with the index `actual`."""
-    scores = score_labels(model, prompts, labels, batch_size=batch_size, description=description)
+
+    def score(numbers: Sequence[int]) -> np.ndarray:
+        mine = [prompts[i] for i in numbers]
+        return score_labels(model, mine, labels, batch_size=batch_size, description=description)
+
+    scores = np.array(each_a_share(score, len(prompts)))
     return float((scores.argmax(1) == np.asarray(actual)).mean())
 
 

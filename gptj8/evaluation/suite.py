@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from gptj8.distributed import each_a_share
 from gptj8.errors import UserError
 from gptj8.evaluation.answers import write_answers
 from gptj8.evaluation.likelihood import score_labels
@@ -193,13 +194,20 @@ class Comparison:
     def measure(self, system: str, model: Model) -> None:
         """Measure perplexity, and accuracy where there is something to answer."""
         started = time.perf_counter()
-        scores = score_documents(
-            model,
-            self.documents.ids,
-            self.documents.starts,
-            batch_size=self.batch_size,
-            description=f"{system}: perplexity",
-        )
+        ids, starts = self.documents.ids, self.documents.starts
+
+        def score(numbers: Sequence[int]) -> list[tuple[float, int]]:
+            found = score_documents(
+                model,
+                [ids[i] for i in numbers],
+                [starts[i] for i in numbers],
+                batch_size=self.batch_size,
+                description=f"{system}: perplexity",
+            )
+            return list(zip(found.nll, found.tokens, strict=True))
+
+        nll, tokens = zip(*each_a_share(score, len(ids)), strict=True)
+        scores = DocumentScores(np.array(nll), np.array(tokens))
         seconds = time.perf_counter() - started
         self.scores[system] = scores
         self.costs[f"{system}/tokens_per_second"] = float(scores.tokens.sum()) / seconds
@@ -211,25 +219,33 @@ class Comparison:
         """Predict the likeliest label after each prompt, and write answers to the first ones."""
         questions = self.questions
         if questions.labels:
-            likelihoods = score_labels(
-                model,
-                prompts,
-                questions.label_ids,
-                batch_size=self.batch_size,
-                description=f"{system}: labels",
-            )
+
+            def score(numbers: Sequence[int]) -> np.ndarray:
+                return score_labels(
+                    model,
+                    [prompts[i] for i in numbers],
+                    questions.label_ids,
+                    batch_size=self.batch_size,
+                    description=f"{system}: labels",
+                )
+
+            likelihoods = np.array(each_a_share(score, len(prompts)))
             self.likelihoods[system] = likelihoods
             labels = np.array(questions.labels, dtype=object)
             self.predictions[system] = labels[likelihoods.argmax(1)]
         if questions.generated_rows:
-            self.generated[system] = write_answers(
-                model,
-                prompts[: questions.generated_rows],
-                questions.encoder,
-                max_new_tokens=questions.max_new_tokens,
-                batch_size=self.batch_size,
-                description=f"{system}: answers",
-            )
+
+            def write(numbers: Sequence[int]) -> list[str]:
+                return write_answers(
+                    model,
+                    [prompts[i] for i in numbers],
+                    questions.encoder,
+                    max_new_tokens=questions.max_new_tokens,
+                    batch_size=self.batch_size,
+                    description=f"{system}: answers",
+                )
+
+            self.generated[system] = each_a_share(write, questions.generated_rows)
 
     def metrics(self, resamples: int, seed: int) -> dict[str, float]:
         """Return everything as `<system>/<metric>`; see `gptj8.evaluation.metrics`.

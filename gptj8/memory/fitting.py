@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gptj8.checkpointing import KINDS, Kind
 from gptj8.errors import UserError
+from gptj8.examples import lengths_of
 from gptj8.files import format_bytes
 from gptj8.memory.estimate import Estimator
 
@@ -118,19 +119,6 @@ def _smaller(fit: Fit, finetune: Finetune) -> Fit | None:
     half = fit.micro_batch // 2
     sizes = divisors(finetune.sequences_a_step)
     return Fit(max(size for size in sizes if size <= half), fit.checkpointing)
-
-
-def lengths_of(examples: Sequence[Example] | Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return each example's tokens, and how many of them are learned."""
-    if isinstance(examples, Sequence):
-        lengths = [len(example["input_ids"]) for example in examples]
-        prompts = [example["prompt_length"] for example in examples]
-    else:
-        columns: Any = examples
-        lengths, prompts = columns["length"], columns["prompt_length"]
-    tokens = np.asarray(lengths, dtype=np.int64)
-    # Nothing predicts the first token.
-    return tokens, tokens - np.maximum(np.asarray(prompts, dtype=np.int64), 1)
 
 
 def longest_of(examples: Sequence[Example] | Dataset) -> Callable[[int], list[Example]]:

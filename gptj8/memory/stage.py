@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptj8.checkpointing import Kind
+from gptj8.distributed import from_main, processes_here
 from gptj8.errors import UserError
+from gptj8.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory.estimate import Estimator, plan_of
-from gptj8.memory.fitting import USED, Fit, choose_fit, confirm, lengths_of, longest_of
+from gptj8.memory.fitting import USED, Fit, choose_fit, confirm, longest_of
 from gptj8.memory.skeleton import read_config
 from gptj8.words import one_line
 
@@ -28,7 +30,7 @@ class TrainingMemory:
     """The estimate of one training, made before its model is loaded.
 
     Args:
-        params: with its `finetune` section.
+        params: as they are for this process.
         base: directory of the converted model.
         dtype: of the arithmetic.
         device: "cpu" or "cuda".
@@ -74,6 +76,9 @@ class TrainingMemory:
         Raises:
             UserError: if not even one sequence at a time fits.
         """
+        return from_main(lambda: self._fit(try_step))
+
+    def _fit(self, try_step: Callable[[Sequence[Example], Kind], None]) -> Fit:
         finetune = self._finetune
         asked, kind = finetune.per_device_train_batch_size, finetune.checkpointing
         if asked != "auto" and kind != "auto":
@@ -82,6 +87,8 @@ class TrainingMemory:
             assert asked != "auto"
             return Fit(asked, "full")
         available = machine.available_bytes(self._device)
+        if self._device == "cpu":
+            available //= processes_here()
         fit = choose_fit(self._estimator, finetune, int(USED * available))
         if asked == "auto" or self._device == "cuda":
             fit = confirm(fit, finetune, longest_of(self._examples), try_step)

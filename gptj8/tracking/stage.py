@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gptj8.distributed import is_main_process
 from gptj8.errors import UserError
 from gptj8.params import Params, resolved
 from gptj8.tracking.evidence import (
@@ -213,7 +214,8 @@ def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
     it left there, if DVC took it from its cache.
     """
     run = StageRun(stage)
-    run._start(params)
+    if is_main_process():  # of several, one records
+        run._start(params)
     try:
         yield run
     except (KeyboardInterrupt, SystemExit):

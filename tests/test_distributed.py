@@ -1,0 +1,170 @@
+"""Two processes do what one does: the same adapter, the same scores, one row of MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from project_clone import STAGES, Clone, assert_complete
+from safetensors.numpy import load_file
+
+from gptj8 import distributed
+from gptj8.errors import UserError
+from gptj8.params import parse_params
+
+LAUNCHER = "torchrun --nproc-per-node 2"
+MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
+# In each of two processes: shares of 5 and of 1 item, one decision, one sum.
+SHARES = """
+import json, os
+from gptj8 import distributed
+distributed.join()
+n = distributed.process_number()
+found = [
+    distributed.each_a_share(lambda numbers: [10 * i for i in numbers], 5),
+    distributed.each_a_share(lambda numbers: [f"{i}" for i in numbers], 1),
+    distributed.from_main(lambda: os.getpid()) == os.getpid(),
+    distributed.summed((n, 1.5)),
+    distributed.is_main_process(),
+]
+with open(f"{n}.json", "w") as stream:
+    json.dump(found, stream)
+distributed.leave()
+"""
+FAILS = """
+import sys
+from gptj8.distributed import join, process_number
+from gptj8.errors import UserError
+from gptj8.runtime import run
+def main():
+    join()
+    if process_number() == 1:
+        sys.exit(7)
+    import time; time.sleep(60)
+run(main)
+"""
+
+
+def launched(folder, source, launcher=LAUNCHER, **kwargs):
+    """Start a module made of `source` by a launcher, in a process of its own."""
+    (folder / "work.py").write_text(source)
+    command = f"from gptj8.distributed import launch; launch({launcher!r}, 'work')"
+    return subprocess.Popen(
+        [sys.executable, "-c", command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        text=True,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+def test_shares_decisions_and_sums(tmp_path):
+    with launched(tmp_path, SHARES) as process:
+        _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    for number in (0, 1):
+        is_main = number == 0
+        found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert found == [[0, 10, 20, 30, 40], ["0"], is_main, [1, 3.0], is_main]
+
+
+def test_one_process_needs_no_other():
+    assert distributed.launch(None, "work") is False
+    assert distributed.each_a_share(lambda numbers: [2 * i for i in numbers], 3) == [0, 2, 4]
+    assert distributed.from_main(lambda: 5) == 5
+    assert distributed.summed((1, 2.5)) == [1, 2.5]
+    distributed.join()
+    distributed.leave()
+
+
+def test_the_code_of_the_process_that_failed(tmp_path):
+    with launched(tmp_path, FAILS) as process:
+        _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (7, "")
+
+
+def test_ending_the_launcher_ends_all(tmp_path):
+    waits = "import time, os; open(f'{os.getpid()}.pid', 'w'); time.sleep(100)"
+    with launched(tmp_path, waits) as process:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    pids = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "parts"),
+    [("torchrun --nproc-per-nod 2 --nope", ["finetune.launcher", "--nope"])],
+    ids=["unknown-option"],
+)
+def test_what_torchrun_does_not_understand_is_said_in_a_line(launcher, parts):
+    with pytest.raises(UserError) as refused:
+        distributed.launch(launcher, "work")
+    assert len(str(refused.value).splitlines()) == 1
+    assert all(part in str(refused.value) for part in parts)
+
+
+def test_other_launchers_are_refused():
+    with pytest.raises(UserError, match=r"finetune\.launcher.*'rm -rf x' is not a command line of"):
+        parse_params({**MINIMAL, "finetune": {"launcher": "rm -rf x"}})
+
+
+def test_processes_share_an_optimizer_step():
+    def for_one_of(processes, **finetune):
+        params = parse_params({**MINIMAL, "finetune": {"launcher": LAUNCHER, **finetune}})
+        return params.for_one_of(processes).finetune
+
+    auto = {"per_device_train_batch_size": "auto", "train_batch_size": 12}
+    assert for_one_of(3, **auto).sequences_a_step == 4
+    with pytest.raises(UserError, match="12 cannot be divided by 5 processes"):
+        for_one_of(5, **auto)
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert for_one_of(2, **sizes).sequences_a_step == 8
+    assert for_one_of(2, **sizes, train_batch_size=16).sequences_a_step == 8
+    with pytest.raises(UserError, match=r"train_batch_size = 8 is not .* = 16; set"):
+        for_one_of(2, **sizes, train_batch_size=8)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_as_one(tmp_path, tiny_model_dir):
+    clone = Clone(tmp_path / "project", tiny_model_dir)
+
+    def outcome(**finetune):
+        clone.edit_params(finetune={"learning_rate": 0.01, **finetune})
+        process = clone.dvc("repro")
+        assert process.returncode == 0, process.stdout + process.stderr
+        adapter = load_file(clone.folder / "artifacts" / "adapter" / "adapter_model.safetensors")
+        metrics = {stage: clone.metrics(stage) for stage in STAGES}
+        return process, adapter, metrics
+
+    _, adapter, metrics = outcome(per_device_train_batch_size=8)
+    again, shared_adapter, shared_metrics = outcome(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, launcher=LAUNCHER
+    )
+    start = "finetune: runs because"
+    assert sum(line.startswith(start) for line in again.stdout.splitlines()) == 1
+    for name, expected in adapter.items():
+        np.testing.assert_allclose(shared_adapter[name], expected, atol=2e-4, err_msg=name)
+    compared = ("train_loss", "eval_loss", "steps", "padding_fraction")
+    for key in compared[:3]:
+        assert shared_metrics["finetune"][key] == pytest.approx(metrics["finetune"][key], rel=1e-3)
+    for key, expected in metrics["evaluate"].items():
+        if not key.endswith(("seconds", "tokens_per_second", "memory_gib")):
+            found = shared_metrics["evaluate"][key]
+            assert found == pytest.approx(expected, rel=2e-3, abs=2e-3), key
+    rows = clone.runs()
+    assert len(rows) == 2
+    (row,) = (r for r in rows.values() if r.data.params["finetune.launcher"] == LAUNCHER)
+    assert_complete(row, clone)
