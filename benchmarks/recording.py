@@ -1,8 +1,8 @@
 """What recording costs a training, with a server that answers, is away, hangs or fails.
 
-python -m benchmarks.recording [ROUNDS]      after `make repro`
+python -m benchmarks.recording [ROUNDS] [--epochs 0.5] [--places PLACE ...]    after `make repro`
 
-Trains the embedded default's adapter for half an epoch, unrecorded, then with MLflow in a local
+Trains the embedded default's adapter, unrecorded, then with MLflow in a local
 database, on a server on loopback that is well, that nobody runs, that never answers, and that
 answers 500; in rounds, so that what else the machine does meets all of them alike. Prints medians
 of the seconds that the steps took and of those of the whole stage, and their ratios to the
@@ -11,6 +11,7 @@ unrecorded training.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -34,16 +35,21 @@ _FAILURE = b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r
 
 def main() -> None:
     """Run the rounds and print the table."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=0.5)
+    parser.add_argument("--places", nargs="+", help="some of the table's rows, beside the first")
+    arguments = parser.parse_args()
     times: dict[str, list[tuple[float, float]]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="gptj8-recording-") as name,
         _servers(Path(name)) as uri,
     ):
-        for number in range(rounds):
-            for place, address in uri.items():
+        places = uri if arguments.places is None else ("nowhere", *arguments.places)
+        for number in range(arguments.rounds):
+            for place in places:
                 folder = Path(name) / f"{number}-{place.replace(' ', '-')}"
-                times.setdefault(place, []).append(_train(folder, address))
+                times.setdefault(place, []).append(_train(folder, uri[place], arguments.epochs))
                 print(f"round {number + 1}: {place} {times[place][-1]}", file=sys.stderr)
     steps = {place: statistics.median(t[0] for t in seconds) for place, seconds in times.items()}
     whole = {place: statistics.median(t[1] for t in seconds) for place, seconds in times.items()}
@@ -55,10 +61,10 @@ def main() -> None:
         )
 
 
-def _train(folder: Path, address: str | None) -> tuple[float, float]:
+def _train(folder: Path, address: str | None, epochs: float) -> tuple[float, float]:
     """Return the seconds of the steps and of the stage, in a folder of its own."""
     params = YAML(typ="safe").load((_PROJECT / "params.yaml").read_text(encoding="utf-8"))
-    params["finetune"] |= {"num_train_epochs": 0.5, "logging_steps": 1, "eval_steps": 1000}
+    params["finetune"] |= {"num_train_epochs": epochs, "logging_steps": 1, "eval_steps": 1000}
     params["finetune"]["max_eval_samples"] = 20
     params["tracking"]["uri"] = address
     for section, key in (("data", "train"), ("model", "path")):

@@ -78,8 +78,17 @@ class Clone:
         folder = self.folder / "artifacts" / "adapter"
         return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
+    def client(self) -> mlflow.MlflowClient:
+        """Return a client of the database that is there now: MLflow keeps one open by its address,
+        also when another file has taken its place."""
+        number = (self.folder / "mlflow.db").stat().st_ino
+        link = self.folder.parent / f"database-{number}"
+        if not link.is_symlink():
+            link.symlink_to(self.folder)
+        return mlflow.MlflowClient(f"sqlite:///{link / 'mlflow.db'}")
+
     def runs(self) -> dict[str, mlflow.entities.Run]:
-        client = mlflow.MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        client = self.client()
         experiment = client.get_experiment_by_name("gptj8")
         return {r.info.run_id: r for r in client.search_runs([experiment.experiment_id])}
 

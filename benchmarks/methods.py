@@ -1,0 +1,143 @@
+"""The methods that `benchmarks.compare` puts side by side: one model, its weights kept in each way.
+
+gptj8                this project: 8-bit weights, its kernels, attention and loss
+gptj8-selective      the same, which computes again what is cheap alone
+bfloat16             transformers and PEFT as they are: what the others are compared with
+jit-bitsandbytes     the original 8-bit GPT-J method, written anew on bitsandbytes' operator
+llm-int8, nf4        bitsandbytes' own layers
+torchao              int8 weight-only, if the package is installed
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPE = torch.bfloat16
+
+
+class _JustInTime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, absmax, code):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(codes, absmax, code)
+        return nn.functional.linear(x, _restore(codes, absmax, code))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad @ _restore(*ctx.saved_tensors), None, None, None
+
+
+def _restore(codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, code, 4096, DTYPE)
+
+
+class JustInTimeLinear(nn.Linear):
+    """The layer of the original method: bitsandbytes' codes, restored in forward and backward."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        from bitsandbytes.functional import create_dynamic_map
+
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = original.in_features, original.out_features
+        code = create_dynamic_map().float()
+        codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(original.weight, code, 4096)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("absmax", absmax.float())
+        self.register_buffer("code", code)
+        self.bias = original.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _JustInTime.apply(x, self.weight, self.absmax, self.code)
+        return y if self.bias is None else y + self.bias
+
+
+def build(method: str, layers: int) -> tuple[nn.Module, float]:
+    """Return the model with its large weights as the method keeps them, and an adapter; and the
+    seconds that converting the weights took."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    is_ours = method.startswith("gptj8")
+    if is_ours:
+        from gptj8 import attention
+
+        attention.register()
+    config = GPTJConfig(n_layer=layers, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPE)
+    model = GPTJForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    begun = time.perf_counter()
+    _convert(method, model)
+    seconds = time.perf_counter() - begun
+    model = get_peft_model(
+        model.requires_grad_(False), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    )
+    if is_ours:
+        from gptj8.checkpointing import set_checkpointing
+
+        set_checkpointing(model, "selective" if method == "gptj8-selective" else "full")
+    else:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    return model, seconds
+
+
+def _convert(method: str, model: nn.Module) -> None:
+    if method == "bfloat16":
+        return
+    if method == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+        return
+    from bitsandbytes import nn as bnb
+
+    for name, module in list(model.named_modules()):
+        if method.startswith("gptj8"):
+            from gptj8.codec import quantize_blockwise
+            from gptj8.layers import frozen_twin
+
+            twin: Any = frozen_twin(module, 4096, DTYPE)
+            if twin is None:
+                continue
+            twin.load_quantized(quantize_blockwise(module.weight))
+            if getattr(module, "bias", None) is not None:
+                twin.bias = module.bias
+        elif type(module) is not nn.Linear:
+            continue
+        elif method == "jit-bitsandbytes":
+            twin = JustInTimeLinear(module)
+        elif name == "lm_head":  # bitsandbytes' layers leave the head as it is
+            continue
+        else:
+            shape = (module.in_features, module.out_features, module.bias is not None)
+            if method == "llm-int8":
+                twin = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+            else:
+                twin = bnb.Linear4bit(*shape, quant_type="nf4", compute_dtype=DTYPE)
+            twin.load_state_dict(module.state_dict())
+            twin = twin.to("cpu")
+        model.set_submodule(name, twin)
+    if method.startswith("gptj8"):
+        from gptj8.activations import fuse_activations
+
+        fuse_activations(model)
+
+
+def training_loss(method: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss over a sequence; gptj8 as its trainer computes it."""
+    if not method.startswith("gptj8"):
+        return model(input_ids=ids, labels=ids).loss
+    from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+
+    head = frozen_head(model)
+    assert head is not None
+    with input_of(head) as taken:
+        model(input_ids=ids)
+    return frozen_cross_entropy(taken[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten(), head) / (
+        ids.numel() - 1
+    )
