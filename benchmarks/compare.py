@@ -5,7 +5,8 @@ checkpointing, on this machine's CPU; every method (`benchmarks.methods`) gets t
 tokens and adapters. A method runs in a process of its own, in turns with the others; figures are
 medians over rounds. Prints Markdown, ratios to bfloat16 first, and writes JSON.
 
-`--scaling` measures training alone, of gptj8 and bfloat16, as tokens, layers and threads grow.
+`--scaling` measures training alone, of gptj8 and bfloat16, as tokens, layers and threads grow, and
+prints each figure as it comes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj8.runtime import cpu_name, peak_memory_gib, set_defaults, tame_the_heap
+from gptj8.runtime import (
+    cpu_name,
+    peak_memory_gib,
+    reset_peak_memory,
+    set_defaults,
+    tame_the_heap,
+)
 
 METHODS = (
     "gptj8",
@@ -55,6 +62,7 @@ def measure(method: str, layers: int, tokens: Sequence[int], trains_only: bool) 
     model: Any
     model, seconds = build(method, layers)
     results: dict[str, float | str] = {"conversion, seconds": seconds}
+    reset_peak_memory()  # of both kinds of weights together
 
     def attempt(name: str, count: int, work: Callable[[], Any]) -> None:
         try:
@@ -108,7 +116,8 @@ def run(method: str, layers: int, tokens: Sequence[int], *options: str) -> dict[
     command += ["--layers", str(layers), "--tokens", *map(str, tokens)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        return {"conversion, seconds": process.stderr.strip().splitlines()[-1][:100]}
+        reason = process.stderr.strip().splitlines()[-1:] or [f"ended with {process.returncode}"]
+        return {"as a whole": reason[0][:100]}
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -143,6 +152,7 @@ def scale(rounds: int, figures: Figures) -> None:
                 found = run(method, layers, [tokens], "--trains-only", "--threads", str(threads))
                 speed = found.get(f"training, {tokens} tokens", "fails")
                 figures[method].setdefault(where, []).append(speed)
+                print(f"  {speed}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

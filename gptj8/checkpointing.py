@@ -2,8 +2,8 @@
 
     kind        a block keeps                          and computes again
     none        everything                             nothing
-    selective   what its products and its attention    norms, activations, adapters: what reads
-                return                                 memory and computes little
+    selective   what its products with 8-bit weights   norms, activations, adapters: what reads
+                and its fused attention return         memory and computes little
     full        its input                              all but its last product, if that has no
                                                        adapter
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from gptj8.errors import UserError
+from gptj8.words import one_line
 
 _Result = TypeVar("_Result")
 
@@ -67,18 +68,21 @@ def launch(launcher: str | None, module: str) -> bool:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = [*shlex.split(launcher)[1:], "-m", module]
     said = io.StringIO()
     try:
-        with redirect_stderr(said):
-            arguments = torchrun.parse_args(words)
-    except SystemExit:
-        reason = said.getvalue().strip().splitlines()[-1:]
-        raise UserError(f"finetune.launcher = {launcher}: {''.join(reason)}") from None
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            arguments = torchrun.parse_args([*shlex.split(launcher)[1:], "-m", module])
+        here = torchrun.determine_local_world_size(arguments.nproc_per_node)
+    except (SystemExit, ValueError) as error:
+        reason = [*said.getvalue().strip().splitlines(), str(error)][-2:][0]
+        raise UserError(f"finetune.launcher = {launcher}: {one_line(reason)}") from None
+    if arguments.training_script != module or here < 1:
+        raise UserError(
+            f"finetune.launcher = {launcher}: options of torchrun alone, for 1 process or more; "
+            "the stage adds what is run"
+        )
     # Else every process computes on one core, which torchrun says in five lines.
-    found = re.search(r"nproc[-_]per[-_]node[= ](\d+)", launcher)
-    threads = max(1, (os.cpu_count() or 1) // int(found[1] if found else 1))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
     # The process that failed has said why; a report of ours on top tells nothing.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -103,7 +107,8 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if not distributed.is_initialized():
-        distributed.init_process_group(backend)
+        # They meet once for each system evaluated, and hours apart where one is slower.
+        distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def leave() -> None:
@@ -121,14 +126,14 @@ def leave() -> None:
 
 
 def from_main(decide: Callable[[], _Result]) -> _Result:
-    """Return what the main process decides, in all of them."""
+    """Return what the main process decides, in all of them; what it refuses, all refuse."""
     if process_count() == 1:
         return decide()
     from torch import distributed
 
-    decided: list[Any] = [decide() if is_main_process() else None]
+    decided: list[Any] = [_attempt(decide) if is_main_process() else None]
     distributed.broadcast_object_list(decided)
-    return decided[0]
+    return _results_of(decided)[0]
 
 
 def each_a_share(
@@ -137,7 +142,8 @@ def each_a_share(
     """Compute results of `count` items, every n-th in one of n processes; return all, in order.
 
     Args:
-        compute: returns one result an item, given their numbers.
+        compute: returns one result an item, given their numbers. What it refuses in one process is
+            refused in all.
     """
     processes = process_count()
     if processes == 1:
@@ -146,11 +152,26 @@ def each_a_share(
 
     mine = range(process_number(), count, processes)
     shares: list[Any] = [None] * processes
-    distributed.all_gather_object(shares, list(compute(mine)) if mine else [])
+    share = _attempt(lambda: list(compute(mine)) if mine else [])
+    distributed.all_gather_object(shares, share)
     results: list[Any] = [None] * count
-    for number, share in enumerate(shares):
-        results[number::processes] = share
+    for number, found in enumerate(_results_of(shares)):
+        results[number::processes] = found
     return results
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
+    try:
+        return work(), None
+    except UserError as error:  # anything else is a fault, and ends this process with a traceback
+        return None, error
+
+
+def _results_of(attempts: Sequence[tuple[Any, UserError | None]]) -> list[Any]:
+    for _, error in attempts:
+        if error is not None:
+            raise error
+    return [result for result, _ in attempts]
 
 
 def summed(values: Sequence[float]) -> list[float]:

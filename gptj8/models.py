@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptj8.checkpoint import check_model_directory, check_tensors
+from gptj8.distributed import process_count, processes_here
 from gptj8.errors import UserError
 from gptj8.files import list_files
 from gptj8.manifest import verify_manifest
@@ -77,6 +78,8 @@ def load_model(
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
     placement: dict[str, Any] = {"device_map": "auto"} if device.type == "cuda" else {}
+    if device.type == "cuda" and process_count() > 1:  # each process has its own GPU
+        placement = {"device_map": {"": torch.cuda.current_device()}}
     if (
         max_resident_bytes is not None
         and device.type == "cpu"
@@ -111,7 +114,8 @@ def load_original(
     """
     size = sum(file.stat().st_size for file in list_files(copy))
     # Half, because the files' own pages count beside what is made of them.
-    return load_model(path, dtype, device, max_resident_bytes=max(size // 2, LARGE_BYTES))
+    most = max(size // 2, LARGE_BYTES) // processes_here()
+    return load_model(path, dtype, device, max_resident_bytes=most)
 
 
 def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:

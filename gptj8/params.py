@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,7 +163,7 @@ class Finetune(_Section):
 
     @property
     def sequences_a_step(self) -> int:
-        """Sequences an optimizer step, on one device."""
+        """Sequences an optimizer step: of one process, or where `auto` chooses, of all together."""
         if self.per_device_train_batch_size == "auto":
             return self.train_batch_size or 8
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -170,8 +171,10 @@ class Finetune(_Section):
     @field_validator("launcher")
     @classmethod
     def _is_torchrun(cls, launcher: str | None) -> str | None:
-        if launcher is not None and launcher.split()[:1] != ["torchrun"]:
-            raise ValueError(f"{launcher!r} is not a command line of torchrun")
+        if launcher is not None:
+            words = shlex.split(launcher)  # a ValueError, for a quote that is not closed
+            if words[:1] != ["torchrun"]:
+                raise ValueError(f"{launcher!r} is not a command line of torchrun")
         return launcher
 
     @model_validator(mode="after")

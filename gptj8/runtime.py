@@ -9,10 +9,12 @@ import platform
 import resource
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from gptj8.distributed import is_main_process
 from gptj8.errors import UserError
@@ -43,6 +45,7 @@ _HEAP = ":".join(
     )
 )
 _BEGUN_ANEW = "gptj8_heap"
+_GRACE_SECONDS = 5.0
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -119,27 +122,31 @@ def run(main: Callable[[], object], *, computes: bool = False) -> None:
     try:
         main()
     except UserError as error:
-        if is_main_process():  # of several, which fail alike
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except OSError as error:
         if error.errno in _FULL_DISK:
-            print(f"error: no space left for {error.filename or 'an output'}", file=sys.stderr)
+            _refuse(f"no space left for {error.filename or 'an output'}")
         elif isinstance(error, PermissionError):
-            print(f"error: no permission for {error.filename}", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
+            _refuse(f"no permission for {error.filename}")
+        raise
     except Exception as error:
         explanation = _explain(error)
         if explanation is None:
             raise
-        print(f"error: {explanation}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(explanation)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse(problems: str) -> NoReturn:
+    """Print what the user can mend, a line each, and exit with 2."""
+    if not is_main_process():
+        # Of several processes most fail alike, and the main one says so; its end ends this one.
+        time.sleep(_GRACE_SECONDS)
+    for line in problems.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _explain(error: Exception) -> str | None:
@@ -150,6 +157,11 @@ def _explain(error: Exception) -> str | None:
             "out of GPU memory; halve finetune.per_device_train_batch_size and double "
             "gradient_accumulation_steps, or lower data.max_length, "
             "evaluate.per_device_eval_batch_size or --max-batch"
+        )
+    if "selective activation checkpoint" in str(error):
+        return (
+            "this model changes what its products return in place, which finetune.checkpointing: "
+            "selective cannot keep; set it to full or none"
         )
     if type(error).__name__ == "SafetensorError" and "StorageFull" in str(error):
         return "no space left on the disk for weights; make room and run again"

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gptj8.adapters import trainable_parameters
 from gptj8.checkpointing import Kind, set_checkpointing
-from gptj8.distributed import process_count, share_trained_only, summed
+from gptj8.distributed import process_count, process_number, share_trained_only, summed
 from gptj8.errors import UserError
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import IGNORED, Example, lengths_of, padded_length
@@ -381,7 +381,14 @@ class _Monitor(TrainerCallback):
             self.padding += attention_mask.numel() - used
             self.samples += attention_mask.shape[0]
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training steps so far; other processes are taken to have as many tokens."""
+        return self.tokens * process_count() / max(self.step_seconds, 1e-9)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if process_count() > 1:  # other rows want other draws of dropout
+            torch.manual_seed(args.seed + process_number())
         self._training, self._step_started = True, time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -418,8 +425,7 @@ class _Monitor(TrainerCallback):
         if "loss" in values:
             if not math.isfinite(values["loss"]):
                 raise UserError(_not_finite(values["loss"], state.global_step))
-            tokens = self.tokens * process_count()  # of this one; the others have about as many
-            values["tokens_per_second"] = tokens / max(self.step_seconds, 1e-9)
+            values["tokens_per_second"] = self.tokens_per_second
             values["memory_gib"] = memory_gib()
         self.log(values, state.global_step)
         self.history.append({"step": state.global_step, **values})

@@ -15,12 +15,13 @@ class Measured(Protocol):
 
     Attributes:
         history: a dict for each time that something was logged; see `TrainingResult`.
-        tokens, step_seconds: of training steps alone.
+        tokens_per_second: of training steps alone, padding not counted.
     """
 
     history: list[dict[str, float]]
-    tokens: int
-    step_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float: ...
 
 
 class TrainingProgress(TrainerCallback):
@@ -84,6 +85,6 @@ class TrainingProgress(TrainerCallback):
             parts.append(f"accuracy {last['eval_accuracy']:.1%}")
         elif "eval_loss" in last:
             parts.append(f"validation loss {last['eval_loss']:.3f}")
-        if measured.step_seconds:
-            parts.append(f"{measured.tokens / measured.step_seconds:,.0f} tokens/s")
+        if measured.tokens_per_second:
+            parts.append(f"{measured.tokens_per_second:,.0f} tokens/s")
         return ", ".join(parts)

@@ -6,9 +6,13 @@ import transformers
 from test_architectures import ARCHITECTURES, COMMON
 
 import gptj8
-from gptj8 import operators
+from gptj8 import operators, runtime
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
+from gptj8.memory.estimate import Estimator, Plan
+from gptj8.memory.fitting import Fit, choose_fit
+from gptj8.memory.skeleton import AdapterShape
+from gptj8.params import parse_params
 
 BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block
 
@@ -54,3 +58,28 @@ def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_pat
     for kind in KINDS:
         for gradient, expected in zip(found[kind][0], found["none"][0], strict=True):
             assert torch.equal(gradient, expected), kind
+
+
+OLMO = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "clip_qkv": 1.0,  # which clips what the products return in place
+}
+
+
+def test_a_model_that_changes_products_in_place_is_never_chosen_selective():
+    config = transformers.OlmoConfig(**OLMO, **COMMON)
+    shape = AdapterShape("lora", ["gate_proj"], 4, 8.0, 0.0)
+    plan = Plan(
+        config, gptj8.Blockwise8bitConfig(block_size=256), shape, torch.float32, "cpu", 32, 31
+    )
+    estimator = Estimator(plan)
+    with pytest.raises(RuntimeError, match="selective activation checkpoint") as refused:
+        estimator.training(1, "selective")
+    assert "set it to full or none" in runtime._explain(refused.value)
+    finetune = parse_params({"data": {"train": "x"}, "model": {"path": "y"}}).finetune
+    assert choose_fit(estimator, finetune, 2 * estimator.training(8, "none").total - 2) == Fit(
+        8, "full"
+    )

@@ -36,16 +36,32 @@ with open(f"{n}.json", "w") as stream:
 distributed.leave()
 """
 FAILS = """
-import sys
-from gptj8.distributed import join, process_number
+import sys, time
+from gptj8 import distributed
 from gptj8.errors import UserError
 from gptj8.runtime import run
-def main():
-    join()
-    if process_number() == 1:
+main = distributed.is_main_process()
+def refuse():
+    raise UserError(f"refused by {distributed.process_number()}")
+def all_late():
+    time.sleep(2 * main)
+    refuse()
+def one_alone():
+    if not main:
+        refuse()
+    time.sleep(60)
+def a_decision():
+    distributed.from_main(refuse)
+def a_share():
+    distributed.each_a_share(lambda numbers: [] if main else refuse(), 4)
+def a_code():
+    if not main:
         sys.exit(7)
-    import time; time.sleep(60)
-run(main)
+    time.sleep(60)
+def work():
+    distributed.join()
+    HOW()
+run(work)
 """
 
 
@@ -82,10 +98,20 @@ def test_one_process_needs_no_other():
     distributed.leave()
 
 
-def test_the_code_of_the_process_that_failed(tmp_path):
-    with launched(tmp_path, FAILS) as process:
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("all_late", 2, "error: refused by 0\n"),
+        ("one_alone", 2, "error: refused by 1\n"),
+        ("a_decision", 2, "error: refused by 0\n"),
+        ("a_share", 2, "error: refused by 1\n"),
+        ("a_code", 7, ""),
+    ],
+)
+def test_a_failure_is_said_once_and_has_its_code(tmp_path, how, code, said):
+    with launched(tmp_path, FAILS.replace("HOW", how)) as process:
         _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (7, "")
+    assert (process.returncode, errors) == (code, said)
 
 
 def test_ending_the_launcher_ends_all(tmp_path):
@@ -105,20 +131,33 @@ def test_ending_the_launcher_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "parts"),
-    [("torchrun --nproc-per-nod 2 --nope", ["finetune.launcher", "--nope"])],
-    ids=["unknown-option"],
+    ("launcher", "reason"),
+    [
+        ("torchrun --nproc-per-node 2 --nope", "--nope"),
+        ("torchrun --nproc-per-node two", "two"),
+        ("torchrun --nproc-per-node 0", "1 process or more"),
+        ("torchrun other.py", "options of torchrun alone"),
+        ("torchrun --help", "finetune.launcher"),
+    ],
 )
-def test_what_torchrun_does_not_understand_is_said_in_a_line(launcher, parts):
+def test_what_torchrun_does_not_understand_is_said_in_a_line(launcher, reason):
     with pytest.raises(UserError) as refused:
         distributed.launch(launcher, "work")
     assert len(str(refused.value).splitlines()) == 1
-    assert all(part in str(refused.value) for part in parts)
+    assert f"finetune.launcher = {launcher}: " in str(refused.value)
+    assert reason in str(refused.value)
 
 
-def test_other_launchers_are_refused():
-    with pytest.raises(UserError, match=r"finetune\.launcher.*'rm -rf x' is not a command line of"):
-        parse_params({**MINIMAL, "finetune": {"launcher": "rm -rf x"}})
+@pytest.mark.parametrize(
+    ("launcher", "reason"),
+    [
+        ("rm -rf x", "'rm -rf x' is not a command line of torchrun"),
+        ("torchrun 'x", "quotation"),
+    ],
+)
+def test_other_launchers_are_refused(launcher, reason):
+    with pytest.raises(UserError, match=f"finetune.launcher.*{reason}"):
+        parse_params({**MINIMAL, "finetune": {"launcher": launcher}})
 
 
 def test_processes_share_an_optimizer_step():

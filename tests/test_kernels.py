@@ -82,6 +82,20 @@ def test_each_operation_is_bit_equal_to_the_reference(dtype, block_size, n, thre
 
 
 @compiled
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not-aligned"])
+def test_what_goes_past_the_caches_is_the_same(offset):
+    """From 2^24 weights on restored ones are streamed, if their memory begins where they may."""
+    n, block_size = (1 << 24) + 777, 4096
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (n,), dtype=torch.uint8)
+    absmax, codebook = torch.rand(-(-n // block_size)), torch.linspace(-1, 1, 256)
+    out = torch.empty(n + 1, dtype=torch.bfloat16)[offset : offset + n]
+    native.dequantize(codes, absmax, codebook, block_size, torch.bfloat16, out)
+    expected = blockwise.dequantize(codes, absmax, codebook, block_size, torch.bfloat16)
+    assert torch.equal(out, expected)
+
+
+@compiled
 def test_a_crowded_codebook_is_searched_to_its_end():
     # 128 boundaries in one cell of the kernel's table.
     codebook = torch.cat([torch.linspace(0, 1e-5, 128), torch.linspace(0.5, 1, 128)])

@@ -31,8 +31,10 @@ def heads(dtype=torch.float32):
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
     ids=str,
 )
-def test_value_and_gradient_equal_float64s(monkeypatch, dtype, tolerance, chunk):
+@pytest.mark.parametrize("rows", [1, 4, 30])
+def test_value_and_gradient_equal_float64s(monkeypatch, dtype, tolerance, chunk, rows):
     monkeypatch.setattr(loss, "_CHUNK_BYTES", chunk)
+    monkeypatch.setitem(loss._SLICE_LOGITS, "cpu", rows * 500)
     frozen, twin = heads(dtype)
     hidden = (2 * torch.randn(30, 64)).to(dtype)
     targets = torch.randint(0, 500, (30,))

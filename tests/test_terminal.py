@@ -116,7 +116,7 @@ def train_with(shown: TrainingProgress, measured: SimpleNamespace, clock: Clock)
     for step in range(1, 41):
         clock.now += 2
         state.global_step = step
-        measured.tokens, measured.step_seconds = 1000 * step, 2.0 * step
+        measured.tokens_per_second = 500.0
         if step == 10:
             measured.history.append({"step": step, "loss": 0.5})
         shown.on_step_end(None, state, None)
@@ -130,7 +130,7 @@ def train_with(shown: TrainingProgress, measured: SimpleNamespace, clock: Clock)
 
 
 def test_training_in_a_log(capsys, clock):
-    measured = SimpleNamespace(history=[], tokens=0, step_seconds=0.0)
+    measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with TrainingProgress(measured) as shown:
         train_with(shown, measured, clock)
     assert capsys.readouterr().err.splitlines() == [
@@ -143,7 +143,7 @@ def test_training_in_a_log(capsys, clock):
 
 def test_training_on_a_terminal_is_one_bar(capsys, clock, be_terminal):
     be_terminal()
-    measured = SimpleNamespace(history=[], tokens=0, step_seconds=0.0)
+    measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with TrainingProgress(measured) as shown:
         train_with(shown, measured, clock)
     err = capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_training_on_a_terminal_is_one_bar(capsys, clock, be_terminal):
 
 def test_an_error_in_training_takes_its_bars_away(capsys, be_terminal):
     be_terminal()
-    measured = SimpleNamespace(history=[], tokens=0, step_seconds=0.0)
+    measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with pytest.raises(KeyError), TrainingProgress(measured) as shown:
         shown.on_train_begin(None, SimpleNamespace(max_steps=40), None)
         raise KeyError

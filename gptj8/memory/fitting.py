@@ -63,7 +63,10 @@ def choose_fit(estimator: Estimator, finetune: Finetune, memory: int) -> Fit:
     enough = next((size for size in sizes if size * length >= _ENOUGH_TOKENS), sizes[-1])
     for kind in kinds:
         limit = int(_FOR_SPEED[estimator.plan.device] * memory)
-        fitting = estimator.largest_micro_batch(limit, sizes, kind)
+        try:
+            fitting = estimator.largest_micro_batch(limit, sizes, kind)
+        except RuntimeError:  # torch cannot keep what a model changes in place
+            continue
         if fitting >= enough:
             return Fit(fitting, kind)
     if asked != "auto":

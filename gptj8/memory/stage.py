@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptj8.checkpointing import Kind
-from gptj8.distributed import from_main, processes_here
+from gptj8.distributed import from_main, is_main_process, process_count, processes_here
 from gptj8.errors import UserError
 from gptj8.examples import lengths_of
 from gptj8.memory import calibration, machine
@@ -63,7 +63,8 @@ class TrainingMemory:
                     f"finetune.per_device_train_batch_size: auto: the memory of this model cannot "
                     f"be estimated ({one_line(error)}); give a number"
                 ) from error
-            print(f"warning: memory is not estimated: {one_line(error)}", file=sys.stderr)
+            if is_main_process():
+                print(f"warning: memory is not estimated: {one_line(error)}", file=sys.stderr)
 
     def fit(self, try_step: Callable[[Sequence[Example], Kind], None]) -> Fit:
         """Return how many sequences to take at a time, and what to compute again: what params say,
@@ -87,8 +88,9 @@ class TrainingMemory:
             assert asked != "auto"
             return Fit(asked, "full")
         available = machine.available_bytes(self._device)
-        if self._device == "cpu":
-            available //= processes_here()
+        if self._device == "cpu":  # the weights are pages of files, which all processes share
+            shared = min(available, self._estimator.weights.base)
+            available = shared + (available - shared) // processes_here()
         fit = choose_fit(self._estimator, finetune, int(USED * available))
         if asked == "auto" or self._device == "cuda":
             fit = confirm(fit, finetune, longest_of(self._examples), try_step)
@@ -114,14 +116,14 @@ class TrainingMemory:
         """Keep how fast this machine trained.
 
         Args:
-            tokens_per_second: of training steps, padding included.
+            tokens_per_second: of training steps, of all processes, padding included.
             fit: what it trained with.
         """
         if self._estimator is None:
             return
+        flops = self._estimator.flops_per_token(fit.checkpointing)
         measured = calibration.Calibration(
-            tokens_per_second * self._estimator.flops_per_token(fit.checkpointing),
-            self._estimator.process,
+            tokens_per_second / process_count() * flops, self._estimator.process
         )
         calibration.write(machine.device_name(self._device), self._dtype, measured)
 

@@ -1,0 +1,48 @@
+"""Activation functions in one operation: the same functions."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from gptj8.activations import fuse_activations
+from gptj8.layers import Frozen8bitModule
+from gptj8.models import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_value_and_gradient_are_those_of_float64(name):
+    original = nn.Sequential(ACT2FN[name])
+    fused = nn.Sequential(ACT2FN[name])
+    fuse_activations(fused)
+    assert type(fused[0]) is nn.GELU
+    x = torch.linspace(-12, 12, 10_001, dtype=torch.float64)
+    results = []
+    for module, values in ((original, x), (fused, x), (fused, x.to(torch.bfloat16))):
+        values = values.clone().requires_grad_()
+        y = module(values)
+        y.sum().backward()
+        results.append((y, values.grad))
+    expected, ours, rounded = results
+    for one, other in zip(expected, ours, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
+    for one, other in zip(expected, rounded, strict=True):
+        torch.testing.assert_close(other.double(), one, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", "silu", "gelu_pytorch_tanh"])
+def test_others_stay(name):
+    module = nn.Sequential(ACT2FN[name])
+    before = module[0]
+    fuse_activations(module)
+    assert module[0] is before
+
+
+def test_the_original_and_its_8bit_copy_have_the_same(tiny_model_dir, tiny_8bit_dir):
+    for folder in (tiny_model_dir, tiny_8bit_dir):
+        model = load_model(folder, torch.float32, CPU)
+        kinds = {type(m) for n, m in model.named_modules() if n.endswith(".act")}
+        assert kinds == {nn.GELU}
+    assert any(isinstance(m, Frozen8bitModule) for m in model.modules())
