@@ -26,7 +26,8 @@ _FINETUNE_ALONE = {"eval_loss": "finetune/eval_loss"}
 
 
 def experiments_table(options: Sequence[str] = ()) -> str:
-    """Return a table of the experiments: params that differ between them, and metrics that matter.
+    """Return a table of the experiments: params that differ between them, one of those that only
+    change together, and metrics that matter.
 
     Args:
         options: of `dvc exp show`, such as --all-commits or --num.
@@ -41,9 +42,9 @@ def experiments_table(options: Sequence[str] = ()) -> str:
         raise UserError(f"dvc exp show: {' '.join(reasons) or process.stderr.strip()}")
     rows = [_short(row) for row in csv.DictReader(io.StringIO(process.stdout))]
     known = list(dict.fromkeys(name for row in rows for name in row))
-    params = [name for name in known if re.fullmatch(_PARAM, name) and _differs(rows, name)]
+    params = _telling([name for name in known if re.fullmatch(_PARAM, name)], rows)
     columns = ["experiment", *params, *(name for name in _METRICS if name in known)]
-    if any(row.get("State") for row in rows):
+    if any(row.get("State", "") not in ("", "Success") for row in rows):
         columns.insert(1, "State")
     titles = [_METRICS.get(name, name) for name in columns]
     cells = [titles, *([row.get(name, "") for name in columns] for row in rows)]
@@ -58,8 +59,15 @@ def experiments_table(options: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _differs(rows: Sequence[dict[str, str]], name: str) -> bool:
-    return len({row.get(name) for row in rows}) > 1
+def _telling(names: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the names whose values differ; of those that only change together, the first."""
+    found: dict[tuple[int, ...], str] = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        groups = tuple(values.index(value) for value in values)
+        if any(groups):
+            found.setdefault(groups, name)
+    return list(found.values())
 
 
 def _short(row: dict[str, str]) -> dict[str, str]:
