@@ -119,14 +119,16 @@ def train(converted: Path) -> dict[str, float]:
     import bitsandbytes
     import torch
 
+    from benchmarks.methods import training_loss
     from gptj8.adapters import add_adapter
+    from gptj8.checkpointing import set_checkpointing
     from gptj8.models import load_model, pick_dtype
 
     device = torch.device("cpu")
     dtype = pick_dtype("auto", device)
     torch.manual_seed(0)
     model = add_adapter(load_model(converted, dtype, device), "lora", "attention", 8, 16, 0.0)
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(model, "full")
     model.config.use_cache = False
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -136,7 +138,7 @@ def train(converted: Path) -> dict[str, float]:
     taken = []
     for _ in range(2):
         started = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = training_loss("gptj8", model, ids)  # as the trainer computes it
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
