@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -168,20 +168,20 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
 
 
 def _results_of(attempts: Sequence[tuple[Any, UserError | None]]) -> list[Any]:
+    from torch import distributed
+
     for _, error in attempts:
         if error is not None:
+            # All have heard of it before the first one ends, and closes its connections.
+            with suppress(RuntimeError):
+                distributed.barrier()
             raise error
     return [result for result, _ in attempts]
 
 
 def summed(values: Sequence[float]) -> list[float]:
     """Return the sums of each value over all processes."""
-    if process_count() == 1:
-        return list(values)
-    from torch import distributed
-
-    shares: list[Any] = [None] * process_count()
-    distributed.all_gather_object(shares, list(values))
+    shares = each_a_share(lambda mine: [values], process_count())  # one item a process
     return [sum(column) for column in zip(*shares, strict=True)]
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import mlflow
 import pytest
 from project_clone import ANIMALS, MAGIC, ROOT, STAGES, Clone, assert_complete, ran, write_rows
 from ruamel.yaml import YAML
@@ -145,7 +144,7 @@ def test_a_skipped_stage_is_told(clone, first_run):
 
 
 def test_the_first_run_is_one_complete_row(clone, first_run):
-    client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    client = clone.client()
     (run,) = clone.runs().values()
     assert_complete(run, clone)
     assert len(client.get_metric_history(run.info.run_id, "finetune/loss")) > 3
@@ -234,7 +233,7 @@ def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
-    client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    client = clone.client()
     name = ["-S", "tracking.registered_model_name=animals"]
     refused = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
     assert refused.returncode != 0
@@ -271,7 +270,7 @@ def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     (new,) = set(clone.runs()) - known
     assert_complete(clone.runs()[new], clone)
     assert clone.runs()[new].data.tags["stage.finetune"] == "cached"
-    client = mlflow.MlflowClient(f"sqlite:///{clone.folder / 'mlflow.db'}")
+    client = clone.client()
     assert len(client.get_metric_history(new, "finetune/loss")) > 3
     assert client.list_artifacts(new, "adapter")
 

@@ -131,6 +131,23 @@ def score_labels_one_by_one(
     return -nll.reshape(len(prompts), len(labels))
 
 
+def score_labels_in_shares(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    description: str | None,
+) -> np.ndarray:
+    """Return what `score_labels` does; of several processes each scores a share of the prompts."""
+
+    def score(numbers: Sequence[int]) -> np.ndarray:
+        mine = [prompts[i] for i in numbers]
+        return score_labels(model, mine, labels, batch_size=batch_size, description=description)
+
+    return np.array(each_a_share(score, len(prompts)))
+
+
 def label_accuracy(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -141,12 +158,9 @@ def label_accuracy(
     description: str | None = None,
 ) -> float:
     """Return the share of prompts whose likeliest label is the one with the index `actual`."""
-
-    def score(numbers: Sequence[int]) -> np.ndarray:
-        mine = [prompts[i] for i in numbers]
-        return score_labels(model, mine, labels, batch_size=batch_size, description=description)
-
-    scores = np.array(each_a_share(score, len(prompts)))
+    scores = score_labels_in_shares(
+        model, prompts, labels, batch_size=batch_size, description=description
+    )
     return float((scores.argmax(1) == np.asarray(actual)).mean())
 
 

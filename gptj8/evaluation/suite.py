@@ -16,7 +16,7 @@ import torch
 from gptj8.distributed import each_a_share
 from gptj8.errors import UserError
 from gptj8.evaluation.answers import write_answers
-from gptj8.evaluation.likelihood import score_labels
+from gptj8.evaluation.likelihood import score_labels_in_shares
 from gptj8.evaluation.metrics import (
     classification_metrics,
     generation_metrics,
@@ -219,17 +219,13 @@ class Comparison:
         """Predict the likeliest label after each prompt, and write answers to the first ones."""
         questions = self.questions
         if questions.labels:
-
-            def score(numbers: Sequence[int]) -> np.ndarray:
-                return score_labels(
-                    model,
-                    [prompts[i] for i in numbers],
-                    questions.label_ids,
-                    batch_size=self.batch_size,
-                    description=f"{system}: labels",
-                )
-
-            likelihoods = np.array(each_a_share(score, len(prompts)))
+            likelihoods = score_labels_in_shares(
+                model,
+                prompts,
+                questions.label_ids,
+                batch_size=self.batch_size,
+                description=f"{system}: labels",
+            )
             self.likelihoods[system] = likelihoods
             labels = np.array(questions.labels, dtype=object)
             self.predictions[system] = labels[likelihoods.argmax(1)]
