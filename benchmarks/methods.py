@@ -6,16 +6,33 @@ bfloat16             transformers and PEFT as they are: what the others are comp
 jit-bitsandbytes     the original 8-bit GPT-J method, written anew on bitsandbytes' operator
 llm-int8, nf4        bitsandbytes' own layers
 torchao              int8 weight-only, if the package is installed
+
+Two more are what they are measured against: `float32`, and `restored`, the weights of gptj8 in
+float32.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import GPTJConfig
+
+METHODS = (
+    "gptj8",
+    "gptj8-selective",
+    "bfloat16",
+    "jit-bitsandbytes",
+    "llm-int8",
+    "nf4",
+    "torchao",
+)
+BASE = "bfloat16"
 DTYPE = torch.bfloat16
 
 
@@ -54,25 +71,32 @@ class JustInTimeLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+def config(layers: int) -> GPTJConfig:
+    """Return the shape of GPT-J-6B with so many layers."""
+    from transformers import GPTJConfig
+
+    return GPTJConfig(n_layer=layers, tie_word_embeddings=False)
+
+
 def build(method: str, layers: int) -> tuple[nn.Module, float]:
     """Return the model with its large weights as the method keeps them, and an adapter; and the
-    seconds that converting the weights took."""
+    seconds that converting the weights took. Always the same weights."""
     from peft import LoraConfig, get_peft_model
-    from transformers import GPTJConfig, GPTJForCausalLM
+    from transformers import GPTJForCausalLM
 
     is_ours = method.startswith("gptj8")
     if is_ours:
         from gptj8 import attention
 
         attention.register()
-    config = GPTJConfig(n_layer=layers, tie_word_embeddings=False)
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPE)
-    model = GPTJForCausalLM(config)
+    model = GPTJForCausalLM(config(layers))
     torch.set_default_dtype(torch.float32)
     begun = time.perf_counter()
     _convert(method, model)
     seconds = time.perf_counter() - begun
+    torch.manual_seed(0)
     model = get_peft_model(
         model.requires_grad_(False), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     )
@@ -93,6 +117,11 @@ def _convert(method: str, model: nn.Module) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(model, Int8WeightOnlyConfig())
+        return
+    if method in ("float32", "restored"):
+        model.float()
+        if method == "restored":
+            _round(model)
         return
     from bitsandbytes import nn as bnb
 
@@ -126,6 +155,50 @@ def _convert(method: str, model: nn.Module) -> None:
         from gptj8.activations import fuse_activations
 
         fuse_activations(model)
+
+
+def _round(model: nn.Module) -> None:
+    """Replace each large weight by what its 8-bit form restores."""
+    from gptj8.codec import dequantize_blockwise, quantize_blockwise
+    from gptj8.layers import frozen_twin
+
+    for module in model.modules():
+        if frozen_twin(module, 4096, None) is not None:
+            weight: Any = module.weight
+            weight.data = dequantize_blockwise(quantize_blockwise(weight), torch.float32)
+
+
+def load(method: str, original: Path, converted: Path) -> nn.Module:
+    """Load a model from a folder as the method's users do.
+
+    Args:
+        original: of bfloat16 weights, which the other methods quantize as they load.
+        converted: by `gptj8.convert_checkpoint`.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+    if method.startswith("gptj8"):
+        from gptj8.models import load_model
+
+        return load_model(converted, DTYPE, torch.device("cpu"))
+    quantization: Any = None
+    if method == "llm-int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif method == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE
+        )
+    elif method == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    elif method == "jit-bitsandbytes":
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=DTYPE)
+        _convert(method, model)
+        return model
+    return AutoModelForCausalLM.from_pretrained(
+        original, dtype=DTYPE, quantization_config=quantization
+    )
 
 
 def training_loss(method: str, model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""What `benchmarks.compare` measures of one method, each in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.methods import BASE, build, config, load, training_loss
+from gptj8.runtime import peak_memory_gib, reset_peak_memory
+
+PREFILL_TOKENS = 512
+NEW_TOKENS = 24
+DEVIATION_TOKENS = 64
+
+Figures = dict[str, float | str]
+
+
+class _Clock(BaseStreamer):
+    """Note when each token of a generation is there; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def seconds_a_token(self) -> float:
+        """Of tokens after the first, which the reading of the prompt is part of."""
+        times = self.times[1:]
+        return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def speed(method: str, layers: int, tokens: Sequence[int], trains_only: bool) -> Figures:
+    """Return tokens a second of each kind of work, or why it does not run."""
+    model: Any
+    model, seconds = build(method, layers)
+    results: Figures = {} if method == BASE else {"conversion, seconds": seconds}
+    reset_peak_memory()  # of both kinds of weights together
+
+    def attempt(name: str, count: int, work: Callable[[], object]) -> None:
+        try:
+            work()
+            results[name] = count / statistics.median(_timed(work) for _ in range(3))
+        except Exception as error:
+            results[name] = f"fails: {type(error).__name__}"
+
+    model.train()
+    for length in tokens:
+        ids = torch.randint(0, 50257, (1, length))
+
+        def step(ids: torch.Tensor = ids) -> None:
+            training_loss(method, model, ids).backward()
+            model.zero_grad()
+
+        attempt(f"training, {length} tokens", length, step)
+    results["peak memory of training, GiB"] = peak_memory_gib()
+    if trains_only:
+        return results
+    model.eval()
+    with torch.inference_mode():
+        ids = torch.randint(0, 50257, (1, PREFILL_TOKENS))
+        attempt(f"prefill, {PREFILL_TOKENS} tokens", PREFILL_TOKENS, lambda: model(input_ids=ids))
+        for batch, cache in ((1, None), (1, "static"), (8, None)):
+            name = f"decode, batch {batch}" + (f", {cache} cache" if cache else "")
+            try:
+                results[name] = batch / _decode(model, batch, cache)
+            except Exception as error:
+                results[name] = f"fails: {type(error).__name__}"
+    return results
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _decode(model: Any, batch: int, cache: str | None) -> float:
+    """Return seconds a token of `generate`, for all sequences of the batch together."""
+    prompts = torch.randint(0, 50257, (batch, 8))
+    generate = functools.partial(
+        model.generate,
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        use_cache=True,
+        do_sample=False,
+        pad_token_id=50256,
+        cache_implementation=cache,
+    )
+    generate()
+    measured = []
+    for _ in range(3):
+        clock = _Clock()
+        generate(streamer=clock)
+        measured.append(clock.seconds_a_token())
+    return statistics.median(measured)
+
+
+def deviation(method: str, layers: int) -> Figures:
+    """Return how far logits and the adapter's gradients are from float32 arithmetic.
+
+    Relative root of the summed squares, against the original weights and, for 8-bit weights of
+    ours, against the same weights restored: what the arithmetic alone adds.
+    """
+    references = {"the original weights": "float32"}
+    if method.startswith("gptj8"):
+        references["the same 8-bit weights"] = "restored"
+    found = _logits_and_gradients(method, layers)
+    results: Figures = {}
+    for weights, reference in references.items():
+        wanted = _logits_and_gradients(reference, layers)
+        for what, ours, theirs in zip(("logits", "gradients"), found, wanted, strict=True):
+            error = float((ours - theirs).norm() / theirs.norm())
+            results[f"error of {what}, to {weights} in float32"] = error
+    return results
+
+
+def _logits_and_gradients(method: str, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    model: Any
+    model, _ = build(method, layers)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 50257, (1, DEVIATION_TOKENS), generator=generator)
+    model.train()
+    training_loss(method, model, ids).backward()
+    gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.float().flatten()
+    return logits, torch.cat(gradients)
+
+
+def save_original(folder: Path, layers: int) -> None:
+    """Save the model that all methods start from, as bfloat16."""
+    from transformers import GPTJForCausalLM
+
+    model = GPTJForCausalLM(config(layers))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def loading(method: str, original: Path, converted: Path) -> Figures:
+    """Return seconds from a folder to the first logits: weights that are mapped are read then."""
+    ids = torch.zeros((1, 8), dtype=torch.long)
+
+    def work() -> None:
+        model: Any = load(method, original, converted)
+        with torch.no_grad():
+            model(input_ids=ids)
+
+    work()  # imports, and the files into the page cache
+    return {"loading, seconds": statistics.median(_timed(work) for _ in range(3))}
