@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(command=_convert)
 
-    verify = commands.add_parser("verify", help="compare a model's files with its manifest")
-    verify.add_argument("model", metavar="DIR", help="a converted model")
+    verify = commands.add_parser("verify", help="compare a folder's files with its manifest")
+    verify.add_argument("folder", metavar="DIR", help="a model, dataset, adapter or export")
     verify.set_defaults(command=_verify)
 
     summary = commands.add_parser("summary", help="print what the last run measured")
@@ -86,12 +86,14 @@ def _verify(arguments: argparse.Namespace) -> None:
     from gptj8.checkpoint import check_model_directory, check_tensors
     from gptj8.manifest import MANIFEST, verify_manifest
 
-    check_model_directory(arguments.model)
-    files = verify_manifest(arguments.model)
+    folder = Path(arguments.folder)
+    files = verify_manifest(folder)
     if files is None:
-        raise UserError(f"{arguments.model} has no {MANIFEST}; only what gptj8 writes has one")
-    check_tensors(arguments.model)
-    print(f"{arguments.model}: {files} files are as they were written")
+        raise UserError(f"{folder} has no {MANIFEST}; only what gptj8 writes has one")
+    if (folder / "config.json").exists():  # of a model; other folders hold no 8-bit tensors
+        check_model_directory(folder)
+        check_tensors(folder)
+    print(f"{folder}: {files} files are as they were written")
 
 
 def _gate(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from gptj8.errors import UserError
 from gptj8.files import read_json, write_json
+from gptj8.manifest import verify_manifest, write_manifest
 from gptj8.prompts import PromptEncoder, TextEncoder
 
 if TYPE_CHECKING:
@@ -104,13 +105,15 @@ class PreparedDataset:
 
 
 def load_prepared(directory: str | Path) -> PreparedDataset:
-    """Open the directory that `validate` wrote.
+    """Open the directory that `validate` wrote, after a look at all its bytes.
 
     Raises:
-        UserError: if it is absent or incomplete.
+        UserError: if it is absent, incomplete or altered.
     """
     directory = Path(directory)
     content = read_json(directory / "dataset.json")
+    if verify_manifest(directory) is None:
+        raise UserError(f"{directory} has no manifest; rerun validate")
     try:
         return PreparedDataset(
             directory,
@@ -191,6 +194,11 @@ class PreparedWriter:
             "truncation_side": self.truncation_side,
         }
         write_json(self.directory / "dataset.json", content)
+        tables = [self.directory / f"{name}.parquet" for name in SPLITS]
+        tokens = [self.directory / f"{name}.arrow" for name in TRAINED_SPLITS]
+        # Of these alone: `validate` leaves more beside them, which is for people.
+        files = [self.directory / "dataset.json", *tables, *tokens]
+        write_manifest(self.directory, files=files)
 
     def close(self) -> None:
         """Close all files; without `finish` they are no dataset."""

@@ -15,16 +15,16 @@ from gptj8.evaluation.perplexity import score_documents
 from gptj8.evaluation.statistics import Estimate, perplexity_ratio
 from gptj8.evaluation.suite import Documents
 from gptj8.files import list_files, read_json, write_json
+from gptj8.manifest import write_manifest
 from gptj8.model_card import model_card
-from gptj8.models import load_adapter, load_model
-from gptj8.reference import ADAPTER_FILE, require_unchanged
+from gptj8.models import ADAPTER_CONFIG, ADAPTER_FILE, load_adapter, load_model
+from gptj8.reference import require_unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MERGED = "merged"
 
-_ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +48,7 @@ def collect(adapter: Path, base: Path, folder: Path) -> None:
     Raises:
         UserError: if the adapter is incomplete, or is not the one that was trained.
     """
-    for name in _ADAPTER_FILES:
+    for name in (ADAPTER_CONFIG, ADAPTER_FILE):
         if not (adapter / name).is_file():
             raise UserError(f"{adapter} has no {name}; rerun finetune")
         shutil.copyfile(adapter / name, folder / name)
@@ -62,7 +62,8 @@ def describe(
     metrics: Mapping[str, Mapping[str, float]],
     dataset: Mapping[str, Any],
 ) -> None:
-    """Put into `folder` what tells of it: params, metrics, the dataset's description, a model card.
+    """Put into `folder` what tells of it: params, metrics, the dataset's description, a model card,
+    and then the manifest of all that is there.
 
     Args:
         params: resolved.
@@ -73,6 +74,7 @@ def describe(
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "dataset.json", dataset)
     (folder / "README.md").write_text(model_card(params, metrics, dataset), encoding="utf-8")
+    write_manifest(folder)
 
 
 def describe_dataset(prepared: Path, inputs: Path) -> dict[str, Any]:

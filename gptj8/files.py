@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.errors import UserError
+from gptj8.words import one_line
 
 _CHUNK_BYTES = 1 << 22
 
@@ -102,8 +103,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
 
 
 def require_free_space(directory: str | Path, needed_bytes: int, purpose: str) -> None:

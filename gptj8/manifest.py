@@ -1,12 +1,13 @@
 """What a directory held when it was written: a SHA-256 for each file, in `manifest.json`.
 
-safetensors has no checksum: a flipped bit in a weight loads without a word. A converted model
-carries this manifest, and the pipeline compares before it uses the weights.
+safetensors has no checksum, and neither have Arrow's streams: a flipped bit in a weight or in a
+token loads without a word. Converted models, prepared datasets, adapters, exports and checkpoints
+of training carry this manifest, and whoever reads one compares before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from gptj8.errors import UserError
@@ -17,21 +18,32 @@ MANIFEST = "manifest.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Record every file below `folder`.
+def write_manifest(
+    folder: Path,
+    known: Mapping[str, str] | None = None,
+    files: Iterable[Path] | None = None,
+) -> None:
+    """Record what is below `folder`.
 
     Args:
         known: digests by relative path of files that were hashed as they were written.
+        files: record these alone; None: all.
     """
     digests = {}
-    for file in list_files(folder):
+    for file in list_files(folder) if files is None else files:
         name = file.relative_to(folder).as_posix()
-        digests[name] = (known or {}).get(name) or sha256_file(file)
+        if name != MANIFEST:  # of before
+            digests[name] = (known or {}).get(name) or sha256_file(file)
     write_json(folder / MANIFEST, digests)
 
 
-def verify_manifest(folder: str | Path) -> int | None:
-    """Compare a directory with its manifest; all its bytes are read.
+def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> int | None:
+    """Compare a directory with its manifest; all bytes of what is compared are read.
+
+    Args:
+        folder: the directory.
+        only: compare these files, by relative path, and no others; None: all, and look for weights
+            that it does not list.
 
     Returns:
         how many files are as they were written; None where there is no manifest.
@@ -48,6 +60,8 @@ def verify_manifest(folder: str | Path) -> int | None:
     ):
         raise UserError(f"{folder / MANIFEST} is no manifest: digests by relative path")
     problems = []
+    if only is not None:
+        expected = {name: digest for name, digest in expected.items() if name in only}
     for name, digest in expected.items():
         file = folder / name
         try:
@@ -62,7 +76,7 @@ def verify_manifest(folder: str | Path) -> int | None:
             problems.append(
                 f"{file} was altered: its SHA-256 is {actual}, and {MANIFEST} says {digest}"
             )
-    for file in list_files(folder):
+    for file in list_files(folder) if only is None else ():
         name = file.relative_to(folder).as_posix()
         if file.suffix in _WEIGHT_SUFFIXES and name not in expected:
             problems.append(f"{file} is not in {MANIFEST}; it is no part of this model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT writes of an adapter, and reads."""
+
+
 def load_model(
     path: str | Path,
     dtype: torch.dtype,
@@ -72,8 +77,8 @@ def load_model(
     from gptj8 import attention
     from gptj8.activations import fuse_activations
 
-    check_model_directory(path)
     verify_manifest(path)
+    check_model_directory(path)
     attention.register()
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
@@ -90,6 +95,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, **placement
         )
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: its weights hold more than tensors and are not read") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
         reason = " ".join(str(error).split())[:300]
@@ -131,9 +138,16 @@ def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a trained adapter on its base model, in eval mode; no weight of the base changes."""
+    """Put a trained adapter on its base model, in eval mode; no weight of the base changes.
+
+    Raises:
+        UserError: if it is none, or its files are not what its manifest, if it has one, says.
+    """
     from peft import PeftModel
 
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} has no adapter_config.json; is it an adapter?")
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} has no {ADAPTER_CONFIG}; is it an adapter?")
+    if not (Path(path) / ADAPTER_FILE).is_file():  # PEFT would go on to look for a pickle
+        raise UserError(f"{path} has no {ADAPTER_FILE}; is it an adapter?")
+    verify_manifest(path, only=(ADAPTER_CONFIG, ADAPTER_FILE))
     return PeftModel.from_pretrained(model, str(path)).eval()

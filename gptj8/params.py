@@ -21,8 +21,11 @@ from ruamel.yaml.error import YAMLError
 from gptj8.errors import UserError
 from gptj8.evaluation.requirements import parse_requirement
 from gptj8.templates import parse_template
+from gptj8.words import one_line
 
 PARAMS_FILE = "params.yaml"
+
+_MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 10_000
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -160,6 +163,9 @@ class Finetune(_Section):
     `torchrun --nproc-per-node 2`; null: this process alone."""
     max_eval_samples: PositiveInt | None = None
     """Measure on the first so many examples of it; null: on all."""
+    save_minutes: Annotated[float, Field(ge=0)] | None = 5
+    """Between two states that an interrupted training goes on from, at least; null: only SIGINT and
+    SIGTERM leave one. The result is the same."""
 
     @property
     def sequences_a_step(self) -> int:
@@ -300,20 +306,41 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
         UserError: listing every unknown key and wrong value, a line each.
     """
     try:
-        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as stream:
+            text = stream.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise UserError(f"{path} has more than {_MOST_CHARACTERS:,} characters")
+        content = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run from the project's top folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    # What a value is not, such as the 99th of a month, comes as whatever the constructor raised.
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {one_line(error)[:300]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `model:`")
-    return parse_params(content, str(path))
+    params = parse_params(content, str(path))
+    problems = [
+        f"{path}: {key} = {value!r} leads out of the project; put the data, or a link to it, into "
+        "the project's folder"
+        for key, value in params.inputs.items()
+        if Path(value).is_absolute() or ".." in Path(value).parts
+    ]
+    problems += [
+        f"{path}: {key} = {value!r} is no path"
+        for key, value in params.inputs.items()
+        if value.startswith("-") or "\0" in value
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return params
 
 
 def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:
     """Check already parsed YAML; see `load_params`."""
     try:
-        return Params.model_validate(_tuples_for_lists(content))
+        return Params.model_validate(_tuples_for_lists(content, _Nodes(source)))
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply") from None
     except ValidationError as error:
         problems = [f"{source}: {_explain(problem, content)}" for problem in error.errors()]
     raise UserError("\n".join(problems))
@@ -324,12 +351,25 @@ def resolved(params: Params) -> dict[str, Any]:
     return params.model_dump(mode="json", exclude={"tracking"})
 
 
-def _tuples_for_lists(value: Any) -> Any:
+class _Nodes:
+    """Counts the values of a file: aliases of aliases make billions of a few lines."""
+
+    def __init__(self, source: str) -> None:
+        self._source, self._left = source, _MOST_VALUES
+
+    def count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise UserError(f"{self._source} has more than {_MOST_VALUES:,} values")
+
+
+def _tuples_for_lists(value: Any, nodes: _Nodes) -> Any:
     """YAML has lists, frozen sections have tuples, and strict checking tells the two apart."""
+    nodes.count()
     if isinstance(value, dict):
-        return {key: _tuples_for_lists(item) for key, item in value.items()}
+        return {key: _tuples_for_lists(item, nodes) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples_for_lists(item) for item in value)
+        return tuple(_tuples_for_lists(item, nodes) for item in value)
     return value
 
 

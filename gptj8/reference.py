@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from gptj8 import replay
 from gptj8.errors import UserError
 from gptj8.files import sha256_file
+from gptj8.models import ADAPTER_FILE
 from gptj8.terminal import Progress, each
 
 REFERENCE_FILE = "reference_answers.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 PROMPTS = 100
 """At most so many prompts are compared."""

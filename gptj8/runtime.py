@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import platform
+import re
 import resource
 import signal
 import sys
@@ -46,7 +47,14 @@ _HEAP = ":".join(
 )
 _BEGUN_ANEW = "gptj8_heap"
 _GRACE_SECONDS = 5.0
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_OF_DISKS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "no space left on the disk",
+    errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk fails (input/output error)",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+}
 
 
 def set_defaults() -> None:
@@ -123,12 +131,6 @@ def run(main: Callable[[], object], *, computes: bool = False) -> None:
         main()
     except UserError as error:
         _refuse(str(error))
-    except OSError as error:
-        if error.errno in _FULL_DISK:
-            _refuse(f"no space left for {error.filename or 'an output'}")
-        elif isinstance(error, PermissionError):
-            _refuse(f"no permission for {error.filename}")
-        raise
     except Exception as error:
         explanation = _explain(error)
         if explanation is None:
@@ -150,7 +152,10 @@ def _refuse(problems: str) -> NoReturn:
 
 
 def _explain(error: Exception) -> str | None:
-    """Return one line for what libraries raise as types of their own where resources run out."""
+    """Return one line for what is no fault of this project: disks and memory; None for all else."""
+    if isinstance(error, OSError) and error.errno in _OF_DISKS:
+        what = f" for {error.filename}" if error.filename else ""
+        return f"{_OF_DISKS[error.errno]}{what}; what was there is as it was"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -163,8 +168,10 @@ def _explain(error: Exception) -> str | None:
             "this model changes what its products return in place, which finetune.checkpointing: "
             "selective cannot keep; set it to full or none"
         )
-    if type(error).__name__ == "SafetensorError" and "StorageFull" in str(error):
-        return "no space left on the disk for weights; make room and run again"
+    if type(error).__name__ == "SafetensorError":  # which names the error by its number alone
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        known = _OF_DISKS.get(int(number[1] or number[2])) if number else None
+        return f"{known} for weights; what was there is as it was" if known else None
     return None
 
 
@@ -239,3 +246,8 @@ def project_root() -> Path:
         ):
             return folder.parents[2]
     return here
+
+
+def state_folder() -> Path:
+    """Return where the project keeps what is of this machine alone and no output of DVC."""
+    return project_root() / ".gptj8"

@@ -6,14 +6,17 @@ python -m stages.finetune
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptj8.distributed import join, launch, leave, process_count
-from gptj8.files import replace_directory, write_csv, write_json
+from gptj8.errors import UserError
+from gptj8.files import replace_directory, require_free_space, write_csv, write_json
+from gptj8.manifest import MANIFEST, write_manifest
 from gptj8.params import Finetune, Params, load_params
-from gptj8.runtime import peak_memory_gib, run
+from gptj8.runtime import peak_memory_gib, run, state_folder
 from gptj8.terminal import Story
 from gptj8.tracking import stage_run
 
@@ -22,12 +25,14 @@ if TYPE_CHECKING:
 
     from gptj8.dataset import PreparedDataset
     from gptj8.prompts import TextEncoder
-    from gptj8.training import TrainingSettings
+    from gptj8.training import Checkpoints, LossLost, TrainingSettings
 
 DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
 OUTPUT = Path("artifacts/adapter")
 REPORT = Path("reports/finetune")
+
+_SPARE_BYTES = 100_000_000  # answers to compare exports with, and reports
 
 
 def main() -> None:
@@ -36,17 +41,22 @@ def main() -> None:
     if launch(params.finetune.launcher, "stages.finetune"):
         return
     story = Story("finetune")
-    with stage_run("finetune", params) as record:
+    with stage_run("finetune", params) as record, ExitStack() as stack:
         from transformers import set_seed
 
-        from gptj8.adapters import add_adapter, round_layernorms, save_adapter
+        from gptj8.adapters import (
+            add_adapter,
+            round_layernorms,
+            save_adapter,
+            trainable_parameters,
+        )
         from gptj8.dataset import load_prepared
         from gptj8.examples import prompt_ids
         from gptj8.memory.stage import TrainingMemory
         from gptj8.models import load_model, pick_device, pick_dtype
         from gptj8.prompts import TextEncoder
         from gptj8.reference import choose_prompts, save_reference
-        from gptj8.training import TrainingSettings, train, try_step
+        from gptj8.training import LossLost, TrainingSettings, train, try_step
 
         join()
         device = pick_device()
@@ -71,21 +81,30 @@ def main() -> None:
         fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
         settings = TrainingSettings.from_params(finetune, fit, params.seed)
         story.say(_describe(finetune, settings, len(train_set)))
-        result = train(
-            adapted,
-            train_set,
-            validation_set,
-            settings,
-            encoder.eos_id,
-            record.log_metrics,
-            _label_accuracy(params, dataset, encoder, settings.per_device_train_batch_size),
-        )
+        # The adapter, and three states: weights, and at most as much again twice for the optimizer.
+        trained = 4 * trainable_parameters(adapted)
+        require_free_space(OUTPUT, 10 * trained + _SPARE_BYTES, "training")
+        checkpoints = stack.enter_context(_checkpoints(params, settings, str(dtype)).alone())
+        try:
+            result = train(
+                adapted,
+                train_set,
+                validation_set,
+                settings,
+                encoder.eos_id,
+                record.log_metrics,
+                _label_accuracy(params, dataset, encoder, settings.per_device_train_batch_size),
+                checkpoints,
+            )
+        except LossLost as error:
+            raise UserError(_of_rows(error, dataset)) from None
         leave()
         round_layernorms(adapted, dtype)
         with replace_directory(OUTPUT) as staging:
             save_adapter(adapted, staging)
             compared = choose_prompts(map(prompt_ids, validation_set))
             save_reference(staging, adapted, compared, encoder.eos_id)
+            write_manifest(staging)
         for curve in ("loss", "eval_loss"):
             rows = [point for point in result.history if curve in point]
             write_csv(REPORT / f"{curve}.csv", rows)
@@ -100,6 +119,7 @@ def main() -> None:
         }
         write_json(REPORT / "metrics.json", metrics)
         memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction), fit)
+        checkpoints.clear()
     accuracy = result.eval_accuracy
     story.end(
         f"{result.steps:,} steps, loss {result.train_loss:.3f}, validation loss "
@@ -120,6 +140,45 @@ def _describe(finetune: Finetune, settings: TrainingSettings, rows: int) -> str:
         f"{method}, {rows:,} rows x {epochs:g} epoch{'' if epochs == 1 else 's'}, "
         f"{settings.steps(rows):,} steps of {settings.rows_a_step}"
     )
+
+
+def _checkpoints(params: Params, settings: TrainingSettings, dtype: str) -> Checkpoints:
+    """Return where states of this training lie, and nothing that another one saved.
+
+    How a step's rows are divided, and what is computed again, may change when a training goes on:
+    then it needs less memory.
+    """
+    from gptj8.training import Checkpoints, training_key
+
+    of_memory = {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "checkpointing",
+        "launcher",
+        "save_minutes",
+    }
+    decided_by = params.finetune.model_dump(mode="json", exclude=of_memory) | {
+        "seed": params.seed,
+        "dtype": dtype,
+        "rows_a_step": settings.rows_a_step,
+        "processes": process_count(),
+    }
+    key = training_key(decided_by, DATASET / MANIFEST, BASE / MANIFEST)
+    minutes = params.finetune.save_minutes
+    every = None if minutes is None else 60 * minutes
+    return Checkpoints(state_folder() / "checkpoints", key, every)
+
+
+def _of_rows(error: LossLost, dataset: PreparedDataset) -> str:
+    """Return what went wrong with the rows of the user's files that it happened on."""
+    from gptj8.training.trouble import WAY_OUT
+
+    if dataset.task == "text" or not error.examples:  # an example is then of many rows
+        return str(error)
+    rows = dataset.split("train").iloc[error.examples]
+    named = [f"{file}:{row}" for file, row in zip(rows["file"], rows["row"], strict=True)]
+    return f"{error.reason} on {', '.join(named)}; {WAY_OUT}"
 
 
 def _label_accuracy(

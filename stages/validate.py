@@ -7,7 +7,6 @@ why, also in MLflow; an earlier report, of another dataset, is gone in any case.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gptj8.dataset import SPLITS
@@ -38,7 +37,6 @@ def main() -> None:
     )
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
-    shutil.rmtree(REPORT, ignore_errors=True)
     with stage_run(STAGE, params), replace_directory(DATASET) as staging:
         validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)

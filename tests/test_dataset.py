@@ -15,6 +15,7 @@ from prepared_dataset import write_prepared
 
 from gptj8.dataset import SPLITS, load_prepared
 from gptj8.errors import UserError
+from gptj8.manifest import write_manifest
 from gptj8.prompts import TextEncoder
 from gptj8.relations import hold_out
 from gptj8.sources import content_key
@@ -130,6 +131,7 @@ def test_prompts_are_made_as_it_says(tmp_path: Path, tiny_model_dir: Path) -> No
     prepared(tmp_path)
     content = json.loads((tmp_path / "dataset.json").read_text())
     (tmp_path / "dataset.json").write_text(json.dumps({**content, "truncation_side": "left"}))
+    write_manifest(tmp_path)
     prompts = load_prepared(tmp_path).prompt_encoder(encoder, 12)
     words = "the quick brown fox jumps over the lazy dog " * 3
     ids = prompts.prompt(words, 4).ids
@@ -148,12 +150,19 @@ def test_a_prepared_dataset_that_is_absent_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prepared(tmp_path)
     prepared(tmp_path / "dataset")
+    opened = load_prepared(tmp_path / "dataset")
     (tmp_path / "dataset" / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"test\.parquet cannot be read"):
-        load_prepared(tmp_path / "dataset").split("test")
+        opened.split("test")
     (tmp_path / "dataset" / "train.arrow").write_bytes(b"ARROW")
     with pytest.raises(UserError, match=r"train\.arrow cannot be read"):
-        load_prepared(tmp_path / "dataset").examples("train")
+        opened.examples("train")
+    with pytest.raises(UserError, match=r"(?s)test\.parquet was altered.*train\.arrow was altered"):
+        load_prepared(tmp_path / "dataset")
+    (tmp_path / "dataset" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no manifest; rerun validate"):
+        load_prepared(tmp_path / "dataset")
     (tmp_path / "dataset" / "dataset.json").write_text("[]")
+    write_manifest(tmp_path / "dataset")
     with pytest.raises(UserError, match="was not written by validate"):
         load_prepared(tmp_path / "dataset")

@@ -92,6 +92,7 @@ def test_it_holds_what_a_user_needs(exported, adapter):
         "adapter_config.json",
         "adapter_model.safetensors",
         "dataset.json",
+        "manifest.json",
         "metrics.json",
         "params.json",
         "tokenizer.json",

@@ -17,7 +17,6 @@ from ruamel.yaml import YAML
 # the terminal would reconvert the model. Nor what estimates memory: it decides only how
 # `auto` splits a batch, which depends on the memory that is free, and so on what no file tells.
 NEUTRAL = {
-    "__init__",
     "_registration",
     "changes",
     "errors",
@@ -27,7 +26,6 @@ NEUTRAL = {
     "runtime",
     "terminal",
     "tracking",
-    "training_progress",
 }
 # Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
 # computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
@@ -56,11 +54,16 @@ def imports_of(file: Path) -> set[Path]:
     return paths
 
 
+def is_neutral(path: Path) -> bool:
+    names = {path.stem, path.parent.name}
+    return bool(names & NEUTRAL) or path == ROOT / "gptj8" / "__init__.py"
+
+
 def closure(file: Path) -> set[str]:
     found, waiting = set(), [file]
     while waiting:
         path = waiting.pop()
-        if path not in found and (path == file or not {path.stem, path.parent.name} & NEUTRAL):
+        if path not in found and (path == file or not is_neutral(path)):
             found.add(path)
             waiting += imports_of(path)
     return {path.relative_to(ROOT).as_posix() for path in found}

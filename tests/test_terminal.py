@@ -12,7 +12,7 @@ import pytest
 
 from gptj8 import terminal
 from gptj8.terminal import Progress, Story, each, format_seconds, progress
-from gptj8.training_progress import TrainingProgress
+from gptj8.training.progress import TrainingProgress
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,5 @@
 """Training on the frozen model: it learns, only where it should, and the same every time."""
 
-import math
 import types
 
 import pytest
@@ -14,14 +13,11 @@ from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.reference import compare_in_fresh_process, save_reference
-from gptj8.training import (
-    TrainingSettings,
-    _Collator,
-    _CompletionTrainer,
-    _Monitor,
-    _training_arguments,
-    train,
-)
+from gptj8.training import TrainingSettings, train
+from gptj8.training.batches import Collator
+from gptj8.training.monitor import Monitor
+from gptj8.training.settings import training_arguments
+from gptj8.training.trainer import CompletionTrainer
 
 CPU = torch.device("cpu")
 ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
@@ -57,7 +53,7 @@ def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float3
 def _collator(context=64):
     config = types.SimpleNamespace(n_positions=context)
     model = types.SimpleNamespace(config=config, device=CPU)
-    return _Collator(0, _Monitor(lambda values, step: None, None), model)
+    return Collator(0, model)
 
 
 def test_only_the_completion_is_learned(encoder, examples):
@@ -211,14 +207,6 @@ def test_an_unknown_target_is_named(tiny_8bit_dir):
         adapted_model(tiny_8bit_dir, target=["query"])
 
 
-def test_a_loss_that_is_lost_stops_the_training(tiny_8bit_dir, examples):
-    model = adapted_model(tiny_8bit_dir)
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
-    with pytest.raises(UserError, match="the loss is nan at step 1; lower"):
-        train(model, examples, examples, SETTINGS, 0)
-
-
 def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples, tmp_path):
     model = adapted_model(tiny_8bit_dir)
     train(model, examples, examples, SETTINGS, 0)
@@ -240,8 +228,13 @@ def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples
 def test_the_loss_equals_the_models_own(tiny_8bit_dir, examples, items):
     model = adapted_model(tiny_8bit_dir)
     batch = _collator()(examples[:3])
-    arguments = _training_arguments(SETTINGS, "unused", model)
-    trainer = _CompletionTrainer(model=model, args=arguments, eval_dataset=examples)
+    trainer = CompletionTrainer(
+        model=model,
+        args=training_arguments(SETTINGS, "unused", model),
+        eval_dataset=examples,
+        monitor=Monitor(lambda values, step: None, None),
+        checkpoints=None,
+    )
     ours = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
     ours.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -106,7 +106,7 @@ def confirm(
             try_step(longest(fit.micro_batch), fit.checkpointing)
             return fit
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            smaller = _smaller(fit, finetune) if _is_out_of_memory(error) else None
+            smaller = _smaller(fit, finetune) if is_out_of_memory(error) else None
             if smaller is None:
                 raise
             fit = smaller
@@ -130,7 +130,8 @@ def longest_of(examples: Sequence[Example] | Dataset) -> Callable[[int], list[Ex
     return lambda count: [examples[int(index)] for index in order[:count]]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, of a GPU or of this machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "can't allocate memory" in str(error)  # torch, of a CPU's

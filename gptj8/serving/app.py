@@ -7,6 +7,7 @@ for at once the answer is 503, and where one takes too long 504.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import time
 from collections.abc import AsyncIterator
@@ -50,12 +51,14 @@ class Limits:
         max_new_tokens: a request that asks for more is refused.
         max_body_bytes: of the request.
         seconds: from when it was read to its end.
+        seconds_to_send: from its first byte, or from when its connection was made, to its last.
     """
 
     max_prompt_tokens: int | None = None
     max_new_tokens: int = 512
     max_body_bytes: int = 1 << 20
     seconds: float = 300.0
+    seconds_to_send: float = 30.0
 
 
 class _RefusedError(Exception):
@@ -64,8 +67,19 @@ class _RefusedError(Exception):
         self.status = status
 
 
-def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
-    """Return the application; it closes the engine at its end."""
+def create_app(
+    engine: Engine,
+    limits: Limits = Limits(),
+    token: str | None = None,  # frozen
+) -> FastAPI:
+    """Return the application; it closes the engine at its end.
+
+    Args:
+        engine: what answers.
+        limits: of a request.
+        token: what a request must bring as `Authorization: Bearer TOKEN`; None: nothing. /health
+            answers without.
+    """
     predictor = engine.predictor
 
     @asynccontextmanager
@@ -79,7 +93,9 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
         summary=predictor.name,
         lifespan=lifespan,
     )
-    app.add_middleware(_BodyLimit, limits.max_body_bytes)
+    app.add_middleware(_BodyLimit, limits.max_body_bytes, limits.seconds_to_send)
+    if token is not None:
+        app.add_middleware(_Token, token)  # the last one added is the first one asked
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -149,11 +165,27 @@ def create_app(engine: Engine, limits: Limits = Limits()) -> FastAPI:  # frozen
 
 
 class Server(uvicorn.Server):
-    """Told to end, ends the answers that are under way: a stream would hold it up, and be cut."""
+    """Told to end, ends the answers that are under way: a stream would hold it up, and be cut.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    Closes connections on which no whole request head has come for some time: each takes one of the
+    files that the process may open.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds_to_send: float) -> None:
         super().__init__(config)
         self._engine = engine
+        self._seconds_to_send = seconds_to_send
+        self._silent_since: dict[Any, float] = {}
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at the connections, ten times a second."""
+        now = time.monotonic()
+        silent = [c for c in self.server_state.connections if _has_no_request(c)]
+        self._silent_since = {c: self._silent_since.get(c, now) for c in silent}
+        for connection, since in self._silent_since.items():
+            if now - since > self._seconds_to_send:
+                connection.transport.close()
+        return await super().on_tick(counter)
 
     async def shutdown(self, *arguments: Any, **keywords: Any) -> None:
         """Close the engine, then the connections."""
@@ -161,13 +193,38 @@ class Server(uvicorn.Server):
         await super().shutdown(*arguments, **keywords)
 
 
+def _has_no_request(connection: Any) -> bool:
+    cycle = getattr(connection, "cycle", None)
+    return cycle is None or cycle.response_complete
+
+
+class _Token:
+    """Answers only those who know a token, but for /health."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        self._app = app
+        self._wanted = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope.get("headers", ())).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                refusal = _problem(401, "send Authorization: Bearer and the server's token")
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class _BodyLimit:
     """Refuses a body that is too large, in JSON, which FastAPI's own limit does not speak: at once
-    where the body says how large it is, else as soon as it is."""
+    where the body says how large it is, else as soon as it is. Refuses one that does not end, too.
+    """
 
-    def __init__(self, app: Any, max_bytes: int) -> None:
+    def __init__(self, app: Any, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
         self._reason = f"the body has more than {max_bytes} bytes"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -175,12 +232,20 @@ class _BodyLimit:
         if length.isdigit() and int(length) > self._max_bytes:
             await _problem(413, self._reason)(scope, receive, send)
             return
-        received = 0
+        received, is_whole = 0, False
+        end = time.monotonic() + self._seconds
 
         async def counted() -> Any:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            if is_whole:  # what comes next is the client's leaving, whenever that is
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                reason = f"the body did not come within {self._seconds:g} s"
+                raise HTTPException(408, reason) from None
             received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if received > self._max_bytes:
                 raise HTTPException(413, self._reason)
             return message

@@ -27,11 +27,6 @@ _SQLITE = "sqlite:///"
 _COPIES = Path(".dvc", "tmp", "exps")
 
 
-def state_folder() -> Path:
-    """Return where the project keeps what is of this machine alone and no output of DVC."""
-    return project_root() / ".gptj8"
-
-
 def tracking_uri(params: Params) -> str:
     """Return MLFLOW_TRACKING_URI or `tracking.uri`, a relative SQLite path made absolute.
 

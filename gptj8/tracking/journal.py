@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.files import write_json
-from gptj8.tracking.identity import state_folder
+from gptj8.runtime import state_folder
 
 EVENTS = "events.jsonl"
 _FILES, _STATE = "files", "state.json"

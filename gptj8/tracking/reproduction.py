@@ -15,8 +15,7 @@ from mlflow.exceptions import MlflowException
 from gptj8.errors import UserError
 from gptj8.files import dvc_digest, list_files, sha256_file
 from gptj8.params import load_params
-from gptj8.runtime import path_of_this_python, project_root
-from gptj8.tracking.identity import state_folder
+from gptj8.runtime import path_of_this_python, project_root, state_folder
 from gptj8.tracking.lineage import git, libraries
 
 _ADAPTER = Path("artifacts", "adapter")

@@ -107,12 +107,12 @@ def free_port():
 
 
 @contextmanager
-def running(predictor, limits=Limits(), max_batch=4, max_waiting=256):  # noqa: B008  # frozen
+def running(predictor, limits=Limits(), max_batch=4, max_waiting=256, token=None):  # noqa: B008  # frozen
     """Yield the address and the engine of a server in a thread of its own."""
     engine = Engine(predictor, max_batch, max_waiting)
     port = free_port()
-    config = uvicorn.Config(create_app(engine, limits), port=port, log_level="error")
-    server = Server(config, engine)
+    config = uvicorn.Config(create_app(engine, limits, token), port=port, log_level="error")
+    server = Server(config, engine, limits.seconds_to_send)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)

@@ -1,0 +1,205 @@
+"""States of an unfinished training on the disk, to go on from after any interruption.
+
+They lie outside DVC's outputs, which DVC removes before a stage runs, in a folder named by a digest
+of all that decides the result: what was saved by another training is never looked at. A state is
+written beside its place, flushed, named with the SHA-256 of its files and renamed; the two newest
+are kept, and one that does not match its digests is passed over, and said.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gptj8.distributed import is_main_process
+from gptj8.errors import UserError
+from gptj8.files import list_files, replace_directory, require_free_space, sha256_file
+from gptj8.manifest import verify_manifest, write_manifest
+from gptj8.training.state import Tensors, from_plain, to_plain
+from gptj8.words import one_line
+
+STATE, TENSORS = "state.json", "tensors.safetensors"
+
+_KEPT = 2
+_FORGOTTEN_DAYS = 14
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
+
+
+def training_key(decided_by: Mapping[str, Any], *inputs: Path) -> str:
+    """Return the digest of what decides a training's result.
+
+    Args:
+        decided_by: settings, as JSON has them.
+        inputs: files or folders that it reads.
+
+    The versions of the libraries and the package's own source are part of it: after an update a
+    training begins anew.
+    """
+    package = Path(__file__).parents[1]
+    sources = [path for path in list_files(package) if path.suffix in (".py", ".c")]
+    content = {
+        "settings": dict(decided_by),
+        "inputs": [_digests(path) for path in inputs],
+        "code": {path.relative_to(package).as_posix(): sha256_file(path) for path in sources},
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(path: Path) -> dict[str, str]:
+    return {file.relative_to(path).as_posix(): sha256_file(file) for file in list_files(path)}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was found.
+
+    Attributes:
+        step: after which it was saved.
+        content: as given to `Checkpoints.save`, with lists for tuples and strings for keys.
+        folder: where it lies.
+        age: seconds since it was saved.
+    """
+
+    step: int
+    content: dict[str, Any]
+    folder: Path
+    age: float
+
+
+class Checkpoints:
+    """The states of one training.
+
+    Args:
+        root: of all trainings.
+        key: of this one, from `training_key`.
+        every: seconds between two states; None: saved only when training is interrupted.
+    """
+
+    def __init__(self, root: Path, key: str, every: float | None) -> None:
+        self.key, self.every = key, every
+        self.root = root
+        self.folder = root / key[:16]
+        self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether as much time has passed since the last state as is meant to be lost at most."""
+        return self.every is not None and time.monotonic() - self._saved_at >= self.every
+
+    @contextmanager
+    def alone(self) -> Iterator[Checkpoints]:
+        """Keep other processes from the same training, which would write over each other's states.
+
+        Of several processes that share a training, the main one does.
+
+        Raises:
+            UserError: if one is under way.
+        """
+        if not is_main_process():
+            yield self
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._forget_the_old()
+        with open(self.root / f"{self.key[:16]}.lock", "w") as lock:
+            self._lock(lock)
+            yield self
+
+    def _lock(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "the same training is under way in another process; wait for its end, or end it: "
+                "this one would go on where it stopped"
+            ) from None
+
+    def latest(self) -> Saved | None:
+        """Return the newest state that is as it was written; None if there is none."""
+        for folder in reversed(self._folders()):
+            try:
+                return self._read(folder)
+            except (UserError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                _warn(f"the checkpoint {folder} is not used: {one_line(error)}")
+        return None
+
+    def _read(self, folder: Path) -> Saved:
+        if verify_manifest(folder) is None:
+            raise UserError(f"{folder} has no manifest")
+        plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if plain["key"] != self.key:
+            raise UserError(f"{folder} was saved by another training")
+        content = from_plain(plain["content"], load_file(folder / TENSORS))
+        age = max(0.0, time.time() - (folder / STATE).stat().st_mtime)
+        return Saved(int(plain["step"]), content, folder, age)
+
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Write a state, then remove those before the last two.
+
+        Args:
+            step: after which it is.
+            content: nested dicts and lists of numbers, strings and tensors.
+
+        Raises:
+            UserError: if the disk has no room for it; earlier states are as they were.
+        """
+        tensors: Tensors = {}
+        plain = {"key": self.key, "step": step, "content": to_plain(content, "state", tensors)}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        require_free_space(self.folder, size + (1 << 20), "a checkpoint")
+        target = self.folder / f"step-{step:09d}"
+        with replace_directory(target) as staging:
+            # Infinity and NaN are what a scaled gradient's norm may be.
+            (staging / STATE).write_text(json.dumps(plain), encoding="utf-8")
+            save_file(tensors, staging / TENSORS)
+            write_manifest(staging)
+        self._saved_at = time.monotonic()
+        for old in self._folders()[:-_KEPT]:
+            _remove(old)
+        return target
+
+    def clear(self) -> None:
+        """Remove all states: what they lead to is complete."""
+        _remove(self.folder)
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _forget_the_old(self) -> None:
+        """Remove states of trainings that nobody has come back to."""
+        limit = time.time() - _FORGOTTEN_DAYS * 86400
+        for path in self.root.iterdir():
+            if path.name.startswith(self.folder.name) or path.stat().st_mtime >= limit:
+                continue
+            if path.is_dir():
+                _remove(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder by another name: half removed it would look like one that is damaged."""
+    if not folder.exists():
+        return
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

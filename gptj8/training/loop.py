@@ -1,0 +1,220 @@
+"""Training from its beginning, or from where it was interrupted, to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PrinterCallback
+
+from gptj8.adapters import trainable_parameters
+from gptj8.checkpointing import Kind, set_checkpointing
+from gptj8.distributed import from_main, is_main_process, process_count, share_trained_only, summed
+from gptj8.errors import UserError
+from gptj8.examples import Example
+from gptj8.memory.fitting import is_out_of_memory
+from gptj8.terminal import format_seconds
+from gptj8.training.batches import Collator
+from gptj8.training.checkpoints import Checkpoints, Saved
+from gptj8.training.monitor import Monitor
+from gptj8.training.progress import TrainingProgress
+from gptj8.training.settings import (
+    TrainingResult,
+    TrainingSettings,
+    autocast,
+    training_arguments,
+)
+from gptj8.training.state import random_state, set_random_state
+from gptj8.training.trainer import CompletionTrainer, summed_loss
+from gptj8.training.trouble import LossLost
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+
+def train(
+    model: PeftModel,
+    train_examples: Sequence[Example] | Dataset,
+    eval_examples: Sequence[Example] | Dataset,
+    settings: TrainingSettings,
+    pad_id: int,
+    log: Callable[[dict[str, float], int], None] = lambda values, step: None,
+    eval_accuracy: Callable[[PeftModel], float] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> TrainingResult:
+    """Train the adapter in place.
+
+    Args:
+        model: from `adapters.add_adapter`.
+        train_examples, eval_examples: from `PreparedDataset.examples`, or a list of the same.
+        pad_id: any token id; padding is masked by position.
+        log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
+            `eval_loss`, `eval_accuracy`, `tokens_per_second`. A training that goes on begins with
+            the values of the step it goes on from.
+        eval_accuracy: measures the model in eval mode, wherever its loss is measured.
+        checkpoints: states of this very training, which it goes on from. They stay: whoever has
+            kept the result clears them.
+
+    Raises:
+        LossLost: if the loss is not finite, or grows without bound.
+        UserError: if nothing was learned, or not one sequence at a time fits into memory.
+    """
+    before = _trained(model)
+    model.config.use_cache = False
+    share_trained_only(model)
+    if settings.max_eval_samples is not None:
+        eval_examples = _first(eval_examples, settings.max_eval_samples)
+
+    def attempt(settings: TrainingSettings, saved: Saved | None) -> TrainingResult:
+        set_checkpointing(model, settings.checkpointing)
+        monitor = Monitor(log, eval_accuracy)
+        with (
+            tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch,
+            TrainingProgress(monitor) as shown,
+        ):
+            trainer = CompletionTrainer(
+                model=model,
+                args=training_arguments(settings, scratch, model),
+                train_dataset=train_examples,
+                eval_dataset=eval_examples,
+                data_collator=Collator(pad_id, model),
+                callbacks=[monitor, shown],
+                monitor=monitor,
+                checkpoints=checkpoints,
+            )
+            trainer.remove_callback(PrinterCallback)
+            return _to_the_end(trainer, monitor, saved)
+
+    result = _within_memory(attempt, model, settings, checkpoints)
+    if all(torch.equal(weight, before[name]) for name, weight in _trained(model).items()):
+        raise UserError("training moved no weight; finetune.learning_rate may be too small")
+    return result
+
+
+def _within_memory(
+    attempt: Callable[[TrainingSettings, Saved | None], TrainingResult],
+    model: PeftModel,
+    settings: TrainingSettings,
+    checkpoints: Checkpoints | None,
+) -> TrainingResult:
+    """Train, and where memory ends go on with fewer sequences at a time."""
+    untrained, drawn = _trained(model), random_state()
+    while True:
+        saved = None if checkpoints is None else from_main(checkpoints.latest)
+        if saved is not None:
+            _say(f"goes on after step {saved.step}, saved {format_seconds(saved.age)} ago")
+        try:
+            return attempt(settings, saved)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            # The processes of several would no longer agree on what a step is.
+            if not is_out_of_memory(error) or process_count() > 1:
+                raise
+        smaller = settings.with_less_memory()
+        if smaller is None:
+            raise UserError(
+                "out of memory with one sequence at a time; lower data.max_length or finetune.r, "
+                "or take a smaller model"
+            )
+        settings = smaller
+        _say(
+            f"out of memory; goes on with {settings.per_device_train_batch_size} sequences at a "
+            f"time, {settings.gradient_accumulation_steps} times an optimizer step, checkpointing "
+            f"{settings.checkpointing}"
+        )
+        model.zero_grad(set_to_none=True)
+        gc.collect()  # what failed half way holds on to its tensors in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in untrained:
+                    weight.copy_(untrained[name])
+        set_random_state(drawn)
+
+
+def _to_the_end(
+    trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None
+) -> TrainingResult:
+    """Train, measure the end, and keep what was reached if something stops it before."""
+    try:
+        output = trainer.train_from(saved)
+        if monitor.last_eval_step != trainer.state.global_step:
+            trainer.evaluate()
+    except BaseException as error:
+        if _is_worth_keeping(error):
+            with contextlib.suppress(UserError, OSError):  # the disk is full, which was not asked
+                folder = trainer.save()
+                if folder is not None:
+                    _say(f"the state after step {int(folder.name.split('-')[1])} is kept")
+        raise
+    if not math.isfinite(monitor.eval_loss):
+        raise LossLost(f"the validation loss is {monitor.eval_loss} at the end")
+    tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
+    return TrainingResult(
+        train_loss=float(output.training_loss),
+        eval_loss=monitor.eval_loss,
+        eval_accuracy=monitor.eval_accuracy,
+        trainable_parameters=trainable_parameters(trainer.model),
+        steps=trainer.state.global_step,
+        seconds=trainer.seconds,
+        tokens_per_second=tokens / monitor.step_seconds,
+        samples_per_second=samples / monitor.step_seconds,
+        padding_fraction=padding / max(1, padding + tokens),
+        history=monitor.history,
+    )
+
+
+def _is_worth_keeping(error: BaseException) -> bool:
+    """Whether the weights are good that an error leaves, and another attempt will want them."""
+    if process_count() > 1:  # which may have been stopped after different steps
+        return False
+    if isinstance(error, LossLost):
+        return bool(error.examples)  # found before the step was made
+    return isinstance(error, KeyboardInterrupt | SystemExit) or is_out_of_memory(error)
+
+
+def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind) -> None:
+    """Run forward and backward of one micro-batch as training will, to see whether it fits.
+
+    Nothing of it stays: neither gradients nor draws of random numbers.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError or MemoryError: if it does not.
+    """
+    was_training = model.training
+    batch = Collator(0, model)(examples)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.config.use_cache = False
+    model.train()
+    set_checkpointing(model, checkpointing)
+    try:
+        with torch.random.fork_rng(devices):
+            with torch.autocast(**autocast(model)):
+                total, _, _ = summed_loss(model, inputs)
+            total.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+
+
+def _first(examples: Sequence[Example] | Dataset, count: int) -> Sequence[Example] | Dataset:
+    if isinstance(examples, Sequence):
+        return examples[:count]
+    return examples.take(min(count, len(examples)))
+
+
+def _trained(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return a copy of every weight that is trained."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(f"finetune: {text}", flush=True)

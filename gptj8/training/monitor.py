@@ -1,0 +1,128 @@
+"""What is measured while a model is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from gptj8.distributed import process_count, process_number
+from gptj8.runtime import memory_gib
+from gptj8.training.settings import autocast
+from gptj8.training.trouble import LossLost, is_exploded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
+_SUMS = ("positions", "samples", "step_seconds", "eval_loss", "eval_accuracy", "last_eval_step")
+
+
+class Monitor(TrainerCallback):
+    """Follow training: time of the steps alone, loss history, and a stop when the loss grows
+    without bound.
+
+    Args:
+        log: called with values and the step they belong to.
+        measure_accuracy: called with the model in eval mode wherever its loss is measured.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], None],
+        measure_accuracy: Callable[[PeftModel], float] | None,
+    ) -> None:
+        self.log = log
+        self.eval_loss = math.nan
+        self.eval_accuracy: float | None = None
+        self.last_eval_step = -1
+        self._measure_accuracy = measure_accuracy
+        self.history: list[dict[str, float]] = []
+        self.positions = self.samples = 0
+        self._used = torch.tensor(0)  # on the device: reading it there would wait for the step
+        self.step_seconds = 0.0
+        self._step_started = 0.0
+
+    def count(self, attention_mask: torch.Tensor) -> None:
+        """Count one batch of training, of shape (rows, tokens)."""
+        self._used = self._used.to(attention_mask.device) + attention_mask.sum()
+        self.positions += attention_mask.numel()
+        self.samples += attention_mask.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Trained so far by this process, padding not counted."""
+        return int(self._used)
+
+    @property
+    def padding(self) -> int:
+        """Positions of its batches that no token stood at."""
+        return self.positions - self.tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training steps so far; other processes are taken to have as many tokens."""
+        return self.tokens * process_count() / max(self.step_seconds, 1e-9)
+
+    def state(self) -> dict[str, Any]:
+        """Return what is known so far, to go on from."""
+        sums = {name: getattr(self, name) for name in _SUMS}
+        return {"sums": sums, "used": self._used, "history": list(self.history)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` has returned."""
+        for name, value in state["sums"].items():
+            setattr(self, name, value)
+        self._used = state["used"]
+        self.history[:] = state["history"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if process_count() > 1:  # other rows want other draws of dropout
+            torch.manual_seed(args.seed + process_number())
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.step_seconds += now - self._step_started
+        self._step_started = now
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.last_eval_step = state.global_step
+        if self._measure_accuracy is not None:
+            model.eval()  # Trainer's next step puts it back
+            with torch.autocast(**autocast(model)):
+                self.eval_accuracy = self._measure_accuracy(model)
+            # Trainer has logged the loss of this evaluation before.
+            self.history[-1]["eval_accuracy"] = self.eval_accuracy
+            self.log({"eval_accuracy": self.eval_accuracy}, state.global_step)
+        self._step_started = time.perf_counter()
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        values = {name: float(logs[name]) for name in _LOGGED if name in logs}
+        if not values:
+            return
+        self.eval_loss = values.get("eval_loss", self.eval_loss)
+        if "loss" in values:
+            if is_exploded(values["loss"], model.config.vocab_size):
+                raise LossLost(
+                    f"the loss has grown to {values['loss']:.3g} at step {state.global_step}"
+                )
+            values["tokens_per_second"] = self.tokens_per_second
+            values["memory_gib"] = memory_gib()
+        self.log(values, state.global_step)
+        self.history.append({"step": state.global_step, **values})

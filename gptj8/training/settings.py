@@ -1,0 +1,154 @@
+"""What `Trainer` is told, and what training measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from gptj8.checkpointing import Kind
+from gptj8.distributed import process_count
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from gptj8.memory.fitting import Fit
+    from gptj8.params import Finetune
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What `Trainer` is told; names and meanings are `transformers.TrainingArguments`'."""
+
+    learning_rate: float
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpointing: Kind = "full"
+    optim: str = "adamw_bnb_8bit"
+    logging_steps: int = 10
+    eval_steps: int = 100
+    max_eval_samples: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def from_params(cls, finetune: Finetune, fit: Fit, seed: int) -> TrainingSettings:
+        """Pick the settings out of the params' `finetune` section; `auto` is replaced by what
+        fits."""
+        given = finetune.model_dump() | {
+            "per_device_train_batch_size": fit.micro_batch,
+            "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
+            "checkpointing": fit.checkpointing,
+        }
+        names = {item.name for item in fields(cls)} - {"seed"}
+        return cls(seed=seed, **{name: given[name] for name in names})
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one step, of all processes and GPUs together."""
+        processes = process_count()
+        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+        return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int) -> int:
+        """Return how many steps Trainer makes with so many rows."""
+        batches = math.ceil(rows / (self.rows_a_step // self.gradient_accumulation_steps))
+        steps_an_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        return math.ceil(self.num_train_epochs * steps_an_epoch)
+
+    def with_less_memory(self) -> TrainingSettings | None:
+        """Return settings that learn the same from less memory: fewer sequences at a time and more
+        times, then more computed again; None if there is nothing left to give."""
+        size, times = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if size > 1:
+            smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)
+            return replace(
+                self,
+                per_device_train_batch_size=smaller,
+                gradient_accumulation_steps=times * size // smaller,
+            )
+        return replace(self, checkpointing="full") if self.checkpointing != "full" else None
+
+
+@dataclass
+class TrainingResult:
+    """What training measured.
+
+    Attributes:
+        train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
+        eval_accuracy: at its end; None where none was measured.
+        seconds: in all, of interrupted attempts what was kept of them.
+        tokens_per_second, samples_per_second: of training steps alone, padding not counted.
+        history: one dict a logged step: `step` and `loss` or `eval_loss`, and others;
+            `eval_accuracy` beside the latter.
+    """
+
+    train_loss: float
+    eval_loss: float
+    eval_accuracy: float | None
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    samples_per_second: float
+    padding_fraction: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def training_arguments(
+    settings: TrainingSettings, scratch: str, model: PeftModel
+) -> TrainingArguments:
+    half = half_precision(model)
+    return TrainingArguments(
+        output_dir=scratch,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=min(settings.warmup_ratio, 0.999),  # below 1 it is a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        bf16=half is torch.bfloat16,
+        fp16=half is torch.float16,
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        prediction_loss_only=True,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # its checkpoints are pickles, and not written at once
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+
+
+def half_precision(model: PeftModel) -> torch.dtype | None:
+    """Return the dtype to run under autocast in, where the model needs it: float16 for the scaling
+    of its gradients, bfloat16 if float32 LayerNorms are trained between bfloat16 layers."""
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    if torch.float16 in frozen and torch.cuda.is_available():
+        return torch.float16
+    trains_norms = model.peft_config["default"].peft_type == "LN_TUNING"
+    return torch.bfloat16 if torch.bfloat16 in frozen and trains_norms else None
+
+
+def autocast(model: PeftModel) -> dict[str, Any]:
+    """Return the arguments of `torch.autocast` for a model."""
+    half = half_precision(model)
+    return {"device_type": model.device.type, "dtype": half, "enabled": half is not None}

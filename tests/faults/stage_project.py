@@ -1,0 +1,139 @@
+"""A project whose stages run in seconds, to be killed, starved and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from tests.project_clone import ANIMALS, MAGIC, ROOT, STAGES, write_rows
+
+OF_TIME = {
+    "seconds",
+    "tokens_per_second",
+    "samples_per_second",
+    "rows_per_second",
+    "peak_memory_gib",
+    "memory_gib",
+    "estimated_memory_gib",
+}
+"""Keys of metrics and columns of curves that no two runs have in common."""
+_TELL_OF_TIME = ("README.md", "metrics.json", "manifest.json")
+"""Files of the export that repeat such metrics, or digests of files that do."""
+
+
+def build_shim(folder: Path) -> Path:
+    """Compile the library that counts, kills and fills the disk."""
+    library = folder / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+class StageProject:
+    """A folder in which the stages run as DVC would run them.
+
+    Args:
+        folder: to make.
+        model: the directory of a small model with its tokenizer.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        shutil.copytree(model, folder / "models" / "tiny")
+        write_rows(folder / "rows.csv", "text", "label", {"animals": ANIMALS, "magic": MAGIC})
+        content = YAML().load((ROOT / "params.yaml").read_text())
+        content["data"].update({"train": "rows.csv", "max_length": 48})
+        content["model"].update({"path": "models/tiny", "dtype": "float32"})
+        content["finetune"].update(
+            {"num_train_epochs": 1, "logging_steps": 2, "eval_steps": 10, "lora_dropout": 0.1}
+        )
+        # A state after each step: so much is in danger at every moment.
+        content["finetune"]["save_minutes"] = 0
+        content["evaluate"].update({"bootstrap_resamples": 100, "max_generated_rows": 4})
+        content["tracking"]["uri"] = None
+        with open(folder / "params.yaml", "w") as stream:
+            YAML().dump(content, stream)
+
+    def start(self, stage: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a stage in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", f"stages.{stage}"],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, stage: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end, whatever that is."""
+        process = self.start(stage, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def run_all(self) -> None:
+        """Run the pipeline, undisturbed."""
+        for stage in STAGES:
+            process = self.run(stage)
+            assert process.returncode == 0, f"{stage}: {process.stdout}{process.stderr}"
+
+    def outcome(self, *folders: str) -> dict[str, str]:
+        """Return the digest of every output, by path, without what tells of time."""
+        found = {}
+        for top in folders or ("artifacts", "reports"):
+            for file in sorted((self.folder / top).rglob("*")):
+                if file.is_file() and not self._is_left_over(file):
+                    found[file.relative_to(self.folder).as_posix()] = _digest(file)
+        return {name: digest for name, digest in found.items() if digest}
+
+    def left_over(self) -> list[str]:
+        """Return what is neither an output nor an input: of an earlier, killed process."""
+        paths = [p for top in ("artifacts", "reports") for p in (self.folder / top).rglob("*")]
+        return [p.relative_to(self.folder).as_posix() for p in paths if self._is_left_over(p)]
+
+    def _is_left_over(self, path: Path) -> bool:
+        parts = path.relative_to(self.folder).parts
+        return any(part.startswith(".") for part in parts)
+
+    def copy(self, folder: Path) -> StageProject:
+        """Return the same project elsewhere, with all that it has come to."""
+        twin = StageProject.__new__(StageProject)
+        twin.folder = folder
+        shutil.copytree(self.folder, folder)
+        return twin
+
+
+def _digest(file: Path) -> str | None:
+    if file.parent.name == "export" and file.name in _TELL_OF_TIME:
+        return None
+    if file.name == "metrics.json":
+        return json.dumps(_lasting(json.loads(file.read_text())), sort_keys=True)
+    if file.suffix == ".csv" and file.parent.name == "finetune":
+        table = pd.read_csv(file)
+        return table.drop(columns=[c for c in table if c in OF_TIME]).to_csv()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _lasting(metrics: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: _lasting(value) if isinstance(value, dict) else value
+        for key, value in metrics.items()
+        if key.rpartition("/")[2] not in OF_TIME
+    }

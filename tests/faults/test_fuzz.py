@@ -1,0 +1,217 @@
+"""Damaged and hostile headers of safetensors, manifests and params: read, or refused in one line.
+
+Mutations are drawn from a seed: bits, bytes, slices, numbers too large or too small, keys twice,
+nests and aliases. Nothing but a UserError is raised, nothing takes long, and memory stays within
+the size of the file and 200 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptj8.errors import UserError
+from gptj8.files import sha256_file
+from gptj8.manifest import MANIFEST, verify_manifest
+from gptj8.params import load_params
+from gptj8.runtime import resident_bytes
+from gptj8.shards import ShardedWeights
+from tests.project_clone import ROOT
+
+SECONDS = 5
+_SPARE_BYTES = 200_000_000
+_TOKENS = [
+    *(b"0 -1 18446744073709551615 9223372036854775808 1e309 -1e309 NaN null true".split()),
+    b"9" * 5000, b'"', b"{", b"}", b"[" * 50, b"]", b":", b",", b"\\u0000", b"\x00", b"\xff\xfe",
+    b"F64", b"U8", b"BOOL", b"F8_E4M3", b"../", b"/etc/passwd", b"&a ", b"*a ", b"<<: ", b"!!int ",
+    b"!!python/object/apply:os.system ", b"2001-99-99", b"0x", b"1_0", b"? ", b"- ", b"|\n",
+    b"---\n",
+]  # fmt: skip
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Return content with one to four small changes."""
+    damaged = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(damaged) + 1)
+        size = draw.choice((1, 1, 1, 2, 4, 8, 16, 64))
+        kind = draw.randrange(6)
+        if kind == 0 and damaged:
+            damaged[at % len(damaged)] ^= 1 << draw.randrange(8)
+        elif kind == 1 and damaged:
+            damaged[at % len(damaged)] = draw.randrange(256)
+        elif kind == 2:
+            del damaged[at : at + size]
+        elif kind == 3:
+            damaged[at:at] = draw.choice(_TOKENS)
+        elif kind == 4:
+            damaged[at : at + size] = draw.choice(_TOKENS)
+        else:
+            damaged[at:at] = damaged[at : at + size]
+    return bytes(damaged)
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    def stop(*_):
+        raise TimeoutError(f"takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(read, file: Path, good: list[bytes], count: int, seed: int, tally, fault: str):
+    """Let `read` meet damaged copies of good content; return what was not survived."""
+    draw, failed = random.Random(seed), []
+    file.write_bytes(good[0])
+    read()  # imports
+    before = resident_bytes()
+    for trial in range(count):
+        content = mutated(draw.choice(good), draw)
+        file.write_bytes(content)
+        held = True
+        try:
+            with within(SECONDS):
+                read()
+        except UserError as error:
+            if not str(error):
+                held = False
+        except Exception as error:
+            held = False
+            failed.append(f"{fault} {trial}: {type(error).__name__}: {error}: {content[:200]!r}")
+        if trial % 1000 == 0 and resident_bytes() - before > len(content) + _SPARE_BYTES:
+            held = False
+            failed.append(f"{fault}: {resident_bytes() - before:,} bytes more after {trial}")
+        tally(fault, held)
+        if len(failed) > 20:
+            break
+    return failed
+
+
+def fuzz_headers(tmp_path, count, seed, tally):
+    file = tmp_path / "model.safetensors"
+    tensors = {"a.weight": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.uint8)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    good = file.read_bytes()
+    # The same header with another length before it, as well.
+    size = int.from_bytes(good[:8], "little")
+    lengths = (0, 1, size - 1, size + 1, len(good), 100_000_000, 2**40, 2**63, 2**64 - 1)
+    others = [length.to_bytes(8, "little") + good[8:] for length in lengths]
+
+    def read():
+        weights = ShardedWeights(tmp_path)
+        for _ in weights:
+            pass
+
+    return fuzz(read, file, [good] * 9 + others, count, seed, tally, "safetensors header")
+
+
+def fuzz_manifests(tmp_path, count, seed, tally):
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.safetensors"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder" / "c").write_text("c")
+    names = ("a.txt", "b.safetensors", "folder/c")
+    good = json.dumps({name: sha256_file(tmp_path / name) for name in names}, indent=2).encode()
+    return fuzz(
+        lambda: verify_manifest(tmp_path),
+        tmp_path / MANIFEST,
+        [good],
+        count,
+        seed,
+        tally,
+        "manifest",
+    )
+
+
+_SMALL = b"""\
+seed: 0
+data: {train: a.csv, max_length: 64, labels: [a, b]}
+model: {path: models/x}
+quantization: {block_size: 64}
+finetune:
+  target: [q_proj, v_proj]
+  learning_rate: 1.0e-3  # of LoRA
+  launcher: torchrun --nproc-per-node 2
+evaluate: {require: [tuned/accuracy > base/accuracy]}
+export: {merge: false}
+tracking: {experiment: x, uri: null}
+"""
+
+
+def fuzz_params(tmp_path, count, seed, tally):
+    file = tmp_path / "params.yaml"
+    good = [_SMALL] * 49 + [(ROOT / "params.yaml").read_bytes()]
+    return fuzz(lambda: load_params(file), file, good, count, seed, tally, "params file")
+
+
+_KINDS = {
+    "headers": (fuzz_headers, 500_000),
+    "manifests": (fuzz_manifests, 400_000),
+    "params": (fuzz_params, 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_damage_is_refused_in_words(tmp_path, tally, kind):
+    work, _ = _KINDS[kind]
+    failed = work(tmp_path, 500, 0, tally)
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", _KINDS)
+def test_much_damage_is_refused_in_words(tmp_path, tally, kind):
+    work, count = _KINDS[kind]
+    failed = work(tmp_path, count, 1, tally)
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep lists", "data: " + "[" * 20_000),
+        ("deep mappings", "data: " + "{a: " * 20_000),
+        (
+            "aliases of aliases",
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+        ),
+        ("an alias of itself", "data: &a [*a]"),
+        ("a number without end", "seed: " + "9" * 100_000),
+        ("a date that is none", "seed: 2001-99-99"),
+        ("a tag", "seed: !!python/object/apply:os.system ['true']"),
+        ("a large file", "# " + "x" * 20_000_000),
+        ("NUL", "seed: \0"),
+    ],
+    ids=lambda value: value if len(value) < 30 else "",
+)
+def test_hostile_params(tmp_path, tally, name, text):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    before = resident_bytes()
+    with within(SECONDS), pytest.raises(UserError) as caught:
+        load_params(file)
+    assert len(str(caught.value)) < 2_000
+    assert resident_bytes() - before < len(text) + _SPARE_BYTES
+    tally("hostile params file", True)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, '{"a": ' * 50_000, '{"..": "x"}'])
+def test_hostile_manifests(tmp_path, tally, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with within(SECONDS), pytest.raises(UserError):
+        verify_manifest(tmp_path)
+    tally("hostile manifest", True)

@@ -1,0 +1,117 @@
+"""Clients that send slowly, or not to the end, or without the token."""
+
+import socket
+import time
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+from gptj8.serving.app import Limits
+from tests.serving.conftest import running, until
+
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def connected(url):
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def rest(connection):
+    """Return what a server sends until it closes the connection."""
+    received = b""
+    while piece := connection.recv(4096):
+        received += piece
+    return received
+
+
+@pytest.fixture(scope="module")
+def impatient(predictors):
+    with running(predictors["base"], Limits(seconds_to_send=0.5)) as (url, engine):
+        yield url, engine
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /gen", HEAD], ids=["nothing", "a word", "no end"])
+def test_a_head_that_does_not_end_is_not_waited_for(impatient, sent):
+    begun = time.monotonic()
+    with connected(impatient[0]) as connection:
+        connection.sendall(sent)
+        assert b"200 OK" not in rest(connection)
+    assert 0.4 < time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"],
+    ids=["length", "chunks"],
+)
+def test_a_body_that_does_not_end_is_not_waited_for(impatient, framing):
+    begun = time.monotonic()
+    with connected(impatient[0]) as connection:
+        piece = b'{"prompt": "a' if b"Length" in framing else b"d\r\n" + b'{"prompt": "a\r\n'
+        connection.sendall(HEAD + framing + b"Connection: close\r\n\r\n" + piece)
+        answer = rest(connection)
+    assert b" 408 " in answer.splitlines()[0]
+    assert b"the body did not come within 0.5 s" in answer
+    assert time.monotonic() - begun < 5
+
+
+def test_a_second_request_that_does_not_end_is_not_waited_for(impatient):
+    with connected(impatient[0]) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in connection.recv(4096)
+        connection.sendall(HEAD)
+        assert rest(connection) == b""
+
+
+def test_slow_clients_do_not_keep_others_waiting(impatient):
+    url, _ = impatient
+    slow = [connected(url) for _ in range(50)]
+    for connection in slow:
+        connection.sendall(HEAD)
+    body = {"prompt": "fox", "max_new_tokens": 4}
+    assert requests.post(url + "/generate", json=body, timeout=10).status_code == 200
+    until(lambda: all(rest(connection) == b"" for connection in slow))
+    for connection in slow:
+        connection.close()
+
+
+def test_an_answer_may_take_longer_than_sending_may(impatient):
+    body = {"prompt": "fox", "max_new_tokens": 100, "stream": True}
+    begun = time.monotonic()
+    with requests.post(impatient[0] + "/generate", json=body, stream=True, timeout=20) as answer:
+        lines = []
+        for line in answer.iter_lines():
+            lines.append(line)
+            time.sleep(0.02)
+    assert any(b"finish_reason" in line for line in lines)
+    assert time.monotonic() - begun > 0.5
+
+
+@pytest.fixture(scope="module")
+def guarded(predictors):
+    with running(predictors["base"], token="open-sesame") as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer open"}, {"Authorization": "open-sesame"}, {"Authorization": ""}],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/generate", "/docs", "/openapi.json"])
+def test_without_the_token_nothing_is_answered(guarded, path, headers):
+    method = "POST" if path == "/generate" else "GET"
+    response = requests.request(method, guarded + path, json={}, headers=headers, timeout=10)
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.json() == {"detail": "send Authorization: Bearer and the server's token"}
+
+
+def test_with_the_token_it_answers(guarded):
+    headers = {"Authorization": "Bearer open-sesame"}
+    body = {"prompt": "fox", "max_new_tokens": 4}
+    response = requests.post(guarded + "/generate", json=body, headers=headers, timeout=10)
+    assert response.status_code == 200
+    assert requests.get(guarded + "/health", timeout=10).status_code == 200

@@ -1,0 +1,59 @@
+"""A training of seconds, to interrupt and to compare."""
+
+from dataclasses import asdict, replace
+
+import torch
+
+from gptj8.adapters import add_adapter
+from gptj8.models import load_model
+from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.training import TrainingSettings
+
+CPU = torch.device("cpu")
+ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
+SETTINGS = TrainingSettings(
+    learning_rate=2e-2,
+    num_train_epochs=3,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    logging_steps=2,
+    eval_steps=4,
+    warmup_ratio=0.2,
+    seed=3,
+)
+"""Three steps an epoch, nine in all; loss at 2, 4, 6, 8 and validation at 4, 8, 9."""
+
+_OF_TIME = ("seconds", "tokens_per_second", "samples_per_second", "memory_gib")
+
+
+def rows(folder):
+    """Return examples of different lengths for the model in a folder."""
+    prompts = PromptEncoder(TextEncoder.load(folder), "{text} =", 32)
+    encoded = [prompts.example(text, completion) for text, completion in ROWS]
+    return [
+        {"input_ids": e.ids, "prompt_length": e.prompt_length, "length": len(e.ids)}
+        for e in encoded
+    ]
+
+
+def adapted_model(folder, method="lora", dropout=0.1, dtype=torch.float32):
+    """Return the model with an untrained adapter, the same each time."""
+    torch.manual_seed(0)
+    return add_adapter(load_model(folder, dtype, CPU), method, "all-linear", 4, 8, dropout)
+
+
+def weights_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def lasting(result):
+    """Return what of a result does not depend on time."""
+    found = {k: v for k, v in asdict(result).items() if k not in _OF_TIME}
+    found["history"] = [
+        {k: v for k, v in point.items() if k not in _OF_TIME} for point in found["history"]
+    ]
+    return found
+
+
+def changed(**changes):
+    return replace(SETTINGS, **changes)
