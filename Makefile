@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
 
-.PHONY: repro compare test test-slow test-long test-browser bench ui lint lock clean
+.PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -33,9 +33,20 @@ test-long: $(INSTALLED) ## real experiments through DVC, estimated against measu
 test-browser: $(INSTALLED) ## look at the runs in a real browser: needs Chromium
 	python -m pytest -m browser
 
-bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`
+test-faults: $(INSTALLED) ## kills, full disks, damage, an hour of work: three hours, and a table
+	python -m pytest -m faults
+
+audit: ## every pinned package against known advisories: needs the network
+	rm -rf .venv-audit
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt
+	rm -rf .venv-audit
+
+bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`: an hour
 	python -m benchmarks.codec data/models/tiny-gptj/model
 	python -m benchmarks.perplexity
+	python -m benchmarks.compare
 
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
 	gptj8 ui

@@ -155,16 +155,17 @@ class PreparedWriter:
         self._columns = [*FIELDS[task], "file", "row"]
         types = [pa.int64() if name == "row" else pa.large_string() for name in self._columns]
         schema = pa.schema(list(zip(self._columns, types, strict=True)))
-        self._files = ExitStack()
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._tokens: dict[str, pa.RecordBatchStreamWriter] = {}
-        for name in SPLITS:
-            file = self.directory / f"{name}.parquet"
-            table = pq.ParquetWriter(file, schema, compression="zstd")
-            self._tables[name] = self._files.enter_context(table)
-        for name in TRAINED_SPLITS:
-            sink = self._files.enter_context(pa.OSFile(str(self.directory / f"{name}.arrow"), "wb"))
-            self._tokens[name] = self._files.enter_context(pa.ipc.new_stream(sink, _TOKENS))
+        with ExitStack() as files:
+            for name in SPLITS:
+                file = self.directory / f"{name}.parquet"
+                table = pq.ParquetWriter(file, schema, compression="zstd")
+                self._tables[name] = files.enter_context(table)
+            for name in TRAINED_SPLITS:
+                sink = files.enter_context(pa.OSFile(str(self.directory / f"{name}.arrow"), "wb"))
+                self._tokens[name] = files.enter_context(pa.ipc.new_stream(sink, _TOKENS))
+            self._files = files.pop_all()
         self._packers = {name: _Packer(max_length) for name in TRAINED_SPLITS}
 
     def add(self, split: str, rows: pa.RecordBatch) -> None:

@@ -149,3 +149,24 @@ def test_files_that_are_no_params_are_refused(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"params\.yaml does not exist"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.test", "model.path", "evaluate.predictions"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secrets.csv", "data/../../x.csv"])
+def test_inputs_lie_in_the_project(tmp_path, key, path):
+    from ruamel.yaml import YAML
+
+    section, name = key.split(".")
+    content = {**MINIMAL, section: {**MINIMAL.get(section, {}), name: path}}
+    YAML().dump(content, tmp_path / "params.yaml")
+    with pytest.raises(UserError, match=rf"{key} = '{path}' leads out of the project; put the da"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("path", ["--config=x", "-x", "a\0b"])
+def test_an_option_is_no_path(tmp_path, path):
+    from ruamel.yaml import YAML
+
+    YAML().dump({**MINIMAL, "model": {"path": path}}, tmp_path / "params.yaml")
+    with pytest.raises(UserError, match=r"model\.path = .* is no path"):
+        load_params(tmp_path / "params.yaml")

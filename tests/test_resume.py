@@ -1,18 +1,26 @@
 """A training that was interrupted, wherever that was, ends as one that was not."""
 
 import contextlib
+import itertools
 import json
 import math
 import re
 
+import pandas as pd
 import pytest
 import torch
 
+from gptj8.dataset import load_prepared
 from gptj8.errors import UserError
 from gptj8.training import Checkpoints, LossLost, train, training_key
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
+from tests.prepared_dataset import write_prepared
 from tests.training_rows import SETTINGS, adapted_model, changed, lasting, rows, weights_of
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +70,7 @@ def ended_at(monkeypatch, call, error=KeyboardInterrupt):
 # Eighteen micro-batches of training and as many of validation between them.
 @pytest.mark.parametrize(
     "call",
-    [
-        call if call in (2, 9, 17) else pytest.param(call, marks=pytest.mark.slow)
-        for call in range(1, 37)
-    ],
+    [call if call in (2, 9) else slow(call) for call in range(1, 37)],
 )
 def test_an_interrupted_training_ends_as_an_undisturbed_one(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, call
@@ -81,11 +86,10 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
 @pytest.mark.parametrize(
     "kind",
     [
-        {"optim": "adamw_torch"},
-        {"lr_scheduler_type": "cosine", "num_train_epochs": 1.5},
-        {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1},
-        {"max_eval_samples": 3, "logging_steps": 1, "eval_steps": 2},
-        {"checkpointing": "none"},
+        {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "num_train_epochs": 1.5},
+        slow({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1}),
+        slow({"max_eval_samples": 3, "logging_steps": 1, "eval_steps": 2}),
+        slow({"checkpointing": "none"}),
     ],
     ids=str,
 )
@@ -107,7 +111,7 @@ def test_whatever_the_settings_it_may_end_again_and_again(
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("method", ["lora", "layernorm"])
+@pytest.mark.parametrize("method", ["layernorm", slow("lora")])
 def test_bfloat16_and_layernorms_go_on_too(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, method
 ):
@@ -174,14 +178,24 @@ def test_saving_changes_nothing(tiny_8bit_dir, examples, checkpoints):
     )
 
 
+_DAMAGED_FIRST = [("tensors.safetensors", "flipped"), ("manifest.json", "gone")]
+
+
 def flip(file, offset):
     content = bytearray(file.read_bytes())
     content[offset % len(content)] ^= 4
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors", "manifest.json"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        case if case in _DAMAGED_FIRST else slow(*case)
+        for case in itertools.product(
+            ["state.json", "tensors.safetensors", "manifest.json"], ["flipped", "cut", "gone"]
+        )
+    ],
+)
 def test_a_damaged_state_is_named_and_the_one_before_it_used(
     tiny_8bit_dir, examples, checkpoints, capsys, name, how
 ):
@@ -350,3 +364,17 @@ def test_memory_that_ends_with_one_row_is_said(tiny_8bit_dir, examples, monkeypa
     monkeypatch.setattr(CompletionTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="out of memory with one sequence at a time; lower data"):
         trained(tiny_8bit_dir, examples)
+
+
+def test_the_stage_names_rows_as_the_user_knows_them(tmp_path):
+    from stages.finetune import _of_rows
+
+    columns = ["text", "label", "file", "row"]
+    rows = pd.DataFrame([["t", "l", f"{n % 2}.csv", 10 + n] for n in range(6)], columns=columns)
+    splits = {"train": rows, "validation": rows[:1], "test": rows[:1]}
+    write_prepared(tmp_path, "classification", splits)
+    lost = LossLost("the loss is nan at step 3", [4, 1])
+    assert _of_rows(lost, load_prepared(tmp_path)) == (
+        "the loss is nan at step 3 on 0.csv:14, 1.csv:11; look at those rows, or lower "
+        "finetune.learning_rate or max_grad_norm"
+    )

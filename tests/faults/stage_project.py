@@ -26,6 +26,7 @@ OF_TIME = {
     "estimated_memory_gib",
 }
 """Keys of metrics and columns of curves that no two runs have in common."""
+_OUTPUTS = ("artifacts", "reports")
 _TELL_OF_TIME = ("README.md", "metrics.json", "manifest.json")
 """Files of the export that repeat such metrics, or digests of files that do."""
 
@@ -94,23 +95,14 @@ class StageProject:
             process = self.run(stage)
             assert process.returncode == 0, f"{stage}: {process.stdout}{process.stderr}"
 
-    def outcome(self, *folders: str) -> dict[str, str]:
+    def outcome(self) -> dict[str, str]:
         """Return the digest of every output, by path, without what tells of time."""
-        found = {}
-        for top in folders or ("artifacts", "reports"):
-            for file in sorted((self.folder / top).rglob("*")):
-                if file.is_file() and not self._is_left_over(file):
-                    found[file.relative_to(self.folder).as_posix()] = _digest(file)
-        return {name: digest for name, digest in found.items() if digest}
+        return outcome_of(self.folder)
 
     def left_over(self) -> list[str]:
         """Return what is neither an output nor an input: of an earlier, killed process."""
-        paths = [p for top in ("artifacts", "reports") for p in (self.folder / top).rglob("*")]
-        return [p.relative_to(self.folder).as_posix() for p in paths if self._is_left_over(p)]
-
-    def _is_left_over(self, path: Path) -> bool:
-        parts = path.relative_to(self.folder).parts
-        return any(part.startswith(".") for part in parts)
+        paths = [p for top in _OUTPUTS for p in (self.folder / top).rglob("*")]
+        return [str(p) for p in paths if _is_left_over(p.relative_to(self.folder))]
 
     def copy(self, folder: Path) -> StageProject:
         """Return the same project elsewhere, with all that it has come to."""
@@ -118,6 +110,21 @@ class StageProject:
         twin.folder = folder
         shutil.copytree(self.folder, folder)
         return twin
+
+
+def outcome_of(folder: Path) -> dict[str, str]:
+    """Return the digest of every output of a project, by path, without what tells of time."""
+    found = {}
+    for top in _OUTPUTS:
+        for file in sorted((folder / top).rglob("*")):
+            path = file.relative_to(folder)
+            if file.is_file() and not _is_left_over(path) and (digest := _digest(file)):
+                found[path.as_posix()] = digest
+    return found
+
+
+def _is_left_over(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _digest(file: Path) -> str | None:

@@ -167,7 +167,7 @@ _KINDS = {
 @pytest.mark.parametrize("kind", _KINDS)
 def test_damage_is_refused_in_words(tmp_path, tally, kind):
     work, _ = _KINDS[kind]
-    failed = work(tmp_path, 500, 0, tally)
+    failed = work(tmp_path, 300, 0, tally)
     assert not failed, "\n".join(failed)
 
 

@@ -74,7 +74,7 @@ def kill_at(project, undisturbed, changes, shim, stage, draw):
     return problems_after(project, undisturbed, stage)
 
 
-def kill_after(project, undisturbed, stage, seconds, number):
+def kill_after(project, stage, seconds, number):
     """Send a signal after some time; return how the stage ended, and what it said."""
     process = project.start(stage)
     try:
@@ -97,29 +97,32 @@ def durations(undisturbed, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("stage", ["convert", "finetune"])
+@pytest.mark.parametrize(
+    "stage",
+    [s if s == "finetune" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
+)
 def test_a_killed_stage_ends_as_if_it_had_not_been(
     project, undisturbed, changes, shim, tally, stage
 ):
-    draw = random.Random(stage)
-    for _ in range(2):
-        problems = kill_at(project, undisturbed, changes, shim, stage, draw)
-        assert not settle(tally, "SIGKILL in a stage", problems, project, undisturbed)
+    problems = kill_at(project, undisturbed, changes, shim, stage, random.Random(stage))
+    assert not settle(tally, "SIGKILL in a stage", problems, project, undisturbed)
 
 
 @pytest.mark.faults
-def test_every_one_of_many_kills_is_survived(project, undisturbed, changes, shim, durations, tally):
-    draw = random.Random(0)
-    failed = []
-    for trial in range(200):
+@pytest.mark.parametrize("part", range(10))
+def test_every_one_of_many_kills_is_survived(
+    project, undisturbed, changes, shim, durations, tally, part
+):
+    draw, failed = random.Random(part), []
+    for trial in range(20):
         stage = STAGES[trial % len(STAGES)]
-        if trial % 20 < 15:
+        if trial < 15:
             fault = "SIGKILL while a stage changes files"
             problems = kill_at(project, undisturbed, changes, shim, stage, draw)
         else:
             fault = "SIGKILL at a random time"
             seconds = draw.uniform(0.1, durations[stage])
-            kill_after(project, undisturbed, stage, seconds, signal.SIGKILL)
+            kill_after(project, stage, seconds, signal.SIGKILL)
             problems = problems_after(project, undisturbed, stage)
         failed += settle(tally, fault, problems, project, undisturbed)
     assert not failed
@@ -127,7 +130,7 @@ def test_every_one_of_many_kills_is_survived(project, undisturbed, changes, shim
 
 def told_to_end(project, undisturbed, stage, number, seconds):
     """Send SIGINT or SIGTERM and return what is not clean."""
-    code, said = kill_after(project, undisturbed, stage, seconds, number)
+    code, said = kill_after(project, stage, seconds, number)
     problems = []
     # By the signal itself: it came when all was done, and Python had put its handlers away.
     if code not in (128 + number, -number, 0):
@@ -138,7 +141,9 @@ def told_to_end(project, undisturbed, stage, number, seconds):
     return problems + problems_after(project, undisturbed, stage), code
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=str
+)
 def test_training_that_is_told_to_end_is_kept(project, undisturbed, tally, number):
     process = project.start("finetune")
     states = project.folder / ".gptj8" / "checkpoints"
