@@ -61,6 +61,9 @@ def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> 
         raise UserError(f"{folder / MANIFEST} is no manifest: digests by relative path")
     problems = []
     if only is not None:
+        problems = [
+            f"{folder / name} is not in {MANIFEST}" for name in only if name not in expected
+        ]
         expected = {name: digest for name, digest in expected.items() if name in only}
     for name, digest in expected.items():
         file = folder / name

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import ScalarEvent
 
 from gptj8.errors import UserError
 from gptj8.evaluation.requirements import parse_requirement
@@ -310,9 +311,12 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
             text = stream.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise UserError(f"{path} has more than {_MOST_CHARACTERS:,} characters")
+        _refuse_tags_and_merges(text, path)
         content = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run from the project's top folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     # What a value is not, such as the 99th of a month, comes as whatever the constructor raised.
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)[:300]}") from None
@@ -349,6 +353,15 @@ def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:
 def resolved(params: Params) -> dict[str, Any]:
     """Return what decides a run's outcome: every section but `tracking`, defaults filled in."""
     return params.model_dump(mode="json", exclude={"tracking"})
+
+
+def _refuse_tags_and_merges(text: str, path: str | Path) -> None:
+    """Refuse what a YAML file may do besides saying values: name types, and multiply itself."""
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if getattr(event, "ctag", None) is not None:
+            raise UserError(f"{path} line {event.start_mark.line + 1}: tags are not read")
+        if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
+            raise UserError(f"{path} line {event.start_mark.line + 1}: merge keys are not read")
 
 
 class _Nodes:
@@ -396,7 +409,11 @@ def _explain(problem: Any, content: dict[str, Any]) -> str:
         return f"{name}: {message}"
     if isinstance(here, float) and not math.isfinite(here):
         message = "input should be a finite number"
-    return f"{name} = {here!r}: {message}"
+    try:
+        value = repr(here)
+    except ValueError:  # of more digits than Python writes
+        value = "a number without end"
+    return f"{name} = {value}: {message}"
 
 
 def _known_keys(section: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from gptj8.terminal import Story
 from gptj8.tracking import stage_run
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
     from gptj8.dataset import PreparedDataset
@@ -84,7 +85,7 @@ def main() -> None:
         # The adapter, and three states: weights, and at most as much again twice for the optimizer.
         trained = 4 * trainable_parameters(adapted)
         require_free_space(OUTPUT, 10 * trained + _SPARE_BYTES, "training")
-        checkpoints = stack.enter_context(_checkpoints(params, settings, str(dtype)).alone())
+        checkpoints = stack.enter_context(_checkpoints(params, settings, device, dtype).alone())
         try:
             result = train(
                 adapted,
@@ -93,7 +94,7 @@ def main() -> None:
                 settings,
                 encoder.eos_id,
                 record.log_metrics,
-                _label_accuracy(params, dataset, encoder, settings.per_device_train_batch_size),
+                _label_accuracy(params, dataset, encoder),
                 checkpoints,
             )
         except LossLost as error:
@@ -112,8 +113,6 @@ def main() -> None:
         metrics = {k: v for k, v in measured if k != "history" and v is not None}
         peak = peak_memory_gib()
         metrics |= {
-            "per_device_train_batch_size": settings.per_device_train_batch_size,
-            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "peak_memory_gib": peak,
             **memory.metrics(fit),
         }
@@ -142,7 +141,9 @@ def _describe(finetune: Finetune, settings: TrainingSettings, rows: int) -> str:
     )
 
 
-def _checkpoints(params: Params, settings: TrainingSettings, dtype: str) -> Checkpoints:
+def _checkpoints(
+    params: Params, settings: TrainingSettings, device: torch.device, dtype: torch.dtype
+) -> Checkpoints:
     """Return where states of this training lie, and nothing that another one saved.
 
     How a step's rows are divided, and what is computed again, may change when a training goes on:
@@ -160,7 +161,8 @@ def _checkpoints(params: Params, settings: TrainingSettings, dtype: str) -> Chec
     }
     decided_by = params.finetune.model_dump(mode="json", exclude=of_memory) | {
         "seed": params.seed,
-        "dtype": dtype,
+        "device": device.type,
+        "dtype": str(dtype),
         "rows_a_step": settings.rows_a_step,
         "processes": process_count(),
     }
@@ -172,18 +174,15 @@ def _checkpoints(params: Params, settings: TrainingSettings, dtype: str) -> Chec
 
 def _of_rows(error: LossLost, dataset: PreparedDataset) -> str:
     """Return what went wrong with the rows of the user's files that it happened on."""
-    from gptj8.training.trouble import WAY_OUT
-
     if dataset.task == "text" or not error.examples:  # an example is then of many rows
         return str(error)
     rows = dataset.split("train").iloc[error.examples]
-    named = [f"{file}:{row}" for file, row in zip(rows["file"], rows["row"], strict=True)]
-    return f"{error.reason} on {', '.join(named)}; {WAY_OUT}"
+    return error.told([f"{f}:{r}" for f, r in zip(rows["file"], rows["row"], strict=True)])
 
 
 def _label_accuracy(
-    params: Params, dataset: PreparedDataset, encoder: TextEncoder, batch_size: int
-) -> Callable[[PeftModel], float] | None:
+    params: Params, dataset: PreparedDataset, encoder: TextEncoder
+) -> Callable[[PeftModel, int], float] | None:
     """Return what measures accuracy by label likelihood on the validation split, if it has labels.
 
     Not the share of tokens that are the likeliest ones, given all right ones before: that is nearly
@@ -200,7 +199,7 @@ def _label_accuracy(
     longest = max(map(len, labels))
     ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
     actual = [dataset.labels.index(label) for label in rows["label"]]
-    return lambda model: label_accuracy(
+    return lambda model, batch_size: label_accuracy(
         model,
         ids,
         labels,

@@ -134,7 +134,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
         ("- a\n- b\n", "must hold sections"),
         ("", "must hold sections"),
         ("seed: 1\nseed: 2\n", "not valid YAML"),
-        ("data: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("data: !!python/object/apply:os.system ['true']\n", "tags are not read"),
     ],
     ids=["broken", "list", "empty", "duplicate-key", "python-tag"],
 )
@@ -170,3 +170,21 @@ def test_an_option_is_no_path(tmp_path, path):
     YAML().dump({**MINIMAL, "model": {"path": path}}, tmp_path / "params.yaml")
     with pytest.raises(UserError, match=r"model\.path = .* is no path"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: !!int 3\n", "line 1: tags are not read"),
+        ("data: {}\nmodel:\n  <<: {path: x}\n", "line 3: merge keys are not read"),
+    ],
+)
+def test_values_are_all_that_is_read(tmp_path, text, reason):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_folder_is_no_params_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_params(tmp_path)

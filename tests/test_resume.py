@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import signal
 
 import pandas as pd
 import pytest
@@ -33,7 +34,7 @@ def checkpoints(tmp_path):
     return lambda every=0.0: Checkpoints(tmp_path / "checkpoints", "k" * 64, every)
 
 
-def accuracy(model):
+def accuracy(model, batch_size):
     """Something of the weights, which draws random numbers as a measure might."""
     return float(sum(w.abs().sum() for w in weights_of(model).values()) + torch.rand(()) * 0)
 
@@ -214,6 +215,22 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert_same(trained(tiny_8bit_dir, examples, checkpoints=states), wanted)
 
 
+def test_states_that_are_not_usable_do_not_push_out_good_ones(tmp_path, capsys):
+    states = Checkpoints(tmp_path, "k" * 64, None)
+    for step in (500, 520):
+        (states.save(step, {"x": torch.zeros(2)}) / "state.json").unlink()
+    assert states.latest() is None
+    for step in (10, 20, 30):
+        assert states.save(step, {"x": torch.zeros(2)}).is_dir()
+        assert states.latest().step == step
+    assert [folder.name[-2:] for folder in sorted(states.folder.iterdir())] == ["20", "30"]
+
+
+def test_a_key_needs_its_inputs(tmp_path):
+    with pytest.raises(UserError, match="does not exist; rerun the stage that writes it"):
+        training_key({}, tmp_path / "manifest.json")
+
+
 def test_what_another_training_saved_is_not_used(tiny_8bit_dir, examples, tmp_path, capsys):
     first = Checkpoints(tmp_path, "a" * 64, 0.0)
     trained(tiny_8bit_dir, examples, checkpoints=first)
@@ -355,6 +372,74 @@ def test_out_of_memory_takes_fewer_rows_at_a_time(
     assert re.search(r"goes on after step 4, saved \S+ s ago", said)
     for name, weight in wanted[0].items():
         torch.testing.assert_close(found[0][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_sizes_that_memory_asked_for_are_kept(tiny_8bit_dir, examples, checkpoints, monkeypatch):
+    def ending(fails_at):
+        original, calls = CompletionTrainer.compute_loss, []
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            calls.append(len(inputs["input_ids"]))
+            if len(calls) == fails_at and model.training:
+                raise torch.OutOfMemoryError("out of memory")
+            if len(calls) == 2 * fails_at:
+                raise KeyboardInterrupt
+            return original(self, model, inputs, *args, **kwargs)
+
+        return compute_loss
+
+    settings = changed(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    states = checkpoints(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionTrainer, "compute_loss", ending(3))
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_8bit_dir, examples, settings, states)
+    _, result = trained(tiny_8bit_dir, examples, settings, states)
+    assert result["per_device_train_batch_size"] == 2
+    assert result["gradient_accumulation_steps"] == 2
+
+
+def test_a_step_that_ends_in_an_error_is_not_saved_half(
+    tiny_8bit_dir, examples, checkpoints, monkeypatch
+):
+    import bitsandbytes.optim as optim
+
+    original, calls = optim.AdamW.update_step, []
+
+    def update_step(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 40:  # in the midst of a step's weights
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.AdamW, "update_step", update_step)
+        found = trained(tiny_8bit_dir, examples, SETTINGS, checkpoints(None), dropout=0.0)
+    assert len(calls) > 40
+    assert signal.getsignal(signal.SIGTERM) is before
+    wanted = trained(
+        tiny_8bit_dir,
+        examples,
+        changed(per_device_train_batch_size=1, gradient_accumulation_steps=4),
+        dropout=0.0,
+    )
+    assert_same(found, wanted)
+
+
+def test_a_gpus_loss_is_looked_at_later(tiny_8bit_dir, examples, monkeypatch):
+    """As on a device where looking waits: what was lost is named with its step, two steps later."""
+
+    def look_at(self, value, what):
+        step = self.state.global_step
+        self._unseen.append((step, value.detach() * (math.nan if step == 2 else 1)))
+
+    monkeypatch.setattr(CompletionTrainer, "_look_at", look_at)
+    reason = "the loss or the norm of its gradients is nan at step 3"
+    with pytest.raises(LossLost, match=reason) as caught:
+        trained(tiny_8bit_dir, examples)
+    assert caught.value.examples == RowOrder(examples, 4, SETTINGS.seed).rows_of_step(2)
+    assert not caught.value.weights_are_good
 
 
 def test_memory_that_ends_with_one_row_is_said(tiny_8bit_dir, examples, monkeypatch):

@@ -119,9 +119,9 @@ def test_accuracy_is_followed_wherever_the_loss_is(tiny_8bit_dir, examples, enco
     labels = [PromptEncoder(encoder, "{text} =", 64).completion_ids(c) for _, c in ROWS[:3]]
     modes, logged = [], []
 
-    def accuracy(model):
+    def accuracy(model, batch_size):
         modes.append(model.training)
-        return label_accuracy(model, prompts, labels, [0, 1, 2] * 4, batch_size=4)
+        return label_accuracy(model, prompts, labels, [0, 1, 2] * 4, batch_size=batch_size)
 
     result = train(
         model, examples, examples, SETTINGS, 0, lambda v, s: logged.append((s, v)), accuracy

@@ -39,6 +39,7 @@ from gptj8.serving.requests import (
 from gptj8.words import one_line
 
 _CLOSED = "the server is shutting down"
+_GRACE_SECONDS = 10.0
 _TOLD_PROBLEMS = 3  # of a bad request, which may have as many as it has keys
 
 
@@ -167,35 +168,38 @@ def create_app(
 class Server(uvicorn.Server):
     """Told to end, ends the answers that are under way: a stream would hold it up, and be cut.
 
-    Closes connections on which no whole request head has come for some time: each takes one of the
-    files that the process may open.
+    Closes connections on which no whole request head comes for some time, or no answer is read:
+    each takes one of the files that the process may open.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, seconds_to_send: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, limits: Limits) -> None:
         super().__init__(config)
         self._engine = engine
-        self._seconds_to_send = seconds_to_send
-        self._silent_since: dict[Any, float] = {}
+        self._limits = limits
+        self._seen: dict[Any, tuple[Any, bool, float]] = {}
 
     async def on_tick(self, counter: int) -> bool:
         """Look at the connections, ten times a second."""
-        now = time.monotonic()
-        silent = [c for c in self.server_state.connections if _has_no_request(c)]
-        self._silent_since = {c: self._silent_since.get(c, now) for c in silent}
-        for connection, since in self._silent_since.items():
-            if now - since > self._seconds_to_send:
+        now, before, self._seen = time.monotonic(), self._seen, {}
+        waiting = self._limits.seconds_to_send
+        answering = waiting + self._limits.seconds + _GRACE_SECONDS
+        for connection in self.server_state.connections:
+            request = getattr(connection, "cycle", None)  # the last one, of uvicorn's
+            is_over = request is None or request.response_complete
+            known, was_over, since = before.get(connection, (None, False, now))
+            if known is not request or was_over != is_over:
+                since = now
+            self._seen[connection] = (request, is_over, since)
+            if is_over and now - since > waiting:
                 connection.transport.close()
+            elif not is_over and now - since > answering:
+                connection.transport.abort()
         return await super().on_tick(counter)
 
     async def shutdown(self, *arguments: Any, **keywords: Any) -> None:
         """Close the engine, then the connections."""
         await asyncio.to_thread(self._engine.close)
         await super().shutdown(*arguments, **keywords)
-
-
-def _has_no_request(connection: Any) -> bool:
-    cycle = getattr(connection, "cycle", None)
-    return cycle is None or cycle.response_complete
 
 
 class _Token:

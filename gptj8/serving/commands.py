@@ -184,10 +184,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     config = uvicorn.Config(
         create_app(engine, limits, token),
         log_level="warning",
-        limit_concurrency=arguments.max_connections,
+        limit_concurrency=arguments.max_connections + 1,  # it counts the one that asks, too
         timeout_graceful_shutdown=10,  # for a client that does not read
     )
-    Server(config, engine, limits.seconds_to_send).run(sockets)
+    Server(config, engine, limits).run(sockets)
 
 
 def _token_of(file: str | None) -> str | None:

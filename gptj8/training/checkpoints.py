@@ -15,16 +15,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gptj8.distributed import is_main_process
+from gptj8.distributed import from_main
 from gptj8.errors import UserError
 from gptj8.files import list_files, replace_directory, require_free_space, sha256_file
 from gptj8.manifest import verify_manifest, write_manifest
@@ -45,6 +45,9 @@ def training_key(decided_by: Mapping[str, Any], *inputs: Path) -> str:
         decided_by: settings, as JSON has them.
         inputs: files or folders that it reads.
 
+    Raises:
+        UserError: if an input does not exist.
+
     The versions of the libraries and the package's own source are part of it: after an update a
     training begins anew.
     """
@@ -60,6 +63,8 @@ def training_key(decided_by: Mapping[str, Any], *inputs: Path) -> str:
 
 
 def _digests(path: Path) -> dict[str, str]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; rerun the stage that writes it")
     return {file.relative_to(path).as_posix(): sha256_file(file) for file in list_files(path)}
 
 
@@ -94,6 +99,7 @@ class Checkpoints:
         self.root = root
         self.folder = root / key[:16]
         self._saved_at = time.monotonic()
+        self._unusable: set[Path] = set()
 
     @property
     def is_due(self) -> bool:
@@ -109,16 +115,14 @@ class Checkpoints:
         Raises:
             UserError: if one is under way.
         """
-        if not is_main_process():
-            yield self
-            return
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._forget_the_old()
-        with open(self.root / f"{self.key[:16]}.lock", "w") as lock:
-            self._lock(lock)
+        with ExitStack() as opened:
+            from_main(lambda: self._lock(opened))
             yield self
 
-    def _lock(self, lock: IO[str]) -> None:
+    def _lock(self, opened: ExitStack) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = opened.enter_context(open(self.root / f"{self.key[:16]}.lock", "w"))
+        self._forget_the_old()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,6 +137,7 @@ class Checkpoints:
             try:
                 return self._read(folder)
             except (UserError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                self._unusable.add(folder)
                 _warn(f"the checkpoint {folder} is not used: {one_line(error)}")
         return None
 
@@ -147,7 +152,7 @@ class Checkpoints:
         return Saved(int(plain["step"]), content, folder, age)
 
     def save(self, step: int, content: Mapping[str, Any]) -> Path:
-        """Write a state, then remove those before the last two.
+        """Write a state, then remove those before the last two, and those that were not usable.
 
         Args:
             step: after which it is.
@@ -162,14 +167,21 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         require_free_space(self.folder, size + (1 << 20), "a checkpoint")
         target = self.folder / f"step-{step:09d}"
-        with replace_directory(target) as staging:
-            # Infinity and NaN are what a scaled gradient's norm may be.
-            (staging / STATE).write_text(json.dumps(plain), encoding="utf-8")
-            save_file(tensors, staging / TENSORS)
-            write_manifest(staging)
+        try:
+            with replace_directory(target) as staging:
+                # Infinity and NaN are what a scaled gradient's norm may be.
+                (staging / STATE).write_text(json.dumps(plain), encoding="utf-8")
+                save_file(tensors, staging / TENSORS)
+                write_manifest(staging)
+        except SafetensorError as error:  # no OSError, though the disk is what it tells of
+            raise UserError(f"the checkpoint {target} is not written: {one_line(error)}") from error
         self._saved_at = time.monotonic()
-        for old in self._folders()[:-_KEPT]:
-            _remove(old)
+        self._unusable.discard(target)
+        # Of a later step is only what could not be gone on from.
+        good = [f for f in self._folders() if f.name <= target.name and f not in self._unusable]
+        for folder in self._folders():
+            if folder not in good[-_KEPT:]:
+                _remove(folder)
         return target
 
     def clear(self) -> None:
@@ -183,12 +195,9 @@ class Checkpoints:
         """Remove states of trainings that nobody has come back to."""
         limit = time.time() - _FORGOTTEN_DAYS * 86400
         for path in self.root.iterdir():
-            if path.name.startswith(self.folder.name) or path.stat().st_mtime >= limit:
-                continue
-            if path.is_dir():
-                _remove(path)
-            else:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process forgets, or clears, too
+                if path.is_dir() and path != self.folder and path.stat().st_mtime < limit:
+                    _remove(path)
 
 
 def _remove(folder: Path) -> None:

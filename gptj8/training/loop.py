@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +45,7 @@ def train(
     settings: TrainingSettings,
     pad_id: int,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
-    eval_accuracy: Callable[[PeftModel], float] | None = None,
+    eval_accuracy: Callable[[PeftModel, int], float] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
@@ -57,7 +57,8 @@ def train(
         log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
             `eval_loss`, `eval_accuracy`, `tokens_per_second`. A training that goes on begins with
             the values of the step it goes on from.
-        eval_accuracy: measures the model in eval mode, wherever its loss is measured.
+        eval_accuracy: measures the model in eval mode, so many rows at a time, wherever its loss is
+            measured.
         checkpoints: states of this very training, which it goes on from. They stay: whoever has
             kept the result clears them.
 
@@ -65,7 +66,7 @@ def train(
         LossLost: if the loss is not finite, or grows without bound.
         UserError: if nothing was learned, or not one sequence at a time fits into memory.
     """
-    before = _trained(model)
+    untrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     model.config.use_cache = False
     share_trained_only(model)
     if settings.max_eval_samples is not None:
@@ -73,7 +74,8 @@ def train(
 
     def attempt(settings: TrainingSettings, saved: Saved | None) -> TrainingResult:
         set_checkpointing(model, settings.checkpointing)
-        monitor = Monitor(log, eval_accuracy)
+        size = settings.per_device_train_batch_size
+        monitor = Monitor(log, eval_accuracy and (lambda model: eval_accuracy(model, size)))
         with (
             tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch,
             TrainingProgress(monitor) as shown,
@@ -91,8 +93,9 @@ def train(
             trainer.remove_callback(PrinterCallback)
             return _to_the_end(trainer, monitor, saved)
 
-    result = _within_memory(attempt, model, settings, checkpoints)
-    if all(torch.equal(weight, before[name]) for name, weight in _trained(model).items()):
+    result = _within_memory(attempt, model, untrained, settings, checkpoints)
+    weights = dict(model.named_parameters())
+    if all(torch.equal(weights[name], weight) for name, weight in untrained.items()):
         raise UserError("training moved no weight; finetune.learning_rate may be too small")
     return result
 
@@ -100,15 +103,18 @@ def train(
 def _within_memory(
     attempt: Callable[[TrainingSettings, Saved | None], TrainingResult],
     model: PeftModel,
+    untrained: Mapping[str, torch.Tensor],
     settings: TrainingSettings,
     checkpoints: Checkpoints | None,
 ) -> TrainingResult:
     """Train, and where memory ends go on with fewer sequences at a time."""
-    untrained, drawn = _trained(model), random_state()
+    drawn = random_state()
     while True:
         saved = None if checkpoints is None else from_main(checkpoints.latest)
         if saved is not None:
             _say(f"goes on after step {saved.step}, saved {format_seconds(saved.age)} ago")
+            # What memory once asked for it will ask for again, and other sizes round differently.
+            settings = settings.divided(saved.content["per_device_train_batch_size"])
         try:
             return attempt(settings, saved)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -142,6 +148,7 @@ def _to_the_end(
     trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None
 ) -> TrainingResult:
     """Train, measure the end, and keep what was reached if something stops it before."""
+    args = trainer.args
     try:
         output = trainer.train_from(saved)
         if monitor.last_eval_step != trainer.state.global_step:
@@ -153,6 +160,8 @@ def _to_the_end(
                 if folder is not None:
                     _say(f"the state after step {int(folder.name.split('-')[1])} is kept")
         raise
+    finally:
+        trainer.let_signals_come()
     if not math.isfinite(monitor.eval_loss):
         raise LossLost(f"the validation loss is {monitor.eval_loss} at the end")
     tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
@@ -166,6 +175,8 @@ def _to_the_end(
         tokens_per_second=tokens / monitor.step_seconds,
         samples_per_second=samples / monitor.step_seconds,
         padding_fraction=padding / max(1, padding + tokens),
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         history=monitor.history,
     )
 
@@ -175,7 +186,7 @@ def _is_worth_keeping(error: BaseException) -> bool:
     if process_count() > 1:  # which may have been stopped after different steps
         return False
     if isinstance(error, LossLost):
-        return bool(error.examples)  # found before the step was made
+        return error.weights_are_good
     return isinstance(error, KeyboardInterrupt | SystemExit) or is_out_of_memory(error)
 
 
@@ -208,11 +219,6 @@ def _first(examples: Sequence[Example] | Dataset, count: int) -> Sequence[Exampl
     if isinstance(examples, Sequence):
         return examples[:count]
     return examples.take(min(count, len(examples)))
-
-
-def _trained(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return a copy of every weight that is trained."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def _say(text: str) -> None:

@@ -80,10 +80,14 @@ class Monitor(TrainerCallback):
         self._used = state["used"]
         self.history[:] = state["history"]
 
+    def step_begins(self) -> None:
+        """Leave out of the steps' time what came since the last one."""
+        self._step_started = time.perf_counter()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if process_count() > 1:  # other rows want other draws of dropout
             torch.manual_seed(args.seed + process_number())
-        self._step_started = time.perf_counter()
+        self.step_begins()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -101,7 +105,7 @@ class Monitor(TrainerCallback):
             # Trainer has logged the loss of this evaluation before.
             self.history[-1]["eval_accuracy"] = self.eval_accuracy
             self.log({"eval_accuracy": self.eval_accuracy}, state.global_step)
-        self._step_started = time.perf_counter()
+        self.step_begins()
 
     def on_log(
         self,

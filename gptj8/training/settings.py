@@ -63,17 +63,21 @@ class TrainingSettings:
         steps_an_epoch = math.ceil(batches / self.gradient_accumulation_steps)
         return math.ceil(self.num_train_epochs * steps_an_epoch)
 
+    def divided(self, size: int) -> TrainingSettings:
+        """Return settings with so many sequences at a time, if that is fewer; a step stays."""
+        if size >= self.per_device_train_batch_size:
+            return self
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return replace(
+            self, per_device_train_batch_size=size, gradient_accumulation_steps=rows // size
+        )
+
     def with_less_memory(self) -> TrainingSettings | None:
         """Return settings that learn the same from less memory: fewer sequences at a time and more
         times, then more computed again; None if there is nothing left to give."""
-        size, times = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        size = self.per_device_train_batch_size
         if size > 1:
-            smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)
-            return replace(
-                self,
-                per_device_train_batch_size=smaller,
-                gradient_accumulation_steps=times * size // smaller,
-            )
+            return self.divided(max(n for n in range(1, size // 2 + 1) if size % n == 0))
         return replace(self, checkpointing="full") if self.checkpointing != "full" else None
 
 
@@ -85,6 +89,8 @@ class TrainingResult:
         train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
         eval_accuracy: at its end; None where none was measured.
         seconds: in all, of interrupted attempts what was kept of them.
+        per_device_train_batch_size, gradient_accumulation_steps: at the end; memory may have asked
+            for other ones than were given.
         tokens_per_second, samples_per_second: of training steps alone, padding not counted.
         history: one dict a logged step: `step` and `loss` or `eval_loss`, and others;
             `eval_accuracy` beside the latter.
@@ -99,6 +105,8 @@ class TrainingResult:
     tokens_per_second: float
     samples_per_second: float
     padding_fraction: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
     history: list[dict[str, float]] = field(default_factory=list)
 
 

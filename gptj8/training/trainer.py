@@ -14,7 +14,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from gptj8.distributed import (
     each_a_share,
     from_main,
-    is_main_process,
     process_count,
     process_number,
 )
@@ -95,7 +94,7 @@ class CompletionTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None
         self._held = HeldSignals()
         self._begun = time.perf_counter()
-        self._unseen: list[torch.Tensor] = []
+        self._unseen: list[tuple[int, torch.Tensor]] = []
         self.add_callback(_Moments(self))
 
     @property
@@ -157,31 +156,38 @@ class CompletionTrainer(Trainer):
 
         On a GPU, where looking would wait for the step, it is looked at when the loss is logged.
         """
-        value = value.detach()
+        value, step = value.detach(), self.state.global_step
         if value.device.type != "cpu":
-            self._unseen.append(value)
+            self._unseen.append((step, value))
         elif not bool(torch.isfinite(value)):
-            self._lose(f"the {what} is {float(value)}", self.state.global_step)
+            self._lose(f"the {what} is {float(value)}", step, weights_are_good=True)
 
     def _look_back(self) -> None:
         """Look at what was put off."""
         if not self._unseen:
             return
         unseen, self._unseen = self._unseen, []
-        if not bool(torch.isfinite(torch.stack([v.float() for v in unseen])).all()):
-            self._lose("the loss or its gradients are not finite", None)
+        finite = torch.isfinite(torch.stack([value.float() for _, value in unseen])).tolist()
+        if not all(finite):
+            step, value = unseen[finite.index(False)]
+            what = f"the loss or the norm of its gradients is {float(value)}"
+            self._lose(what, step, weights_are_good=False)
 
-    def _lose(self, what: str, step: int | None) -> None:
-        if step is None:
-            raise LossLost(f"{what} by step {self.state.global_step}")
+    def _lose(self, what: str, step: int, weights_are_good: bool) -> None:
         examples = [] if self._rows is None else self._rows.rows_of_step(step)
-        raise LossLost(f"{what} at step {step + 1}", examples)
+        raise LossLost(f"{what} at step {step + 1}", examples, weights_are_good)
 
     # States.
 
     def step_begins_to_count(self) -> None:
-        """From here on until the state of the step's end is known, nothing interrupts."""
+        """From here on until the state of the step's end is known, nothing interrupts, and there is
+        nothing that could be saved."""
         self._held.hold()
+        self._last = None
+
+    def let_signals_come(self) -> None:
+        """End the waiting of signals, if a step ended in an error."""
+        self._held.release()
 
     def _maybe_log_save_evaluate(
         self,
@@ -200,6 +206,7 @@ class CompletionTrainer(Trainer):
             self._last = self._end_of_step(grad_norm, learning_rate)
             if self._is_due():
                 self.save()
+                self._monitor.step_begins()
             self._held.release()
         super()._maybe_log_save_evaluate(
             tr_loss,
@@ -229,12 +236,14 @@ class CompletionTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "trainer": state,
-            "random": random_state(),
-            "monitor": self._monitor.state(),
-            "losses": {
-                "since_logged": self._tr_loss.clone(),
-                "before": self._total_loss_scalar,
-                "logged_at": self._globalstep_last_logged,
+            "own": {  # each process has another one
+                "random": random_state(),
+                "monitor": self._monitor.state(),
+                "losses": {
+                    "since_logged": self._tr_loss.clone(),
+                    "before": self._total_loss_scalar,
+                    "logged_at": self._globalstep_last_logged,
+                },
             },
             "pending": {
                 "should_log": self.control.should_log,
@@ -253,16 +262,24 @@ class CompletionTrainer(Trainer):
         Returns:
             where it is; None if there is nothing to save, or nowhere.
         """
-        last = self._last
-        if self._checkpoints is None or last is None:
+        checkpoints, last = self._checkpoints, self._last
+        if checkpoints is None or last is None:
             return None
-        self._look_back()
-        own = {"random": last["random"], "monitor": last["monitor"]}
-        processes = each_a_share(lambda mine: [own], process_count())
-        if not is_main_process():
-            return None
+
+        def own() -> dict[str, Any]:
+            self._look_back()
+            return last["own"]
+
+        processes = each_a_share(lambda mine: [own()], process_count())
+        return from_main(lambda: self._write(checkpoints, last, processes))
+
+    def _write(
+        self, checkpoints: Checkpoints, last: dict[str, Any], processes: list[dict[str, Any]]
+    ) -> Path:
+        args = self.args
         content = {
-            **{key: last[key] for key in ("losses", "pending", "seconds")},
+            **{key: last[key] for key in ("pending", "seconds")},
+            "per_device_train_batch_size": args.per_device_train_batch_size,
             "trainer": last["trainer"].__dict__,
             "processes": processes,
             "adapter": {n: p for n, p in self.model.named_parameters() if p.requires_grad},
@@ -271,18 +288,20 @@ class CompletionTrainer(Trainer):
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         with HeldSignals():
-            return self._checkpoints.save(last["step"], content)
+            return checkpoints.save(last["step"], content)
 
     def train_from(self, saved: Saved | None) -> Any:
         """Train from a state, or from the beginning; see `Trainer.train`."""
         if saved is None:
             return self.train()
-        self._resumed = saved.content
         self._begun -= saved.content["seconds"]
         # Trainer reads where it stands from a file of this name.
         scratch = Path(str(self.args.output_dir))
         state = copy.copy(self.state)
         state.__dict__.update(saved.content["trainer"])
+        # Moved: what was loaded is let go of when it has been taken over.
+        self._resumed = dict(saved.content)
+        saved.content.clear()
         state.save_to_json(str(scratch / TRAINER_STATE_NAME))
         return self.train(resume_from_checkpoint=str(scratch))
 
@@ -317,7 +336,7 @@ class CompletionTrainer(Trainer):
         resumed, step = self._resumed, self.state.global_step
         own = resumed["processes"][process_number()]
         self._monitor.set_state(own["monitor"])
-        losses, pending = resumed["losses"], resumed["pending"]
+        losses, pending = own["losses"], resumed["pending"]
         self._tr_loss.copy_(losses["since_logged"])
         self._total_loss_scalar = losses["before"]
         self._globalstep_last_logged = losses["logged_at"]
@@ -326,8 +345,8 @@ class CompletionTrainer(Trainer):
         self.control.should_log = pending["should_log"]
         self.control.should_evaluate = pending["should_evaluate"]
         self._last = {
-            **{key: resumed[key] for key in ("losses", "pending", "seconds")},
-            **own,
+            **{key: resumed[key] for key in ("pending", "seconds")},
+            "own": own,
             "step": step,
             "trainer": copy.copy(self.state),
         }
@@ -341,7 +360,7 @@ class CompletionTrainer(Trainer):
             time.time(),
             learning_rate=pending["learning_rate"],
         )
-        resumed["now"] = random_state()
+        self._resumed = {"now": random_state()}
 
 
 class _Moments(TrainerCallback):

@@ -11,26 +11,35 @@ _EXPLODED = 3.0
 """A mean loss of so many times that of a guess among all tokens has nothing of a model left."""
 
 
-WAY_OUT = "look at those rows, or lower finetune.learning_rate or max_grad_norm"
+_SHOWN = 16
+_WAY_OUT = "look at those rows, or lower finetune.learning_rate or max_grad_norm"
 
 
 class LossLost(UserError):
-    """Training stopped because of its loss or gradients; the weights are those of the step before.
+    """Training stopped because of its loss or gradients.
 
     Attributes:
         reason: what is lost, and at which step.
         examples: numbers of the examples of that step; empty if they are not known.
+        weights_are_good: whether the weights are still those of the step before.
     """
 
-    def __init__(self, reason: str, examples: Sequence[int] = ()) -> None:
+    def __init__(
+        self, reason: str, examples: Sequence[int] = (), weights_are_good: bool = False
+    ) -> None:
         self.reason, self.examples = reason, list(examples)
-        where = f" on examples {_listed(self.examples)}" if self.examples else ""
-        super().__init__(f"{reason}{where}; {WAY_OUT}")
+        self.weights_are_good = weights_are_good
+        super().__init__(self.told([str(number) for number in self.examples], "examples "))
+
+    def told(self, names: Sequence[str], kind: str = "") -> str:
+        """Return the message with the examples called by names, where they are known."""
+        where = f" on {kind}{_few(names)}" if names else ""
+        return f"{self.reason}{where}; {_WAY_OUT}"
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:16]))
-    return f"{shown} and {len(numbers) - 16} more" if len(numbers) > 16 else shown
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 def is_exploded(loss: float, vocabulary: int) -> bool:

@@ -191,6 +191,8 @@ def test_much_damage_is_refused_in_words(tmp_path, tally, kind):
         ),
         ("an alias of itself", "data: &a [*a]"),
         ("a number without end", "seed: " + "9" * 100_000),
+        ("a hexadecimal without end", "seed: 0x" + "f" * 5_000),
+        ("merges of merges", "a: &a {x: 1}\n" + "b: {<<: [*a, *a]}\n" * 3),
         ("a date that is none", "seed: 2001-99-99"),
         ("a tag", "seed: !!python/object/apply:os.system ['true']"),
         ("a large file", "# " + "x" * 20_000_000),

@@ -112,7 +112,7 @@ def running(predictor, limits=Limits(), max_batch=4, max_waiting=256, token=None
     engine = Engine(predictor, max_batch, max_waiting)
     port = free_port()
     config = uvicorn.Config(create_app(engine, limits, token), port=port, log_level="error")
-    server = Server(config, engine, limits.seconds_to_send)
+    server = Server(config, engine, limits)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)

@@ -111,6 +111,10 @@ def test_what_the_model_has_no_room_for_is_refused(gptj8):
         (["--timeout", "nan"], "--timeout nan must be more than 0"),
         (["--max-batch", "0"], "--max-batch 0 must be more than 0"),
         (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be more than 0"),
+        (["--max-connections", "0"], "--max-connections 0 must be more than 0"),
+        (["--send-timeout", "-1"], "--send-timeout -1.0 must be more than 0"),
+        (["--token-file", "no-such-file"], "--token-file no-such-file: "),
+        (["--token-file", "/dev/null"], "the token must be printable ASCII"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,6 +25,17 @@ def rest(connection):
     while piece := connection.recv(4096):
         received += piece
     return received
+
+
+def ask_for_health(connection):
+    """Ask on a connection that stays open, and read the answer."""
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    received = b""
+    while not received.endswith(b"}"):
+        piece = connection.recv(4096)
+        assert piece, "the connection was closed"
+        received += piece
+    assert b"200 OK" in received
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +71,36 @@ def test_a_body_that_does_not_end_is_not_waited_for(impatient, framing):
 
 def test_a_second_request_that_does_not_end_is_not_waited_for(impatient):
     with connected(impatient[0]) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b"200 OK" in connection.recv(4096)
+        ask_for_health(connection)
         connection.sendall(HEAD)
         assert rest(connection) == b""
+
+
+def test_a_client_that_asks_often_is_not_cut_off(impatient):
+    with connected(impatient[0]) as connection:
+        for _ in range(15):  # three times as long as a head may take
+            ask_for_health(connection)
+            time.sleep(0.11)
+
+
+def test_an_answer_that_is_not_read_ends(predictors, monkeypatch):
+    monkeypatch.setattr("gptj8.serving.app._GRACE_SECONDS", 0.5)
+    limits = Limits(seconds=0.5, seconds_to_send=0.5)
+    with running(predictors["base"], limits) as (url, _):
+        parts = urlsplit(url)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((parts.hostname, parts.port))
+            page = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+            connection.sendall(page * 10)
+            time.sleep(4)
+            received = 0
+            with suppress(ConnectionResetError):
+                while piece := connection.recv(1 << 20):
+                    received += len(piece)
+            size = len(requests.get(url + "/static-offline-docs/swagger-ui-bundle.js").content)
+            assert received < 10 * size
+            assert requests.get(url + "/health", timeout=10).ok
 
 
 def test_slow_clients_do_not_keep_others_waiting(impatient):
