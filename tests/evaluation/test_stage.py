@@ -66,6 +66,7 @@ def models(tmp_path_factory, make_model, encoder):
 @pytest.fixture
 def project(tmp_path, monkeypatch, models):
     monkeypatch.chdir(tmp_path)
+    Path("original").symlink_to(models / "original")
     monkeypatch.setattr(stage, "BASE", models / "converted")
     monkeypatch.setattr(stage, "ADAPTER", models / "adapter")
     monkeypatch.setattr(stage, "stage_run", lambda *args: nullcontext())
@@ -77,7 +78,7 @@ def project(tmp_path, monkeypatch, models):
         Path("params.yaml").write_text(
             f"data:\n  train: rows.csv\n  task: {task}\n  max_length: 64\n"
             f"  prompt_template: {json.dumps(template)}\n"
-            f"model:\n  path: {models / 'original'}\n"
+            f"model:\n  path: original\n"
             f"evaluate:\n  bootstrap_resamples: 100\n{settings}"
         )
         write_prepared(Path("artifacts/dataset"), task, frames(task), template)

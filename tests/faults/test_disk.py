@@ -64,10 +64,8 @@ def tried(project, undisturbed, changes, shim, tally, stage, numbers, error, fau
     return failed
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [s if s == "convert" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_loses_nothing(project, undisturbed, changes, shim, tally, stage):
     numbers = random.Random(stage).sample(writes_of(changes, stage), 1)
     fault = "disk full"
