@@ -67,9 +67,10 @@ def _train(folder: Path, address: str | None, epochs: float) -> tuple[float, flo
     params["finetune"] |= {"num_train_epochs": epochs, "logging_steps": 1, "eval_steps": 1000}
     params["finetune"]["max_eval_samples"] = 20
     params["tracking"]["uri"] = address
-    for section, key in (("data", "train"), ("model", "path")):
-        params[section][key] = str(_PROJECT / params[section][key])
     (folder / "artifacts").mkdir(parents=True)
+    for path in (params["data"]["train"], params["model"]["path"]):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).symlink_to(_PROJECT / path)
     (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")  # JSON is YAML
     for path in _INPUTS:
         (folder / path).symlink_to(_PROJECT / path)
