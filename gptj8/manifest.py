@@ -7,6 +7,7 @@ of training carry this manifest, and whoever reads one compares before it is use
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -89,5 +90,11 @@ def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> 
 
 
 def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file below the folder, if it can be one at all."""
+    try:
+        if b"\0" in os.fsencode(name):
+            return False
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
+        return False
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

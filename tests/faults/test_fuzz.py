@@ -211,7 +211,17 @@ def test_hostile_params(tmp_path, tally, name, text):
     tally("hostile params file", True)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, '{"a": ' * 50_000, '{"..": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "9" * 5_000,
+        '{"a": ' * 50_000,
+        '{"..": "x"}',
+        r'{"a\u0000": "x"}',
+        r'{"\ud800": "x"}',
+    ],
+)
 def test_hostile_manifests(tmp_path, tally, text):
     (tmp_path / MANIFEST).write_text(text)
     with within(SECONDS), pytest.raises(UserError):
