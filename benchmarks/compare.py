@@ -5,7 +5,7 @@ checkpointing, on this machine's CPU; every method (`benchmarks.methods`) gets t
 tokens and adapters. A method runs in a process of its own, in turns with the others; figures are
 medians over rounds. Prints Markdown, ratios to bfloat16 first, and writes JSON.
 
-How far logits and gradients are from float32 and how long loading takes are measured in a first
+How far logits and gradients are from float32 and how long loading takes are measured last, in a
 round of their own (20 GB of memory for a moment, 2.5 GB of disk); `--speed-only` leaves it out.
 
 `--scaling` measures training alone, of gptj8 and bfloat16, as tokens, layers and threads grow, and

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import ScalarEvent
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from gptj8.errors import UserError
 from gptj8.evaluation.requirements import parse_requirement
@@ -26,7 +26,7 @@ from gptj8.words import one_line
 
 PARAMS_FILE = "params.yaml"
 
-_MOST_CHARACTERS, _MOST_VALUES = 1_000_000, 10_000
+_MOST_CHARACTERS, _MOST_VALUES, _MOST_LEVELS = 1_000_000, 10_000, 50
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -311,7 +311,7 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
             text = stream.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise UserError(f"{path} has more than {_MOST_CHARACTERS:,} characters")
-        _refuse_tags_and_merges(text, path)
+        _refuse_more_than_values(text, path)
         content = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run from the project's top folder") from None
@@ -355,9 +355,14 @@ def resolved(params: Params) -> dict[str, Any]:
     return params.model_dump(mode="json", exclude={"tracking"})
 
 
-def _refuse_tags_and_merges(text: str, path: str | Path) -> None:
-    """Refuse what a YAML file may do besides saying values: name types, and multiply itself."""
+def _refuse_more_than_values(text: str, path: str | Path) -> None:
+    """Refuse what a YAML file may do besides saying values: name types, multiply itself, and nest
+    so deeply that reading it takes minutes."""
+    depth = 0
     for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            raise UserError(f"{path} is nested too deeply")
         if getattr(event, "ctag", None) is not None:
             raise UserError(f"{path} line {event.start_mark.line + 1}: tags are not read")
         if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":

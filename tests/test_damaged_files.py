@@ -20,10 +20,7 @@ import json
 import lzma
 import random
 import re
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +34,7 @@ from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.validation import Validated, validate
 from tests.test_validation import byte_tokenizer, run_stage, write_params
+from tests.time_limit import time_limit
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -207,28 +205,6 @@ DAMAGES: dict[str, Damage] = {
 
 
 # --- what must hold ------------------------------------------------------------------------------
-
-
-class LateError(BaseException):
-    """No `Exception`, which the code under test might take for one of its own."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Fail, and where Python still runs stop, what takes longer."""
-
-    def stop(number: int, frame: object) -> None:
-        raise LateError(f"takes more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    started = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        assert time.monotonic() - started < seconds, "takes too long"
 
 
 def examine(

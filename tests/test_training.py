@@ -18,9 +18,8 @@ from gptj8.training.batches import Collator
 from gptj8.training.monitor import Monitor
 from gptj8.training.settings import training_arguments
 from gptj8.training.trainer import CompletionTrainer
+from tests.training_rows import CPU, ROWS, rows
 
-CPU = torch.device("cpu")
-ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
 SETTINGS = TrainingSettings(
     learning_rate=2e-2,
     num_train_epochs=6,
@@ -36,13 +35,8 @@ def encoder(tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def examples(encoder):
-    prompts = PromptEncoder(encoder, "{text} =", 32)
-    encoded = [prompts.example(text, completion) for text, completion in ROWS]
-    return [
-        {"input_ids": e.ids, "prompt_length": e.prompt_length, "length": len(e.ids)}
-        for e in encoded
-    ]
+def examples(tiny_model_dir):
+    return rows(tiny_model_dir)
 
 
 def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float32):

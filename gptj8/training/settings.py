@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from gptj8.checkpointing import Kind
 from gptj8.distributed import process_count
+from gptj8.memory.fitting import divisors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,7 +78,7 @@ class TrainingSettings:
         times, then more computed again; None if there is nothing left to give."""
         size = self.per_device_train_batch_size
         if size > 1:
-            return self.divided(max(n for n in range(1, size // 2 + 1) if size % n == 0))
+            return self.divided(divisors(size)[-2])
         return replace(self, checkpointing="full") if self.checkpointing != "full" else None
 
 

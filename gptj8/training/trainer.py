@@ -182,8 +182,9 @@ class CompletionTrainer(Trainer):
     def step_begins_to_count(self) -> None:
         """From here on until the state of the step's end is known, nothing interrupts, and there is
         nothing that could be saved."""
-        self._held.hold()
-        self._last = None
+        if self._checkpoints is not None:
+            self._held.hold()
+            self._last = None
 
     def let_signals_come(self) -> None:
         """End the waiting of signals, if a step ended in an error."""
@@ -202,9 +203,11 @@ class CompletionTrainer(Trainer):
     ) -> None:
         if self.control.should_log or self.control.should_evaluate:
             self._look_back()
-        if self._last is None or self._last["step"] != self.state.global_step:
+        checkpoints, step = self._checkpoints, self.state.global_step
+        if checkpoints is not None and (self._last is None or self._last["step"] != step):
             self._last = self._end_of_step(grad_norm, learning_rate)
-            if self._is_due():
+            # Time is not the same in all processes, and all of them take part.
+            if step >= self.state.max_steps or from_main(lambda: checkpoints.is_due):
                 self.save()
                 self._monitor.step_begins()
             self._held.release()
@@ -218,14 +221,6 @@ class CompletionTrainer(Trainer):
             start_time,
             learning_rate=learning_rate,
         )
-
-    def _is_due(self) -> bool:
-        checkpoints = self._checkpoints
-        if checkpoints is None:
-            return False
-        is_last = self.state.global_step >= self.state.max_steps
-        # Time is not the same in all processes, and all of them take part.
-        return is_last or from_main(lambda: checkpoints.is_due)
 
     def _end_of_step(
         self, grad_norm: torch.Tensor | float | None, learning_rate: float | None

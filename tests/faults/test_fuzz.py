@@ -7,10 +7,8 @@ the size of the file and 200 MB.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from gptj8.params import load_params
 from gptj8.runtime import resident_bytes
 from gptj8.shards import ShardedWeights
 from tests.project_clone import ROOT
+from tests.time_limit import time_limit
 
 SECONDS = 5
 _SPARE_BYTES = 200_000_000
@@ -58,20 +57,6 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return bytes(damaged)
 
 
-@contextlib.contextmanager
-def within(seconds: float):
-    def stop(*_):
-        raise TimeoutError(f"takes more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def fuzz(read, file: Path, good: list[bytes], count: int, seed: int, tally, fault: str):
     """Let `read` meet damaged copies of good content; return what was not survived."""
     draw, failed = random.Random(seed), []
@@ -83,7 +68,7 @@ def fuzz(read, file: Path, good: list[bytes], count: int, seed: int, tally, faul
         file.write_bytes(content)
         held = True
         try:
-            with within(SECONDS):
+            with time_limit(SECONDS):
                 read()
         except UserError as error:
             if not str(error):
@@ -204,7 +189,7 @@ def test_hostile_params(tmp_path, tally, name, text):
     file = tmp_path / "params.yaml"
     file.write_text(text)
     before = resident_bytes()
-    with within(SECONDS), pytest.raises(UserError) as caught:
+    with time_limit(SECONDS), pytest.raises(UserError) as caught:
         load_params(file)
     assert len(str(caught.value)) < 2_000
     assert resident_bytes() - before < len(text) + _SPARE_BYTES
@@ -224,6 +209,6 @@ def test_hostile_params(tmp_path, tally, name, text):
 )
 def test_hostile_manifests(tmp_path, tally, text):
     (tmp_path / MANIFEST).write_text(text)
-    with within(SECONDS), pytest.raises(UserError):
+    with time_limit(SECONDS), pytest.raises(UserError):
         verify_manifest(tmp_path)
     tally("hostile manifest", True)
