@@ -131,8 +131,8 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     ("content", "message"),
     [
         ("data: [", "not valid YAML"),
-        ("- a\n- b\n", "must hold sections"),
-        ("", "must hold sections"),
+        ("- a\n- b\n", "holds no keys"),
+        ("", "holds no keys"),
         ("seed: 1\nseed: 2\n", "not valid YAML"),
         ("data: !!python/object/apply:os.system ['true']\n", "tags are not read"),
     ],

@@ -22,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -34,22 +33,19 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from gptj8.errors import UserError
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
+from gptj8.runtime import run
 from gptj8.terminal import Story, each
+from gptj8.yaml_files import read_checked
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 SPLITS = ("train", "validation", "test")
-
-
-class RecipeError(Exception):
-    """A mistake of the user's, or of the installation; shown as one line."""
 
 
 class Params(BaseModel):
@@ -57,8 +53,8 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    libraries: Annotated[list[str], Field(min_length=2)]
-    skip_folders: list[str]
+    libraries: Annotated[tuple[str, ...], Field(min_length=2)]
+    skip_folders: tuple[str, ...]
     min_chars: Annotated[int, Field(ge=1)]
     max_chars: Annotated[int, Field(ge=1)]
     max_similarity: Annotated[float, Field(gt=0, lt=1)]
@@ -84,7 +80,7 @@ def find_libraries(names: Sequence[str]) -> dict[str, Path]:
     """Return the folder of each installed library, without importing it.
 
     Raises:
-        RecipeError: naming every library that is not installed.
+        UserError: naming every library that is not installed.
     """
     roots: dict[str, Path] = {}
     for name in names:
@@ -93,7 +89,7 @@ def find_libraries(names: Sequence[str]) -> dict[str, Path]:
             roots[name] = Path(spec.submodule_search_locations[0])
     missing = [name for name in names if name not in roots]
     if missing:
-        raise RecipeError(
+        raise UserError(
             f"not installed: {', '.join(missing)}; run `pip install -r requirements.txt`"
         )
     return roots
@@ -214,7 +210,7 @@ def split(rows: Sequence[Row], params: Params) -> dict[str, list[Row]]:
         labels, and under `corpus` all rows outside validation and test, in the given order.
 
     Raises:
-        RecipeError: naming each label with too few rows.
+        UserError: naming each label with too few rows.
     """
     ordered = sorted(rows, key=lambda row: row.digest)
     sizes = {
@@ -227,7 +223,7 @@ def split(rows: Sequence[Row], params: Params) -> dict[str, list[Row]]:
     short = [f"{label} has {n}" for label, n in sorted(counts.items()) if n < needed]
     short += [f"{label} has 0" for label in params.libraries if label not in counts]
     if short:
-        raise RecipeError(f"{needed} different docstrings a library are needed: {', '.join(short)}")
+        raise UserError(f"{needed} different docstrings a library are needed: {', '.join(short)}")
 
     splits: dict[str, list[Row]] = {name: [] for name in sizes}
     seen: Counter[str] = Counter()
@@ -264,22 +260,9 @@ def write(splits: dict[str, list[Row]], folder: Path) -> None:
         os.replace(made / "corpus.jsonl", folder / "corpus.jsonl")
 
 
-def load_params(path: Path) -> Params:
-    """Read params.yaml.
-
-    Raises:
-        RecipeError: naming every key that is missing, unknown or has a wrong value.
-    """
-    try:
-        return Params.model_validate(YAML(typ="safe").load(path))
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(f"{path.name}: {'; '.join(problems)}") from None
-
-
 def main(folder: Path = HERE) -> None:
     story = Story("extract")
-    params = load_params(folder / "params.yaml")
+    params = read_checked(Params, folder / "params.yaml")
     story.say(f"docstrings of {len(params.libraries)} installed libraries as a labelled dataset")
     rows = extract(find_libraries(params.libraries), params)
     kept = deduplicate(rows, params.max_similarity)
@@ -290,8 +273,4 @@ def main(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RecipeError, OSError, YAMLError) as error:
-        print(f"error: docstrings: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

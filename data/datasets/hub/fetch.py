@@ -33,12 +33,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import yaml
-
 from gptj8.errors import UserError
 from gptj8.files import replace_directory, require_free_space, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
+from gptj8.yaml_files import read_yaml
 
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")
@@ -116,10 +115,7 @@ def main() -> None:
 
 def read_params(path: Path) -> Source:
     """Return what params.yaml asks for."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
+    content = read_yaml(path)
     values = {key: content.get(key) for key in ("dataset", "revision", "config")}
     for key, value in values.items():
         # A commit of digits alone is a number to YAML.

@@ -20,12 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from gptj8.errors import UserError
 from gptj8.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
+from gptj8.yaml_files import read_yaml
 
 TARGET = Path("model")
 STAGING = Path(".model.incomplete")
@@ -75,7 +74,7 @@ def main() -> None:
 
 def read_params(path: Path) -> tuple[str, str]:
     """Return the repository and the revision to download."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     for key in ("repo", "revision"):
         if not isinstance(content.get(key), str):
             raise UserError(f"{path}: {key} = {content.get(key)!r} is not a text")

@@ -26,7 +26,6 @@ import ctypes
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,26 +38,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import numpy as np
 import torch
 from muon import Muon
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from gptj8.errors import UserError
+from gptj8.runtime import run
 from gptj8.terminal import Story, progress
+from gptj8.yaml_files import read_checked
 
 HERE = Path(__file__).resolve().parent
 CORPUS = Path("../../datasets/docstrings/corpus.jsonl")
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 64  # sequences, for the loss printed at the end
-
-
-class RecipeError(Exception):
-    """A mistake of the user's, or of the installation; shown as one line."""
-
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -97,25 +92,17 @@ class Params(BaseModel):
         return self
 
 
-def load_params(path: Path) -> Params:
-    """Read params.yaml.
+def read_corpus(path: Path) -> list[str]:
+    """Return the texts of `path`.
 
     Raises:
-        RecipeError: naming every key that is missing, unknown or has a wrong value.
+        UserError: if it is not there.
     """
     try:
-        return Params.model_validate(YAML(typ="safe").load(path))
-    except ValidationError as error:
-        problems = [
-            ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")])
-            for e in error.errors()
-        ]
-        raise RecipeError(f"{path.name}: {'; '.join(problems)}") from None
-
-
-def read_corpus(path: Path) -> list[str]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line in file]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; `dvc repro` makes it first") from None
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -258,7 +245,7 @@ def keep_memory() -> None:
 
 def main(folder: Path = HERE) -> None:
     story = Story("train")
-    params = load_params(folder / "params.yaml")
+    params = read_checked(Params, folder / "params.yaml")
     story.say(
         f"a GPT-J of {params.n_layer} layers of {params.n_embd} from scratch, {params.steps:,} "
         f"steps of {params.batch_size} x {params.sequence_length} tokens of {CORPUS.name}"
@@ -269,7 +256,7 @@ def main(folder: Path = HERE) -> None:
     tokenizer = train_tokenizer(texts, params.vocab_size)
     sequences = pack(tokenizer, texts, params.sequence_length)
     if len(sequences) <= HELD_OUT:
-        raise RecipeError(f"{CORPUS}: too little text, {len(sequences)} sequences")
+        raise UserError(f"{CORPUS}: too little text, {len(sequences)} sequences")
     mixed = sequences[torch.randperm(len(sequences))]
     model = build_model(params, tokenizer.token_to_id(END_OF_TEXT))
     train(model, mixed[HELD_OUT:], params)
@@ -281,9 +268,5 @@ def main(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        keep_memory()
-        main()
-    except (RecipeError, OSError, YAMLError) as error:
-        print(f"error: tiny-gptj: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    keep_memory()
+    run(main)
