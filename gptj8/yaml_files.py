@@ -126,6 +126,8 @@ def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> s
     message = message[0].lower() + message[1:]
     if kind == "value_error":
         return f"{name}: {message}"
+    if kind == "model_type":
+        message = "input should be keys and values"
     if isinstance(here, float) and not math.isfinite(here):
         message = "input should be a finite number"
     try:

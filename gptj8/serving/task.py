@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from gptj8.files import read_json
-from gptj8.params import parse_params
+from gptj8.params import Data
 from gptj8.shapes import Shape, shape_of
+from gptj8.yaml_files import check
+
+
+class _Tuned(BaseModel):
+    """Of an export's params.json, the section that is needed: others change between versions."""
+
+    data: Data
+
+
+class _Dataset(BaseModel):
+    """Of an export's dataset.json, what is needed."""
+
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,12 @@ class TunedTask:
         """Read the params and the dataset's description that `export` has put beside an adapter.
 
         Raises:
-            UserError: if they are not there.
+            UserError: if they are not there, or do not say it.
         """
-        export = Path(export)
-        params = parse_params(read_json(export / "params.json"), str(export / "params.json"))
-        labels = read_json(export / "dataset.json").get("labels", [])
-        return cls(shape_of(params.data), params.data.max_length, tuple(labels))
+        params, dataset = Path(export) / "params.json", Path(export) / "dataset.json"
+        data = check(_Tuned, read_json(params), str(params)).data
+        labels = check(_Dataset, read_json(dataset), str(dataset)).labels
+        return cls(shape_of(data), data.max_length, labels)
 
     @property
     def columns(self) -> dict[str, bool]:
