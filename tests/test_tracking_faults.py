@@ -254,8 +254,8 @@ def test_a_stage_that_is_killed_outright_is_marked(proxy, server, project):
     assert run.data.metrics["finetune/loss"] == 1.0
 
 
-def test_so_is_one_whose_recorder_was_killed_with_it(proxy, server, project, monkeypatch, capsys):
-    """As when the machine loses power: nobody is left to tell, and sync finds it."""
+def lose_power(project: Path) -> None:
+    """Kill a stage and its recorder once something was recorded."""
     process = subprocess.Popen([sys.executable, "-c", KILLED, "60"], cwd=project)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + 30
@@ -265,10 +265,33 @@ def test_so_is_one_whose_recorder_was_killed_with_it(proxy, server, project, mon
     for pid in [*map(int, children.read_text().split()), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def test_so_is_one_whose_recorder_was_killed_with_it(proxy, server, project, monkeypatch, capsys):
+    """Nobody is left to tell, and sync finds it."""
+    lose_power(project)
     monkeypatch.setattr(sys, "argv", ["gptj8", "sync"])
     main()
     assert "sent: the record of 1 stages" in capsys.readouterr().out
     assert the_row(server, project.name)[1].info.status == "KILLED"
+
+
+def test_of_many_syncs_at_once_one_sends(proxy, server, project):
+    lose_power(project)
+    command = [sys.executable, "-m", "gptj8.cli", "sync"]
+    syncs = [
+        subprocess.Popen(
+            command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [sync.communicate(timeout=120)[0] for sync in syncs]
+    assert [sync.returncode for sync in syncs] == [0, 0, 0], said
+    assert sum("sent: the record of 1 stages" in text for text in said) == 1, said
+    client, run = the_row(server, project.name)
+    assert run.info.status == "KILLED"
+    assert len(client.get_metric_history(run.info.run_id, "finetune/loss")) == 1
+    assert not list(journals_folder().glob("*"))
 
 
 def test_a_full_disk_does_not_stop_the_stage(project, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,12 +66,8 @@ def finish(journal: Path, delivery: Delivery) -> None:
 
 
 def discard(journal: Path) -> None:
-    """Remove a journal, and the experiment's folder with its last one."""
+    """Remove a journal; the experiment's folder goes with its last one, when its turn ends."""
     shutil.rmtree(journal, ignore_errors=True)
-    with suppress(OSError):  # another one is there, or begins
-        if not journals_of(journal.parent):
-            (journal.parent / "turn.lock").unlink(missing_ok=True)
-            journal.parent.rmdir()
 
 
 def send(journal: Path) -> list[str]:
@@ -120,14 +116,31 @@ def send_all() -> Sent:
 @contextmanager
 def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold an experiment's journals; yield whether it could be had without waiting, if asked so."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "turn.lock", "w") as lock:
+    with ExitStack() as opened:
+        mine = _take(folder / "turn.lock", wait, opened)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            yield mine
+        finally:
+            if mine:
+                with suppress(OSError):  # another journal is there, or begins
+                    if not journals_of(folder):
+                        (folder / "turn.lock").unlink()
+                        folder.rmdir()
+
+
+def _take(file: Path, wait: bool, opened: ExitStack) -> bool:
+    """Lock a file that whoever has it may remove with its folder; return whether it is locked."""
+    while True:
+        with ExitStack() as attempt, suppress(FileNotFoundError):  # removed at this very moment
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = attempt.enter_context(open(file, "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return False
+            if os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
+                opened.push(attempt.pop_all())
+                return True
 
 
 def _with_password(uri: str) -> str:
