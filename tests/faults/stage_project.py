@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -66,10 +66,12 @@ class StageProject:
         with open(folder / "params.yaml", "w") as stream:
             YAML().dump(content, stream)
 
-    def start(self, stage: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a stage in a process group of its own."""
+    def start(
+        self, stage: str, *, prefix: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start a stage in a process group of its own, by a command that becomes it if given."""
         return subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}"],
+            [*prefix, sys.executable, "-m", f"stages.{stage}"],
             cwd=self.folder,
             env={
                 **os.environ,
@@ -83,9 +85,11 @@ class StageProject:
             start_new_session=True,
         )
 
-    def run(self, stage: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a stage to its end, whatever that is."""
-        process = self.start(stage, **environment)
+    def run(
+        self, stage: str, *, prefix: Sequence[str] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a stage to its end, whatever that is; see `start`."""
+        process = self.start(stage, prefix=prefix, **environment)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
