@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import BASE, METHODS
-from gptj8.runtime import cpu_name, set_defaults, tame_the_heap
+from gptj8.runtime import cpu_name, prepare_to_compute
 
 TRAINING_TOKENS = (32, 128, 512, 2048)
 # Tokens, layers and threads: one grows at a time.
@@ -40,8 +40,7 @@ Figures = dict[str, dict[str, list[float | str]]]
 
 def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
     """Measure one part of one method here."""
-    tame_the_heap()  # for all methods: theirs gain as much by it
-    set_defaults()
+    prepare_to_compute()  # for all methods: theirs gain as much by it
     import torch
 
     from benchmarks import measures

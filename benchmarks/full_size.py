@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from gptj8.runtime import set_defaults, tame_the_heap
+from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute, set_defaults
 
 CONFIG = {
     "architectures": ["GPTJForCausalLM"],
@@ -240,9 +240,11 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.step:
-        if arguments.step not in ("make", "copy", "convert"):  # as the stages do
-            tame_the_heap()
-        set_defaults()
+        # As the stages do.
+        if arguments.step in ("make", "copy", "convert"):
+            set_defaults()
+        else:
+            prepare_to_compute(UNUSED_IN_TRAINING if arguments.step == "train" else ())
         print(json.dumps(STEPS[arguments.step](*arguments.folders)))
         return
     (folder,) = arguments.folders

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptj8.runtime import set_defaults, tame_the_heap
+from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute
 
 if TYPE_CHECKING:
     from gptj8.checkpointing import Kind
@@ -187,8 +187,7 @@ def main() -> None:
     parser.add_argument("folder", help="where to make the models")
     arguments = parser.parse_args()
     if arguments.step:
-        tame_the_heap()
-        set_defaults()
+        prepare_to_compute(UNUSED_IN_TRAINING)
         folder, *rest = json.loads(arguments.folder)
         done = {"make": make, "measure": measure}[arguments.step](Path(folder), *rest)
         print(json.dumps(done))

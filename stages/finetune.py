@@ -16,7 +16,7 @@ from gptj8.errors import UserError
 from gptj8.files import replace_directory, require_free_space, write_csv, write_json
 from gptj8.manifest import MANIFEST, write_manifest
 from gptj8.params import Finetune, Params, load_params
-from gptj8.runtime import peak_memory_gib, run, state_folder
+from gptj8.runtime import UNUSED_IN_TRAINING, peak_memory_gib, run, state_folder
 from gptj8.terminal import Story
 from gptj8.tracking import stage_run
 
@@ -210,4 +210,4 @@ def _label_accuracy(
 
 
 if __name__ == "__main__":
-    run(main, computes=True)
+    run(main, computes=True, unused=UNUSED_IN_TRAINING)

@@ -69,6 +69,27 @@ def test_what_computes_with_a_model_asks_for_it():
     asking = {
         path.stem
         for path in (ROOT / "stages").glob("*.py")
-        if re.search(r"run\(main, computes=True\)", path.read_text())
+        if re.search(r"run\(main, computes=True\b", path.read_text())
     }
     assert asking == {"finetune", "evaluate", "export"}
+
+
+LEFT_OUT = """
+import sys
+from gptj8.runtime import UNUSED_IN_TRAINING, run
+def main():
+    import torch
+    import gptj8.adapters, gptj8.dataset, gptj8.models
+    from gptj8.training import train
+    no_gpu = torch.__version__.endswith("+cpu")
+    for name in (*UNUSED_IN_TRAINING, *(["triton"] if no_gpu else [])):
+        assert not [module for module in sys.modules if module.startswith(name + ".")], name
+    if no_gpu:
+        assert not torch.utils._triton.has_triton_package()
+run(main, computes=True, unused=UNUSED_IN_TRAINING)
+"""
+
+
+def test_training_imports_nothing_of_what_it_never_uses(tmp_path):
+    (tmp_path / "script.py").write_text(LEFT_OUT)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)

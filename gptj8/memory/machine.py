@@ -161,10 +161,9 @@ def _reclaimable(statistics: str) -> int:
 
 
 if __name__ == "__main__":
-    from gptj8.runtime import set_defaults, tame_the_heap
+    from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute
 
-    tame_the_heap()  # as the stage does
-    set_defaults()
+    prepare_to_compute(UNUSED_IN_TRAINING)  # as the stage does
     import transformers.trainer  # noqa: F401 (what the stage imports)
 
     import gptj8.dataset
