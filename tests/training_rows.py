@@ -7,7 +7,7 @@ import torch
 from gptj8.adapters import add_adapter
 from gptj8.models import load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
-from gptj8.training import TrainingSettings
+from gptj8.training import TrainingSettings, train
 
 CPU = torch.device("cpu")
 ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
@@ -57,3 +57,21 @@ def lasting(result):
 
 def changed(**changes):
     return replace(SETTINGS, **changes)
+
+
+def accuracy(model, batch_size):
+    """Something of the weights, which draws random numbers as a measure might."""
+    return float(sum(w.abs().sum() for w in weights_of(model).values()) + torch.rand(()) * 0)
+
+
+def trained(folder, examples, settings=SETTINGS, checkpoints=None, log=None, **model):
+    adapted = adapted_model(folder, **model)
+    log = log or (lambda values, step: None)
+    result = train(adapted, examples, examples, settings, 0, log, accuracy, checkpoints)
+    return weights_of(adapted), lasting(result)
+
+
+def assert_same(found, wanted):
+    for name, weight in wanted[0].items():
+        assert torch.equal(found[0][name], weight), name
+    assert found[1] == wanted[1]
