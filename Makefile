@@ -33,7 +33,7 @@ test-long: $(INSTALLED) ## real experiments through DVC, estimated against measu
 test-browser: $(INSTALLED) ## look at the runs in a real browser: needs Chromium
 	python -m pytest -m browser
 
-test-faults: $(INSTALLED) ## kills, full disks, damage, an hour of work: three hours, and a table
+test-faults: $(INSTALLED) ## kills, full disks, damage, an hour of work: five hours, and a table
 	python -m pytest -m faults
 
 audit: ## every pinned package against known advisories: needs the network

@@ -33,8 +33,9 @@ from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.validation import Validated, validate
-from tests.test_validation import byte_tokenizer, run_stage, write_params
+from tests.labelled_rows import byte_tokenizer
 from tests.time_limit import time_limit
+from tests.validate_project import run_stage, write_params
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")

@@ -15,7 +15,7 @@ from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.validation import validate
-from tests.test_validation import byte_tokenizer, pairs
+from tests.labelled_rows import byte_tokenizer, pairs
 
 
 @pytest.fixture(scope="module")

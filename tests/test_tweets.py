@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptj8.dataset import load_prepared
-from tests.test_validation import project, run_stage, write_params  # noqa: F401
+from tests.validate_project import make_project, run_stage, write_params
 
 LABELS = ("negative", "neutral", "positive")
 SHARES = (0.62, 0.33, 0.05)
@@ -63,8 +63,9 @@ def words_of(page: str) -> str:
     )
 
 
-def test_tweets_need_params_only(project: Path, tweets: Tweets) -> None:  # noqa: F811
+def test_tweets_need_params_only(tmp_path: Path, tweets: Tweets) -> None:
     rows, planted = tweets
+    project = make_project(tmp_path)
     with open(project / "tweets.csv", "w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([("label", "text"), *rows])
     write_params(project, train="tweets.csv", max_length=280)

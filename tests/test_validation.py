@@ -1,25 +1,19 @@
-"""Checks, policies, reports, and the stage as a user runs it."""
+"""Checks, policies and reports."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import html
 import json
-import os
 import random
 import re
 import string
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gptj8.dataset import SPLITS, PreparedDataset, load_prepared
 from gptj8.dataset_report import metrics, token_lengths, write_report
@@ -28,39 +22,12 @@ from gptj8.params import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.sources import content_key
 from gptj8.validation import validate
-
-ROOT = Path(__file__).resolve().parents[1]
-WORDS = "red green blue cyan lime teal navy gold pink gray plum rust sand snow mint".split()
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer whose tokens are bytes, so that lengths can be counted by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return tokenizer
+from tests.labelled_rows import byte_tokenizer, pairs, sentences, write_csv
 
 
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
     return TextEncoder(byte_tokenizer(), eos_id=0)
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    """Return distinct texts of eight words."""
-    shuffled = random.Random(seed)
-    return [f"{i} {' '.join(shuffled.choices(WORDS, k=8))}" for i in range(count)]
-
-
-def pairs(count: int, labels: Sequence[str] = ("ham", "spam"), seed: int = 0) -> list[list[str]]:
-    return [[text, labels[i % len(labels)]] for i, text in enumerate(sentences(count, seed))]
-
-
-def write_csv(path: Path, rows: list, header: Sequence[str] = ("text", "label")) -> str:
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
-    return str(path)
 
 
 class Checked:
@@ -422,151 +389,3 @@ def test_report_shows_numbers_and_examples(tmp_path: Path, encoder: TextEncoder)
     labels = pd.read_csv(tmp_path / "report" / "labels.csv")
     assert labels.groupby("label")["rows"].sum().to_dict() == {"<b>": 30, "c": 32}
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["labels"] == 2
-
-
-# --- the stage in a process of its own -----------------------------------------------------------
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder with a model's tokenizer, a dataset and params.yaml."""
-    folder = tmp_path / "project"
-    (folder / "model").mkdir(parents=True)
-    tokenizer = byte_tokenizer()
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    config = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
-    write_csv(folder / "mine.csv", pairs(40))
-    write_csv(folder / "same.csv", pairs(40))
-    write_params(folder)
-    return folder
-
-
-def write_params(folder: Path, **data: object) -> None:
-    content = {"data": {"train": "mine.csv"} | data, "model": {"path": "model"}}
-    content["tracking"] = {"uri": None}  # a new database takes MLflow ten seconds
-    (folder / "params.yaml").write_text(json.dumps(content))  # JSON is YAML
-
-
-def run_stage(folder: Path, code: str = "") -> subprocess.CompletedProcess[str]:
-    command = ["-c", code] if code else ["-m", "stages.validate"]
-    home = folder.parent / "home"
-    home.mkdir(exist_ok=True)
-    own = {
-        "PYTHONPATH": str(ROOT),
-        "HOME": str(home),
-    }
-    inherited = {
-        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DVC_", "MLFLOW_"))
-    }
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=inherited | own,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in files(folder)}
-
-
-def test_stage_on_a_user_s_csv(project: Path) -> None:
-    rows = [[f'{text},\n"quoted"', label] for text, label in pairs(60, ("very good", "not good"))]
-    table = [["7", *row] for row in [rows[0], *rows, ["", "not good"]]]
-    write_csv(project / "mine.csv", table, ("id", "tweet", "class"))
-    write_params(project, text_column="tweet", label_column="class")
-    done = run_stage(project)
-    assert done.returncode == 0, done.stderr
-    assert "62 rows read: 48 train, 6 validation, 6 test; 2 left out" in done.stdout
-    dataset = load_prepared(project / "artifacts" / "dataset")
-    assert dataset.labels == ("not good", "very good")
-    kept = pd.concat(dataset.split(name) for name in SPLITS)
-    assert sorted(kept[["text", "label"]].values.tolist()) == sorted(rows)
-    assert set(kept["file"]) == {"mine.csv"}
-    rejected = pq.read_table(project / "artifacts" / "dataset" / "rejected.parquet").to_pylist()
-    assert [(row["row"], row["check"], row["column"]) for row in rejected] == [
-        (62, "empty", "tweet"),
-        (2, "duplicate", "tweet"),
-    ]
-    reports = files(project / "reports" / "validate")
-    tables = {"metrics.json", "inputs.json", "labels.csv", "token_lengths.csv"}
-    assert reports == {*tables, "report.html"}
-    numbers = json.loads((project / "reports" / "validate" / "metrics.json").read_text())
-    assert numbers["rows"] == 62 and numbers["rows_per_second"] > 0
-    assert not files(project.parent / "home")
-
-    before = contents(project)
-    assert run_stage(project).returncode == 0
-    after = contents(project)
-    speeds = "reports/validate/metrics.json"
-    assert {k: v for k, v in after.items() if k != speeds} == {
-        k: v for k, v in before.items() if k != speeds
-    }
-
-
-def test_stage_on_integer_labels_without_torch(project: Path) -> None:
-    records = [{"text": t, "label": i % 3} for i, t in enumerate(sentences(60))]
-    (project / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    write_params(project, train="mine.jsonl")
-    code = (
-        "import sys; from stages.validate import main; main(); "
-        "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
-    )
-    done = run_stage(project, code)
-    assert done.returncode == 0, done.stderr
-    assert load_prepared(project / "artifacts" / "dataset").labels == ("0", "1", "2")
-
-
-BAD_INPUT = {
-    "missing-file": (
-        {"train": "mime.csv"},
-        None,
-        "mime.csv does not exist, did you mean mine.csv?",
-    ),
-    "missing-column": ({"text_column": "tweet"}, None, "mine.csv has no column tweet"),
-    "empty-file": ({}, "", "mine.csv is empty"),
-    "no-rows": ({}, "text,label\n", "mine.csv has no rows"),
-    "one-label": ({}, "text,label\na,x\nb,x\nc,x\n", "mine.csv has one label only, 'x'"),
-    "leak": ({"test": "same.csv"}, None, "some texts are in two splits (40 in train and test)"),
-    "wrong-type": ({"train": "n.jsonl"}, None, "n.jsonl row 1: text is an integer, not text ('1')"),
-    "ragged": ({}, "text,label\na,b,c\n", "mine.csv row 1: has 3 cells on line 2"),
-    "pattern": ({"train": "*.csv"}, None, "set data.train: . and data.train_files: *.csv"),
-    "hub": ({"train": "hf://datasets/a/b"}, None, "data/datasets/hub/params.yaml"),
-    "wrong-param": ({"task": "chat"}, None, "params.yaml: data.task = 'chat'"),
-}
-
-
-@pytest.mark.parametrize(("params", "content", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_ends_in_one_line(
-    project: Path, params: dict, content: str | None, message: str
-) -> None:
-    if content is not None:
-        (project / "mine.csv").write_text(content)
-    numbers = [{"text": i, "label": i % 2} for i in range(1, 10)]
-    (project / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
-    write_params(project, **params)
-    before = files(project)
-    done = run_stage(project)
-    assert done.returncode == 2
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
-    assert len(done.stdout.splitlines()) <= 1  # what is validated, and no word of success
-    report = {"reports/validate/report.html", "reports/validate/findings.parquet"}
-    assert files(project) - report == before
-    assert not files(project.parent / "home")
-
-
-def test_a_missing_model_is_named(project: Path) -> None:
-    (project / "model").rename(project / "elsewhere")
-    done = run_stage(project)
-    assert done.returncode == 2
-    assert done.stderr == "error: model.path: model is not a directory with a model\n"

@@ -94,7 +94,7 @@ def test_in_a_checkpoint(tmp_path, song, tally, name):
 def test_in_a_dataset(tmp_path, song, tally, name):
     from gptj8.prompts import TextEncoder
     from gptj8.validation import validate
-    from tests.test_validation import byte_tokenizer
+    from tests.labelled_rows import byte_tokenizer
 
     file = tmp_path / "data" / name
     file.parent.mkdir()
