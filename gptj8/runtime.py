@@ -49,6 +49,7 @@ _HEAP = ":".join(
     )
 )
 _BEGUN_ANEW = "gptj8_heap"
+_HELD_WHILE_BEGINNING = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 5.0
 _OF_DISKS = {
     errno.ENOSPC: "no space left on the disk",
@@ -100,6 +101,7 @@ def tame_the_heap() -> None:
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if _BEGUN_ANEW in sys._xoptions:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_WHILE_BEGINNING)
         before = given.removesuffix(_HEAP).rstrip(":")
         os.environ.pop("GLIBC_TUNABLES", None)
         if before:
@@ -111,9 +113,12 @@ def tame_the_heap() -> None:
     environment = {**os.environ, "GLIBC_TUNABLES": f"{given}:{_HEAP}" if given else _HEAP}
     sys.stdout.flush()
     sys.stderr.flush()
+    # While Python begins it knows of no handler, and would show where it was interrupted.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_WHILE_BEGINNING)
     with suppress(OSError):  # then as it is
         command = [sys.executable, "-X", _BEGUN_ANEW, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_WHILE_BEGINNING)
 
 
 def prepare_to_compute(unused: Sequence[str] = ()) -> None:
@@ -143,13 +148,15 @@ def run(main: Callable[[], object], *, computes: bool = False, unused: Sequence[
         computes: whether it computes with a model, and `prepare_to_compute` is of use.
         unused: see there.
     """
-    if computes:
-        prepare_to_compute(unused)
-    else:
-        set_defaults()
-    # As an exception, so that staging directories are cleaned up and the tracked run is closed.
+    # As exceptions, so that staging directories are cleaned up and the tracked run is closed.
     signal.signal(signal.SIGTERM, _raise_terminated)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see stages/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if computes:
+            prepare_to_compute(unused)
+        else:
+            set_defaults()
         main()
     except UserError as error:
         _refuse(str(error))

@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,44 @@ run(main, computes=True, unused=UNUSED_IN_TRAINING)
 def test_training_imports_nothing_of_what_it_never_uses(tmp_path):
     (tmp_path / "script.py").write_text(LEFT_OUT)
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+
+
+BEGINS_ANEW = """
+import sys, time
+from gptj8.runtime import run
+if "gptj8_heap" in sys._xoptions:
+    print("begun", flush=True)
+    time.sleep(1)
+run(lambda: time.sleep(30), computes=True)
+"""
+
+
+def interrupted(command, folder):
+    """Send SIGINT when a process has printed a line; return how it ended, and what it said."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    return process.returncode, said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_an_interrupt_waits_until_the_process_has_begun_anew(tmp_path):
+    (tmp_path / "script.py").write_text(BEGINS_ANEW)
+    assert interrupted(["script.py"], tmp_path) == (130, "interrupted\n")
+
+
+def test_an_interrupt_while_a_stage_is_imported_says_nothing(tmp_path):
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    shutil.copy(ROOT / "stages" / "__init__.py", stages)
+    (stages / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
+    assert interrupted(["-m", "stages.slow"], tmp_path) == (-signal.SIGINT, "")
