@@ -298,7 +298,7 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        UserError: listing every unknown key and wrong value, a line each.
+        UserError: listing unknown keys and wrong values, a line each.
     """
     params = parse_params(read_yaml(path), str(path))
     problems = [

@@ -1,22 +1,41 @@
-"""YAML that users write: read as values only, within limits, and checked against a pydantic model,
-every problem in one line."""
+"""Files that users write, YAML above all: read as values only, within limits, and checked against a
+pydantic model, every problem in one line."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    ScalarEvent,
+)
 
 from gptj8.errors import UserError
-from gptj8.words import one_line
+from gptj8.words import excerpt, one_line
 
 _MOST_CHARACTERS, _MOST_VALUES, _MOST_LEVELS = 1_000_000, 10_000, 50
+_MOST_PROBLEMS, _LONGEST_VALUE = 10, 200
+
+# What a value is not, such as the 99th of a month, comes as whatever the constructor raised.
+_NO_VALUES = (
+    YAMLError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -35,11 +54,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         _refuse_more_than_values(text, path)
         content = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run from the folder that holds it") from None
+        raise UserError(f"{path} does not exist; is this the project's folder?") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    # What a value is not, such as the 99th of a month, comes as whatever the constructor raised.
-    except (YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except _NO_VALUES as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)[:300]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys and values, such as `seed: 0`")
@@ -52,62 +70,61 @@ def read_checked(model: type[_Model], path: str | Path) -> _Model:
 
 
 def check(model: type[_Model], content: dict[str, Any], source: str) -> _Model:
-    """Return what was read as a `model`, which is frozen and strict and has tuples for lists.
+    """Return what was read as a `model`, in which lists are tuples.
 
     Args:
         source: what the problems are said of.
 
     Raises:
-        UserError: listing every unknown key and wrong value, a line each.
+        UserError: listing unknown keys and wrong values, a line each, the first ten.
     """
     try:
-        return model.model_validate(_tuples_for_lists(content, _Nodes(source)))
+        return model.model_validate(_tuples_for_lists(content))
     except RecursionError:
         raise UserError(f"{source} is nested too deeply") from None
     except ValidationError as error:
-        problems = [f"{source}: {_explain(problem, content, model)}" for problem in error.errors()]
+        found = error.errors(include_url=False)
+    problems = [f"{source}: {_explain(each, content, model)}" for each in found[:_MOST_PROBLEMS]]
+    if len(found) > _MOST_PROBLEMS:
+        problems.append(f"{source}: and {len(found) - _MOST_PROBLEMS:,} more")
     raise UserError("\n".join(problems))
 
 
 def _refuse_more_than_values(text: str, path: str | Path) -> None:
-    """Refuse what a YAML file may do besides saying values: name types, multiply itself, and nest
-    so deeply that reading it takes minutes."""
-    depth = 0
+    """Refuse what a YAML file may do besides saying some values: name types, multiply itself by
+    aliases, read itself by other rules, nest deeply, and go on for so long that reading takes
+    minutes. Reads no further than to the first of these."""
+    depth = values = 0
     for event in YAML(typ="safe", pure=True).parse(text):
+        line = f"{path} line {event.start_mark.line + 1}"
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        values += isinstance(event, (CollectionStartEvent, ScalarEvent))
         if depth > _MOST_LEVELS:
             raise UserError(f"{path} is nested too deeply")
+        if values > _MOST_VALUES:
+            raise UserError(f"{path} has more than {_MOST_VALUES:,} values")
         if getattr(event, "ctag", None) is not None:
-            raise UserError(f"{path} line {event.start_mark.line + 1}: tags are not read")
+            raise UserError(f"{line}: tags are not read")
+        if isinstance(event, AliasEvent):
+            raise UserError(f"{line}: aliases are not read; write the value once more")
+        if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
+            raise UserError(f"{line}: directives are not read")
         if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
-            raise UserError(f"{path} line {event.start_mark.line + 1}: merge keys are not read")
+            raise UserError(f"{line}: merge keys are not read")
 
 
-class _Nodes:
-    """Counts the values of a file: aliases of aliases make billions of a few lines."""
-
-    def __init__(self, source: str) -> None:
-        self._source, self._left = source, _MOST_VALUES
-
-    def count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise UserError(f"{self._source} has more than {_MOST_VALUES:,} values")
-
-
-def _tuples_for_lists(value: Any, nodes: _Nodes) -> Any:
-    """YAML has lists, frozen sections have tuples, and strict checking tells the two apart."""
-    nodes.count()
+def _tuples_for_lists(value: Any) -> Any:
+    """YAML and JSON have lists, our models tuples, and strict checking tells the two apart."""
     if isinstance(value, dict):
-        return {key: _tuples_for_lists(item, nodes) for key, item in value.items()}
+        return {key: _tuples_for_lists(item) for key, item in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples_for_lists(item, nodes) for item in value)
+        return tuple(_tuples_for_lists(item) for item in value)
     return value
 
 
 def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> str:
     # A union names its branches in the location; only what the user wrote is of use to them.
-    location = [str(part) for part in problem["loc"]]
+    location = [excerpt(str(part), _LONGEST_VALUE) for part in problem["loc"]]
     depth = 0
     here: Any = content
     while depth < len(location) and isinstance(here, dict) and location[depth] in here:
@@ -130,11 +147,16 @@ def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> s
         message = "input should be keys and values"
     if isinstance(here, float) and not math.isfinite(here):
         message = "input should be a finite number"
+    return f"{name} = {_shown(here)}: {message[:_LONGEST_VALUE]}"
+
+
+def _shown(value: Any) -> str:
+    shortened = Repr()
+    shortened.maxstring = shortened.maxother = _LONGEST_VALUE
     try:
-        value = repr(here)
+        return shortened.repr(value)
     except ValueError:  # of more digits than Python writes
-        value = "a number without end"
-    return f"{name} = {value}: {message}"
+        return "a number without end"
 
 
 def _known_keys(model: type[BaseModel], section: list[str]) -> list[str]:

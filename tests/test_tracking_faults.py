@@ -276,6 +276,30 @@ def test_so_is_one_whose_recorder_was_killed_with_it(proxy, server, project, mon
     assert the_row(server, project.name)[1].info.status == "KILLED"
 
 
+TURNS = """
+import os, sys, time
+from pathlib import Path
+from gptj8.tracking.sending import turn
+folder, mine = Path(sys.argv[1]), Path(sys.argv[2])
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    with turn(folder):
+        os.close(os.open(mine, os.O_CREAT | os.O_EXCL))
+        os.remove(mine)
+    with turn(folder, wait=False) as held:
+        if held:
+            os.close(os.open(mine, os.O_CREAT | os.O_EXCL))
+            os.remove(mine)
+"""
+
+
+def test_a_turn_is_one_processs_though_its_folder_comes_and_goes(tmp_path):
+    command = [sys.executable, "-c", TURNS, tmp_path / "journals" / "key", tmp_path / "mine"]
+    processes = [subprocess.Popen(command, env={**os.environ}) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
+    assert not (tmp_path / "journals" / "key").exists()
+
+
 def test_of_many_syncs_at_once_one_sends(proxy, server, project):
     lose_power(project)
     command = [sys.executable, "-m", "gptj8.cli", "sync"]

@@ -38,8 +38,12 @@ def journals_folder() -> Path:
 
 
 def journals_of(folder: Path) -> list[Path]:
-    """Return the journals of an experiment's folder, in the order in which they were begun."""
-    return sorted(path.parent for path in folder.glob(f"*/{EVENTS}"))
+    """Return the journals of an experiment's folder, in the order in which they were begun; none if
+    it is gone."""
+    try:
+        return sorted(path.parent for path in folder.glob(f"*/{EVENTS}"))
+    except FileNotFoundError:
+        return []
 
 
 class JournalWriter:
@@ -106,13 +110,15 @@ def read_events(journal: Path, offset: int = 0) -> tuple[list[Event], list[int]]
 
 
 def is_alive(journal: Path) -> bool:
-    """Whether the stage that writes the journal is running."""
-    with open(journal / EVENTS, "rb") as stream:
-        try:
+    """Whether the stage that writes the journal is running; it is not if the journal is gone."""
+    try:
+        with open(journal / EVENTS, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
         return False
+    return False
 
 
 def end_if_killed(journal: Path, time: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -131,7 +132,10 @@ def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
 def _take(file: Path, wait: bool, opened: ExitStack) -> bool:
     """Lock a file that whoever has it may remove with its folder; return whether it is locked."""
     while True:
-        with ExitStack() as attempt, suppress(FileNotFoundError):  # removed at this very moment
+        if file.parent.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(file.parent))
+        # Both say that the folder was removed at this very moment.
+        with ExitStack() as attempt, suppress(FileNotFoundError, FileExistsError):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = attempt.enter_context(open(file, "w"))
             try:

@@ -182,6 +182,12 @@ def test_much_damage_is_refused_in_words(tmp_path, tally, kind):
         ("a tag", "seed: !!python/object/apply:os.system ['true']"),
         ("a large file", "# " + "x" * 20_000_000),
         ("NUL", "seed: \0"),
+        ("a list without end", "seed: [" + "1," * 450_000 + "]"),
+        ("keys without end", "".join(f"k{n}: 1\n" for n in range(200_000))),
+        ("many unknown keys", "".join(f"k{n}: 1\n" for n in range(4_900))),
+        ("a long text where a number belongs", f"seed: '{'a' * 900_000}'"),
+        ("an alias of a long text", f"seed: &a '{'a' * 20_000}'\ndata: [{'*a, ' * 3_000}]"),
+        ("base 60", "%YAML 1.1\n---\nseed: 1" + ":59" * 400 + ".5"),
     ],
     ids=lambda value: value if len(value) < 30 else "",
 )
