@@ -29,8 +29,13 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
 
     An earlier `target` stays readable until then. On an error the staging directory is removed and
     `target` is as it was.
+
+    Raises:
+        UserError: if `target` is a file or a link.
     """
     target = Path(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} is not a folder, and would be replaced by one; move it away")
     staging = target.with_name(f".{target.name}.incomplete")
     discarded = target.with_name(f".{target.name}.replaced")
     if discarded.exists() and not target.exists():  # killed between the two renames
@@ -103,6 +108,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder") from None
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
 

@@ -58,6 +58,11 @@ _OF_DISKS = {
     errno.EIO: "the disk fails (input/output error)",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
+    errno.EISDIR: "a folder is in the place of a file",
+    errno.ENOTDIR: "a file is in the place of a folder",
+    errno.EEXIST: "something else is in its place",
+    errno.ELOOP: "links lead to each other",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 

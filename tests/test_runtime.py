@@ -81,7 +81,8 @@ import sys
 from gptj8.runtime import UNUSED_IN_TRAINING, run
 def main():
     import torch
-    import gptj8.adapters, gptj8.dataset, gptj8.models
+    import gptj8.adapters, gptj8.dataset, gptj8.examples, gptj8.memory.stage, gptj8.models
+    import gptj8.evaluation.likelihood, gptj8.prompts, gptj8.reference, gptj8.tracking
     from gptj8.training import train
     no_gpu = torch.__version__.endswith("+cpu")
     for name in (*UNUSED_IN_TRAINING, *(["triton"] if no_gpu else [])):

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
+from gptj8.errors import UserError
 from gptj8.files import read_json
 from gptj8.params import Data
 from gptj8.shapes import Shape, shape_of
 from gptj8.yaml_files import check
 
 
+class _TunedData(Data):
+    """The section `data`, of whichever version."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class _Tuned(BaseModel):
     """Of an export's params.json, the section that is needed: others change between versions."""
 
-    data: Data
+    data: _TunedData
 
 
 class _Dataset(BaseModel):
@@ -49,6 +56,8 @@ class TunedTask:
         params, dataset = Path(export) / "params.json", Path(export) / "dataset.json"
         data = check(_Tuned, read_json(params), str(params)).data
         labels = check(_Dataset, read_json(dataset), str(dataset)).labels
+        if data.task == "classification" and not labels:
+            raise UserError(f"{dataset} names no labels; export the adapter again")
         return cls(shape_of(data), data.max_length, labels)
 
     @property

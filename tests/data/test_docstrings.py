@@ -167,21 +167,23 @@ def test_rows_of_a_library_do_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "named", "lines"),
     [
-        ({"libraries": ["alpha", "no_such_library"]}, ["no_such_library", "requirements.txt"]),
-        ({"train_per_class": 500}, ["alpha has", "beta has"]),
-        ({"max_similarity": "high", "mx_chars": 3}, ["max_similarity", "mx_chars"]),
+        ({"libraries": ["alpha", "no_such_library"]}, ["no_such_library", "requirements.txt"], 1),
+        ({"libraries": ["alpha", "beta.gamma"]}, ["'beta.gamma' is not the name"], 1),
+        ({"libraries": ["alpha", "alpha"]}, ["a library is named twice"], 1),
+        ({"train_per_class": 500}, ["alpha has", "beta has"], 1),
+        ({"max_similarity": "high", "mx_chars": 3}, ["max_similarity", "mx_chars"], 2),
     ],
 )
 def test_each_mistake_is_a_line_and_leaves_nothing(
-    packages: Path, tmp_path: Path, changes: dict[str, object], named: list[str]
+    packages: Path, tmp_path: Path, changes: dict[str, object], named: list[str], lines: int
 ) -> None:
     folder = write_recipe(tmp_path, **({"libraries": ["alpha", "beta"]} | SIZES | changes))
     result = run(folder, packages)
     assert result.returncode == 2
     problems = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert all(name in "\n".join(problems) for name in named)
+    assert len(problems) == lines and all(name in "\n".join(problems) for name in named)
     assert "Traceback" not in result.stderr
     assert {path.name for path in folder.iterdir()} == {"extract.py", "params.yaml"}
 

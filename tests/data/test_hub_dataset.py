@@ -226,7 +226,7 @@ def test_a_config_is_chosen_and_its_only_split_is_train(hub: Hub, recipe: Path) 
         ({"dataset": f"{URL}/x*.csv"}, "has no file x*.csv that could be read"),
         ({"dataset": f"{URL}/x.csv", "config": "c"}, "config = c, but dataset names files"),
         ({"dataset": f"{URL}@{OLD}", "revision": NEW}, f"revision = {NEW}, but dataset = hf"),
-        ({"revision": 12}, "revision = 12 is not a text; put it in quotes"),
+        ({"revision": 12}, "revision: not a text; put it in quotes"),
         ({"revision": "no"}, "revision = no does not exist in someone/moods"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -21,7 +21,15 @@ def test_sections_that_are_of_no_use_to_it_may_be_of_another_version(export):
     content = json.loads((export / "params.json").read_text())
     content["finetune"] = {"a_key_of_another_version": 1}
     content["another_section"] = {}
+    content["data"]["a_key_of_another_version"] = 1
     (export / "params.json").write_text(json.dumps(content))
+    assert TunedTask.load(export).labels == tuple(LABELS)
+
+
+def test_a_dataset_of_many_files_is_served(export):
+    content = json.loads((export / "dataset.json").read_text())
+    content["files"] *= 20_000
+    (export / "dataset.json").write_text(json.dumps(content))
     assert TunedTask.load(export).labels == tuple(LABELS)
 
 
@@ -31,6 +39,7 @@ def test_sections_that_are_of_no_use_to_it_may_be_of_another_version(export):
         ("params.json", "{}", "data is required and not given"),
         ("params.json", "[]", "file = []: input should be keys and values"),
         ("params.json", '{"data": {"train": 3}}', "data.train = 3"),
+        ("dataset.json", "{}", "names no labels"),
         ("dataset.json", "[]", "file = []: input should be keys and values"),
         ("dataset.json", '{"labels": [1]}', "labels = [1]: input should be a valid string"),
     ],

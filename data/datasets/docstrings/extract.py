@@ -22,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +32,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from gptj8.errors import UserError
+from gptj8.files import replace_directory, replace_file
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
 from gptj8.runtime import run
 from gptj8.terminal import Story, each
@@ -46,6 +46,7 @@ from gptj8.yaml_files import read_checked
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 SPLITS = ("train", "validation", "test")
+CORPUS = "corpus.jsonl"
 
 
 class Params(BaseModel):
@@ -61,6 +62,16 @@ class Params(BaseModel):
     train_per_class: Annotated[int, Field(ge=1)]
     validation_per_class: Annotated[int, Field(ge=1)]
     test_per_class: Annotated[int, Field(ge=1)]
+
+    @field_validator("libraries")
+    @classmethod
+    def check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [name for name in names if not name.isidentifier() or name == "__main__"]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not the name of an installed package")
+        if len(set(names)) < len(names):
+            raise ValueError("a library is named twice")
+        return names
 
 
 @dataclass(frozen=True)
@@ -244,20 +255,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write(splits: dict[str, list[Row]], folder: Path) -> None:
-    """Write splits/ and corpus.jsonl into the folder; a failure leaves neither half-written."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".extract-") as name:
-        made = Path(name)
-        (made / "splits").mkdir()
+    """Write splits/ and corpus.jsonl into the folder, each as a whole."""
+    with replace_directory(folder / "splits") as staging, replace_file(folder / CORPUS) as corpus:
         for key in SPLITS:
             rows = [{"text": row.text, "label": row.label} for row in splits[key]]
-            write_jsonl(made / "splits" / f"{key}.jsonl", rows)
-        corpus = [{"text": row.text, "source": row.source} for row in splits["corpus"]]
-        write_jsonl(made / "corpus.jsonl", corpus)
-
-        (folder / "splits").mkdir(exist_ok=True)
-        for key in SPLITS:
-            os.replace(made / "splits" / f"{key}.jsonl", folder / "splits" / f"{key}.jsonl")
-        os.replace(made / "corpus.jsonl", folder / "corpus.jsonl")
+            write_jsonl(staging / f"{key}.jsonl", rows)
+        rows = [{"text": row.text, "source": row.source} for row in splits["corpus"]]
+        write_jsonl(corpus, rows)
 
 
 def main(folder: Path = HERE) -> None:

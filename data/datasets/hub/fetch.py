@@ -33,11 +33,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic import BaseModel, ConfigDict, field_validator
+
 from gptj8.errors import UserError
 from gptj8.files import replace_directory, require_free_space, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
-from gptj8.yaml_files import read_yaml
+from gptj8.yaml_files import read_checked
 
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")
@@ -57,6 +59,24 @@ SPLITS = {
 NAME = r"[\w.-]+/[\w.-]+"
 # A revision with a slash is written %2F, except for the Hub's own refs; as in HfFileSystem.
 URL = rf"hf://datasets/({NAME})(?:@(refs/(?:convert/\w+|pr/\d+)|[^/@]+))?(?:/(.*))?"
+
+
+class Params(BaseModel):
+    """The keys of params.yaml, which explains them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dataset: str | None = None
+    revision: str | None = None
+    config: str | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def check_text(cls, value: object) -> object:
+        # A commit of digits alone is a number to YAML.
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ValueError("not a text; put it in quotes, or null")
+        return value
 
 
 @dataclass(frozen=True)
@@ -115,13 +135,8 @@ def main() -> None:
 
 def read_params(path: Path) -> Source:
     """Return what params.yaml asks for."""
-    content = read_yaml(path)
-    values = {key: content.get(key) for key in ("dataset", "revision", "config")}
-    for key, value in values.items():
-        # A commit of digits alone is a number to YAML.
-        if value is not None and (not isinstance(value, str) or not value):
-            raise UserError(f"{path}: {key} = {value!r} is not a text; put it in quotes, or null")
-    dataset, revision, config = values["dataset"], values["revision"], values["config"]
+    params = read_checked(Params, path)
+    dataset, revision, config = params.dataset, params.revision, params.config
     if dataset is None:
         raise UserError(f"{path}: dataset = null; set it to the owner/name of a dataset on the Hub")
     if re.fullmatch(NAME, dataset):

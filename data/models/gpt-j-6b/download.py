@@ -14,17 +14,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict
+
 from gptj8.errors import UserError
 from gptj8.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
-from gptj8.yaml_files import read_yaml
+from gptj8.yaml_files import read_checked
 
 TARGET = Path("model")
 STAGING = Path(".model.incomplete")
@@ -44,9 +47,19 @@ SPARE_BYTES = 1 << 28
 Result = TypeVar("Result")
 
 
+class Params(BaseModel):
+    """The keys of params.yaml, which explains them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    repo: str
+    revision: str
+
+
 def main() -> None:
     """Download, check and put into place."""
-    repo, revision = read_params(Path("params.yaml"))
+    params = read_checked(Params, "params.yaml")
+    repo, revision = params.repo, params.revision
     from huggingface_hub import HfApi, constants
 
     info = ask_hub(
@@ -70,15 +83,6 @@ def main() -> None:
     source = {"repo": repo, "revision": info.sha, "sha256": digests}
     write_json(STAGING / "source.json", source)
     put_into_place({*files, "source.json"})
-
-
-def read_params(path: Path) -> tuple[str, str]:
-    """Return the repository and the revision to download."""
-    content = read_yaml(path)
-    for key in ("repo", "revision"):
-        if not isinstance(content.get(key), str):
-            raise UserError(f"{path}: {key} = {content.get(key)!r} is not a text")
-    return content["repo"], content["revision"]
 
 
 def ask_hub(problem: str, request: Callable[[], Result]) -> Result:
@@ -108,7 +112,7 @@ def wanted_files(offered: dict[str, Any], repo: str, revision: str) -> dict[str,
             for name, file in offered.items()
             if name == f"{stem}{suffix}"
             or name == f"{stem}{suffix}.index.json"
-            or (name.startswith(f"{stem}-") and name.endswith(suffix) and "-of-" in name)
+            or re.fullmatch(rf"{stem}-\d+-of-\d+{re.escape(suffix)}", name)
         }
         if any(name.endswith(suffix) for name in weights):
             break

@@ -24,16 +24,14 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-# Before torch is imported: threads that wait spin for microseconds and then sleep. Spinning for
-# long, libgomp's default, makes a step ten times slower when something else uses the cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+from gptj8.runtime import run, set_defaults
+
+set_defaults()
 
 import numpy as np
 import torch
@@ -46,7 +44,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from gptj8.errors import UserError
-from gptj8.runtime import run
+from gptj8.files import replace_directory
 from gptj8.terminal import Story, progress
 from gptj8.yaml_files import read_checked
 
@@ -55,8 +53,8 @@ CORPUS = Path("../../datasets/docstrings/corpus.jsonl")
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 64  # sequences, for the loss printed at the end
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Params(BaseModel):
@@ -64,8 +62,8 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    seed: int
-    vocab_size: Annotated[int, Field(ge=257)]  # the bytes and the end of text
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]  # the bytes and the end of text
     n_positions: Count
     n_embd: Count
     n_layer: Count
@@ -103,6 +101,8 @@ def read_corpus(path: Path) -> list[str]:
             return [json.loads(line)["text"] for line in file]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `dvc repro` makes it first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what the dataset's recipe writes: {error!r}") from None
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -218,7 +218,7 @@ def train(model: GPTJForCausalLM, sequences: Tensor, params: Params) -> None:
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, n_positions: int, target: Path) -> None:
-    """Write model and tokenizer to the target directory, which appears when it is complete."""
+    """Write model and tokenizer to a directory."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -226,12 +226,8 @@ def save(model: nn.Module, tokenizer: Tokenizer, n_positions: int, target: Path)
         unk_token=END_OF_TEXT,
         model_max_length=n_positions,
     )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".train-") as name:
-        made = Path(name) / target.name
-        model.save_pretrained(made)
-        fast.save_pretrained(made)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(made, target)
+    model.save_pretrained(target)
+    fast.save_pretrained(target)
 
 
 def keep_memory() -> None:
@@ -259,10 +255,13 @@ def main(folder: Path = HERE) -> None:
         raise UserError(f"{CORPUS}: too little text, {len(sequences)} sequences")
     mixed = sequences[torch.randperm(len(sequences))]
     model = build_model(params, tokenizer.token_to_id(END_OF_TEXT))
-    train(model, mixed[HELD_OUT:], params)
-    with torch.inference_mode():
-        held_out_loss = loss_of(model.eval(), mixed[:HELD_OUT]).item()
-    save(model, tokenizer, params.n_positions, folder / "model")
+    with replace_directory(folder / "model") as staging:  # a folder that cannot be had says so now
+        train(model, mixed[HELD_OUT:], params)
+        with torch.inference_mode():
+            held_out_loss = loss_of(model.eval(), mixed[:HELD_OUT]).item()
+        if not math.isfinite(held_out_loss):
+            raise UserError(f"the held-out loss is {held_out_loss}; lower the learning rates")
+        save(model, tokenizer, params.n_positions, staging)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     story.end(f"{millions:.1f} million parameters, held-out loss {held_out_loss:.3f}")
 
