@@ -36,13 +36,13 @@ test-browser: $(INSTALLED) ## look at the runs in a real browser: needs Chromium
 test-faults: $(INSTALLED) ## kills, full disks, damage, an hour of work: five hours, and a table
 	python -m pytest -m faults
 
-audit: ## every pinned package against known advisories: needs the network
-	rm -rf .venv-audit
+audit: ## every pinned package against known advisories: needs the network; audit.json has all of it
+	rm -rf .venv-audit audit.json
 	$(PYTHON) -m venv .venv-audit
-	-.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	-.venv-audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off --format json --output .venv-audit/audit.json -r requirements.txt
-	.venv-audit/bin/python .ci/audit.py .venv-audit/audit.json $(AUDIT)
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	-.venv-audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off --format json --output audit.json -r requirements.txt
 	rm -rf .venv-audit
+	$(PYTHON) .ci/audit.py requirements.txt audit.json $(AUDIT)
 
 bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`: an hour
 	python -m benchmarks.codec data/models/tiny-gptj/model

@@ -1,41 +1,45 @@
-"""Sum up what pip-audit has found out: `audit.py AUDIT.json [--unreachable-is-no-error]`.
+"""Sum up what pip-audit has found out: `audit.py REQUIREMENTS AUDIT.json [--lenient]`.
 
-Exits with 1 if a pinned package has a known advisory, and with 2 if packages could not be compared
-with any: a clean result is one in which every package was. Where no database of advisories is in
-reach, pip-audit itself says that it has found none.
+Exits with 1 if a pinned package has a known advisory, and with 2 if not every pinned package was
+compared with the advisories. Where no database of them is in reach, pip-audit skips all packages
+and says that it has found nothing; that alone `--lenient` lets pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("requirements", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--unreachable-is-no-error", action="store_true")
+    parser.add_argument("--lenient", action="store_true")
     arguments = parser.parse_args()
-    unknown = 0 if arguments.unreachable_is_no_error else 2
+    pinned = len(re.findall(r"^[\w.-]+==", arguments.requirements.read_text("utf-8"), re.M))
     try:
         packages = json.loads(arguments.result.read_text(encoding="utf-8"))["dependencies"]
-    except FileNotFoundError:
-        print("audit: pip-audit has come to no result")
-        return unknown
-    skipped = [package for package in packages if "skip_reason" in package]
-    affected = [package for package in packages if package.get("vulns")]
-    for package in affected:
-        names = ", ".join(advisory["id"] for advisory in package["vulns"])
-        print(f"{package['name']} {package['version']}: {names}")
+        affected = [package for package in packages if package.get("vulns")]
+        skipped = sum("skip_reason" in package for package in packages)
+        for package in affected:
+            names = ", ".join(advisory["id"] for advisory in package["vulns"])
+            print(f"{package['name']} {package['version']}: {names}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"audit: pip-audit has come to no result ({error!r})")
+        return 2
+    compared = len(packages) - skipped
     print(
-        f"audit: of {len(packages)} pinned packages {len(affected)} have known advisories, "
-        f"{len(skipped)} could not be compared with any"
+        f"audit: of {pinned} pinned packages {compared} were compared with known advisories, and "
+        f"{len(affected)} have some"
     )
     if affected:
         return 1
-    return unknown if skipped else 0
+    is_whole = len(packages) >= pinned and (not skipped or (arguments.lenient and not compared))
+    return 0 if is_whole else 2
 
 
 if __name__ == "__main__":
