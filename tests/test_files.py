@@ -70,6 +70,15 @@ def test_a_process_killed_between_the_renames_loses_nothing(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
 
 
+def test_what_is_no_folder_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match="is not a folder"), replace_directory(tmp_path / name):
+            pytest.fail("the work began")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_a_file_is_replaced_or_left(tmp_path):
     file = tmp_path / "deep" / "a.json"
     write_json(file, {"x": 1})

@@ -41,7 +41,7 @@ def write_recipe(root: Path, documents: int = 400, **changes: object) -> Path:
     for name in FILES:
         shutil.copy(RECIPE / name, folder)
     params = YAML(typ="safe").load(RECIPE / "params.yaml") | SMALL | changes
-    (folder / "params.yaml").write_text(json.dumps(params))
+    YAML(typ="safe").dump(params, folder / "params.yaml")
     if documents:
         corpus = root / "data" / "datasets" / "docstrings" / "corpus.jsonl"
         corpus.parent.mkdir(parents=True)
@@ -117,6 +117,8 @@ def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_p
         (3, {}, ["corpus.jsonl", "too little text"]),
         (3, {"stepz": 3, "n_layer": 0}, ["stepz", "n_layer"]),
         (3, {"n_head": 5}, ["n_head 5"]),
+        (3, {"muon_learning_rate": float("inf")}, ["muon_learning_rate = inf"]),
+        (400, {"embedding_learning_rate": 1e30}, ["held-out loss is nan; lower the learning"]),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(
@@ -125,8 +127,19 @@ def test_mistakes_are_named_and_leave_nothing(
     folder = write_recipe(tmp_path, documents, **changes)
     with pytest.raises(UserError) as error:
         train.main(folder)
-    assert all(name in str(error.value) for name in named)
+    assert all(name in str(error.value) for name in named), error.value
     assert {path.name for path in folder.iterdir()} == {*FILES, "params.yaml"}
+
+
+def test_a_corpus_of_another_kind_is_named(train: ModuleType, tmp_path: Path) -> None:
+    folder = write_recipe(tmp_path)
+    corpus = folder / train.CORPUS
+    for content in ('{"text": "a"', '{"words": "a"}', "[]"):
+        corpus.write_text(content + "\n")
+        with pytest.raises(
+            UserError, match=r"corpus\.jsonl is not what the dataset's recipe writes"
+        ):
+            train.main(folder)
 
 
 def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
