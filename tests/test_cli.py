@@ -115,8 +115,7 @@ def test_signals_become_exit_codes(sent, code):
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A job in the background of a shell is deaf to SIGINT, and so would be what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_interrupts,
     )
     process.stdout.readline()
     process.send_signal(sent)

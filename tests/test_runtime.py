@@ -7,11 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.project_clone import ROOT, hear_interrupts
+
 SCRIPT = """
 import os, sys
 from gptj8.runtime import run
@@ -118,6 +118,7 @@ def interrupted(command, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     ) as process:
         assert process.stdout.readline()
         process.send_signal(signal.SIGINT)

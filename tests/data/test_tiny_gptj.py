@@ -136,9 +136,7 @@ def test_a_corpus_of_another_kind_is_named(train: ModuleType, tmp_path: Path) ->
     corpus = folder / train.CORPUS
     for content in ('{"text": "a"', '{"words": "a"}', "[]"):
         corpus.write_text(content + "\n")
-        with pytest.raises(
-            UserError, match=r"corpus\.jsonl is not what the dataset"
-        ):
+        with pytest.raises(UserError, match=r"corpus\.jsonl is not what the dataset"):
             train.main(folder)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
-from tests.project_clone import ANIMALS, MAGIC, ROOT, STAGES, write_rows
+from tests.project_clone import ANIMALS, MAGIC, ROOT, STAGES, hear_interrupts, write_rows
 
 OF_TIME = {
     "seconds",
@@ -83,6 +83,7 @@ class StageProject:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_interrupts,
         )
 
     def run(
