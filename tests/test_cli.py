@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.project_clone import hear_interrupts
+
 ROOT = Path(__file__).parents[1]
 
 
