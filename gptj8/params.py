@@ -12,12 +12,12 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gptj8.errors import UserError
 from gptj8.evaluation.requirements import parse_requirement
 from gptj8.templates import parse_template
-from gptj8.yaml_files import check, read_yaml
+from gptj8.yaml_files import Section, check, read_yaml
 
 PARAMS_FILE = "params.yaml"
 
@@ -31,13 +31,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 _NAMED = ("text", "prompt", "messages")  # fields of a template whose column has a param
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class Data(_Section):
+class Data(Section):
     """Where the rows are and how one becomes a prompt."""
 
     train: str
@@ -102,7 +96,7 @@ class Data(_Section):
         return self
 
 
-class Model(_Section):
+class Model(Section):
     """The base model."""
 
     path: str
@@ -111,7 +105,7 @@ class Model(_Section):
     """Arithmetic; auto: bfloat16 where the hardware computes in it, else float16 or float32."""
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """How the frozen weights are stored."""
 
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 4096
@@ -122,7 +116,7 @@ class Quantization(_Section):
     """Names of modules to leave as they are."""
 
 
-class Finetune(_Section):
+class Finetune(Section):
     """LoRA or LayerNorm training; keys are `transformers.TrainingArguments`' or PEFT's."""
 
     method: Literal["lora", "layernorm"] = "lora"
@@ -196,7 +190,7 @@ class Finetune(_Section):
         return self
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """Perplexity and accuracy."""
 
     few_shot: NonNegativeInt = 4
@@ -225,14 +219,14 @@ class Evaluate(_Section):
         return require
 
 
-class Export(_Section):
+class Export(Section):
     """The deliverable."""
 
     merge: bool = False
     """Also write a merged 16-bit model, which needs nothing but transformers to load."""
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """Where MLflow keeps the runs. Changing it reruns nothing."""
 
     experiment: str = "gptj8"
@@ -241,7 +235,7 @@ class Tracking(_Section):
     registered_model_name: str | None = None
 
 
-class Params(_Section):
+class Params(Section):
     """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -51,7 +51,7 @@ _HEAP = ":".join(
 _BEGUN_ANEW = "gptj8_heap"
 _HELD_WHILE_BEGINNING = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 5.0
-_OF_DISKS = {
+_OF_FILES = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "no space left on the disk",
     errno.EROFS: "the disk is read-only",
@@ -187,9 +187,9 @@ def _refuse(problems: str) -> NoReturn:
 
 def _explain(error: Exception) -> str | None:
     """Return one line for what is no fault of this project: disks and memory; None for all else."""
-    if isinstance(error, OSError) and error.errno in _OF_DISKS:
+    if isinstance(error, OSError) and error.errno in _OF_FILES:
         what = f" for {error.filename}" if error.filename else ""
-        return f"{_OF_DISKS[error.errno]}{what}; what was there is as it was"
+        return f"{_OF_FILES[error.errno]}{what}; what was there is as it was"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -204,7 +204,7 @@ def _explain(error: Exception) -> str | None:
         )
     if type(error).__name__ == "SafetensorError":  # which names the error by its number alone
         number = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        known = _OF_DISKS.get(int(number[1] or number[2])) if number else None
+        known = _OF_FILES.get(int(number[1] or number[2])) if number else None
         return f"{known} for weights; what was there is as it was" if known else None
     return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
@@ -40,6 +40,14 @@ _NO_VALUES = (
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
+class Section(BaseModel):
+    """A mapping whose keys are all known and whose values are of their types, and finite."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a mapping of keys to values.
 
@@ -58,7 +66,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except _NO_VALUES as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)[:300]}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys and values, such as `seed: 0`")
     return content
@@ -96,21 +104,26 @@ def _refuse_more_than_values(text: str, path: str | Path) -> None:
     minutes. Reads no further than to the first of these."""
     depth = values = 0
     for event in YAML(typ="safe", pure=True).parse(text):
-        line = f"{path} line {event.start_mark.line + 1}"
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         values += isinstance(event, (CollectionStartEvent, ScalarEvent))
         if depth > _MOST_LEVELS:
             raise UserError(f"{path} is nested too deeply")
         if values > _MOST_VALUES:
             raise UserError(f"{path} has more than {_MOST_VALUES:,} values")
-        if getattr(event, "ctag", None) is not None:
-            raise UserError(f"{line}: tags are not read")
-        if isinstance(event, AliasEvent):
-            raise UserError(f"{line}: aliases are not read; write the value once more")
-        if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-            raise UserError(f"{line}: directives are not read")
-        if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
-            raise UserError(f"{line}: merge keys are not read")
+        if more := _more_than_a_value(event):
+            raise UserError(f"{path} line {event.start_mark.line + 1}: {more}")
+
+
+def _more_than_a_value(event: Any) -> str | None:
+    if getattr(event, "ctag", None) is not None:
+        return "tags are not read"
+    if isinstance(event, AliasEvent):
+        return "aliases are not read; write the value once more"
+    if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
+        return "directives are not read"
+    if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
+        return "merge keys are not read"
+    return None
 
 
 def _tuples_for_lists(value: Any) -> Any:

@@ -5,13 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.project_clone import hear_interrupts
-
-ROOT = Path(__file__).parents[1]
+from tests.project_clone import ROOT, hear_interrupts
 
 
 def gptj8(*arguments, cwd):

@@ -117,20 +117,23 @@ def send_all() -> Sent:
 @contextmanager
 def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold an experiment's journals; yield whether it could be had without waiting, if asked so."""
-    with ExitStack() as opened:
-        mine = _take(folder / "turn.lock", wait, opened)
+    held = _locked(folder / "turn.lock", wait)
+    if held is None:
+        yield False
+        return
+    with held:
         try:
-            yield mine
+            yield True
         finally:
-            if mine:
-                with suppress(OSError):  # another journal is there, or begins
-                    if not journals_of(folder):
-                        (folder / "turn.lock").unlink()
-                        folder.rmdir()
+            with suppress(OSError):  # another journal is there, or begins
+                if not journals_of(folder):
+                    (folder / "turn.lock").unlink()
+                    folder.rmdir()
 
 
-def _take(file: Path, wait: bool, opened: ExitStack) -> bool:
-    """Lock a file that whoever has it may remove with its folder; return whether it is locked."""
+def _locked(file: Path, wait: bool) -> ExitStack | None:
+    """Lock a file that whoever has it may remove with its folder; return what unlocks it, None if
+    another process has it and is not waited for."""
     while True:
         if file.parent.is_file():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(file.parent))
@@ -141,10 +144,9 @@ def _take(file: Path, wait: bool, opened: ExitStack) -> bool:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                return False
+                return None
             if os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
-                opened.push(attempt.pop_all())
-                return True
+                return attempt.pop_all()
 
 
 def _with_password(uri: str) -> str:

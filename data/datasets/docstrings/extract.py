@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -41,7 +41,7 @@ from gptj8.files import replace_directory, replace_file
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
 from gptj8.runtime import run
 from gptj8.terminal import Story, each
-from gptj8.yaml_files import read_checked
+from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -49,10 +49,8 @@ SPLITS = ("train", "validation", "test")
 CORPUS = "corpus.jsonl"
 
 
-class Params(BaseModel):
+class Params(Section):
     """The keys of params.yaml, which explains them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     libraries: Annotated[tuple[str, ...], Field(min_length=2)]
     skip_folders: tuple[str, ...]

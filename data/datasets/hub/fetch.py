@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
 from gptj8.errors import UserError
 from gptj8.files import replace_directory, require_free_space, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
-from gptj8.yaml_files import read_checked
+from gptj8.yaml_files import Section, read_checked
 
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")
@@ -61,10 +61,8 @@ NAME = r"[\w.-]+/[\w.-]+"
 URL = rf"hf://datasets/({NAME})(?:@(refs/(?:convert/\w+|pr/\d+)|[^/@]+))?(?:/(.*))?"
 
 
-class Params(BaseModel):
+class Params(Section):
     """The keys of params.yaml, which explains them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     dataset: str | None = None
     revision: str | None = None

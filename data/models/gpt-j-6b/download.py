@@ -21,13 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from gptj8.errors import UserError
 from gptj8.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime import run
 from gptj8.words import one_line
-from gptj8.yaml_files import read_checked
+from gptj8.yaml_files import Section, read_checked
 
 TARGET = Path("model")
 STAGING = Path(".model.incomplete")
@@ -47,10 +45,8 @@ SPARE_BYTES = 1 << 28
 Result = TypeVar("Result")
 
 
-class Params(BaseModel):
+class Params(Section):
     """The keys of params.yaml, which explains them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     repo: str
     revision: str

@@ -36,7 +36,7 @@ set_defaults()
 import numpy as np
 import torch
 from muon import Muon
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,7 +46,7 @@ from transformers.utils import logging
 from gptj8.errors import UserError
 from gptj8.files import replace_directory
 from gptj8.terminal import Story, progress
-from gptj8.yaml_files import read_checked
+from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent
 CORPUS = Path("../../datasets/docstrings/corpus.jsonl")
@@ -54,13 +54,11 @@ END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 64  # sequences, for the loss printed at the end
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 
 
-class Params(BaseModel):
+class Params(Section):
     """The keys of params.yaml, which explains them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]  # the bytes and the end of text

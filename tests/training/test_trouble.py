@@ -10,21 +10,11 @@ import torch
 
 from gptj8.dataset import load_prepared
 from gptj8.errors import UserError
-from gptj8.training import Checkpoints, LossLost
+from gptj8.training import LossLost
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
 from tests.prepared_dataset import write_prepared
-from tests.training_rows import SETTINGS, assert_same, changed, rows, trained
-
-
-@pytest.fixture(scope="module")
-def examples(tiny_8bit_dir):
-    return rows(tiny_8bit_dir)
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    return lambda every=0.0: Checkpoints(tmp_path / "checkpoints", "k" * 64, every)
+from tests.training_rows import SETTINGS, assert_same, changed, trained
 
 
 def poison(monkeypatch, at, what):

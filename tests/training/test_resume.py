@@ -11,21 +11,11 @@ from gptj8.errors import UserError
 from gptj8.training import Checkpoints, training_key
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
-from tests.training_rows import assert_same, changed, rows, trained
+from tests.training_rows import assert_same, changed, trained
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def examples(tiny_8bit_dir):
-    return rows(tiny_8bit_dir)
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    return lambda every=0.0: Checkpoints(tmp_path / "checkpoints", "k" * 64, every)
 
 
 @contextlib.contextmanager

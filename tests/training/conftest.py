@@ -1,0 +1,16 @@
+"""What is trained on, and where its states are kept."""
+
+import pytest
+
+from gptj8.training import Checkpoints
+from tests.training_rows import rows
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_8bit_dir):
+    return rows(tiny_8bit_dir)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return lambda every=0.0: Checkpoints(tmp_path / "checkpoints", "k" * 64, every)
