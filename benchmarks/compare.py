@@ -1,9 +1,10 @@
 """Speed and memory beside other methods: `python -m benchmarks.compare [--layers 2] [--rounds 3]`.
 
 One GPT-J of full width and few layers, random weights, LoRA of rank 8 on query and value, gradient
-checkpointing, on this machine's CPU; every method (`benchmarks.methods`) gets the same shape,
-tokens and adapters. A method runs in a process of its own, in turns with the others; figures are
-medians over rounds. Prints Markdown, ratios to bfloat16 first, and writes JSON.
+checkpointing, on this machine's GPU, or where there is none (or CUDA_VISIBLE_DEVICES= hides it) on
+its CPU; every method (`benchmarks.methods`) gets the same shape, tokens and adapters. A method runs
+in a process of its own, in turns with the others; figures are medians over rounds. Prints Markdown,
+ratios to bfloat16 first, and writes JSON.
 
 How far logits and gradients are from float32 and how long loading takes are measured last, in a
 round of their own (20 GB of memory for a moment, 2.5 GB of disk); `--speed-only` leaves it out.
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import BASE, METHODS
-from gptj8.runtime import cpu_name, prepare_to_compute
+from gptj8.runtime import prepare_to_compute
 
 TRAINING_TOKENS = (32, 128, 512, 2048)
 # Tokens, layers and threads: one grows at a time.
@@ -44,15 +45,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
     import torch
 
     from benchmarks import measures
+    from gptj8.models import pick_device
 
+    device = pick_device()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     method, layers = arguments.method, arguments.layers
     if arguments.part == "deviation":
-        return measures.deviation(method, layers)
+        return measures.deviation(method, layers, device)
     if arguments.part == "loading":
-        return measures.loading(method, arguments.folder / "original", arguments.folder / "8bit")
-    return measures.speed(method, layers, arguments.tokens, arguments.trains_only)
+        folder = arguments.folder
+        return measures.loading(method, folder / "original", folder / "8bit", device)
+    return measures.speed(method, layers, arguments.tokens, arguments.trains_only, device)
 
 
 def run(method: str, layers: int, *options: str) -> dict[str, Any]:
@@ -163,7 +167,10 @@ def main() -> None:
         return
     import torch
 
-    machine = f"{cpu_name()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+    from gptj8.memory.machine import device_name
+    from gptj8.models import pick_device
+
+    machine = f"{device_name(pick_device().type)}, torch {torch.__version__}"
     if arguments.scaling:
         what = "training"
         figures: Figures = {"gptj8": {}, BASE: {}}

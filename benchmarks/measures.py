@@ -41,10 +41,12 @@ class _Clock(BaseStreamer):
         return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
-def speed(method: str, layers: int, tokens: Sequence[int], trains_only: bool) -> Figures:
+def speed(
+    method: str, layers: int, tokens: Sequence[int], trains_only: bool, device: torch.device
+) -> Figures:
     """Return tokens a second of each kind of work, or why it does not run."""
     model: Any
-    model, seconds = build(method, layers)
+    model, seconds = build(method, layers, device, positions=max(2048, *tokens))
     results: Figures = {} if method == BASE else {"conversion, seconds": seconds}
     reset_peak_memory()  # of both kinds of weights together
 
@@ -57,7 +59,7 @@ def speed(method: str, layers: int, tokens: Sequence[int], trains_only: bool) ->
 
     model.train()
     for length in tokens:
-        ids = torch.randint(0, 50257, (1, length))
+        ids = torch.randint(0, 50257, (1, length), device=device)
 
         def step(ids: torch.Tensor = ids) -> None:
             training_loss(method, model, ids).backward()
@@ -69,7 +71,7 @@ def speed(method: str, layers: int, tokens: Sequence[int], trains_only: bool) ->
         return results
     model.eval()
     with torch.inference_mode():
-        ids = torch.randint(0, 50257, (1, PREFILL_TOKENS))
+        ids = torch.randint(0, 50257, (1, PREFILL_TOKENS), device=device)
         attempt(f"prefill, {PREFILL_TOKENS} tokens", PREFILL_TOKENS, lambda: model(input_ids=ids))
         for batch, cache in ((1, None), (1, "static"), (8, None)):
             name = f"decode, batch {batch}" + (f", {cache} cache" if cache else "")
@@ -81,14 +83,22 @@ def speed(method: str, layers: int, tokens: Sequence[int], trains_only: bool) ->
 
 
 def _timed(work: Callable[[], object]) -> float:
+    _finish()
     begun = time.perf_counter()
     work()
+    _finish()
     return time.perf_counter() - begun
+
+
+def _finish() -> None:
+    """Wait for what a GPU has been given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _decode(model: Any, batch: int, cache: str | None) -> float:
     """Return seconds a token of `generate`, for all sequences of the batch together."""
-    prompts = torch.randint(0, 50257, (batch, 8))
+    prompts = torch.randint(0, 50257, (batch, 8), device=model.device)
     generate = functools.partial(
         model.generate,
         input_ids=prompts,
@@ -109,7 +119,7 @@ def _decode(model: Any, batch: int, cache: str | None) -> float:
     return statistics.median(measured)
 
 
-def deviation(method: str, layers: int) -> Figures:
+def deviation(method: str, layers: int, device: torch.device) -> Figures:
     """Return how far logits and the adapter's gradients are from float32 arithmetic.
 
     Relative root of the summed squares, against the original weights and, for 8-bit weights of
@@ -118,21 +128,23 @@ def deviation(method: str, layers: int) -> Figures:
     references = {"the original weights": "float32"}
     if method.startswith("gptj8"):
         references["the same 8-bit weights"] = "restored"
-    found = _logits_and_gradients(method, layers)
+    found = _logits_and_gradients(method, layers, device)
     results: Figures = {}
     for weights, reference in references.items():
-        wanted = _logits_and_gradients(reference, layers)
+        wanted = _logits_and_gradients(reference, layers, device)
         for what, ours, theirs in zip(("logits", "gradients"), found, wanted, strict=True):
             error = float((ours - theirs).norm() / theirs.norm())
             results[f"error of {what}, to {weights} in float32"] = error
     return results
 
 
-def _logits_and_gradients(method: str, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _logits_and_gradients(
+    method: str, layers: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     model: Any
-    model, _ = build(method, layers)
+    model, _ = build(method, layers, device)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 50257, (1, DEVIATION_TOKENS), generator=generator)
+    ids = torch.randint(0, 50257, (1, DEVIATION_TOKENS), generator=generator).to(device)
     model.train()
     training_loss(method, model, ids).backward()
     gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
@@ -150,12 +162,12 @@ def save_original(folder: Path, layers: int) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def loading(method: str, original: Path, converted: Path) -> Figures:
+def loading(method: str, original: Path, converted: Path, device: torch.device) -> Figures:
     """Return seconds from a folder to the first logits: weights that are mapped are read then."""
-    ids = torch.zeros((1, 8), dtype=torch.long)
+    ids = torch.zeros((1, 8), dtype=torch.long, device=device)
 
     def work() -> None:
-        model: Any = load(method, original, converted)
+        model: Any = load(method, original, converted, device)
         with torch.no_grad():
             model(input_ids=ids)
 

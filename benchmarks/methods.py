@@ -71,14 +71,16 @@ class JustInTimeLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def config(layers: int) -> GPTJConfig:
-    """Return the shape of GPT-J-6B with so many layers."""
+def config(layers: int, positions: int = 2048) -> GPTJConfig:
+    """Return the shape of GPT-J-6B with so many layers, and places for so many tokens."""
     from transformers import GPTJConfig
 
-    return GPTJConfig(n_layer=layers, tie_word_embeddings=False)
+    return GPTJConfig(n_layer=layers, n_positions=positions, tie_word_embeddings=False)
 
 
-def build(method: str, layers: int) -> tuple[nn.Module, float]:
+def build(
+    method: str, layers: int, device: torch.device, positions: int = 2048
+) -> tuple[nn.Module, float]:
     """Return the model with its large weights as the method keeps them, and an adapter; and the
     seconds that converting the weights took. Always the same weights."""
     from peft import LoraConfig, get_peft_model
@@ -91,15 +93,16 @@ def build(method: str, layers: int) -> tuple[nn.Module, float]:
         attention.register()
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPE)
-    model = GPTJForCausalLM(config(layers))
+    model = GPTJForCausalLM(config(layers, positions))
     torch.set_default_dtype(torch.float32)
     begun = time.perf_counter()
-    _convert(method, model)
+    _convert(method, model, device)
+    model.to(device)
     seconds = time.perf_counter() - begun
     torch.manual_seed(0)
     model = get_peft_model(
         model.requires_grad_(False), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
-    )
+    ).to(device)
     if is_ours:
         from gptj8.checkpointing import set_checkpointing
 
@@ -110,13 +113,14 @@ def build(method: str, layers: int) -> tuple[nn.Module, float]:
     return model, seconds
 
 
-def _convert(method: str, model: nn.Module) -> None:
+def _convert(method: str, model: nn.Module, device: torch.device) -> None:
+    """Convert the weights one by one on the device, which need not hold all of them as they are."""
     if method == "bfloat16":
         return
     if method == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(model, Int8WeightOnlyConfig())
+        quantize_(model, Int8WeightOnlyConfig(), device=device)
         return
     if method in ("float32", "restored"):
         model.float()
@@ -133,13 +137,14 @@ def _convert(method: str, model: nn.Module) -> None:
             twin: Any = frozen_twin(module, 4096, DTYPE)
             if twin is None:
                 continue
-            twin.load_quantized(quantize_blockwise(module.weight))
+            twin = twin.to(device)
+            twin.load_quantized(quantize_blockwise(module.weight.to(device)))
             if getattr(module, "bias", None) is not None:
                 twin.bias = module.bias
         elif type(module) is not nn.Linear:
             continue
         elif method == "jit-bitsandbytes":
-            twin = JustInTimeLinear(module)
+            twin = JustInTimeLinear(module.to(device))
         elif name == "lm_head":  # bitsandbytes' layers leave the head as it is
             continue
         else:
@@ -149,7 +154,7 @@ def _convert(method: str, model: nn.Module) -> None:
             else:
                 twin = bnb.Linear4bit(*shape, quant_type="nf4", compute_dtype=DTYPE)
             twin.load_state_dict(module.state_dict())
-            twin = twin.to("cpu")
+            twin = twin.to(device)
         model.set_submodule(name, twin)
     if method.startswith("gptj8"):
         from gptj8.activations import fuse_activations
@@ -168,7 +173,7 @@ def _round(model: nn.Module) -> None:
             weight.data = dequantize_blockwise(quantize_blockwise(weight), torch.float32)
 
 
-def load(method: str, original: Path, converted: Path) -> nn.Module:
+def load(method: str, original: Path, converted: Path, device: torch.device) -> nn.Module:
     """Load a model from a folder as the method's users do.
 
     Args:
@@ -180,7 +185,7 @@ def load(method: str, original: Path, converted: Path) -> nn.Module:
     if method.startswith("gptj8"):
         from gptj8.models import load_model
 
-        return load_model(converted, DTYPE, torch.device("cpu"))
+        return load_model(converted, DTYPE, device)
     quantization: Any = None
     if method == "llm-int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -194,10 +199,10 @@ def load(method: str, original: Path, converted: Path) -> nn.Module:
         quantization = TorchAoConfig(Int8WeightOnlyConfig())
     elif method == "jit-bitsandbytes":
         model = AutoModelForCausalLM.from_pretrained(original, dtype=DTYPE)
-        _convert(method, model)
-        return model
+        _convert(method, model, device)
+        return model.to(device)
     return AutoModelForCausalLM.from_pretrained(
-        original, dtype=DTYPE, quantization_config=quantization
+        original, dtype=DTYPE, quantization_config=quantization, device_map={"": device}
     )
 
 

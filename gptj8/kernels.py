@@ -13,8 +13,9 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,13 +46,17 @@ def dequantize(
     """
     if backend(codes) is native and dtype in native.DTYPES:
         return native.dequantize(codes, absmax, codebook, block_size, dtype, out)
-    restore: Callable[..., torch.Tensor] = blockwise.dequantize
+    arguments = (codes.contiguous(), absmax, codebook, block_size, dtype)
     if codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in native.DTYPES:
-        codes = codes.contiguous()
-        restore = _bitsandbytes() or restore
-        if restore is blockwise.dequantize and gpu_kernels.is_available(codes.device):
-            restore = gpu_kernels.dequantize
-    restored = restore(codes, absmax, codebook, block_size, dtype)
+        if operator := _bitsandbytes():
+            if out is not None and codes.device.type == "cuda":
+                operator.out(*arguments, out=out)
+                return out
+            restored: torch.Tensor = operator.default(*arguments)
+            return restored if out is None else out.copy_(restored)
+        if gpu_kernels.is_available(codes.device):
+            return gpu_kernels.dequantize(*arguments, out)
+    restored = blockwise.dequantize(*arguments)
     return restored if out is None else out.copy_(restored)
 
 
@@ -137,9 +142,11 @@ def _native_works() -> bool:
 
 
 @functools.cache
-def _bitsandbytes() -> Callable[..., torch.Tensor] | None:
+def _bitsandbytes() -> Any:
+    """Return bitsandbytes' operator, whose form that fills a given tensor CUDA alone has; None
+    where it is not installed."""
     try:
         import bitsandbytes  # noqa: F401 (defines the operator)
     except ImportError:
         return None
-    return torch.ops.bitsandbytes.dequantize_blockwise.default
+    return torch.ops.bitsandbytes.dequantize_blockwise

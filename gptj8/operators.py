@@ -14,7 +14,9 @@ with a known shape, where they would look into a Function and stop at the first 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,44 @@ from gptj8 import kernels
 _PIECE = 1 << 26
 _CACHED_PIECE = 1 << 21
 _CACHED_ROWS = 64
+
+
+class _Keeping(threading.local):
+    """Whether this thread's products keep what they restore in whole, and what the last one did."""
+
+    wanted = False
+    latest: torch.Tensor | None = None
+
+
+_keeping = _Keeping()
+# By where codes are; these are held too, so that no others can come to lie there.
+_kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+@contextmanager
+def keeping_matrices() -> Iterator[None]:
+    """Keep each matrix that a product restores in whole until its gradient has used it too.
+
+    For a checkpointed block's second computation, right before its gradients: what is restored
+    there is not restored once more. It takes one block's matrices in 16 bits; what another block
+    left is dropped.
+    """
+    drop_kept()
+    _keeping.wanted = True
+    try:
+        yield
+    finally:
+        _keeping.wanted, _keeping.latest = False, None
+
+
+def drop_kept() -> None:
+    """Drop what no gradient came to use."""
+    _kept.clear()
+
+
+def kept_bytes() -> int:
+    """Return the bytes of the matrices that are kept."""
+    return sum(matrix.nbytes for _, matrix in _kept.values())
 
 
 def frozen_linear(
@@ -52,6 +92,7 @@ def frozen_linear(
     Returns:
         (..., out) in the dtype of x.
     """
+    _keeping.latest = None
     bias = None if bias is None else bias.to(x.dtype)
     columns = codes.shape[0 if transposed else 1]
     if x.dim() == 0 or x.shape[-1] != columns:
@@ -63,6 +104,8 @@ def frozen_linear(
     pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, step)
     if step >= len(codes):
         ((_, weight),) = pieces
+        if _keeping.wanted:
+            _keeping.latest = weight
         return functional.linear(x, weight.t() if transposed else weight, bias)
     y = x.new_empty(x.numel() // columns, len(codes))
     flat = x.reshape(-1, columns)
@@ -99,16 +142,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     # product, a third of GPT-J's, is not repeated: its gradient needs these constants only.
     _, *quantized, _, ctx.block_size, ctx.transposed = inputs
     ctx.quantized = quantized
+    if _keeping.latest is not None and ctx.needs_input_grad[0]:
+        _kept[_place(quantized[0])] = quantized[0], _keeping.latest
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        backward = torch.ops.gptj8.frozen_linear_backward
-        grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed)
+        weight = _take_kept(ctx.quantized[0]) if _kept else None
+        if weight is not None and weight.dtype == grad.dtype:
+            grad_x = grad.matmul(weight.t() if ctx.transposed else weight)
+        else:
+            backward = torch.ops.gptj8.frozen_linear_backward
+            grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0)
     return grad_x, None, None, None, grad_bias, None, None
+
+
+def _take_kept(codes: torch.Tensor) -> torch.Tensor | None:
+    _, weight = _kept.pop(_place(codes), (None, None))
+    return weight
+
+
+def _place(codes: torch.Tensor) -> tuple[int, int]:
+    return codes.untyped_storage()._cdata, int(codes.storage_offset())
 
 
 def _restored_pieces(
@@ -125,7 +183,10 @@ def _restored_pieces(
         part = codes[start : start + step]
         first = start * columns // block_size
         scales = absmax[first : first + -(-part.numel() // block_size)]
-        out = kernels.scratch(part.shape, dtype, codes.device)
+        if _keeping.wanted and step >= rows:
+            out = torch.empty(part.shape, dtype=dtype, device=codes.device)
+        else:
+            out = kernels.scratch(part.shape, dtype, codes.device)
         yield (
             slice(start, start + len(part)),
             kernels.dequantize(part, scales, codebook, block_size, dtype, out),
@@ -180,6 +241,8 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
 def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
+    whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
+    _keeping.latest = x.new_empty(codes.shape) if _keeping.wanted and whole else None
     return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])
 
 

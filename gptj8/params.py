@@ -140,7 +140,7 @@ class Finetune(Section):
     train_batch_size: PositiveInt | None = None
     """Sequences an optimizer step, which auto divides; null: 8. A number beside a number of
     `per_device_train_batch_size` must be the product of the other two."""
-    checkpointing: Literal["full", "selective", "none", "auto"] = "auto"
+    checkpointing: Literal["full", "reuse", "selective", "none", "auto"] = "auto"
     """What is computed again in backward instead of kept (`gptj8.checkpointing`); auto: as little
     as the memory allows. The result is the same."""
     optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"

@@ -112,7 +112,7 @@ def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
     assert found.evaluation().total > found.weights.base
 
 
-@pytest.mark.parametrize("checkpointing", KINDS)
+@pytest.mark.parametrize("checkpointing", KINDS["cuda"])
 def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpointing):
     # Short rows: on fake tensors transformers makes a causal mask that a real step does without.
     batch = Batch(6, 10, 9, padded=False)
@@ -231,8 +231,8 @@ def test_auto_takes_the_largest_divisor_that_fits():
 
 def test_auto_computes_again_no_more_than_memory_requires():
     found = Estimator(plan(gptj()))
-    needed = {kind: found.training(8, kind).total for kind in KINDS}
-    assert needed["none"] > needed["selective"] > needed["full"]
+    needed = {kind: found.training(8, kind).total for kind in KINDS["cuda"]}
+    assert needed["none"] > needed["selective"] > needed["full"] < needed["reuse"]
     finetune = finetune_params(per_device_train_batch_size=8)
     assert finetune.checkpointing == "auto"
     for kind in ("none", "selective"):  # twice: half of a CPU's memory is left alone
@@ -246,6 +246,19 @@ def test_auto_computes_again_no_more_than_memory_requires():
     assert choose_fit(found, both, 2 * whole) == Fit(12, "none")
     assert choose_fit(found, both, 2 * whole - 2) == Fit(12, "selective")
     assert choose_fit(found, both, found.training(5, "full").total) == Fit(4, "full")
+
+
+def test_a_gpu_keeps_matrices_for_gradients_where_it_has_no_room_for_activations():
+    # Long rows: a block's matrices then take less than what its products return.
+    config = gptj(n_positions=1024)
+    found = Estimator(dataclasses.replace(plan(config, length=1024), device="cuda"))
+    needed = {kind: found.training(2, kind).total for kind in KINDS["cuda"]}
+    assert needed["none"] > needed["selective"] > needed["reuse"] > needed["full"]
+    matrices = found.training(2, "reuse").components["matrices for gradients"]
+    assert needed["reuse"] - needed["full"] <= matrices
+    finetune = finetune_params(per_device_train_batch_size=2)
+    for kind in KINDS["cuda"]:
+        assert choose_fit(found, finetune, needed[kind]) == Fit(2, kind)
 
 
 def test_enough_tokens_at_a_time_are_not_bought_with_recomputation():
@@ -263,9 +276,9 @@ def test_what_does_not_fit_after_all_is_made_smaller():
         if len(rows) > 3 or kind != "full":
             raise torch.OutOfMemoryError("out of memory")
 
-    def confirmed(fit, **changes):
+    def confirmed(fit, device="cpu", **changes):
         tried.clear()
-        return confirm(fit, finetune_params(**changes), lambda count: [{}] * count, step)
+        return confirm(fit, finetune_params(**changes), device, lambda count: [{}] * count, step)
 
     assert confirmed(Fit(12, "selective"), **AUTO) == Fit(3, "full")
     assert tried == [(12, "selective"), (12, "full"), (6, "full"), (3, "full")]
@@ -275,12 +288,14 @@ def test_what_does_not_fit_after_all_is_made_smaller():
     with pytest.raises(torch.OutOfMemoryError):
         confirmed(Fit(4, "none"), per_device_train_batch_size=4)
     assert tried == [(4, "none"), (4, "selective"), (4, "full")]
+    assert confirmed(Fit(2, "none"), "cuda", per_device_train_batch_size=2) == Fit(2, "full")
+    assert tried == [(2, "none"), (2, "selective"), (2, "reuse"), (2, "full")]
 
     def fails(rows, kind):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        confirm(Fit(4, "full"), finetune_params(**AUTO), lambda count: [{}] * count, fails)
+        confirm(Fit(4, "full"), finetune_params(**AUTO), "cpu", lambda count: [{}] * count, fails)
 
 
 def some_examples(count=8):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptj8 import blockwise, kernels, native
 from gptj8.codebooks import dynamic_codebook, fit_codebook
@@ -225,3 +227,21 @@ def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
     assert there.stdout.startswith("bitsandbytes' operator")
     assert here.stdout.split()[2:] == there.stdout.split()[2:]
     assert ("disagree" in there.stderr) == (replacement == "wrong")
+
+
+def test_a_gpu_restores_into_what_it_is_given():
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():  # tensors of a GPU that need not be there
+        codes = torch.empty(3, 4096, dtype=torch.uint8, device="cuda")
+        absmax, codebook = torch.empty(3, device="cuda"), torch.empty(256, device="cuda")
+        out = torch.empty(3, 4096, dtype=torch.bfloat16, device="cuda")
+        with Recorder():
+            restored = kernels.dequantize(codes, absmax, codebook, 4096, torch.bfloat16, out)
+    assert restored is out
+    assert names == ["bitsandbytes::dequantize_blockwise.out"]

@@ -155,7 +155,7 @@ def test_speed_counts_training_tokens_only(tiny_8bit_dir, examples):
     assert 0 < seconds < result.seconds
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "reuse"])
 def test_checkpointing_does_not_change_the_result(tiny_8bit_dir, examples, checkpointing):
     def adapter_after(**changes):
         model = adapted_model(tiny_8bit_dir)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.checkpointing import KINDS, Kind
+from gptj8.checkpointing import Kind
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import padded_length
@@ -224,15 +224,11 @@ class Estimator:
         """Return the components of the phase that takes the most, and what is beside them."""
         totals = {phase: sum(peak.values()) for phase, peak in trace.peaks.items()}
         components = dict(trace.peaks[max(totals, key=totals.__getitem__)])
-        components["dequantization"] = self._workspace(trace)
+        components["dequantization"] = trace.workspace
         if self.plan.device == "cpu":
             components["compiled products"] = self._compiled(trace)
             components["unused heap"] = int(_UNUSED * trace.in_heap)
         return components
-
-    def _workspace(self, trace: Trace) -> int:
-        # bitsandbytes returns new memory on a GPU, which is copied to where it is wanted.
-        return trace.workspace if self.plan.device == "cpu" else 2 * trace.workspace
 
     def _compiled(self, trace: Trace) -> int:
         """Return what oneDNN keeps, which computes in 16 bits; 32 are another library's."""
@@ -295,7 +291,7 @@ def plan_of(
         device=device,
         length=length,
         learned=max(1, min(learned, length - 1)),
-        checkpointing=KINDS[-1] if finetune.checkpointing == "auto" else finetune.checkpointing,
+        checkpointing="full" if finetune.checkpointing == "auto" else finetune.checkpointing,
         optim=finetune.optim,
         eval_rows=params.evaluate.per_device_eval_batch_size,
     )

@@ -57,12 +57,13 @@ def choose_fit(estimator: Estimator, finetune: Finetune, memory: int) -> Fit:
     """
     asked, a_step = finetune.per_device_train_batch_size, finetune.sequences_a_step
     sizes = divisors(a_step) if asked == "auto" else [asked]
-    kinds = list(KINDS) if finetune.checkpointing == "auto" else [finetune.checkpointing]
+    device = estimator.plan.device
+    kinds = list(KINDS[device]) if finetune.checkpointing == "auto" else [finetune.checkpointing]
     last = kinds.pop()
     length = estimator.plan.length
     enough = next((size for size in sizes if size * length >= _ENOUGH_TOKENS), sizes[-1])
     for kind in kinds:
-        limit = int(_FOR_SPEED[estimator.plan.device] * memory)
+        limit = int(_FOR_SPEED[device] * memory)
         try:
             fitting = estimator.largest_micro_batch(limit, sizes, kind)
         except RuntimeError:  # torch cannot keep what a model changes in place
@@ -91,6 +92,7 @@ def divisors(number: int) -> list[int]:
 def confirm(
     fit: Fit,
     finetune: Finetune,
+    device: str,
     longest: Callable[[int], Sequence[Example]],
     try_step: Callable[[Sequence[Example], Kind], None],
 ) -> Fit:
@@ -98,6 +100,7 @@ def confirm(
     sequences are taken at a time; each only where params leave the choice.
 
     Args:
+        device: "cpu" or "cuda".
         longest: returns so many of the longest examples.
         try_step: runs a step on them.
     """
@@ -106,7 +109,7 @@ def confirm(
             try_step(longest(fit.micro_batch), fit.checkpointing)
             return fit
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            smaller = _smaller(fit, finetune) if is_out_of_memory(error) else None
+            smaller = _smaller(fit, finetune, KINDS[device]) if is_out_of_memory(error) else None
             if smaller is None:
                 raise
             fit = smaller
@@ -114,9 +117,9 @@ def confirm(
             torch.cuda.empty_cache()
 
 
-def _smaller(fit: Fit, finetune: Finetune) -> Fit | None:
-    if finetune.checkpointing == "auto" and fit.checkpointing != KINDS[-1]:
-        return Fit(fit.micro_batch, KINDS[KINDS.index(fit.checkpointing) + 1])
+def _smaller(fit: Fit, finetune: Finetune, kinds: Sequence[Kind]) -> Fit | None:
+    if finetune.checkpointing == "auto" and fit.checkpointing != kinds[-1]:
+        return Fit(fit.micro_batch, kinds[kinds.index(fit.checkpointing) + 1])
     if finetune.per_device_train_batch_size != "auto" or fit.micro_batch == 1:
         return None
     half = fit.micro_batch // 2

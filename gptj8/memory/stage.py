@@ -93,7 +93,7 @@ class TrainingMemory:
             available = shared + (available - shared) // processes_here()
         fit = choose_fit(self._estimator, finetune, int(USED * available))
         if asked == "auto" or self._device == "cuda":
-            fit = confirm(fit, finetune, longest_of(self._examples), try_step)
+            fit = confirm(fit, finetune, self._device, longest_of(self._examples), try_step)
         estimated = f"{self._gib(fit):.2f} of {available / 2**30:.2f} GiB"
         if asked == "auto":
             times = finetune.sequences_a_step // fit.micro_batch

@@ -250,6 +250,8 @@ class _Recorder(TorchDispatchMode):
                 self._in_heap -= size
 
     def _note(self, inside: dict[str, int]) -> None:
+        if kept := operators.kept_bytes():
+            inside = {**inside, "matrices for gradients": kept}
         total = self._bytes + sum(inside.values())
         if total > self._most[self._phase]:
             self._most[self._phase] = total
