@@ -23,6 +23,7 @@ from gptj8.checkpointing import Kind
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
 from gptj8.examples import padded_length
+from gptj8.heap import large_blocks
 from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
@@ -41,6 +42,7 @@ _SHALLOW, _DEEP = 2, 4
 # process of `tame_the_heap`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
+_MOST_UNUSED_TRIMMED = 64 << 20  # where large blocks are trimmed (`gptj8.heap`)
 # What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
 # that grows with the matrix.
 _COMPILED = 700 << 10
@@ -104,7 +106,9 @@ class Estimator:
     def __init__(self, plan: Plan, process: int = 0) -> None:
         self.plan = plan
         self.process = process if plan.device == "cpu" else 0
-        self.weights: Weights = weigh(self._build(layers_of(plan.config)), plan.optim)
+        model = self._build(layers_of(plan.config))
+        self.weights: Weights = weigh(model, plan.optim)
+        self._most_unused = _MOST_UNUSED_TRIMMED if large_blocks(model) else _MOST_UNUSED
         self._training = functools.cache(self._trace_training)
 
     def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
@@ -211,14 +215,19 @@ class Estimator:
     def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
         layers = layers_of(self.plan.config)
         if layers <= _DEEP:
-            return _bounded(trace(layers))
+            return self._bounded(trace(layers))
         shallow, deep = trace(_SHALLOW), trace(_DEEP)
         found = {}
         for name in deep:
             at_two = shallow.get(name, 0)
             slope = (deep[name] - at_two) / (_DEEP - _SHALLOW)
             found[name] = max(0, round(at_two + slope * (layers - _SHALLOW)))
-        return _bounded(found)
+        return self._bounded(found)
+
+    def _bounded(self, components: dict[str, int]) -> dict[str, int]:
+        if "unused heap" in components:
+            components["unused heap"] = min(components["unused heap"], self._most_unused)
+        return components
 
     def _components(self, trace: Trace) -> dict[str, int]:
         """Return the components of the phase that takes the most, and what is beside them."""
@@ -240,12 +249,6 @@ class Estimator:
         ]
         kept = COMPILED_PRODUCTS if self.plan.padded else min(COMPILED_PRODUCTS, len(sizes))
         return kept * sum(sizes) // len(sizes)
-
-
-def _bounded(components: dict[str, int]) -> dict[str, int]:
-    if "unused heap" in components:
-        components["unused heap"] = min(components["unused heap"], _MOST_UNUSED)
-    return components
 
 
 def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.distributed import from_main, is_main_process, process_count, share_trained_only, summed
 from gptj8.errors import UserError
 from gptj8.examples import Example
+from gptj8.heap import trimmed
 from gptj8.memory.fitting import is_out_of_memory
 from gptj8.terminal import format_seconds
 from gptj8.training.batches import Collator
@@ -79,6 +80,7 @@ def train(
         with (
             tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch,
             TrainingProgress(monitor) as shown,
+            trimmed(model),
         ):
             trainer = CompletionTrainer(
                 model=model,
