@@ -5,8 +5,8 @@ is computed the heap grows by more than is kept of it. For GPT-J-6B and one sequ
 that came to a third of a gigabyte in a forward pass. `malloc_trim` gives back every free page, and
 the pages that are taken again are cleared again: that grows with what a block's activations take,
 while its arithmetic grows with its weights too. So large blocks alone are worth it. (Measured:
-GPT-J-6B 0.23 GiB less, its speed unchanged within the noise of a tenth; blocks of 50 M weights 0.1
-GiB less for 4 to 13 % of the speed.)
+GPT-J-6B 0.23 GiB less at 0.97x the speed; blocks of at most 50 M weights 0.1 GiB less at 0.87x to
+1.03x.)
 """
 
 from __future__ import annotations
