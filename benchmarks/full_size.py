@@ -131,6 +131,8 @@ def train(converted: Path) -> dict[str, float]:
     torch.manual_seed(0)
     model = add_adapter(load_model(converted, dtype, device), "lora", "attention", 8, 16, 0.0)
     set_checkpointing(model, "full")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # loading is a step of its own
     model.config.use_cache = False
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.methods import BASE, build, config, load, training_loss
+from benchmarks.methods import BASE, build, config, finish, load, training_loss
 from gptj8.runtime import peak_memory_gib, reset_peak_memory
 
 PREFILL_TOKENS = 512
@@ -53,7 +53,7 @@ def speed(
     def attempt(name: str, count: int, work: Callable[[], object]) -> None:
         try:
             work()
-            results[name] = count / statistics.median(_timed(work) for _ in range(3))
+            results[name] = count / statistics.median(_timed(work, device) for _ in range(3))
         except Exception as error:
             results[name] = f"fails: {type(error).__name__}"
 
@@ -82,18 +82,12 @@ def speed(
     return results
 
 
-def _timed(work: Callable[[], object]) -> float:
-    _finish()
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    finish(device)
     begun = time.perf_counter()
     work()
-    _finish()
+    finish(device)
     return time.perf_counter() - begun
-
-
-def _finish() -> None:
-    """Wait for what a GPU has been given to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _decode(model: Any, batch: int, cache: str | None) -> float:
@@ -172,4 +166,4 @@ def loading(method: str, original: Path, converted: Path, device: torch.device) 
             model(input_ids=ids)
 
     work()  # imports, and the files into the page cache
-    return {"loading, seconds": statistics.median(_timed(work) for _ in range(3))}
+    return {"loading, seconds": statistics.median(_timed(work, device) for _ in range(3))}

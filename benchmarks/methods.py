@@ -59,7 +59,7 @@ class JustInTimeLinear(nn.Linear):
 
         nn.Module.__init__(self)
         self.in_features, self.out_features = original.in_features, original.out_features
-        code = create_dynamic_map().float()
+        code = create_dynamic_map().float().to(original.weight.device)
         codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(original.weight, code, 4096)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("absmax", absmax.float())
@@ -95,9 +95,11 @@ def build(
     torch.set_default_dtype(DTYPE)
     model = GPTJForCausalLM(config(layers, positions))
     torch.set_default_dtype(torch.float32)
+    finish(device)  # which also begins with a GPU
     begun = time.perf_counter()
     _convert(method, model, device)
     model.to(device)
+    finish(device)
     seconds = time.perf_counter() - begun
     torch.manual_seed(0)
     model = get_peft_model(
@@ -111,6 +113,12 @@ def build(
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     return model, seconds
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what a GPU has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _convert(method: str, model: nn.Module, device: torch.device) -> None:

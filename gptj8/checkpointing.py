@@ -64,7 +64,7 @@ def set_checkpointing(model: PeftModel, kind: Kind) -> None:
 
 def _reusing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a block's first computation and of its second."""
-    return nullcontext(), operators.keeping_matrices()
+    return nullcontext(), operators.KeepingMatrices()
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -41,10 +41,11 @@ def large_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def trimmed(model: nn.Module) -> Iterator[None]:
-    """Keep the heap dense while a model's blocks are computed, in forward and again in backward.
+    """Keep the heap dense in a model's forward passes, at whose end it is the largest.
 
-    Does nothing for small blocks, with another C library than glibc, or where the system does not
-    tell what a process has.
+    In backward nothing more is kept, and what one block leaves free serves the next. Does nothing
+    for small blocks, with another C library than glibc, or where the system does not tell what a
+    process has.
     """
     release = _malloc_trim()
     most = own_bytes()  # of what trims have left

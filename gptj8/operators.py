@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,19 +42,19 @@ _keeping = _Keeping()
 _kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-@contextmanager
-def keeping_matrices() -> Iterator[None]:
-    """Keep each matrix that a product restores in whole until its gradient has used it too.
+class KeepingMatrices:
+    """Context: keep each matrix that a product restores in whole until its gradient has used it.
 
     For a checkpointed block's second computation, right before its gradients: what is restored
     there is not restored once more. It takes one block's matrices in 16 bits; what another block
-    left is dropped.
+    left is dropped. May be entered again, as a graph that is kept is computed again.
     """
-    drop_kept()
-    _keeping.wanted = True
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        drop_kept()
+        _keeping.wanted = True
+
+    def __exit__(self, *_: object) -> None:
         _keeping.wanted, _keeping.latest = False, None
 
 
@@ -241,8 +240,10 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
 def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
-    whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
-    _keeping.latest = x.new_empty(codes.shape) if _keeping.wanted and whole else None
+    _keeping.latest = None
+    if _keeping.wanted and (transposed or x.numel() > kernels.few_rows(x) * codes.shape[1]):
+        whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
+        _keeping.latest = x.new_empty(codes.shape) if whole else None
     return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])
 
 

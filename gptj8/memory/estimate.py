@@ -42,7 +42,8 @@ _SHALLOW, _DEEP = 2, 4
 # process of `tame_the_heap`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
-_MOST_UNUSED_TRIMMED = 64 << 20  # where large blocks are trimmed (`gptj8.heap`)
+# Where large blocks are trained with their inputs kept alone (`gptj8.heap`; GPT-J-6B's shape).
+_MOST_UNUSED_TRIMMED = 64 << 20
 # What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
 # that grows with the matrix.
 _COMPILED = 700 << 10
@@ -108,7 +109,7 @@ class Estimator:
         self.process = process if plan.device == "cpu" else 0
         model = self._build(layers_of(plan.config))
         self.weights: Weights = weigh(model, plan.optim)
-        self._most_unused = _MOST_UNUSED_TRIMMED if large_blocks(model) else _MOST_UNUSED
+        self._is_trimmed = bool(large_blocks(model))
         self._training = functools.cache(self._trace_training)
 
     def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
@@ -141,13 +142,15 @@ class Estimator:
         def trace(layers: int) -> dict[str, int]:
             return self._components(trace_evaluation(self._build(layers), batch))
 
-        return Estimate({**self._held(), **self._extrapolate(trace)})
+        return Estimate({**self._held(), **self._extrapolate(trace, _MOST_UNUSED)})
 
     def flops_per_token(self, checkpointing: Kind | None = None) -> float:
         """Return the operations of a training step, a token."""
         batch = Batch(1, self.plan.length, self.plan.learned)
         kind = checkpointing or self.plan.checkpointing
-        found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch, kind).flops})
+        found = self._extrapolate(
+            lambda layers: {"flops": self._step(layers, batch, kind).flops}, _MOST_UNUSED
+        )
         return found["flops"] / self.plan.length
 
     def largest_micro_batch(
@@ -208,26 +211,26 @@ class Estimator:
         if plan.padded and micro_batch > 1:
             length = padded_length(length, context_length(plan.config), plan.device)
         batch = Batch(micro_batch, length, plan.learned, plan.padded)
+        is_dense = self._is_trimmed and checkpointing in ("full", "reuse")
         return self._extrapolate(
-            lambda layers: self._components(self._step(layers, batch, checkpointing))
+            lambda layers: self._components(self._step(layers, batch, checkpointing)),
+            _MOST_UNUSED_TRIMMED if is_dense else _MOST_UNUSED,
         )
 
-    def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
+    def _extrapolate(
+        self, trace: Callable[[int], dict[str, int]], most_unused: int
+    ) -> dict[str, int]:
+        """Trace a few blocks and go on in a line; the heap's holes do not grow without end."""
         layers = layers_of(self.plan.config)
         if layers <= _DEEP:
-            return self._bounded(trace(layers))
+            return _bounded(trace(layers), most_unused)
         shallow, deep = trace(_SHALLOW), trace(_DEEP)
         found = {}
         for name in deep:
             at_two = shallow.get(name, 0)
             slope = (deep[name] - at_two) / (_DEEP - _SHALLOW)
             found[name] = max(0, round(at_two + slope * (layers - _SHALLOW)))
-        return self._bounded(found)
-
-    def _bounded(self, components: dict[str, int]) -> dict[str, int]:
-        if "unused heap" in components:
-            components["unused heap"] = min(components["unused heap"], self._most_unused)
-        return components
+        return _bounded(found, most_unused)
 
     def _components(self, trace: Trace) -> dict[str, int]:
         """Return the components of the phase that takes the most, and what is beside them."""
@@ -249,6 +252,12 @@ class Estimator:
         ]
         kept = COMPILED_PRODUCTS if self.plan.padded else min(COMPILED_PRODUCTS, len(sizes))
         return kept * sum(sizes) // len(sizes)
+
+
+def _bounded(components: dict[str, int], most_unused: int) -> dict[str, int]:
+    if "unused heap" in components:
+        components["unused heap"] = min(components["unused heap"], most_unused)
+    return components
 
 
 def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype | None:

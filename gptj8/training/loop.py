@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PrinterCallback
 
+from gptj8 import operators
 from gptj8.adapters import trainable_parameters
 from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.distributed import from_main, is_main_process, process_count, share_trained_only, summed
@@ -136,6 +137,7 @@ def _within_memory(
             f"{settings.checkpointing}"
         )
         model.zero_grad(set_to_none=True)
+        operators.drop_kept()
         gc.collect()  # what failed half way holds on to its tensors in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -213,6 +215,7 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind)
                 total, _, _ = summed_loss(model, inputs)
             total.backward()
     finally:
+        operators.drop_kept()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
 
