@@ -106,7 +106,6 @@ def convert(source: Path, target: Path) -> dict[str, float]:
 
 def load(converted: Path) -> dict[str, float]:
     """Load the converted model."""
-
     from gptj8.models import load_model, pick_device, pick_dtype
 
     device = pick_device()
@@ -161,7 +160,6 @@ def train(converted: Path) -> dict[str, float]:
 
 def evaluate(converted: Path) -> dict[str, float]:
     """Score documents, classify and write answers on the 8-bit model, as the stage does."""
-
     from gptj8.evaluation.likelihood import score_labels
     from gptj8.evaluation.perplexity import score_documents
     from gptj8.generation import generate_greedily
@@ -187,7 +185,6 @@ def evaluate(converted: Path) -> dict[str, float]:
 
 def evaluate_original(source: Path, converted: Path) -> dict[str, float]:
     """Score the same documents on the unquantized model, in no more memory than its copy takes."""
-
     from gptj8.evaluation.perplexity import score_documents
     from gptj8.models import load_original, pick_device, pick_dtype
 

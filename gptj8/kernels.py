@@ -47,16 +47,14 @@ def dequantize(
     if backend(codes) is native and dtype in native.DTYPES:
         return native.dequantize(codes, absmax, codebook, block_size, dtype, out)
     arguments = (codes.contiguous(), absmax, codebook, block_size, dtype)
-    if codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in native.DTYPES:
-        if operator := _bitsandbytes():
-            if out is not None and codes.device.type == "cuda":
-                operator.out(*arguments, out=out)
-                return out
-            restored: torch.Tensor = operator.default(*arguments)
-            return restored if out is None else out.copy_(restored)
-        if gpu_kernels.is_available(codes.device):
-            return gpu_kernels.dequantize(*arguments, out)
-    restored = blockwise.dequantize(*arguments)
+    has_kernels = codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in native.DTYPES
+    operator = _bitsandbytes() if has_kernels else None
+    if operator and out is not None and codes.device.type == "cuda":
+        operator.out(*arguments, out=out)
+        return out
+    if has_kernels and not operator and gpu_kernels.is_available(codes.device):
+        return gpu_kernels.dequantize(*arguments, out)
+    restored: torch.Tensor = (operator.default if operator else blockwise.dequantize)(*arguments)
     return restored if out is None else out.copy_(restored)
 
 

@@ -142,15 +142,13 @@ class Estimator:
         def trace(layers: int) -> dict[str, int]:
             return self._components(trace_evaluation(self._build(layers), batch))
 
-        return Estimate({**self._held(), **self._extrapolate(trace, _MOST_UNUSED)})
+        return Estimate({**self._held(), **_bounded(self._extrapolate(trace), _MOST_UNUSED)})
 
     def flops_per_token(self, checkpointing: Kind | None = None) -> float:
         """Return the operations of a training step, a token."""
         batch = Batch(1, self.plan.length, self.plan.learned)
         kind = checkpointing or self.plan.checkpointing
-        found = self._extrapolate(
-            lambda layers: {"flops": self._step(layers, batch, kind).flops}, _MOST_UNUSED
-        )
+        found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch, kind).flops})
         return found["flops"] / self.plan.length
 
     def largest_micro_batch(
@@ -212,25 +210,22 @@ class Estimator:
             length = padded_length(length, context_length(plan.config), plan.device)
         batch = Batch(micro_batch, length, plan.learned, plan.padded)
         is_dense = self._is_trimmed and checkpointing in ("full", "reuse")
-        return self._extrapolate(
-            lambda layers: self._components(self._step(layers, batch, checkpointing)),
-            _MOST_UNUSED_TRIMMED if is_dense else _MOST_UNUSED,
+        found = self._extrapolate(
+            lambda layers: self._components(self._step(layers, batch, checkpointing))
         )
+        return _bounded(found, _MOST_UNUSED_TRIMMED if is_dense else _MOST_UNUSED)
 
-    def _extrapolate(
-        self, trace: Callable[[int], dict[str, int]], most_unused: int
-    ) -> dict[str, int]:
-        """Trace a few blocks and go on in a line; the heap's holes do not grow without end."""
+    def _extrapolate(self, trace: Callable[[int], dict[str, int]]) -> dict[str, int]:
         layers = layers_of(self.plan.config)
         if layers <= _DEEP:
-            return _bounded(trace(layers), most_unused)
+            return trace(layers)
         shallow, deep = trace(_SHALLOW), trace(_DEEP)
         found = {}
         for name in deep:
             at_two = shallow.get(name, 0)
             slope = (deep[name] - at_two) / (_DEEP - _SHALLOW)
             found[name] = max(0, round(at_two + slope * (layers - _SHALLOW)))
-        return _bounded(found, most_unused)
+        return found
 
     def _components(self, trace: Trace) -> dict[str, int]:
         """Return the components of the phase that takes the most, and what is beside them."""
@@ -255,6 +250,7 @@ class Estimator:
 
 
 def _bounded(components: dict[str, int], most_unused: int) -> dict[str, int]:
+    """The heap's holes do not grow with a model without end."""
     if "unused heap" in components:
         components["unused heap"] = min(components["unused heap"], most_unused)
     return components
