@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import BASE, METHODS
-from gptj8.runtime import prepare_to_compute
+from gptj8.runtime.process import prepare_to_compute
 
 TRAINING_TOKENS = (32, 128, 512, 2048)
 # Tokens, layers and threads: one grows at a time.

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute, set_defaults
+from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute, set_defaults
 
 CONFIG = {
     "architectures": ["GPTJForCausalLM"],

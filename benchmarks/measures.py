@@ -14,7 +14,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.methods import BASE, build, config, finish, load, training_loss
-from gptj8.runtime import peak_memory_gib, reset_peak_memory
+from gptj8.runtime.machine import peak_memory_gib, reset_peak_memory
 
 PREFILL_TOKENS = 512
 NEW_TOKENS = 24

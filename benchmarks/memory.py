@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute
+from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute
 
 if TYPE_CHECKING:
     from gptj8.checkpointing import Kind
@@ -122,7 +122,7 @@ def measure(
     from gptj8.memory.estimate import Estimator, Plan
     from gptj8.memory.skeleton import AdapterShape, read_config
     from gptj8.models import load_model, pick_device, pick_dtype
-    from gptj8.runtime import peak_memory_gib
+    from gptj8.runtime.machine import peak_memory_gib
     from gptj8.training import TrainingSettings, train
 
     device = pick_device()

@@ -20,7 +20,7 @@ from gptj8.evaluation.perplexity import DocumentScores, score_documents
 from gptj8.evaluation.statistics import perplexity_ratio
 from gptj8.evaluation.suite import Documents
 from gptj8.prompts import TextEncoder
-from gptj8.runtime import run
+from gptj8.runtime.process import run
 
 BATCH_SIZE = 16
 RESAMPLES = 10_000

@@ -25,7 +25,7 @@ import aiohttp
 import pandas as pd
 
 from gptj8.dataset import load_prepared
-from gptj8.runtime import run
+from gptj8.runtime.process import run
 from gptj8.serving.predictor import Predictor
 
 BASE, EXPORT, DATASET = "artifacts/base-8bit", "artifacts/export", "artifacts/dataset"

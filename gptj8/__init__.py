@@ -11,8 +11,7 @@ import importlib
 from typing import Any
 
 from gptj8._registration import register_when_transformers_loads
-
-__version__ = "0.1.0"
+from gptj8.runtime.version import __version__ as __version__
 
 _HOMES = {
     "Blockwise8bitConfig": "gptj8.integration",

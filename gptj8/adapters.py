@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptj8.errors import UserError
-from gptj8.files import read_json, write_json
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

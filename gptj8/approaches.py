@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.approaches_table import Outcome, table_rows, write_table
-from gptj8.errors import UserError
-from gptj8.files import format_bytes, list_files, require_free_space
 from gptj8.inputs import missing_inputs
 from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
-from gptj8.runtime import path_of_this_python
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import format_bytes, list_files, require_free_space
+from gptj8.runtime.messages import one_line, quote, suggest
+from gptj8.runtime.process import path_of_this_python
 from gptj8.tracking.lineage import git
-from gptj8.words import one_line, quote, suggest
 
 APPROACHES: dict[str, tuple[str, ...]] = {
     "layernorm": ("finetune.method=layernorm",),

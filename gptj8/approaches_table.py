@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
-from gptj8.files import replace_file, write_csv
-from gptj8.words import one_line
+from gptj8.runtime.files import replace_file, write_csv
+from gptj8.runtime.messages import one_line
 
 FOLDER = Path("reports/approaches")
 

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
-from gptj8.errors import UserError
-from gptj8.files import (
+from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swap_modules
+from gptj8.layers import Frozen8bitModule
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import (
     format_bytes,
     read_json,
     replace_directory,
     require_free_space,
     write_json,
 )
-from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swap_modules
-from gptj8.layers import Frozen8bitModule
-from gptj8.manifest import MANIFEST, write_manifest
+from gptj8.runtime.manifest import MANIFEST, write_manifest
+from gptj8.runtime.progress import progress
 from gptj8.shards import ShardedWeights, ShardWriter
-from gptj8.terminal import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from gptj8.approaches import add_compare_command
-from gptj8.errors import UserError
-from gptj8.files import read_json
 from gptj8.harness_command import add_harness_command
 from gptj8.inputs import missing_inputs
 from gptj8.memory.command import add_estimate_command
 from gptj8.params import load_params
-from gptj8.runtime import run
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json
+from gptj8.runtime.process import run
 from gptj8.serving.commands import add_serving_commands
 from gptj8.tracking.commands import add_tracking_commands
 from gptj8.tracking.ui import add_ui_command
@@ -84,7 +84,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from gptj8.checkpoint import check_model_directory, check_tensors
-    from gptj8.manifest import MANIFEST, verify_manifest
+    from gptj8.runtime.manifest import MANIFEST, verify_manifest
 
     folder = Path(arguments.folder)
     files = verify_manifest(folder)

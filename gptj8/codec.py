@@ -23,7 +23,7 @@ import torch
 
 from gptj8 import blockwise, kernels
 from gptj8.codebooks import CODEBOOK_SIZE, HISTOGRAM_BINS, dynamic_codebook, fit_codebook
-from gptj8.errors import QuantizationError
+from gptj8.runtime.errors import QuantizationError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 CODEBOOKS = ("dynamic", "fitted")

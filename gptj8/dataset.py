@@ -21,10 +21,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptj8.errors import UserError
-from gptj8.files import read_json, write_json
-from gptj8.manifest import verify_manifest, write_manifest
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json, write_json
+from gptj8.runtime.manifest import verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset

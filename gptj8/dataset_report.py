@@ -19,12 +19,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gptj8.checks import CHECKS, Check, Kind
 from gptj8.dataset import SPLITS
-from gptj8.files import dvc_digest, format_bytes, replace_directory, sha256_file, write_json
 from gptj8.params import Data
-from gptj8.runtime import peak_memory_gib
+from gptj8.runtime.files import dvc_digest, format_bytes, replace_directory, sha256_file, write_json
+from gptj8.runtime.machine import peak_memory_gib
+from gptj8.runtime.messages import listed
 from gptj8.shifts import label_shift, length_shift
 from gptj8.validation import Validated
-from gptj8.words import listed
 
 _BINS = 16  # up to max_length; one more holds what is longer
 _LABELS = 50

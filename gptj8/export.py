@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.errors import UserError
 from gptj8.evaluation.perplexity import score_documents
 from gptj8.evaluation.statistics import Estimate, perplexity_ratio
 from gptj8.evaluation.suite import Documents
-from gptj8.files import list_files, read_json, write_json
-from gptj8.manifest import write_manifest
 from gptj8.model_card import model_card
 from gptj8.models import ADAPTER_CONFIG, ADAPTER_FILE, load_adapter, load_model
 from gptj8.reference import require_unchanged
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import list_files, read_json, write_json
+from gptj8.runtime.manifest import write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

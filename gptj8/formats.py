@@ -26,7 +26,6 @@ from typing import Any
 
 import pandas as pd
 
-from gptj8.errors import UserError
 from gptj8.parsers import (
     BATCH_ROWS,
     COMPRESSIONS,
@@ -37,7 +36,8 @@ from gptj8.parsers import (
     parse_file,
     suffix_of,
 )
-from gptj8.words import quote, suggest
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import quote, suggest
 
 
 def read_rows(path: str | Path, columns: Mapping[str, str], text_row: str = "line") -> pd.DataFrame:

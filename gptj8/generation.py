@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -30,8 +30,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptj8.errors import UserError
-from gptj8.words import one_line, quote, suggest
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line, quote, suggest
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.errors import UserError
 from gptj8.harness import (
     check_counts,
     load_tasks,
@@ -18,6 +17,7 @@ from gptj8.harness import (
     prepare_harness,
     stderr_name,
 )
+from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from gptj8.harness import Model
@@ -114,8 +114,8 @@ def _lm_eval(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from gptj8.files import write_json
     from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
+    from gptj8.runtime.files import write_json
 
     tokenizer = load_tokenizer(arguments.model)
     tasks = load_tasks(names, arguments.include_path)

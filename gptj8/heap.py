@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gptj8.runtime import own_bytes
+from gptj8.runtime.machine import own_bytes
 
 _LARGE = 1 << 26  # weights of a block
 # What a process grows by before it is trimmed once more: so many bytes, and this share of the most

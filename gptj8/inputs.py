@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptj8.params import Params
-from gptj8.runtime import project_root
+from gptj8.runtime.project import project_root
 
 
 def missing_inputs(params: Params, root: Path | None = None) -> list[str]:

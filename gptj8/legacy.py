@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptj8.codec import BLOCK_SIZES, QuantizedTensor, check_quantized
-from gptj8.errors import UserError
-from gptj8.files import write_json
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import write_json
 from gptj8.shards import ShardedWeights
 
 ADAPTER_FOLDER = "adapter"

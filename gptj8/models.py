@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptj8.checkpoint import check_model_directory, check_tensors
-from gptj8.distributed import process_count, processes_here
-from gptj8.errors import UserError
-from gptj8.files import list_files
-from gptj8.manifest import verify_manifest
+from gptj8.runtime.distributed import process_count, processes_here
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import list_files
+from gptj8.runtime.manifest import verify_manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel

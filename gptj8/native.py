@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from gptj8.errors import QuantizationError
-from gptj8.runtime import project_root
+from gptj8.runtime.errors import QuantizationError
+from gptj8.runtime.project import project_root
 
 # Must equal INTERFACE in cpu_kernels.c: a library of an older source tree is not used.
 _INTERFACE = 2

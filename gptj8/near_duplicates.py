@@ -29,7 +29,7 @@ import numpy as np
 import regex
 
 from gptj8.repeats import pack, repeated, unpack
-from gptj8.words import canonical_words
+from gptj8.text import canonical_words
 
 SHINGLE = 5
 _NUM_PERM = 256

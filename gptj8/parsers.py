@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptj8.csv_quotes import find_quote_problem
-from gptj8.errors import UserError
-from gptj8.files import format_bytes
-from gptj8.words import one_line, quote
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import format_bytes
+from gptj8.runtime.messages import one_line, quote
 
 BATCH_ROWS = 4096
 """Few enough that a batch of long texts is small beside a model, many enough to vectorize."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 _PIECE = 1 << 16
 _SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptj8 import __version__
-from gptj8.files import sha256_file
-from gptj8.manifest import MANIFEST
+from gptj8.runtime.files import sha256_file
+from gptj8.runtime.manifest import MANIFEST
+from gptj8.runtime.version import __version__
 from gptj8.serving.mlflow_model import BASE, EXPORT, LIBRARIES, NEW_TOKENS
 
 if TYPE_CHECKING:

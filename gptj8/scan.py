@@ -21,15 +21,16 @@ import pyarrow as pa
 
 from gptj8 import near_duplicates, schemas
 from gptj8.checks import CHECKS, Kind
-from gptj8.errors import UserError
 from gptj8.formats import read_batches
 from gptj8.parallel import ordered_map
 from gptj8.params import Data
 from gptj8.parsers import EmptyFileError
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 from gptj8.shapes import Shape, shape_of
 from gptj8.sources import content_key
-from gptj8.words import INVISIBLE, one_line
+from gptj8.text import INVISIBLE
 
 _Errors = list[tuple[Path, UserError]]
 

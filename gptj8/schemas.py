@@ -18,7 +18,7 @@ from ftfy.badness import is_bad
 
 from gptj8.shapes import Shape, conversation_problem, conversation_text
 from gptj8.templates import MESSAGES
-from gptj8.words import INVISIBLE
+from gptj8.text import INVISIBLE
 
 # An answer may be a number in its file (label 0, completion 42); what it answers must be text.
 # A column that is one of several in a template may be anything with a name.

@@ -25,7 +25,7 @@ import pandas as pd
 from gptj8.dataset import FIELDS
 from gptj8.params import Data
 from gptj8.templates import MESSAGES, Template, parse_template
-from gptj8.words import INVISIBLE
+from gptj8.text import INVISIBLE
 
 _ROLES = {
     "system": "system",

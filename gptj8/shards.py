@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gptj8.errors import UserError
-from gptj8.files import read_json, sha256_file, write_json
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json, sha256_file, write_json
 
 SHARD_BYTES = 400_000_000
 """A written file is closed before a tensor would make it larger; two are held in memory."""

@@ -29,16 +29,16 @@ import pyarrow as pa
 
 from gptj8 import near_duplicates, policies, relations
 from gptj8.dataset import SPLITS, PreparedWriter
-from gptj8.errors import UserError
 from gptj8.findings import Findings, copy_dropped
 from gptj8.parallel import ordered_map
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
 from gptj8.row_store import RowStore
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import listed
+from gptj8.runtime.progress import each, progress
 from gptj8.scan import Scanner, scan_files
 from gptj8.sources import find_sources
-from gptj8.terminal import each, progress
-from gptj8.words import listed
 
 FINDINGS_FILE = "findings.parquet"
 REJECTED_FILE = "rejected.parquet"

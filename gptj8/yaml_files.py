@@ -20,8 +20,8 @@ from ruamel.yaml.events import (
     ScalarEvent,
 )
 
-from gptj8.errors import UserError
-from gptj8.words import excerpt, one_line
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import excerpt, one_line
 
 _MOST_CHARACTERS, _MOST_VALUES, _MOST_LEVELS = 1_000_000, 10_000, 50
 _MOST_PROBLEMS, _LONGEST_VALUE = 10, 200

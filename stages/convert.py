@@ -9,10 +9,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gptj8.files import write_csv, write_json
 from gptj8.params import load_params
-from gptj8.runtime import peak_memory_gib, run
-from gptj8.terminal import Story
+from gptj8.runtime.files import write_csv, write_json
+from gptj8.runtime.machine import peak_memory_gib
+from gptj8.runtime.process import run
+from gptj8.runtime.story import Story
 from gptj8.tracking import stage_run
 
 OUTPUT = Path("artifacts/base-8bit")

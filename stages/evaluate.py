@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.distributed import join, launch, leave
-from gptj8.files import write_json
 from gptj8.params import Params, load_params
-from gptj8.runtime import run
-from gptj8.terminal import Story, format_seconds
+from gptj8.runtime.distributed import join, launch, leave
+from gptj8.runtime.files import write_json
+from gptj8.runtime.process import run
+from gptj8.runtime.progress import format_seconds
+from gptj8.runtime.story import Story
 from gptj8.tracking import REPORTS, stage_run
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.files import read_json, replace_directory, write_json
 from gptj8.params import Params, load_params, resolved
-from gptj8.runtime import run
-from gptj8.terminal import Story
+from gptj8.runtime.files import read_json, replace_directory, write_json
+from gptj8.runtime.process import run
+from gptj8.runtime.story import Story
 from gptj8.tracking import REPORTS, STAGES, flatten, stage_run
 
 if TYPE_CHECKING:

@@ -11,13 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.distributed import join, launch, leave, process_count
-from gptj8.errors import UserError
-from gptj8.files import replace_directory, require_free_space, write_csv, write_json
-from gptj8.manifest import MANIFEST, write_manifest
 from gptj8.params import Finetune, Params, load_params
-from gptj8.runtime import UNUSED_IN_TRAINING, peak_memory_gib, run, state_folder
-from gptj8.terminal import Story
+from gptj8.runtime.distributed import join, launch, leave, process_count
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import replace_directory, require_free_space, write_csv, write_json
+from gptj8.runtime.machine import peak_memory_gib
+from gptj8.runtime.manifest import MANIFEST, write_manifest
+from gptj8.runtime.process import UNUSED_IN_TRAINING, run
+from gptj8.runtime.project import state_folder
+from gptj8.runtime.story import Story
 from gptj8.tracking import stage_run
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ python -m stages.record
 from __future__ import annotations
 
 from gptj8.params import load_params
-from gptj8.runtime import run
-from gptj8.terminal import Story
+from gptj8.runtime.process import run
+from gptj8.runtime.story import Story
 from gptj8.tracking import stage_run
 
 

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from gptj8.runtime import set_defaults
+from gptj8.runtime.process import set_defaults
 
 set_defaults()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

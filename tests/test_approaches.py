@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_pipeline import ANIMALS, MAGIC, Clone, write_rows
 
 from gptj8 import approaches
 from gptj8.approaches import check_names
 from gptj8.approaches_table import Outcome, markdown_table, table_rows, write_table
-from gptj8.errors import UserError
 from gptj8.params import parse_params
+from gptj8.runtime.errors import UserError
+from tests.test_pipeline import ANIMALS, MAGIC, Clone, write_rows
 
 EVALUATE = {
     "tuned/accuracy": 0.8432,
@@ -210,7 +210,7 @@ def state(clone: Clone) -> dict[str, object]:
 PROGRAM = """
 import json, sys
 from gptj8.approaches import run_approaches, table_rows, write_table
-from gptj8.runtime import run
+from gptj8.runtime.process import run
 run(lambda: write_table(table_rows(run_approaches(json.loads(sys.argv[1])))))
 """
 

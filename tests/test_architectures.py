@@ -8,9 +8,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import gptj8
-from gptj8.errors import UserError
 from gptj8.generation import GenerationBatch, Sampling
 from gptj8.layers import Frozen8bitModule
+from gptj8.runtime.errors import UserError
 
 COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.project_clone import ROOT
+from tests.helpers.paths import ROOT
 
 CLEAN = {"name": "sound", "version": "1.0", "vulns": []}
 AFFECTED = {"name": "broken", "version": "2.0", "vulns": [{"id": "PYSEC-1"}, {"id": "PYSEC-2"}]}

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from project_clone import STAGES, Clone
-from test_tracking_faults import free_port
+
+from tests.helpers.project_clone import STAGES, Clone
+from tests.test_tracking_faults import free_port
 
 pytestmark = pytest.mark.browser
 

@@ -20,8 +20,8 @@ from transformers import (
 
 import gptj8
 from gptj8 import shards
-from gptj8.errors import UserError
 from gptj8.models import load_model
+from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config
 
 CONFIG = gptj8.Blockwise8bitConfig(block_size=256)

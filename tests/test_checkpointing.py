@@ -3,10 +3,9 @@
 import pytest
 import torch
 import transformers
-from test_architectures import ARCHITECTURES, COMMON
 
 import gptj8
-from gptj8 import operators, runtime
+from gptj8 import operators
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.memory.estimate import Estimator, Plan
@@ -14,6 +13,8 @@ from gptj8.memory.fitting import Fit, choose_fit
 from gptj8.memory.skeleton import AdapterShape
 from gptj8.models import load_model
 from gptj8.params import parse_params
+from gptj8.runtime import process
+from tests.test_architectures import ARCHITECTURES, COMMON
 
 BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block
 
@@ -95,7 +96,7 @@ def test_a_model_that_changes_products_in_place_is_never_chosen_selective():
     estimator = Estimator(plan)
     with pytest.raises(RuntimeError, match="selective activation checkpoint") as refused:
         estimator.training(1, "selective")
-    assert "set it to full or none" in runtime._explain(refused.value)
+    assert "set it to full or none" in process._explain(refused.value)
     finetune = parse_params({"data": {"train": "x"}, "model": {"path": "y"}}).finetune
     assert choose_fit(estimator, finetune, 2 * estimator.training(8, "none").total - 2) == Fit(
         8, "full"

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.project_clone import ROOT, hear_interrupts
+from tests.helpers.paths import ROOT
+from tests.helpers.project_clone import hear_interrupts
 
 
 def gptj8(*arguments, cwd):
@@ -107,7 +108,7 @@ def test_help_is_quick_and_complete(tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
 def test_signals_become_exit_codes(sent, code):
     program = (
-        "import time; from gptj8.runtime import run; "
+        "import time; from gptj8.runtime.process import run; "
         "run(lambda: (print(flush=True), time.sleep(30)))"
     )
     process = subprocess.Popen(

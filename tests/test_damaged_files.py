@@ -28,14 +28,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset import SPLITS, load_prepared
-from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
+from gptj8.runtime.errors import UserError
 from gptj8.validation import Validated, validate
-from tests.file_damage import DAMAGES, LINE_ENDS, compressed, good_file, random_rows
-from tests.labelled_rows import byte_tokenizer
-from tests.time_limit import time_limit
-from tests.validate_project import run_stage, write_params
+from tests.helpers.file_damage import DAMAGES, LINE_ENDS, compressed, good_file, random_rows
+from tests.helpers.labelled_rows import byte_tokenizer
+from tests.helpers.time_limit import time_limit
+from tests.helpers.validate_project import run_stage, write_params
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")

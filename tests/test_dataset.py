@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from prepared_dataset import write_prepared
 
 from gptj8.dataset import SPLITS, load_prepared
-from gptj8.errors import UserError
-from gptj8.manifest import write_manifest
 from gptj8.prompts import TextEncoder
 from gptj8.relations import hold_out
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.manifest import write_manifest
 from gptj8.sources import content_key
+from tests.helpers.prepared_dataset import write_prepared
 
 
 def labelled(count: int, labels: int, seed: int = 0) -> pd.DataFrame:

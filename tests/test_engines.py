@@ -11,11 +11,11 @@ import dask
 import pytest
 from distributed import LocalCluster
 
-from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import TextEncoder
+from gptj8.runtime.errors import UserError
 from gptj8.validation import validate
-from tests.labelled_rows import byte_tokenizer, pairs
+from tests.helpers.labelled_rows import byte_tokenizer, pairs
 
 
 @pytest.fixture(scope="module")

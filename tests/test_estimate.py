@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_architectures import ARCHITECTURES, COMMON
 
 import gptj8
 from benchmarks import memory as benchmark
-from gptj8 import cli, runtime
+from gptj8 import cli
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
-from gptj8.errors import UserError
 from gptj8.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
@@ -25,10 +23,13 @@ from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_con
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.models import load_model
 from gptj8.params import load_params, parse_params
+from gptj8.runtime import process
+from gptj8.runtime.errors import UserError
 from gptj8.training import TrainingSettings, train, try_step
+from tests.helpers.paths import ROOT
+from tests.test_architectures import ARCHITECTURES, COMMON
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 QUANTIZATION = gptj8.Blockwise8bitConfig(block_size=256)
 MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
 
@@ -180,7 +181,7 @@ def test_what_a_cpu_holds_beside_what_lives():
     changes = {"length": 100, "eval_rows": 1}
     half = dataclasses.replace(plan(gptj(), **changes), dtype=torch.bfloat16)
     components = Estimator(half).training(4).components
-    some = runtime.COMPILED_PRODUCTS * estimating._COMPILED
+    some = process.COMPILED_PRODUCTS * estimating._COMPILED
     assert some <= components["compiled products"] < 2 * some  # small matrices, each some 0.7 MB
     assert 0 < components["unused heap"] < estimating._MOST_UNUSED
     assert Estimator(plan(gptj())).training(4).components["compiled products"] == 0

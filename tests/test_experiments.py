@@ -15,10 +15,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from project_clone import ANIMALS, MAGIC, STAGES, Clone, ran, write_rows
 from ruamel.yaml import YAML
 
 from gptj8.tracking import flatten
+from tests.helpers.project_clone import ANIMALS, MAGIC, STAGES, Clone, ran, write_rows
 
 pytestmark = pytest.mark.long
 
@@ -253,7 +253,7 @@ def test_the_columns_of_dvc_fit_a_screen(clone):
 def test_a_server_that_asks_who_is_there(clone, tmp_path):
     """A real MLflow server with its own authentication: the right password records, a wrong one
     costs nothing but a message, and no password is written to a file."""
-    from test_tracking_faults import mlflow_server
+    from tests.test_tracking_faults import mlflow_server
 
     settings = tmp_path / "auth.ini"
     settings.write_text(

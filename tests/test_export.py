@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import gptj8
 from gptj8 import reference
 from gptj8.adapters import add_adapter, round_layernorms, save_adapter
-from gptj8.errors import UserError
 from gptj8.export import (
     MERGED,
     adapter_bytes,
@@ -32,6 +31,7 @@ from gptj8.reference import (
     compare_in_fresh_process,
     save_reference,
 )
+from gptj8.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
@@ -289,8 +289,10 @@ def test_the_dataset_is_described_by_its_digests(tmp_path):
 
 
 def test_a_new_process_is_followed_as_it_goes(capsys, monkeypatch):
-    monkeypatch.setattr("gptj8.terminal._speaker", "")  # a stage that failed here has not ended
-    monkeypatch.setattr("gptj8.terminal.LOG_SECONDS", 0)
+    monkeypatch.setattr(
+        "gptj8.runtime.progress._speaker", ""
+    )  # a stage that failed here has not ended
+    monkeypatch.setattr("gptj8.runtime.progress.LOG_SECONDS", 0)
     code = "import sys; print('1 of 2'); print('2 of 2'); print('{}'); sys.exit('no memory')"
     assert reference._run([sys.executable, "-c", code], os.environ) == (1, "{}\n", "no memory\n")
     told = capsys.readouterr().err.splitlines()

@@ -14,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from row_files import ROWS, write_csv, write_rows
 
-from gptj8.errors import UserError
 from gptj8.formats import read_batches, read_rows
+from gptj8.runtime.errors import UserError
+from tests.helpers.row_files import ROWS, write_csv, write_rows
 
 BOTH = {"text": "text", "label": "label"}
 

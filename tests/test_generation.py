@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, VOCABULARY, make_model
 
 from gptj8.adapters import add_adapter
-from gptj8.errors import UserError
 from gptj8.generation import GenerationBatch, Sampling, generate_greedily
 from gptj8.models import load_model
+from gptj8.runtime.errors import UserError
+from tests.helpers.small_models import ARCHITECTURES, VOCABULARY, make_model
 
 CONTEXT = 256
 EOS = 0

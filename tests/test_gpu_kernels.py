@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from gptj8 import blockwise, gpu_kernels
 from gptj8.codebooks import dynamic_codebook
+from tests.helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 
@@ -24,7 +24,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 RUNS_HERE = INTERPRETED or DEVICE.type == "cuda"
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROOT = Path(__file__).parents[1]
 
 # (in, out, block_size), by where blocks end in a row of the matrix.
 SHAPES = {

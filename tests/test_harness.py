@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from gptj8 import harness
-from gptj8.errors import UserError
 from gptj8.harness import (
     load_tasks,
     load_tokenizer,
@@ -26,6 +25,7 @@ from gptj8.harness import (
 )
 from gptj8.harness_command import add_harness_command, table_lines
 from gptj8.models import load_adapter, load_model
+from gptj8.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 ROWS = [

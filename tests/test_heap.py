@@ -5,7 +5,6 @@ import platform
 import pytest
 import torch
 import transformers
-from test_architectures import COMMON
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,7 +12,8 @@ import gptj8
 from benchmarks import memory as benchmark
 from gptj8.heap import large_blocks, trimmed
 from gptj8.memory.skeleton import AdapterShape, build
-from gptj8.runtime import own_bytes
+from gptj8.runtime.machine import own_bytes
+from tests.test_architectures import COMMON
 
 SHAPE = AdapterShape("lora", "attention", 8, 16.0, 0.0)
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import gptj8
 from gptj8.codec import QuantizationError
-from gptj8.errors import UserError
 from gptj8.layers import Frozen8bitEmbedding, Frozen8bitLinear
 from gptj8.models import load_model
+from gptj8.runtime.errors import UserError
 
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 

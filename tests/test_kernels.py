@@ -4,7 +4,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptj8 import blockwise, kernels, native
 from gptj8.codebooks import dynamic_codebook, fit_codebook
 from gptj8.codec import QuantizationError, quantize_blockwise
+from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROOT = Path(__file__).parents[1]
 
 compiled = pytest.mark.skipif(
     native.library() is None and shutil.which("cc") is None, reason="there is no compiler here"

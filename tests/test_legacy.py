@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTJForCausalLM
 
 import gptj8
 from gptj8.codec import QuantizationError, dequantize_blockwise, quantize_blockwise
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config
 
 CONFIG = gptj8.Blockwise8bitConfig()  # what the user asks for does not matter: codes are kept

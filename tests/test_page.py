@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from test_tracking import params, report, runs
 
 from gptj8 import tracking
 from gptj8.cli import main
 from gptj8.tracking import delivery, page
+from tests.test_tracking import params, report, runs
 
 INLINE = pytest.mark.usefixtures("recorded_inline")
 

@@ -1,11 +1,10 @@
 """params.yaml: every problem named, all of them at once."""
 
-from pathlib import Path
-
 import pytest
 
-from gptj8.errors import UserError
 from gptj8.params import load_params, parse_params, resolved
+from gptj8.runtime.errors import UserError
+from tests.helpers.paths import ROOT
 
 MINIMAL = {"data": {"train": "rows.csv"}, "model": {"path": "model"}}
 
@@ -20,7 +19,7 @@ def problems(**sections):
 def test_the_projects_own_params_are_valid_and_name_every_key():
     from ruamel.yaml import YAML
 
-    root = Path(__file__).parents[1]
+    root = ROOT
     params = load_params(root / "params.yaml")
     written = YAML(typ="safe").load((root / "params.yaml").read_text())
     assert {k: set(v) for k, v in written.items() if k != "seed"} == {

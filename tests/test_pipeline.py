@@ -9,24 +9,32 @@ import shutil
 from pathlib import Path
 
 import pytest
-from project_clone import ANIMALS, MAGIC, ROOT, STAGES, Clone, assert_complete, ran, write_rows
 from ruamel.yaml import YAML
+
+from tests.helpers.paths import ROOT
+from tests.helpers.project_clone import (
+    ANIMALS,
+    MAGIC,
+    STAGES,
+    Clone,
+    assert_complete,
+    ran,
+    write_rows,
+)
 
 # Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
 # what it writes. Were they deps, every new param, every change of tracking and every other line on
 # the terminal would reconvert the model. Nor what estimates memory: it decides only how
 # `auto` splits a batch, which depends on the memory that is free, and so on what no file tells.
-NEUTRAL = {
-    "_registration",
-    "changes",
-    "errors",
-    "files",
-    "memory",
-    "params",
-    "runtime",
-    "terminal",
-    "tracking",
-}
+NEUTRAL = (
+    "gptj8/__init__.py",
+    "gptj8/_registration.py",
+    "gptj8/memory/",
+    "gptj8/params.py",
+    "gptj8/runtime/",
+    "gptj8/tracking/",
+)
+WATCHED = ("gptj8/runtime/distributed.py", "gptj8/runtime/manifest.py")
 # Whatever the kernels are, conversion writes the same bytes (tests/test_kernels.py), and it never
 # computes with a model: a faster kernel is no reason to convert again. Loading a model shares a
 # module with conversion, and never converts.
@@ -55,8 +63,8 @@ def imports_of(file: Path) -> set[Path]:
 
 
 def is_neutral(path: Path) -> bool:
-    names = {path.stem, path.parent.name}
-    return bool(names & NEUTRAL) or path == ROOT / "gptj8" / "__init__.py"
+    name = path.relative_to(ROOT).as_posix()
+    return name.startswith(NEUTRAL) and name not in WATCHED
 
 
 def closure(file: Path) -> set[str]:

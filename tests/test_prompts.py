@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from gptj8.errors import UserError
 from gptj8.prompts import PromptEncoder, TextEncoder, _share_room, check_context
+from gptj8.runtime.errors import UserError
 
 TEMPLATE = "{text}\n\nLabel:"
 

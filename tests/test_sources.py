@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from row_files import write_rows
 
-from gptj8.errors import UserError
 from gptj8.params import Data
+from gptj8.runtime.errors import UserError
 from gptj8.sources import content_key, find_sources
+from tests.helpers.row_files import write_rows
 
 
 def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:

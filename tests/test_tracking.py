@@ -8,8 +8,8 @@ import mlflow
 import pytest
 
 from gptj8 import tracking
-from gptj8.errors import UserError
 from gptj8.params import parse_params
+from gptj8.runtime.errors import UserError
 from gptj8.tracking import identity
 
 pytestmark = pytest.mark.usefixtures("recorded_inline")

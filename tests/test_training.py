@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from gptj8.adapters import add_adapter, trainable_parameters
-from gptj8.errors import UserError
 from gptj8.evaluation.likelihood import label_accuracy, score_labels
 from gptj8.examples import IGNORED, prompt_ids
 from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_model
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.reference import compare_in_fresh_process, save_reference
+from gptj8.runtime.errors import UserError
 from gptj8.training import TrainingSettings, train
 from gptj8.training.batches import Collator
 from gptj8.training.monitor import Monitor
 from gptj8.training.settings import training_arguments
 from gptj8.training.trainer import CompletionTrainer
-from tests.training_rows import CPU, ROWS, rows
+from tests.helpers.training_rows import CPU, ROWS, rows
 
 SETTINGS = TrainingSettings(
     learning_rate=2e-2,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptj8.dataset import load_prepared
-from tests.validate_project import make_project, run_stage, write_params
+from tests.helpers.validate_project import make_project, run_stage, write_params
 
 LABELS = ("negative", "neutral", "positive")
 SHARES = (0.62, 0.33, 0.05)

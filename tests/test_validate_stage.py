@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset import SPLITS, load_prepared
-from tests.labelled_rows import pairs, sentences, write_csv
-from tests.validate_project import contents, files, make_project, run_stage, write_params
+from tests.helpers.labelled_rows import pairs, sentences, write_csv
+from tests.helpers.validate_project import contents, files, make_project, run_stage, write_params
 
 
 @pytest.fixture

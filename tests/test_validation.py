@@ -17,12 +17,12 @@ import pytest
 
 from gptj8.dataset import SPLITS, PreparedDataset, load_prepared
 from gptj8.dataset_report import metrics, token_lengths, write_report
-from gptj8.errors import UserError
 from gptj8.params import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
+from gptj8.runtime.errors import UserError
 from gptj8.sources import content_key
 from gptj8.validation import validate
-from tests.labelled_rows import byte_tokenizer, pairs, sentences, write_csv
+from tests.helpers.labelled_rows import byte_tokenizer, pairs, sentences, write_csv
 
 
 @pytest.fixture(scope="module")

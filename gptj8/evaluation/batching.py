@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from gptj8.terminal import progress
+from gptj8.runtime.progress import progress
 
 # Padded tokens of one forward pass. A CPU gains nothing from more (its caches are small: GPT-J's
 # attention at 512 tokens was twice as fast in batches of 1,024 tokens as of 8,192); a GPU needs

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from gptj8.errors import UserError
 from gptj8.prompts import PromptEncoder
+from gptj8.runtime.errors import UserError
 
 
 def select_examples(

@@ -36,8 +36,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.distributed import each_a_share
-from gptj8.errors import UserError
 from gptj8.evaluation.batching import (
     MAX_LOGITS,
     for_each_batch,
@@ -46,6 +44,8 @@ from gptj8.evaluation.batching import (
     plan_batches,
 )
 from gptj8.evaluation.perplexity import log_normalizers, score_sequences
+from gptj8.runtime.distributed import each_a_share
+from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gptj8.errors import UserError
 from gptj8.evaluation.systems import OWN_SYSTEMS
 from gptj8.formats import explain_missing_file
 from gptj8.parsers import parse_file
-from gptj8.words import listed, quote, suggest
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import listed, quote, suggest
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ROW = re.compile(r"[0-9]{1,18}")

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.errors import UserError
 from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, pad_right, plan_batches
+from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptj8.evaluation.calibration import ReliabilityBin, expected_calibration_error
-from gptj8.files import replace_file
+from gptj8.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from gptj8.evaluation.perplexity import DocumentScores
 from gptj8.evaluation.plots import plot_confusion, plot_reliability
 from gptj8.evaluation.statistics import accuracy_difference, mcnemar
 from gptj8.evaluation.systems import ORIGINAL, TUNED
-from gptj8.files import replace_file
+from gptj8.runtime.files import replace_file
 
 _TEXT_START = 120  # characters
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")

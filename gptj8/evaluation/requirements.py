@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gptj8.errors import UserError
-from gptj8.words import excerpt, listed, quote, suggest
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import excerpt, listed, quote, suggest
 
 _STAGE = "evaluate"
 _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}

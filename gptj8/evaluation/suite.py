@@ -13,8 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gptj8.distributed import each_a_share
-from gptj8.errors import UserError
 from gptj8.evaluation.answers import write_answers
 from gptj8.evaluation.likelihood import score_labels_in_shares
 from gptj8.evaluation.metrics import (
@@ -26,7 +24,9 @@ from gptj8.evaluation.metrics import (
 from gptj8.evaluation.perplexity import DocumentScores, score_documents
 from gptj8.formats import read_rows
 from gptj8.prompts import PromptEncoder, TextEncoder
-from gptj8.runtime import peak_memory_gib, reset_peak_memory
+from gptj8.runtime.distributed import each_a_share
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.machine import peak_memory_gib, reset_peak_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptj8.errors import UserError
-from gptj8.files import read_json, write_json
-from gptj8.runtime import project_root
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json, write_json
+from gptj8.runtime.project import project_root
 
 FILE = Path(".gptj8/calibration.json")
 

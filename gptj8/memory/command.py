@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from gptj8.files import format_bytes
+from gptj8.runtime.files import format_bytes
 
 _SHOWN = "peak"
 

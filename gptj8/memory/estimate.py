@@ -27,7 +27,7 @@ from gptj8.heap import large_blocks
 from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
-from gptj8.runtime import COMPILED_PRODUCTS
+from gptj8.runtime.process import COMPILED_PRODUCTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,7 +39,7 @@ _LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 _SHALLOW, _DEEP = 2, 4
 # What glibc's heap has and cannot use, between the tensors that live in it: of a small model a
 # multiple of these, of others 140 to 350 MiB, of which this is about the middle (measured, for a
-# process of `tame_the_heap`).
+# process of `restart_with_malloc_settings`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
 # Where large blocks are trained with their inputs kept alone (`gptj8.heap`; GPT-J-6B's shape).

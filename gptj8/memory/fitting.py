@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from gptj8.checkpointing import KINDS, Kind
-from gptj8.errors import UserError
 from gptj8.examples import lengths_of
-from gptj8.files import format_bytes
 from gptj8.memory.estimate import Estimator
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import format_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,8 +10,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from gptj8.errors import UserError
-from gptj8.runtime import cpu_name, resident_bytes
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.machine import cpu_name, resident_bytes
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _CGROUPS = (
@@ -161,7 +161,7 @@ def _reclaimable(statistics: str) -> int:
 
 
 if __name__ == "__main__":
-    from gptj8.runtime import UNUSED_IN_TRAINING, prepare_to_compute
+    from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute
 
     prepare_to_compute(UNUSED_IN_TRAINING)  # as the stage does
     import transformers.trainer  # noqa: F401 (what the stage imports)

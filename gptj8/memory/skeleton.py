@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from gptj8.adapters import add_adapter
-from gptj8.errors import QuantizationError, UserError
-from gptj8.files import read_json
 from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.layers import Frozen8bitModule
+from gptj8.runtime.errors import QuantizationError, UserError
+from gptj8.runtime.files import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel

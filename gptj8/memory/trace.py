@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gptj8 import kernels, operators
 from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
-from gptj8.runtime import LARGE_BLOCK
+from gptj8.runtime.process import LARGE_BLOCK
 
 if TYPE_CHECKING:
     from peft import PeftModel

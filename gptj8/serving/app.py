@@ -23,9 +23,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from gptj8 import __version__
-from gptj8.errors import UserError
 from gptj8.prompts import EncodedPrompt
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
+from gptj8.runtime.version import __version__
 from gptj8.serving.engine import BusyError, Engine
 from gptj8.serving.predictor import AnswerStream
 from gptj8.serving.requests import (
@@ -36,7 +37,6 @@ from gptj8.serving.requests import (
     HealthResponse,
     explain,
 )
-from gptj8.words import one_line
 
 _CLOSED = "the server is shutting down"
 _GRACE_SECONDS = 10.0

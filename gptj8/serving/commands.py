@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from gptj8.serving.sockets import bind, listen
 
 if TYPE_CHECKING:

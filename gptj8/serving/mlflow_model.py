@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

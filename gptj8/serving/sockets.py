@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}  # IPv6 on a machine that has none
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gptj8.errors import UserError
-from gptj8.files import read_json
 from gptj8.params import Data
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json
 from gptj8.shapes import Shape, shape_of
 from gptj8.yaml_files import check
 

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from gptj8.errors import UserError
 from gptj8.params import Params, load_params
+from gptj8.runtime.errors import UserError
 
 
 def add_tracking_commands(commands: argparse._SubParsersAction) -> None:

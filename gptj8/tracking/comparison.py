@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.params import Params, resolved
+from gptj8.runtime.messages import one_line
 from gptj8.tracking.identity import is_recorded, tracking_uri
 from gptj8.tracking.journal import now
-from gptj8.words import one_line
 
 _NOT_IN_A_NAME = r"[^\w\-. ]"  # nor MLflow's separator of folders
 

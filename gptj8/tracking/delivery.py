@@ -21,8 +21,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
-from gptj8.errors import UserError
-from gptj8.runtime import state_folder
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.project import state_folder
 from gptj8.tracking.identity import artifact_location
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
 from gptj8.tracking.page import NOTE_TAG, experiment_tags, run_note

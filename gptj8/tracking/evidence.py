@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptj8.files import dvc_digest, read_json, write_json
-from gptj8.runtime import state_folder
+from gptj8.runtime.files import dvc_digest, read_json, write_json
+from gptj8.runtime.project import state_folder
 from gptj8.tracking.journal import Event, JournalWriter, metric_values, now
 
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 _METRICS = {
     "tuned/accuracy": "accuracy",

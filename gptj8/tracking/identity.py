@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptj8.errors import UserError
-from gptj8.files import dvc_digest, write_json
 from gptj8.params import Params, resolved
-from gptj8.runtime import project_root
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import dvc_digest, write_json
+from gptj8.runtime.project import project_root
 
 _SQLITE = "sqlite:///"
 _COPIES = Path(".dvc", "tmp", "exps")

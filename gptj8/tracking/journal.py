@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj8.files import write_json
-from gptj8.runtime import state_folder
+from gptj8.runtime.files import write_json
+from gptj8.runtime.project import state_folder
 
 EVENTS = "events.jsonl"
 _FILES, _STATE = "files", "state.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.params import PARAMS_FILE
-from gptj8.runtime import cpu_name
+from gptj8.runtime.machine import cpu_name
 from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten
 from gptj8.tracking.page import CHANGED_TAG

@@ -10,8 +10,8 @@ from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gptj8.errors import UserError
 from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.runtime.errors import UserError
 from gptj8.tracking.delivery import EXPERIMENTS_TAG, find_run
 from gptj8.tracking.identity import experiment_key, key_of, tracking_uri, without_password
 from gptj8.tracking.lineage import git

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import gptj8
-from gptj8.runtime import project_root, set_defaults
+from gptj8.runtime.messages import one_line
+from gptj8.runtime.process import set_defaults
+from gptj8.runtime.project import project_root
 from gptj8.tracking.evidence import ANCESTORS, origin, stage_events, stage_is_recordable
 from gptj8.tracking.journal import (
     JournalWriter,
@@ -31,7 +33,6 @@ from gptj8.tracking.journal import (
     update_state,
 )
 from gptj8.tracking.lineage import changes, libraries, lineage_tags, unknown_files
-from gptj8.words import one_line
 
 _POLL_SECONDS = 0.5
 _SAMPLE_SECONDS = 10.0

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from gptj8.errors import UserError
-from gptj8.files import dvc_digest, list_files, sha256_file
 from gptj8.params import load_params
-from gptj8.runtime import path_of_this_python, project_root, state_folder
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import dvc_digest, list_files, sha256_file
+from gptj8.runtime.process import path_of_this_python
+from gptj8.runtime.project import project_root, state_folder
 from gptj8.tracking.lineage import git, libraries
 
 _ADAPTER = Path("artifacts", "adapter")

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gptj8.errors import UserError
 from gptj8.params import load_params
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 from gptj8.tracking.delivery import Delivery, connect
 from gptj8.tracking.identity import artifact_location, tracking_uri, without_password
 from gptj8.tracking.journal import (
@@ -25,7 +26,6 @@ from gptj8.tracking.journal import (
     read_state,
     update_state,
 )
-from gptj8.words import one_line
 
 
 class Sent(NamedTuple):

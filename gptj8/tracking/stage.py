@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gptj8.distributed import is_main_process
-from gptj8.errors import UserError
 from gptj8.params import Params, resolved
+from gptj8.runtime.distributed import is_main_process
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 from gptj8.tracking.evidence import (
     failure_events,
     remember_that_it_ran,
@@ -31,7 +32,6 @@ from gptj8.tracking.identity import (
 )
 from gptj8.tracking.journal import JournalWriter, flatten, metric_values, read_state
 from gptj8.tracking.recorder import start_recorder
-from gptj8.words import one_line
 
 _PARAM_LENGTH = 6000  # MLflow's limit for one value
 _SILENCE_SECONDS = {True: 20.0, False: 3.0}

@@ -20,8 +20,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from gptj8.errors import UserError
 from gptj8.params import load_params
+from gptj8.runtime.errors import UserError
 from gptj8.serving.sockets import bind, url_of
 from gptj8.tracking.identity import tracking_uri, without_password
 from gptj8.tracking.page import VIEW, VIEW_TAG

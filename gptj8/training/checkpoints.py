@@ -24,12 +24,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gptj8.distributed import from_main
-from gptj8.errors import UserError
-from gptj8.files import list_files, replace_directory, require_free_space, sha256_file
-from gptj8.manifest import verify_manifest, write_manifest
+from gptj8.runtime.distributed import from_main
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import list_files, replace_directory, require_free_space, sha256_file
+from gptj8.runtime.manifest import verify_manifest, write_manifest
+from gptj8.runtime.messages import one_line
 from gptj8.training.state import Tensors, from_plain, to_plain
-from gptj8.words import one_line
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 

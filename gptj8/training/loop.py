@@ -15,12 +15,18 @@ from transformers import PrinterCallback
 from gptj8 import operators
 from gptj8.adapters import trainable_parameters
 from gptj8.checkpointing import Kind, set_checkpointing
-from gptj8.distributed import from_main, is_main_process, process_count, share_trained_only, summed
-from gptj8.errors import UserError
 from gptj8.examples import Example
 from gptj8.heap import trimmed
 from gptj8.memory.fitting import is_out_of_memory
-from gptj8.terminal import format_seconds
+from gptj8.runtime.distributed import (
+    from_main,
+    is_main_process,
+    process_count,
+    share_trained_only,
+    summed,
+)
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.progress import format_seconds
 from gptj8.training.batches import Collator
 from gptj8.training.checkpoints import Checkpoints, Saved
 from gptj8.training.monitor import Monitor

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from gptj8.distributed import process_count, process_number
-from gptj8.runtime import memory_gib
+from gptj8.runtime.distributed import process_count, process_number
+from gptj8.runtime.machine import memory_gib
 from gptj8.training.settings import autocast
 from gptj8.training.trouble import LossLost, is_exploded
 

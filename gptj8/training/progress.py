@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from gptj8.terminal import Progress
+from gptj8.runtime.progress import Progress
 
 
 class Measured(Protocol):

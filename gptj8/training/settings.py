@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from gptj8.checkpointing import Kind
-from gptj8.distributed import process_count
 from gptj8.memory.fitting import divisors
+from gptj8.runtime.distributed import process_count
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 
 _EXPLODED = 3.0
 """A mean loss of so many times that of a guess among all tokens has nothing of a model left."""

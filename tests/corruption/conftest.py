@@ -6,7 +6,7 @@ import pytest
 
 from gptj8.prompts import TextEncoder
 from tests.corruption.texts import SPECIAL
-from tests.labelled_rows import byte_tokenizer
+from tests.helpers.labelled_rows import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gptj8.dataset import FIELDS
-from gptj8.errors import UserError
 from gptj8.prompts import TextEncoder
+from gptj8.runtime.errors import UserError
 from gptj8.validation import validate
 from tests.corruption.damage import Damage
 from tests.corruption.kinds_cells import CELLS

@@ -27,8 +27,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from gptj8.near_duplicates import normalize
 from gptj8.params import Data
+from tests.helpers.paths import ROOT
 
-RECIPE = Path(__file__).resolve().parents[2] / "data" / "datasets" / "docstrings"
+RECIPE = ROOT / "data" / "datasets" / "docstrings"
 SIZES = {"train_per_class": 12, "validation_per_class": 4, "test_per_class": 6}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 RECIPE = ROOT / "data" / "models" / "gpt-j-6b"
 REPO = "someone/small-j"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

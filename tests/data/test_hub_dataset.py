@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 RECIPE = ROOT / "data" / "datasets" / "hub"
 REPO = "someone/moods"
 URL = f"hf://datasets/{REPO}"

@@ -16,9 +16,10 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
+from tests.helpers.paths import ROOT
 
-RECIPE = Path(__file__).resolve().parents[2] / "data" / "models" / "tiny-gptj"
+RECIPE = ROOT / "data" / "models" / "tiny-gptj"
 FILES = ("muon.py", "train.py")
 SMALL = {
     "vocab_size": 300,

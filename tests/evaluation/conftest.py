@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from small_models import VOCABULARY
-from small_models import make_model as _make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptj8.prompts import TextEncoder
+from tests.helpers.small_models import VOCABULARY
+from tests.helpers.small_models import make_model as _make_model
 
 
 @pytest.fixture(scope="session")

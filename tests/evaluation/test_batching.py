@@ -57,7 +57,7 @@ def test_a_row_that_does_not_fit_is_an_error():
 
 def test_progress_is_on_stderr_with_its_description(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # a log gets a line each half minute
-    monkeypatch.setattr("gptj8.terminal._REFRESH_SECONDS", 0)
+    monkeypatch.setattr("gptj8.runtime.progress._REFRESH_SECONDS", 0)
     for_each_batch([[0, 1], [2]], lambda batch: None, "tuned: perplexity", 3)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.errors import UserError
 from gptj8.evaluation import likelihood
 from gptj8.evaluation.likelihood import is_packable, score_labels, score_labels_one_by_one
+from gptj8.runtime.errors import UserError
 
 # Labels of one token, of several, one that begins another, and two that are the same.
 LABELS = [[5], [7, 0], [7, 9, 11, 0], [23, 24, 25, 26, 27, 0], [7, 0]]

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gptj8.errors import UserError
 from gptj8.evaluation.outside import read_predictions
 from gptj8.evaluation.systems import OWN_SYSTEMS
+from gptj8.runtime.errors import UserError
 
 LABELS = ["1", "NA", "sql"]
 

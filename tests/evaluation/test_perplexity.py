@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.errors import UserError
 from gptj8.evaluation import perplexity
 from gptj8.evaluation.perplexity import (
     DocumentScores,
@@ -20,6 +19,7 @@ from gptj8.evaluation.perplexity import (
     token_nll,
 )
 from gptj8.evaluation.suite import Documents
+from gptj8.runtime.errors import UserError
 
 
 def random_documents(lengths, vocabulary=131, seed=0):

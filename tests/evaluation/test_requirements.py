@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gptj8.errors import UserError
 from gptj8.evaluation.requirements import Requirement, check_requirements, parse_requirement
+from gptj8.runtime.errors import UserError
 
 METRICS = {
     "evaluate": {"tuned/accuracy": 0.31, "base/accuracy": 0.398, "seconds": 5.0, "odd": math.nan},

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from prepared_dataset import write_prepared
 from sklearn.metrics import accuracy_score
 
 import stages.evaluate as stage
-from gptj8.errors import UserError
 from gptj8.evaluation.systems import OWN_SYSTEMS
+from gptj8.runtime.errors import UserError
+from tests.helpers.prepared_dataset import write_prepared
 
 WORDS = {"sql": "table select join", "fox": "quick brown fox", "dog": "lazy dog"}
 COSTS = {"seconds", "tokens_per_second", "peak_memory_gib"}

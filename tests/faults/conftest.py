@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.stage_project import StageProject, build_shim
-from tests.project_clone import STAGES
+from tests.helpers.project_clone import STAGES
 
 _TRIED: Counter[str] = Counter()
 _HELD: Counter[str] = Counter()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
-from tests.project_clone import ANIMALS, MAGIC, ROOT, STAGES, hear_interrupts, write_rows
+from tests.helpers.paths import ROOT
+from tests.helpers.project_clone import ANIMALS, MAGIC, STAGES, hear_interrupts, write_rows
 
 OF_TIME = {
     "seconds",

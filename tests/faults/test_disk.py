@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.faults.conftest import faults
-from tests.project_clone import STAGES
+from tests.helpers.project_clone import STAGES
 
 _TAKES_SPACE = ("write", "create", "truncate", "allocate")
 _PARTS = 5

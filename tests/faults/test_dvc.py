@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.stage_project import outcome_of
-from tests.project_clone import Clone
+from tests.helpers.project_clone import Clone
 
 
 @pytest.fixture(scope="module")

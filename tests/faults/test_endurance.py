@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from tests.faults.stage_project import StageProject
-from tests.project_clone import ROOT
+from tests.helpers.paths import ROOT
 from tests.serving.conftest import until
 
 SECONDS = float(os.environ.get("GPTJ8_ENDURANCE_SECONDS", "3600")) / 3

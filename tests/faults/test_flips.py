@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from gptj8.dataset import load_prepared
-from gptj8.errors import UserError
-from gptj8.manifest import MANIFEST, verify_manifest
 from gptj8.models import load_adapter, load_model
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.manifest import MANIFEST, verify_manifest
 from gptj8.training import Checkpoints
 from gptj8.training.state import random_state
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptj8.errors import UserError
-from gptj8.files import sha256_file
-from gptj8.manifest import MANIFEST, verify_manifest
 from gptj8.params import load_params
-from gptj8.runtime import resident_bytes
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import sha256_file
+from gptj8.runtime.machine import resident_bytes
+from gptj8.runtime.manifest import MANIFEST, verify_manifest
 from gptj8.shards import ShardedWeights
-from tests.project_clone import ROOT
-from tests.time_limit import time_limit
+from tests.helpers.paths import ROOT
+from tests.helpers.time_limit import time_limit
 
 SECONDS = 5
 _SPARE_BYTES = 200_000_000

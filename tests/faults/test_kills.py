@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.conftest import faults
 from tests.faults.stage_project import StageProject
-from tests.project_clone import STAGES
+from tests.helpers.project_clone import STAGES
 
 _OUTPUTS = {
     "validate": ["artifacts/dataset", "reports/validate"],

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.errors import UserError
 from gptj8.models import load_adapter, load_model
 from gptj8.params import Data
+from gptj8.runtime.errors import UserError
 from gptj8.sources import find_sources
 from gptj8.training import Checkpoints
 
@@ -94,7 +94,7 @@ def test_in_a_checkpoint(tmp_path, song, tally, name):
 def test_in_a_dataset(tmp_path, song, tally, name):
     from gptj8.prompts import TextEncoder
     from gptj8.validation import validate
-    from tests.labelled_rows import byte_tokenizer
+    from tests.helpers.labelled_rows import byte_tokenizer
 
     file = tmp_path / "data" / name
     file.parent.mkdir()

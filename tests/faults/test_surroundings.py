@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.project_clone import STAGES
+from tests.helpers.project_clone import STAGES
 
 
 @pytest.mark.faults

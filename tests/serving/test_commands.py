@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 import requests
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from gptj8.serving import commands
 from gptj8.serving.sockets import bind
+from tests.helpers.paths import ROOT
 from tests.serving.conftest import greedy
 
 PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "liquor " * 5]
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 

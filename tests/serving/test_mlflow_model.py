@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import requests
 
-from gptj8.errors import UserError
 from gptj8.registry import register
+from gptj8.runtime.errors import UserError
 from gptj8.serving.mlflow_model import Model
 from tests.serving.conftest import LABELS, free_port, until
 

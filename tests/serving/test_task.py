@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from gptj8.serving.task import TunedTask
 from tests.serving.conftest import LABELS
 

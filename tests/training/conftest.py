@@ -3,7 +3,7 @@
 import pytest
 
 from gptj8.training import Checkpoints
-from tests.training_rows import rows
+from tests.helpers.training_rows import rows
 
 
 @pytest.fixture(scope="module")

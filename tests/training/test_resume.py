@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from gptj8.training import Checkpoints, training_key
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
-from tests.training_rows import assert_same, changed, trained
+from tests.helpers.training_rows import assert_same, changed, trained
 
 
 def slow(*values):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gptj8.dataset import load_prepared
-from gptj8.errors import UserError
+from gptj8.runtime.errors import UserError
 from gptj8.training import LossLost
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
-from tests.prepared_dataset import write_prepared
-from tests.training_rows import SETTINGS, assert_same, changed, trained
+from tests.helpers.prepared_dataset import write_prepared
+from tests.helpers.training_rows import SETTINGS, assert_same, changed, trained
 
 
 def poison(monkeypatch, at, what):

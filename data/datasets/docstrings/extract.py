@@ -36,11 +36,12 @@ from pydantic import Field, field_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from gptj8.errors import UserError
-from gptj8.files import replace_directory, replace_file
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
-from gptj8.runtime import run
-from gptj8.terminal import Story, each
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import replace_directory, replace_file
+from gptj8.runtime.process import run
+from gptj8.runtime.progress import each
+from gptj8.runtime.story import Story
 from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from gptj8.runtime import run, set_defaults
+from gptj8.runtime.process import run, set_defaults
 
 set_defaults()
 
@@ -43,9 +43,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from gptj8.errors import UserError
-from gptj8.files import replace_directory
-from gptj8.terminal import Story, progress
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import replace_directory
+from gptj8.runtime.progress import progress
+from gptj8.runtime.story import Story
 from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from gptj8.errors import UserError
-from gptj8.files import (
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import (
     dvc_digest,
     format_bytes,
     read_json,

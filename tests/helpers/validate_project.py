@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.labelled_rows import byte_tokenizer, pairs, write_csv
-from tests.project_clone import ROOT
+from tests.helpers.labelled_rows import byte_tokenizer, pairs, write_csv
+from tests.helpers.paths import ROOT
 
 
 def make_project(tmp_path: Path) -> Path:

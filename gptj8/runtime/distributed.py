@@ -22,8 +22,8 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from gptj8.errors import UserError
-from gptj8.words import one_line
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 
 _Result = TypeVar("_Result")
 

@@ -11,8 +11,8 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from gptj8.errors import UserError
-from gptj8.files import list_files, read_json, sha256_file, write_json
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import list_files, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptj8.errors import UserError
-from gptj8.words import one_line
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 
 _CHUNK_BYTES = 1 << 22
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj8.files import dvc_digest, list_files
-from gptj8.runtime import project_root
+from gptj8.runtime.files import dvc_digest, list_files
+from gptj8.runtime.project import project_root
 
 FIRST = "first run"
 """What is said of a stage that dvc.lock does not know."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from gptj8 import changes
-from gptj8.changes import FIRST, FIRST_IN_COPY, explain
-from gptj8.files import dvc_digest
+from gptj8.runtime import dvc_changes
+from gptj8.runtime.dvc_changes import FIRST, FIRST_IN_COPY, explain
+from gptj8.runtime.files import dvc_digest
 
 STAGE = {
     "cmd": "python -m stages.train",
@@ -110,7 +110,7 @@ def test_another_input_is_told(project):
 
 
 def test_what_takes_long_to_compare_is_not_called_unchanged(project, monkeypatch):
-    monkeypatch.setattr(changes, "_MOST_BYTES", 0)
+    monkeypatch.setattr(dvc_changes, "_MOST_BYTES", 0)
     assert "or something in rows changed" in explain("train", project)
     (project / "rows" / "a.csv").write_text("longer")
     assert "rows changed" in explain("train", project)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gptj8 import terminal
-from gptj8.terminal import Progress, Story, each, format_seconds, progress
+from gptj8.runtime.progress import Progress, each, format_seconds, progress
+from gptj8.runtime.story import Story
 from gptj8.training.progress import TrainingProgress
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
 
 
 class Clock:
@@ -28,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("gptj8.terminal.time.monotonic", clock)
+    monkeypatch.setattr("gptj8.runtime.progress.time.monotonic", clock)
     return clock
 
 
@@ -40,7 +38,7 @@ def be_terminal(monkeypatch):
 
 def _be_terminal(monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr(terminal, "_REFRESH_SECONDS", 0)
+    monkeypatch.setattr("gptj8.runtime.progress._REFRESH_SECONDS", 0)
     monkeypatch.setenv("COLUMNS", "120")
 
 
@@ -163,7 +161,7 @@ def test_an_error_in_training_takes_its_bars_away(capsys, be_terminal):
 
 
 def test_progress_begins_with_the_stage_that_speaks(capsys, clock, monkeypatch):
-    monkeypatch.setattr(terminal, "_speaker", "convert")
+    monkeypatch.setattr("gptj8.runtime.progress._speaker", "convert")
     for description in ("convert", "read"):
         shown = Progress(10, description, "rows")
         shown(5)

@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import re
-import resource
 import signal
 import sys
 import time
@@ -18,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from gptj8.distributed import is_main_process
-from gptj8.errors import UserError
+from gptj8.runtime.distributed import is_main_process
+from gptj8.runtime.errors import UserError
 
 # Nothing phones home unless the user says so: these are defaults, so that a variable that the user
 # has set wins. DVC's own switches are in .dvc/config.
@@ -39,7 +38,7 @@ COMPILED_PRODUCTS = 32
 UNUSED_IN_TRAINING = ("scipy",)
 """What transformers imports for a loss of object detection: 40 MB and half a second."""
 LARGE_BLOCK = 32 << 20
-"""Bytes from which on a block is not in the heap of a process that `tame_the_heap` began."""
+"""Bytes from which on a block is not in the heap of a process that `restart_with_malloc_settings` began."""
 _HEAP = ":".join(
     (
         "glibc.malloc.tcache_count=0",
@@ -96,7 +95,7 @@ def set_defaults() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def tame_the_heap() -> None:
+def restart_with_malloc_settings() -> None:
     """Start this process anew with settings that keep glibc's heap dense, unless they are there.
 
     For a process that computes with a model on a CPU; to be called before torch is imported. As it
@@ -137,7 +136,7 @@ def prepare_to_compute(unused: Sequence[str] = ()) -> None:
             installed: an import of them fails from here on, as if they were not. Triton is one
             where torch was built for CPUs: 75 MB and half a second.
     """
-    tame_the_heap()
+    restart_with_malloc_settings()
     set_defaults()
     with suppress(PackageNotFoundError):
         if version("torch").endswith("+cpu"):
@@ -216,87 +215,6 @@ def _raise_terminated(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def peak_memory_gib() -> float:
-    """Return the peak memory of this process in GiB since the last `reset_peak_memory`: the GPU's
-    if one was used, else resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    with suppress(OSError, StopIteration):
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        peak = next(line for line in status if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) / 2**20
-    kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
-
-
 def path_of_this_python() -> str:
     """Return a PATH by which DVC's `python -m` is this Python, environment entered or not."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-
-
-def cpu_name() -> str:
-    """Return what the processor calls itself."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def own_bytes() -> int:
-    """Return the memory that this process has now and no file backs; 0 where the system does not
-    tell."""
-    resident, of_files = _resident()
-    return resident - of_files
-
-
-def resident_bytes() -> int:
-    """Return the memory that this process has now; 0 where the system does not tell."""
-    return _resident()[0]
-
-
-def _resident() -> tuple[int, int]:
-    """Return the bytes that are in memory, and those of them that are of files."""
-    with suppress(OSError, ValueError):
-        _, resident, of_files, *_ = Path("/proc/self/statm").read_text(encoding="utf-8").split()
-        return int(resident) * resource.getpagesize(), int(of_files) * resource.getpagesize()
-    return 0, 0
-
-
-def memory_gib() -> float:
-    """Return the memory of this process in GiB now: the GPU's if one is used, else resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.memory_allocated():
-        return torch.cuda.memory_allocated() / 2**30
-    return resident_bytes() / 2**30 or peak_memory_gib()  # the latter where it is not Linux
-
-
-def reset_peak_memory() -> None:
-    """Begin to measure anew, where the system can: what follows is not blamed for what was."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # not Linux, or not allowed
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def project_root() -> Path:
-    """Return the folder that holds dvc.yaml: the user's own one, also from inside a DVC experiment.
-
-     `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after
-    the experiment. What must outlive it (the MLflow database, digests) belongs to the original.
-    """
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (
-            folder.name == "exps"
-            and folder.parent.name == "tmp"
-            and folder.parents[1].name == ".dvc"
-        ):
-            return folder.parents[2]
-    return here
-
-
-def state_folder() -> Path:
-    """Return where the project keeps what is of this machine alone and no output of DVC."""
-    return project_root() / ".gptj8"

@@ -9,19 +9,19 @@ import time
 
 import numpy as np
 import pytest
-from project_clone import STAGES, Clone, assert_complete
 from safetensors.numpy import load_file
 
-from gptj8 import distributed
-from gptj8.errors import UserError
 from gptj8.params import parse_params
+from gptj8.runtime import distributed
+from gptj8.runtime.errors import UserError
+from tests.helpers.project_clone import STAGES, Clone, assert_complete
 
 LAUNCHER = "torchrun --nproc-per-node 2"
 MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
 # In each of two processes: shares of 5 and of 1 item, one decision, one sum.
 SHARES = """
 import json, os
-from gptj8 import distributed
+from gptj8.runtime import distributed
 distributed.join()
 n = distributed.process_number()
 found = [
@@ -37,9 +37,9 @@ distributed.leave()
 """
 FAILS = """
 import sys, time
-from gptj8 import distributed
-from gptj8.errors import UserError
-from gptj8.runtime import run
+from gptj8.runtime import distributed
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.process import run
 main = distributed.is_main_process()
 def refuse():
     raise UserError(f"refused by {distributed.process_number()}")
@@ -68,7 +68,7 @@ run(work)
 def launched(folder, source, launcher=LAUNCHER, **kwargs):
     """Start a module made of `source` by a launcher, in a process of its own."""
     (folder / "work.py").write_text(source)
-    command = f"from gptj8.distributed import launch; launch({launcher!r}, 'work')"
+    command = f"from gptj8.runtime.distributed import launch; launch({launcher!r}, 'work')"
     return subprocess.Popen(
         [sys.executable, "-c", command],
         cwd=folder,

@@ -17,7 +17,8 @@ import mlflow
 import pytest
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from gptj8.errors import UserError
-from gptj8.manifest import verify_manifest
 from gptj8.models import load_model
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.manifest import verify_manifest
 
 
 def flip(path, offset):

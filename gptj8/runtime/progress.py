@@ -12,7 +12,6 @@ pace of the last seconds would promise much after it and little during it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -20,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from gptj8.distributed import is_main_process
-from gptj8.files import format_bytes
+from gptj8.runtime.distributed import is_main_process
+from gptj8.runtime.files import format_bytes
 
 LOG_SECONDS = 30.0
 """Between two lines of progress in a log."""
@@ -37,35 +36,10 @@ _speaker = ""
 _Item = TypeVar("_Item")
 
 
-class Story:
-    """What one stage says, from why it runs to what came of it. One a process.
-
-    Args:
-        stage: its name, with which every line begins.
-    """
-
-    def __init__(self, stage: str) -> None:
-        global _speaker
-        _speaker = stage
-        # transformers shows a bar for each model that it loads, which takes no time: weights stay
-        # in their file until they are used. Where a download is to be seen, no story is told.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        self._started = time.perf_counter()
-        if os.environ.get("DVC_STAGE"):  # started by hand, it runs because somebody said so
-            from gptj8.changes import explain
-
-            self.say(explain(stage))
-
-    def say(self, text: str) -> None:
-        """Print a line now: in a log, what is kept back would stand behind what came later."""
-        if is_main_process():
-            print(f"{_speaker}: {text}", flush=True)
-
-    def end(self, text: str) -> None:
-        """Say what came of the stage, and how long it took; what follows is said by nobody."""
-        global _speaker
-        self.say(f"{text}; {format_seconds(time.perf_counter() - self._started)}")
-        _speaker = ""
+def set_speaker(name: str) -> None:
+    """Put a stage's name before the lines of progress that follow; "": none."""
+    global _speaker
+    _speaker = name
 
 
 class Progress:

@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
-from tests.project_clone import ROOT, hear_interrupts
+from tests.helpers.paths import ROOT
+from tests.helpers.project_clone import hear_interrupts
 
 SCRIPT = """
 import os, sys
-from gptj8.runtime import run
+from gptj8.runtime.process import run
 print("begun", os.getpid(), sys.flags.optimize, sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
 def main():
     print("goes on", os.getpid(), os.environ.get("GLIBC_TUNABLES"))
@@ -78,7 +79,7 @@ def test_what_computes_with_a_model_asks_for_it():
 
 LEFT_OUT = """
 import sys
-from gptj8.runtime import UNUSED_IN_TRAINING, run
+from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 def main():
     import torch
     import gptj8.adapters, gptj8.dataset, gptj8.examples, gptj8.memory.stage, gptj8.models
@@ -100,7 +101,7 @@ def test_training_imports_nothing_of_what_it_never_uses(tmp_path):
 
 BEGINS_ANEW = """
 import sys, time
-from gptj8.runtime import run
+from gptj8.runtime.process import run
 if "gptj8_heap" in sys._xoptions:
     print("begun", flush=True)
     time.sleep(1)

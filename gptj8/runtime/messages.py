@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 _EXCERPT = 60
 _LONGEST_NAME = 100
-_LONGEST_WORD = 1000
-
-INVISIBLE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
-"""What `str.strip` takes away, and what is as wide as nothing."""
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
@@ -25,19 +19,6 @@ def listed(values: Sequence[str], limit: int) -> str:
     """Return the first values, quoted, and how many more there are."""
     shown = ", ".join(excerpt(repr(value)) for value in list(values)[:limit])
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
-
-
-def canonical_words(text: str, form: Literal["NFC", "NFKC"]) -> list[str]:
-    """Return the words of a text, what stands between white space, in a Unicode normal form."""
-    words = text.split()
-    if text.isascii():
-        return words
-    return [unicodedata.normalize(form, part) for word in words for part in _parts(word)]
-
-
-def _parts(word: str) -> list[str]:
-    """Cut what is no word: the time that normalizing takes is quadratic in a run of accents."""
-    return [word[start : start + _LONGEST_WORD] for start in range(0, len(word), _LONGEST_WORD)]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
