@@ -68,10 +68,10 @@ def make(folder: Path, sizes: dict[str, Any]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gptj8 import attention
     from gptj8.integration import Blockwise8bitConfig, swap_modules
+    from gptj8.kernels.fused import register_fused_attention
 
-    attention.register()
+    register_fused_attention()
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(**sizes, **_COMMON)
     quantization = Blockwise8bitConfig()

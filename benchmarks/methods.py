@@ -88,9 +88,9 @@ def build(
 
     is_ours = method.startswith("gptj8")
     if is_ours:
-        from gptj8 import attention
+        from gptj8.kernels.fused import register_fused_attention
 
-        attention.register()
+        register_fused_attention()
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPE)
     model = GPTJForCausalLM(config(layers, positions))
@@ -165,7 +165,7 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
             twin = twin.to(device)
         model.set_submodule(name, twin)
     if method.startswith("gptj8"):
-        from gptj8.activations import fuse_activations
+        from gptj8.kernels.fused import fuse_activations
 
         fuse_activations(model)
 

@@ -32,7 +32,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
 from gptj8.near_duplicates import SHINGLE, normalize, similarity
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import TextEncoder
 from gptj8.validation import validate
 

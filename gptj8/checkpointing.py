@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from gptj8 import operators
+from gptj8.kernels import operators
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,7 +9,7 @@ from gptj8.approaches import add_compare_command
 from gptj8.harness_command import add_harness_command
 from gptj8.inputs import missing_inputs
 from gptj8.memory.command import add_estimate_command
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json
 from gptj8.runtime.process import run
@@ -97,7 +97,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _gate(arguments: argparse.Namespace) -> None:
-    from gptj8.evaluation.requirements import check_requirements, parse_requirement
+    from gptj8.evaluation.gate import check_requirements
+    from gptj8.params.requirements import parse_requirement
 
     require = load_params().evaluate.require
     if not require:

@@ -48,7 +48,7 @@ def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
     """Fit 256 ascending values to a histogram by Lloyd's iteration, one of them exactly zero.
 
     Args:
-        mass: (bins,) float64 over [-1, 1], see `blockwise.histogram`.
+        mass: (bins,) float64 over [-1, 1], see `reference.histogram`.
 
     Returns:
         float32 (256,), ascending. A tensor of zeros gets the dynamic map, which restores it

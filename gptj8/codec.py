@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gptj8 import blockwise, kernels
 from gptj8.codebooks import CODEBOOK_SIZE, HISTOGRAM_BINS, dynamic_codebook, fit_codebook
+from gptj8.kernels import dispatch, reference
 from gptj8.runtime.errors import QuantizationError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -73,7 +73,7 @@ def quantize_blockwise(
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
     flat = _flat(weight)
-    absmax = kernels.backend(flat).absmax(flat, block_size)
+    absmax = dispatch.backend(flat).absmax(flat, block_size)
     _refuse_non_finite(weight, absmax, name)
     if isinstance(codebook, torch.Tensor):
         table = check_codebook(codebook, name)
@@ -85,7 +85,9 @@ def quantize_blockwise(
         raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
     # A copy: tensors that share memory cannot be saved, and no caller may change another's table.
     table = table.to(weight.device, copy=True)
-    codes = kernels.backend(flat).encode(flat, absmax, blockwise.exact_midpoints(table), block_size)
+    codes = dispatch.backend(flat).encode(
+        flat, absmax, reference.exact_midpoints(table), block_size
+    )
     return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size)
 
 
@@ -98,7 +100,7 @@ def dequantize_blockwise(
         `dtype` (float32, float16 or bfloat16), the shape and device of the codes: the float32
         product of codebook value and absmax, rounded to nearest.
     """
-    return kernels.dequantize(
+    return dispatch.dequantize(
         quantized.codes,
         quantized.absmax,
         quantized.codebook,
@@ -115,7 +117,7 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
             f"the weight has shape {tuple(weight.shape)}, its codes {tuple(quantized.codes.shape)}"
         )
     flat = _flat(weight)
-    errors, norms = kernels.backend(flat).squared_errors(
+    errors, norms = dispatch.backend(flat).squared_errors(
         flat,
         quantized.codes.reshape(-1),
         quantized.absmax,
@@ -207,5 +209,5 @@ def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Ten
     unit = 2.0 ** (52 - math.ceil(math.log2(flat.numel())))
     block_mass = (absmax / largest).double().square().mul_(unit).round_()
     return fit_codebook(
-        kernels.backend(flat).histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS).cpu()
+        dispatch.backend(flat).histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS).cpu()
     )

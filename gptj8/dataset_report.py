@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gptj8.checks import CHECKS, Check, Kind
 from gptj8.dataset import SPLITS
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.runtime.files import dvc_digest, format_bytes, replace_directory, sha256_file, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.messages import listed

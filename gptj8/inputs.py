@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptj8.params import Params
+from gptj8.params.sections import Params
 from gptj8.runtime.project import project_root
 
 

@@ -18,7 +18,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptj8.activations import fuse_activations
 from gptj8.codec import (
     CODEBOOKS,
     QuantizationError,
@@ -70,10 +69,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
     quantization_config: Blockwise8bitConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        # Called before the model is built, when it is still open which attention it gets.
-        from gptj8 import attention  # here: it needs models, which may be about to be imported
+        # It needs models, which may be about to be imported where this module is.
+        from gptj8.kernels.fused import register_fused_attention
 
-        attention.register()
+        # Called before the model is built, when it is still open which attention it gets.
+        register_fused_attention()
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
@@ -175,6 +175,8 @@ def swap_modules(
     Args:
         dtype: of biases and embedding outputs; None: torch's default.
     """
+    from gptj8.kernels.fused import fuse_activations
+
     twins = {}
     for name, module in model.named_modules():
         if not is_skipped(name, config.skip_modules):

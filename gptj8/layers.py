@@ -1,4 +1,4 @@
-"""Modules whose weight is frozen in 8 bits and restored just in time (`gptj8.operators`).
+"""Modules whose weight is frozen in 8 bits and restored just in time (`gptj8.kernels.operators`).
 
 A frozen layer costs one byte a weight and, for a moment, one restored matrix. They subclass torch's
 own modules: PEFT wraps them like any other, and nothing has to be registered with it.
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gptj8 import operators  # noqa: F401 (defines the operator)
 from gptj8.codebooks import CODEBOOK_SIZE
 from gptj8.codec import QuantizedTensor, dequantize_blockwise
+from gptj8.kernels import operators  # noqa: F401 (defines the operator)
 
 _FLOAT32_BUFFERS = ("absmax", "codebook")
 

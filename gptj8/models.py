@@ -74,12 +74,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from gptj8 import attention
-    from gptj8.activations import fuse_activations
+    from gptj8.kernels.fused import fuse_activations, register_fused_attention
 
     verify_manifest(path)
     check_model_directory(path)
-    attention.register()
+    register_fused_attention()
     # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
     # layers with the CPU's memory.
     placement: dict[str, Any] = {"device_map": "auto"} if device.type == "cuda" else {}

@@ -14,7 +14,7 @@ import pandas as pd
 from gptj8.checks import CHECKS, Kind
 from gptj8.dataset import SPLITS
 from gptj8.findings import Findings
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.runtime.messages import excerpt, listed
 from gptj8.text import INVISIBLE, canonical_words
 

@@ -117,7 +117,7 @@ def _signature(task: TunedTask) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    from gptj8.templates import MESSAGES
+    from gptj8.params.templates import MESSAGES
 
     if MESSAGES in task.shape.columns:
         return None

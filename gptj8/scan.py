@@ -23,7 +23,7 @@ from gptj8 import near_duplicates, schemas
 from gptj8.checks import CHECKS, Kind
 from gptj8.formats import read_batches
 from gptj8.parallel import ordered_map
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.parsers import EmptyFileError
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.runtime.errors import UserError

@@ -16,8 +16,8 @@ import pandas as pd
 import pandera.pandas as pa
 from ftfy.badness import is_bad
 
+from gptj8.params.templates import MESSAGES
 from gptj8.shapes import Shape, conversation_problem, conversation_text
-from gptj8.templates import MESSAGES
 from gptj8.text import INVISIBLE
 
 # An answer may be a number in its file (label 0, completion 42); what it answers must be text.

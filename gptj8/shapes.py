@@ -23,8 +23,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from gptj8.dataset import FIELDS
-from gptj8.params import Data
-from gptj8.templates import MESSAGES, Template, parse_template
+from gptj8.params.sections import Data
+from gptj8.params.templates import MESSAGES, Template, parse_template
 from gptj8.text import INVISIBLE
 
 _ROLES = {

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gptj8.dataset import SPLITS
 from gptj8.formats import explain_missing_file
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.parsers import COMPRESSIONS, SUFFIXES, suffix_of
 from gptj8.runtime.errors import UserError
 from gptj8.text import canonical_words

@@ -31,7 +31,7 @@ from gptj8 import near_duplicates, policies, relations
 from gptj8.dataset import SPLITS, PreparedWriter
 from gptj8.findings import Findings, copy_dropped
 from gptj8.parallel import ordered_map
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import TextEncoder
 from gptj8.row_store import RowStore
 from gptj8.runtime.errors import UserError

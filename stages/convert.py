@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.files import write_csv, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.process import run

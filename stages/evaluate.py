@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.params import Params, load_params
+from gptj8.params.sections import Params, load_params
 from gptj8.runtime.distributed import join, launch, leave
 from gptj8.runtime.files import write_json
 from gptj8.runtime.process import run

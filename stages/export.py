@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.params import Params, load_params, resolved
+from gptj8.params.sections import Params, load_params, resolved
 from gptj8.runtime.files import read_json, replace_directory, write_json
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
@@ -33,7 +33,7 @@ def main() -> None:
         f"{ADAPTER} with its evidence, and the answers of a new process beside the trained model's"
     )
     with stage_run("export", params) as record:
-        from gptj8.evaluation.requirements import require_all
+        from gptj8.evaluation.gate import require_all
         from gptj8.export import (
             adapter_bytes,
             collect,

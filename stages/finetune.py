@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.params import Finetune, Params, load_params
+from gptj8.params.sections import Finetune, Params, load_params
 from gptj8.runtime.distributed import join, launch, leave, process_count
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, require_free_space, write_csv, write_json

@@ -9,7 +9,7 @@ python -m stages.record
 
 from __future__ import annotations
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
 from gptj8.tracking import stage_run

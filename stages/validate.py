@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gptj8.dataset import SPLITS
 from gptj8.dataset_report import write_report
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.prompts import TextEncoder, check_context
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory

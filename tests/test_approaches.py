@@ -14,7 +14,7 @@ import pytest
 from gptj8 import approaches
 from gptj8.approaches import check_names
 from gptj8.approaches_table import Outcome, markdown_table, table_rows, write_table
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 from gptj8.runtime.errors import UserError
 from tests.test_pipeline import ANIMALS, MAGIC, Clone, write_rows
 

@@ -5,14 +5,14 @@ import torch
 import transformers
 
 import gptj8
-from gptj8 import operators
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
+from gptj8.kernels import operators
 from gptj8.memory.estimate import Estimator, Plan
 from gptj8.memory.fitting import Fit, choose_fit
 from gptj8.memory.skeleton import AdapterShape
 from gptj8.models import load_model
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 from gptj8.runtime import process
 from tests.test_architectures import ARCHITECTURES, COMMON
 

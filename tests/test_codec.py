@@ -15,7 +15,7 @@ from gptj8.codec import (
     quantize_blockwise,
     squared_errors,
 )
-from gptj8.kernels import dequantize as fastest_dequantize
+from gptj8.kernels.dispatch import dequantize as fastest_dequantize
 
 
 def brute_force_codes(weight: np.ndarray, codebook: np.ndarray, block_size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset import SPLITS, load_prepared
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import TextEncoder
 from gptj8.runtime.errors import UserError
 from gptj8.validation import Validated, validate

@@ -11,7 +11,7 @@ import dask
 import pytest
 from distributed import LocalCluster
 
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import TextEncoder
 from gptj8.runtime.errors import UserError
 from gptj8.validation import validate

@@ -22,7 +22,7 @@ from gptj8.memory.fitting import Fit, choose_fit, confirm, divisors, longest_of
 from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.models import load_model
-from gptj8.params import load_params, parse_params
+from gptj8.params.sections import load_params, parse_params
 from gptj8.runtime import process
 from gptj8.runtime.errors import UserError
 from gptj8.training import TrainingSettings, train, try_step

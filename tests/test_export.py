@@ -24,7 +24,7 @@ from gptj8.export import (
 )
 from gptj8.model_card import model_card
 from gptj8.models import load_adapter, load_model
-from gptj8.params import parse_params, resolved
+from gptj8.params.sections import parse_params, resolved
 from gptj8.reference import (
     REFERENCE_FILE,
     choose_prompts,

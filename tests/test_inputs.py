@@ -1,7 +1,7 @@
 """What is asked before a run: whether its inputs are there."""
 
 from gptj8.inputs import missing_inputs
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 
 
 def test_check_accepts_what_a_recipe_makes(tmp_path):

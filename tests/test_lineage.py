@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from gptj8 import tracking
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.tracking import identity, lineage, lookup
 from gptj8.tracking.evidence import remember_that_it_ran

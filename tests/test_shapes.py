@@ -7,9 +7,9 @@ import json
 import pandas as pd
 import pytest
 
-from gptj8.params import Data
+from gptj8.params.sections import Data
+from gptj8.params.templates import parse_template
 from gptj8.shapes import conversation_problem, shape_of
-from gptj8.templates import parse_template
 
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 

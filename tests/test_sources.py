@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
 from gptj8.sources import content_key, find_sources
 from tests.helpers.row_files import write_rows

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from gptj8 import tracking
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 from gptj8.runtime.errors import UserError
 from gptj8.tracking import identity
 

@@ -141,7 +141,7 @@ def proxy(project, server, monkeypatch):
 def train(proxy: Proxy, faults: dict[int, str]) -> tuple[float, float]:
     """Record a stage of steps of 0.1 s, the server misbehaving from given steps on; return the
     seconds that the steps waited for the recording, and those that the end of the stage did."""
-    from gptj8.params import load_params
+    from gptj8.params.sections import load_params
 
     folder = Path("reports/finetune")
     waited = 0.0
@@ -234,7 +234,7 @@ def test_sync_tells_what_it_could_not_send(proxy, project, capsys, monkeypatch):
 KILLED = """
 import os, signal, sys, time
 from gptj8 import tracking
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 with tracking.stage_run("finetune", load_params()) as run:
     run.log_metrics({"loss": 1.0}, 1)
     time.sleep(float(sys.argv[1]))
@@ -319,7 +319,7 @@ def test_of_many_syncs_at_once_one_sends(proxy, server, project):
 
 
 def test_a_full_disk_does_not_stop_the_stage(project, monkeypatch, capsys):
-    from gptj8.params import parse_params
+    from gptj8.params.sections import parse_params
     from gptj8.tracking.journal import JournalWriter
 
     def full(self, event, **content):

@@ -17,7 +17,7 @@ import pytest
 
 from gptj8.dataset import SPLITS, PreparedDataset, load_prepared
 from gptj8.dataset_report import metrics, token_lengths, write_report
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.runtime.errors import UserError
 from gptj8.sources import content_key

@@ -58,11 +58,11 @@ def estimate(
         UserError: for params, a model or a size that cannot be used.
     """
     from gptj8.memory import machine
-    from gptj8.params import load_params
+    from gptj8.params.sections import load_params
 
     limit = machine.parse_bytes(memory) if memory is not None else None
     if overrides:
-        from gptj8.approaches import overridden_params
+        from gptj8.params.overrides import overridden_params
 
         params = overridden_params(overrides)
     else:

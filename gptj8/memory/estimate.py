@@ -32,7 +32,7 @@ from gptj8.runtime.process import COMPILED_PRODUCTS
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from gptj8.params import Params
+    from gptj8.params.sections import Params
 
 _LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
 # Recorded depths of a deeper model; both even, because some architectures alternate two kinds.

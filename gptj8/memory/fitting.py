@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from gptj8.examples import Example
-    from gptj8.params import Finetune
+    from gptj8.params.sections import Finetune
 
 USED = 0.9
 """Share of the free memory that may be filled: estimates are right to a tenth."""

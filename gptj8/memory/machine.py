@@ -82,12 +82,12 @@ def process_bytes(dtype: str) -> int:
     import torch
     from transformers import GPTJConfig, GPTJForCausalLM
 
-    from gptj8 import attention
     from gptj8.adapters import add_adapter
     from gptj8.integration import Blockwise8bitConfig, swap_modules
+    from gptj8.kernels.fused import register_fused_attention
     from gptj8.layers import Frozen8bitModule
 
-    attention.register()
+    register_fused_attention()
     kind = getattr(torch, dtype)
     config = GPTJConfig(
         vocab_size=256,

@@ -136,9 +136,9 @@ def build(
     """
     from transformers import AutoModelForCausalLM
 
-    from gptj8 import attention
+    from gptj8.kernels.fused import register_fused_attention
 
-    attention.register()
+    register_fused_attention()
     config = copy.deepcopy(config)
     own = getattr(config, "quantization_config", None)
     if own is not None:

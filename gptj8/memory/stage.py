@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from gptj8.examples import Example
-    from gptj8.params import Params
+    from gptj8.params.sections import Params
 
 
 class TrainingMemory:

@@ -1,8 +1,8 @@
 """A training step on tensors that have shapes and no memory, and all that it allocates.
 
-Under torch's FakeTensorMode the model's own code runs in full, autograd and checkpointing
-included; `_Recorder` sees each storage come and go. What an operator allocates inside and drops
-again is invisible to it and is listed in `_inside`, which follows `gptj8.operators` and torch.
+Under torch's FakeTensorMode the model's own code runs in full, autograd and checkpointing included;
+`_Recorder` sees each storage come and go. What an operator allocates inside and drops again is
+invisible to it and is listed in `_inside`, which follows `gptj8.kernels.operators` and torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptj8 import kernels, operators
 from gptj8.checkpointing import Kind, set_checkpointing
+from gptj8.kernels import dispatch, operators
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime.process import LARGE_BLOCK
 
@@ -137,7 +137,7 @@ def _mask(batch: Batch) -> torch.Tensor | None:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[_Recorder]:
-    kernels.few_rows(torch.empty(0))  # tries the compiled kernels once, on tensors with memory
+    dispatch.few_rows(torch.empty(0))  # tries the compiled kernels once, on tensors with memory
     state = torch.get_rng_state()
     recorder = _Recorder()
     try:
@@ -261,14 +261,14 @@ class _Recorder(TorchDispatchMode):
 
 def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     """Return the bytes that an operator allocates inside, and of those the restored weights that
-    a CPU holds on to (`kernels.scratch`)."""
+    a CPU holds on to (`dispatch.scratch`)."""
     if name == "aten::logsumexp":  # exp(x - max)
         return args[0].untyped_storage().nbytes(), 0
     if not name.startswith("gptj8::frozen_linear"):
         return 0, 0
     x, codes, block_size, transposed = args[0], args[1], args[-2], args[-1]
     is_forward = name == "gptj8::frozen_linear"
-    few = kernels.few_rows(x) * codes.shape[1]
+    few = dispatch.few_rows(x) * codes.shape[1]
     if is_forward and not transposed and x.numel() <= few:
         return 0, 0
     rows = operators.piece_rows(x, codes.shape, block_size, transposed)

@@ -38,7 +38,8 @@ COMPILED_PRODUCTS = 32
 UNUSED_IN_TRAINING = ("scipy",)
 """What transformers imports for a loss of object detection: 40 MB and half a second."""
 LARGE_BLOCK = 32 << 20
-"""Bytes from which on a block is not in the heap of a process that `restart_with_malloc_settings` began."""
+"""Bytes from which on a block is not in the heap of a process that `restart_with_malloc_settings`
+began."""
 _HEAP = ":".join(
     (
         "glibc.malloc.tcache_count=0",

@@ -5,21 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def copied_project(path: Path) -> Path | None:
+    """Return the user's own project where a path lies in a copy of it that DVC made; else None.
+
+    `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after
+    the experiment.
+
+    Args:
+        path: absolute.
+    """
+    for folder in (path, *path.parents):
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return None
+
+
 def project_root() -> Path:
     """Return the folder that holds dvc.yaml: the user's own one, also from inside a DVC experiment.
 
-     `dvc exp run --queue` and `--temp` work in a copy under .dvc/tmp/exps, which is removed after
-    the experiment. What must outlive it (the MLflow database, digests) belongs to the original.
+    What must outlive an experiment (the MLflow database, digests) belongs to the original.
     """
     here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (
-            folder.name == "exps"
-            and folder.parent.name == "tmp"
-            and folder.parents[1].name == ".dvc"
-        ):
-            return folder.parents[2]
-    return here
+    return copied_project(here) or here
 
 
 def state_folder() -> Path:

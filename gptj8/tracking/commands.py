@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from gptj8.params import Params, load_params
+from gptj8.params.sections import Params, load_params
 from gptj8.runtime.errors import UserError
 
 

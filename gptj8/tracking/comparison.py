@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj8.params import Params, resolved
+from gptj8.params.sections import Params, resolved
 from gptj8.runtime.messages import one_line
 from gptj8.tracking.identity import is_recorded, tracking_uri
 from gptj8.tracking.journal import now

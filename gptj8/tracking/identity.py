@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptj8.params import Params, resolved
+from gptj8.params.sections import Params, resolved
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import dvc_digest, write_json
 from gptj8.runtime.project import project_root
@@ -76,7 +76,7 @@ def experiment_key(params: Mapping[str, Any], digests: Mapping[str, str]) -> str
     """Return the digest of what decides an experiment's outcome.
 
     Args:
-        params: `gptj8.params.resolved`.
+        params: `gptj8.params.sections.resolved`.
         digests: of `input_digests`.
     """
     content = json.dumps({"params": params, "inputs": dict(digests)}, sort_keys=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj8.params import PARAMS_FILE
+from gptj8.params.sections import PARAMS_FILE
 from gptj8.runtime.machine import cpu_name
 from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gptj8.params import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.params.sections import PARAMS_FILE, Params, parse_params, resolved
 from gptj8.runtime.errors import UserError
 from gptj8.tracking.delivery import EXPERIMENTS_TAG, find_run
 from gptj8.tracking.identity import experiment_key, key_of, tracking_uri, without_password

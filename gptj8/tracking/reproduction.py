@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import dvc_digest, list_files, sha256_file
 from gptj8.runtime.process import path_of_this_python
@@ -102,10 +102,10 @@ def _cache_folder(root: Path) -> str:
 
 def _share_what_git_does_not_know(root: Path, folder: Path, tags: dict[str, str]) -> None:
     """Link inputs into the checkout, and copy kernels that were compiled from the same source."""
-    source = Path("gptj8", "cpu_kernels.c")
+    source = Path("gptj8", "kernels", "cpu_kernels.c")
     if (folder / source).is_file() and sha256_file(folder / source) == sha256_file(root / source):
-        for library in (root / "gptj8").glob("_cpu_kernels*.so"):
-            shutil.copy2(library, folder / "gptj8")
+        for library in (root / source.parent).glob("_cpu_kernels*.so"):
+            shutil.copy2(library, folder / source.parent)
     for key, value in load_params(folder / "params.yaml").inputs.items():
         here, there = root / value, folder / value
         if there.exists() or _is_made(there, folder):

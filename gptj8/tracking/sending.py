@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 from gptj8.tracking.delivery import Delivery, connect

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gptj8.params import Params, resolved
+from gptj8.params.sections import Params, resolved
 from gptj8.runtime.distributed import is_main_process
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line

@@ -20,7 +20,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.serving.sockets import bind, url_of
 from gptj8.tracking.identity import tracking_uri, without_password

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from gptj8.memory.fitting import Fit
-    from gptj8.params import Finetune
+    from gptj8.params.sections import Finetune
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptj8.dataset import SPLITS
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from gptj8.prompts import TextEncoder
 from gptj8.validation import Validated, validate
 from tests.corruption.texts import text_of

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from sklearn.feature_extraction.text import CountVectorizer
 
 from gptj8.near_duplicates import normalize
-from gptj8.params import Data
+from gptj8.params.sections import Data
 from tests.helpers.paths import ROOT
 
 RECIPE = ROOT / "data" / "datasets" / "docstrings"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptj8.params import load_params
+from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import sha256_file
 from gptj8.runtime.machine import resident_bytes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 from gptj8.runtime import distributed
 from gptj8.runtime.errors import UserError
 from tests.helpers.project_clone import STAGES, Clone, assert_complete

@@ -15,7 +15,7 @@ from gptj8.adapters import add_adapter
 from gptj8.export import collect, describe
 from gptj8.generation import generate_greedily
 from gptj8.models import load_model
-from gptj8.params import parse_params, resolved
+from gptj8.params.sections import parse_params, resolved
 from gptj8.reference import save_reference
 from gptj8.serving.app import Limits, Server, create_app
 from gptj8.serving.engine import Engine

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from gptj8.params import parse_params
+from gptj8.params.sections import parse_params
 from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.serving.predictor import AnswerStream
 from gptj8.shapes import shape_of

@@ -37,12 +37,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
+from gptj8.params.yaml_files import Section, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, replace_file
 from gptj8.runtime.process import run
 from gptj8.runtime.progress import each
 from gptj8.runtime.story import Story
-from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -35,11 +35,11 @@ from urllib.parse import unquote
 
 from pydantic import field_validator
 
+from gptj8.params.yaml_files import Section, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, require_free_space, write_json
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.process import run
-from gptj8.yaml_files import Section, read_checked
 
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gptj8.params.yaml_files import Section, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.process import run
-from gptj8.yaml_files import Section, read_checked
 
 TARGET = Path("model")
 STAGING = Path(".model.incomplete")

@@ -43,11 +43,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from gptj8.params.yaml_files import Section, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory
 from gptj8.runtime.progress import progress
 from gptj8.runtime.story import Story
-from gptj8.yaml_files import Section, read_checked
 
 HERE = Path(__file__).resolve().parent
 CORPUS = Path("../../datasets/docstrings/corpus.jsonl")

@@ -1,4 +1,4 @@
-"""`gptj8.blockwise` in C for CPUs, from `cpu_kernels.c`; absent where it was not compiled.
+"""`gptj8.kernels.reference` in C for CPUs, from `cpu_kernels.c`; absent where it was not compiled.
 
 Installing the package compiles the file if there is a compiler. It needs no headers of torch or
 Python: tensors are handed over as addresses, by ctypes, which lets other threads run meanwhile. So
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from gptj8.runtime.errors import QuantizationError
-from gptj8.runtime.project import project_root
+from gptj8.runtime.project import copied_project
 
 # Must equal INTERFACE in cpu_kernels.c: a library of an older source tree is not used.
 _INTERFACE = 2
@@ -32,8 +32,11 @@ _WEIGHTS_A_THREAD = 1 << 18
 def library() -> ctypes.CDLL | None:
     """Return the compiled library; None if there is none for this machine and source."""
     names = [f"_cpu_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    here = Path(__file__).resolve().parent
     # DVC's copies of the project, in which queued experiments run, hold what git knows: the source.
-    folders = [Path(__file__).parent, project_root() / "gptj8"]
+    # Never from the working folder: what lies there is not part of this package.
+    original = copied_project(here)
+    folders = [here, *([original / "gptj8" / "kernels"] if original else [])]
     for file in (folder / name for folder in folders for name in names):
         if file.is_file():
             try:
@@ -46,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    """See `blockwise.absmax`."""
+    """See `reference.absmax`."""
     n = flat.numel()
     found = torch.empty(_blocks(n, block_size), dtype=torch.float32, device="cpu")
     _call("absmax", n, _weights(flat), DTYPES[flat.dtype], n, block_size, _Array(found))
@@ -60,7 +63,7 @@ def histogram(
     block_size: int,
     bins: int,
 ) -> torch.Tensor:
-    """See `blockwise.histogram`."""
+    """See `reference.histogram`."""
     n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
     mass = torch.zeros(torch.get_num_threads(), bins, dtype=torch.float64, device="cpu")
     _call(
@@ -81,7 +84,7 @@ def histogram(
 def encode(
     flat: torch.Tensor, absmax: torch.Tensor, boundaries: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """See `blockwise.encode`."""
+    """See `reference.encode`."""
     n = flat.numel()
     codes = torch.empty(n, dtype=torch.uint8, device="cpu")
     # In which of equal cells over [-1, 1] each boundary lies, computed as the kernel computes it
@@ -113,7 +116,7 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `kernels.dequantize`."""
+    """See `dispatch.dequantize`."""
     n = codes.numel()
     if out is None:
         out = torch.empty(codes.shape, dtype=dtype, device="cpu")
@@ -138,7 +141,7 @@ def squared_errors(
     codebook: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `blockwise.squared_errors`."""
+    """See `reference.squared_errors`."""
     n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
     errors, norms = torch.empty(2, blocks, dtype=torch.float64, device="cpu")
     _call(
@@ -164,7 +167,7 @@ def linear(
     codebook: torch.Tensor,
     block_size: int,
 ) -> torch.Tensor:
-    """See `kernels.linear`."""
+    """See `dispatch.linear`."""
     rows, n, (out, columns) = x.numel() // x.shape[-1], codes.numel(), codes.shape
     in_bfloat16 = x.dtype == torch.bfloat16 and columns % 64 == 0 and _multiplies_bfloat16()
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32

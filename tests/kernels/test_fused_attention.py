@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPTJForCausalLM
 
-from gptj8 import attention
-from gptj8.attention import GPTJFusedAttention
+from gptj8.kernels.fused import GPTJFusedAttention, register_fused_attention
 from tests.conftest import gptj_config
 
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -21,7 +20,7 @@ LEFT[2, :9] = 0
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def pair(request):
     """The same model with transformers' attention and with ours."""
-    attention.register()
+    register_fused_attention()
     torch.manual_seed(0)
     eager = GPTJForCausalLM._from_config(gptj_config(), attn_implementation="eager")
     fused = GPTJForCausalLM._from_config(gptj_config(), attn_implementation="sdpa")
@@ -66,7 +65,7 @@ def test_generation_with_a_cache_is_that_without(pair):
 
 
 def test_dropout_is_applied_in_training_only():
-    attention.register()
+    register_fused_attention()
     torch.manual_seed(0)
     config = gptj_config(attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)
     model = GPTJForCausalLM._from_config(config, attn_implementation="sdpa")

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gptj8.evaluation.requirements import parse_requirement
+from gptj8.params.requirements import parse_requirement
+from gptj8.params.templates import parse_template
+from gptj8.params.yaml_files import Section, check, read_yaml
 from gptj8.runtime.errors import UserError
-from gptj8.templates import parse_template
-from gptj8.yaml_files import Section, check, read_yaml
 
 PARAMS_FILE = "params.yaml"
 

@@ -1,45 +1,18 @@
-"""What the metrics have to meet, written as people write it: `tuned/accuracy > base/accuracy`.
-
-Nothing but the standard library is needed: params.yaml is checked without loading any other.
-"""
+"""The gate before an export: whether the metrics meet `evaluate.require`."""
 
 from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gptj8.params.requirements import Requirement, parse_requirement
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import excerpt, listed, quote, suggest
+from gptj8.runtime.messages import listed, quote, suggest
 
 _STAGE = "evaluate"
 _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_SIGN = re.compile("([<>]=?)")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-_METRIC = re.compile(r"(?=.*[A-Za-z])[\w.@-]+(/[\w.@-]+)*", re.ASCII)
-_NO_VALUES = {"nan", "inf", "infinity"}
-_FORM = 'write a metric, one of <, <=, >, >= and a metric or a number: "tuned/accuracy_low >= 0.8"'
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """A comparison that has to hold.
-
-    Attributes:
-        left: a metric's name.
-        comparison: `<`, `<=`, `>` or `>=`.
-        right: a metric's name, or a number.
-    """
-
-    left: str
-    comparison: str
-    right: str | float
-
-    def __str__(self) -> str:
-        right = self.right if isinstance(self.right, str) else f"{self.right:.15g}"
-        return f"{self.left} {self.comparison} {right}"
 
 
 @dataclass(frozen=True)
@@ -69,35 +42,6 @@ class Outcome:
         else:
             ending = f"misses by {abs(self.margin):.3g}"
         return f"{self.requirement} is {'met' if self.met else 'not met'}: {values} {ending}"
-
-
-def parse_requirement(text: str) -> Requirement:
-    """Read a metric, a comparison, and a metric or a number.
-
-    Raises:
-        ValueError: saying what is wrong and how it is written.
-    """
-    shown = excerpt(repr(text))
-    parts = [part.strip() for part in _SIGN.split(text)]
-    if len(parts) != 3:
-        found = "no comparison" if len(parts) == 1 else "more than one comparison"
-        raise ValueError(f"{shown} has {found}; {_FORM}")
-    left, comparison, right = parts
-    if _NUMBER.fullmatch(left):
-        raise ValueError(f"{shown} begins with a number; {_FORM}")
-    for name in (left, right):
-        if name.lower().lstrip("+-") in _NO_VALUES:
-            raise ValueError(f"{shown}: nothing can be compared with {name}; {_FORM}")
-    for name, side in ((left, "left"), (right, "right")):
-        if not name:
-            raise ValueError(f"{shown} has nothing on its {side}; {_FORM}")
-        if not _METRIC.fullmatch(name) and not _NUMBER.fullmatch(name):
-            raise ValueError(f"{shown}: {excerpt(repr(name))} is no name of a metric; {_FORM}")
-    if _NUMBER.fullmatch(right):
-        if not math.isfinite(float(right)):
-            raise ValueError(f"{shown}: {excerpt(right)} is too large a number")
-        return Requirement(left, comparison, float(right))
-    return Requirement(left, comparison, right)
 
 
 def check_requirements(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptj8.params import load_params, parse_params, resolved
+from gptj8.params.sections import load_params, parse_params, resolved
 from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 

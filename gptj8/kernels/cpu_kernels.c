@@ -1,6 +1,6 @@
-/* Block-wise 8-bit quantization on a CPU: the operations of gptj8/blockwise.py, bit for bit.
+/* Block-wise 8-bit quantization on a CPU: the operations of gptj8/kernels/reference.py, bit for bit.
 
-   Plain C for any compiler with OpenMP; gptj8/native.py loads it and describes the arguments. Each
+   Plain C for any compiler with OpenMP; gptj8/kernels/cpu.py loads it and describes the arguments. Each
    function takes a whole tensor as one row of `n` numbers in blocks of `block_size` (the last may be
    shorter) and splits the blocks over `threads`.
 

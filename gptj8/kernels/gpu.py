@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gptj8 import blockwise
+from gptj8.kernels import reference
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -79,7 +79,7 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return codebook[codes] * absmax, bit for bit as `blockwise.dequantize`.
+    """Return codebook[codes] * absmax, bit for bit as `reference.dequantize`.
 
     Args:
         codes: uint8, contiguous, any shape.
@@ -332,7 +332,7 @@ def _works(kind: str, index: int | None) -> bool:
     absmax = torch.linspace(0.1, 3.0, 47, device=device)
     arguments = (codes, absmax, torch.linspace(-1.0, 1.0, 256, device=device), 64, torch.bfloat16)
     try:
-        agree = torch.equal(dequantize(*arguments), blockwise.dequantize(*arguments))
+        agree = torch.equal(dequantize(*arguments), reference.dequantize(*arguments))
     except Exception as error:  # whatever a compiler, a linker or a driver may raise
         _logger.warning("Triton's kernels do not work on %s and are not used: %s", device, error)
         return False

@@ -13,8 +13,8 @@ import threading
 import pytest
 import torch
 
-from gptj8 import blockwise, gpu_kernels
 from gptj8.codebooks import dynamic_codebook
+from gptj8.kernels import gpu, reference
 from tests.helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
@@ -59,25 +59,25 @@ class TestKernels:
     __test__ = RUNS_HERE
 
     def test_they_are_available(self):
-        assert gpu_kernels.is_available(DEVICE)
+        assert gpu.is_available(DEVICE)
 
     @pytest.mark.parametrize("n", [1, 255, 4096, 20_001])
     @pytest.mark.parametrize("block_size", [64, 1024, 4096])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_dequantize_is_bit_equal_to_the_reference(self, dtype, block_size, n):
         codes, absmax, codebook = quantized((n,), block_size)
-        expected = blockwise.dequantize(codes, absmax, codebook, block_size, dtype)
-        ours = gpu_kernels.dequantize(codes, absmax, codebook, block_size, dtype)
+        expected = reference.dequantize(codes, absmax, codebook, block_size, dtype)
+        ours = gpu.dequantize(codes, absmax, codebook, block_size, dtype)
         assert ours.dtype == dtype
         assert torch.equal(bits(ours), bits(expected))
 
     def test_dequantize_fills_what_it_is_given(self):
         codes, absmax, codebook = quantized((5, 100), 64)
         out = torch.empty(5, 100, dtype=torch.bfloat16, device=DEVICE)
-        assert gpu_kernels.dequantize(codes, absmax, codebook, 64, out.dtype, out) is out
-        assert torch.equal(out, blockwise.dequantize(codes, absmax, codebook, 64, out.dtype))
+        assert gpu.dequantize(codes, absmax, codebook, 64, out.dtype, out) is out
+        assert torch.equal(out, reference.dequantize(codes, absmax, codebook, 64, out.dtype))
         nothing = torch.empty(0, dtype=torch.uint8, device=DEVICE)
-        assert not gpu_kernels.dequantize(nothing, absmax[:0], codebook, 64, out.dtype).numel()
+        assert not gpu.dequantize(nothing, absmax[:0], codebook, 64, out.dtype).numel()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_values_and_the_ties_between_them_round_as_torch_rounds(self, dtype):
@@ -91,7 +91,7 @@ class TestKernels:
         codebook = torch.linspace(-1, 1, 256, device=DEVICE)
         for code in (0, 255):
             codes = torch.full((len(absmax) * 64,), code, dtype=torch.uint8, device=DEVICE)
-            ours = gpu_kernels.dequantize(codes, absmax, codebook, 64, dtype)
+            ours = gpu.dequantize(codes, absmax, codebook, 64, dtype)
             expected = (absmax * codebook[code]).to(dtype)
             assert torch.equal(bits(ours[::64]), bits(expected))
             assert torch.equal(bits(ours[63::64]), bits(expected))
@@ -105,12 +105,12 @@ class TestKernels:
         generator = torch.Generator().manual_seed(rows)
         x = torch.randn(rows, in_features, generator=generator).to(DEVICE, dtype)
         bias = torch.randn(out_features, generator=generator).to(DEVICE, dtype)
-        restored = blockwise.dequantize(codes, absmax, codebook, block_size, torch.float32)
+        restored = reference.dequantize(codes, absmax, codebook, block_size, torch.float32)
         products = x.double() @ restored.double().t()
         # What any order of adding the magnitudes may lose, and one rounding to the output's dtype.
         magnitudes = x.double().abs() @ restored.double().abs().t() + bias.double().abs()
         for addend in (bias, None):
-            y = gpu_kernels.linear(x, codes, absmax, codebook, addend, block_size)
+            y = gpu.linear(x, codes, absmax, codebook, addend, block_size)
             expected = products if addend is None else products + addend.double()
             assert (y.shape, y.dtype) == ((rows, out_features), dtype)
             lost = magnitudes * 2e-6 + expected.abs() * (torch.finfo(dtype).eps / 2 * 1.001) + 1e-7
@@ -121,8 +121,8 @@ class TestKernels:
         wide = torch.randn(128, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
         bias = torch.arange(20.0, device=DEVICE)
         x = wide.t()[1::3]
-        ours = gpu_kernels.linear(x, codes, absmax, codebook, bias, 64)
-        same = gpu_kernels.linear(x.contiguous(), codes, absmax, codebook, bias.half(), 64)
+        ours = gpu.linear(x, codes, absmax, codebook, bias, 64)
+        same = gpu.linear(x.contiguous(), codes, absmax, codebook, bias.half(), 64)
         torch.testing.assert_close(ours, same, rtol=2e-3, atol=1e-4)  # tuned each on its own
 
     @pytest.mark.parametrize("rows", [1, 2])
@@ -131,8 +131,8 @@ class TestKernels:
         codes, absmax, codebook = quantized((7, 70), 64)
         x = torch.zeros(rows, 70, device=DEVICE, dtype=torch.bfloat16)
         x[0, 69] = torch.inf
-        weight = blockwise.dequantize(codes, absmax, codebook, 64, torch.float32)
-        y = gpu_kernels.linear(x, codes, absmax, codebook, None, 64)
+        weight = reference.dequantize(codes, absmax, codebook, 64, torch.float32)
+        y = gpu.linear(x, codes, absmax, codebook, None, 64)
         assert torch.equal(y[0].isnan(), weight[:, 69] == 0)
         assert not y[1:].any()
 
@@ -141,13 +141,13 @@ class TestKernels:
         codes, absmax, codebook = quantized((2, 64), 64)
         x = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16)
         bias = torch.tensor([0x7FFFFFFF, 0], dtype=torch.int32, device=DEVICE).view(torch.float32)
-        y = gpu_kernels.linear(x, codes, absmax, codebook, bias, 64)
+        y = gpu.linear(x, codes, absmax, codebook, bias, 64)
         assert y.isnan().tolist() == [[True, False]]
 
     def test_linear_of_no_rows(self):
         codes, absmax, codebook = quantized((7, 70), 64)
         x = torch.empty(0, 70, device=DEVICE)
-        assert gpu_kernels.linear(x, codes, absmax, codebook, None, 64).shape == (0, 7)
+        assert gpu.linear(x, codes, absmax, codebook, None, 64).shape == (0, 7)
 
     def test_linear_refuses_what_does_not_fit(self):
         codes, absmax, codebook = quantized((7, 70), 64)
@@ -158,7 +158,7 @@ class TestKernels:
         ):
             bias = bias if bias is None else bias.to(DEVICE)
             with pytest.raises(ValueError, match=message):
-                gpu_kernels.linear(x.to(DEVICE), codes, absmax, codebook, bias, 64)
+                gpu.linear(x.to(DEVICE), codes, absmax, codebook, bias, 64)
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="more than 2^31 weights need a GPU")
     def test_more_weights_than_32_bits_count(self):
@@ -171,11 +171,11 @@ class TestKernels:
         codebook = dynamic_codebook().to(DEVICE)
         x = torch.randn(2, in_features, device=DEVICE)
         tail = slice(len(codes) - 50, None)
-        ours = gpu_kernels.linear(x, codes, absmax, codebook, None, block_size)[:, tail]
-        theirs = gpu_kernels.linear(x, codes[tail], absmax[tail], codebook, None, block_size)
+        ours = gpu.linear(x, codes, absmax, codebook, None, block_size)[:, tail]
+        theirs = gpu.linear(x, codes[tail], absmax[tail], codebook, None, block_size)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-        restored = gpu_kernels.dequantize(codes, absmax, codebook, block_size, torch.float16)
-        expected = blockwise.dequantize(
+        restored = gpu.dequantize(codes, absmax, codebook, block_size, torch.float16)
+        expected = reference.dequantize(
             codes[tail], absmax[tail], codebook, block_size, torch.float16
         )
         assert torch.equal(restored[tail], expected)
@@ -194,9 +194,9 @@ def test_the_kernels_under_the_interpreter():
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 def test_without_a_gpu_or_the_interpreter_they_are_not_available():
-    assert not gpu_kernels.is_available(torch.device("cpu"))
-    assert not gpu_kernels.is_available(torch.device("cuda"))
-    assert not gpu_kernels.is_available(torch.device("meta"))
+    assert not gpu.is_available(torch.device("cpu"))
+    assert not gpu.is_available(torch.device("cuda"))
+    assert not gpu.is_available(torch.device("meta"))
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
@@ -204,10 +204,10 @@ def test_an_interpreter_asked_for_too_late_is_not_used(monkeypatch, caplog):
     import triton.language  # noqa: F401 (decides that it is compiled)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    gpu_kernels._works.cache_clear()
-    assert not gpu_kernels.is_available(torch.device("cpu"))
+    gpu._works.cache_clear()
+    assert not gpu.is_available(torch.device("cpu"))
     assert "after Triton was imported" in caplog.text
-    gpu_kernels._works.cache_clear()
+    gpu._works.cache_clear()
 
 
 @pytest.mark.parametrize("without", ["triton", "a compiler that works"])
@@ -219,13 +219,13 @@ def test_what_does_not_work_is_not_used(without, monkeypatch, caplog):
         def fail():
             raise RuntimeError("Failed to find C compiler")
 
-        monkeypatch.setattr(gpu_kernels, "_load", fail)
-    gpu_kernels._works.cache_clear()
+        monkeypatch.setattr(gpu, "_load", fail)
+    gpu._works.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert not gpu_kernels._works("cpu" if INTERPRETED else DEVICE.type, None)
+    assert not gpu._works("cpu" if INTERPRETED else DEVICE.type, None)
     if without != "triton":
         assert "Failed to find C compiler" in caplog.text
-    gpu_kernels._works.cache_clear()
+    gpu._works.cache_clear()
 
 
 # The interpreter accepts what the compiler refuses. bfloat16 is written as integers.
@@ -238,7 +238,7 @@ def test_they_compile_for_gpus_that_are_not_here(x, out, capability, tmp_path, m
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    loaded = gpu_kernels._load()
+    loaded = gpu._load()
     arrays = {"x": x, "codes": "*u8", "absmax": "*fp32", "codebook": "*fp32", "bias": x, "out": out}
     counts = {"n": "i64", "rows": "i32", "out_features": "i32"}
     shape = {"IN": 4096, "BLOCK_SIZE": 64, "WIDTH": 64, "ONE_SCALE": True, "HAS_BIAS": True}
@@ -257,7 +257,7 @@ def test_they_compile_for_gpus_that_are_not_here(x, out, capability, tmp_path, m
 def test_tiles_never_hold_the_end_of_a_block_where_one_absmax_serves_them():
     for in_features in (1, 3, 63, 64, 96, 1000, 1024, 1100, 4096, 4160, 12_288, 16_384):
         for block_size in (64, 1024, 4096):
-            width, one_scale = gpu_kernels._tile_width(in_features, block_size)
+            width, one_scale = gpu._tile_width(in_features, block_size)
             assert width & (width - 1) == 0 and 64 <= width <= 512
             ends = {at % in_features for at in range(0, block_size * in_features, block_size)}
             if one_scale:
@@ -267,18 +267,18 @@ def test_tiles_never_hold_the_end_of_a_block_where_one_absmax_serves_them():
 def test_the_tuner_has_a_choice_for_every_number_of_rows():
     from triton import Config
 
-    configs = [Config({"TILE": tile}, num_warps=warps) for tile, warps in gpu_kernels._TILES]
+    configs = [Config({"TILE": tile}, num_warps=warps) for tile, warps in gpu._TILES]
     for rows in (1, 2, 4, 8, 16):
-        assert gpu_kernels._that_fit(configs, {}, ROWS=rows)
-    assert all(tile >= gpu_kernels._WIDEST for tile, _ in gpu_kernels._TILES)
+        assert gpu._that_fit(configs, {}, ROWS=rows)
+    assert all(tile >= gpu._WIDEST for tile, _ in gpu._TILES)
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="loads the kernels again")
 def test_threads_may_load_the_kernels_at_the_same_time():
-    gpu_kernels._load.cache_clear()
-    threads = [threading.Thread(target=gpu_kernels._load) for _ in range(4)]
+    gpu._load.cache_clear()
+    threads = [threading.Thread(target=gpu._load) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert isinstance(gpu_kernels._store_rounded, type(gpu_kernels._load().dequantize))
+    assert isinstance(gpu._store_rounded, type(gpu._load().dequantize))

@@ -10,15 +10,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptj8 import blockwise, kernels, native
 from gptj8.codebooks import dynamic_codebook, fit_codebook
 from gptj8.codec import QuantizationError, quantize_blockwise
+from gptj8.kernels import cpu, dispatch, reference
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 compiled = pytest.mark.skipif(
-    native.library() is None and shutil.which("cc") is None, reason="there is no compiler here"
+    cpu.library() is None and shutil.which("cc") is None, reason="there is no compiler here"
 )
 
 
@@ -48,8 +48,8 @@ def threads(request):
 
 @compiled
 def test_the_kernels_were_compiled_where_there_is_a_compiler():
-    assert native.library() is not None
-    assert kernels.describe(torch.device("cpu")) == "compiled kernels"
+    assert cpu.library() is not None
+    assert dispatch.describe(torch.device("cpu")) == "compiled kernels"
 
 
 @compiled
@@ -58,26 +58,26 @@ def test_the_kernels_were_compiled_where_there_is_a_compiler():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_operation_is_bit_equal_to_the_reference(dtype, block_size, n, threads):
     flat = some_weights(dtype, n)
-    absmax = blockwise.absmax(flat, block_size)
-    assert torch.equal(native.absmax(flat, block_size), absmax)
+    absmax = reference.absmax(flat, block_size)
+    assert torch.equal(cpu.absmax(flat, block_size), absmax)
 
     block_mass = (absmax.double() * 1000).round()
-    mass = blockwise.histogram(flat, absmax, block_mass, block_size, 1 << 15)
-    assert torch.equal(native.histogram(flat, absmax, block_mass, block_size, 1 << 15), mass)
+    mass = reference.histogram(flat, absmax, block_mass, block_size, 1 << 15)
+    assert torch.equal(cpu.histogram(flat, absmax, block_mass, block_size, 1 << 15), mass)
 
     for codebook in (dynamic_codebook(), fit_codebook(mass), torch.linspace(-1, 1, 256)):
-        boundaries = blockwise.exact_midpoints(codebook)
-        codes = blockwise.encode(flat, absmax, boundaries, block_size)
-        assert torch.equal(native.encode(flat, absmax, boundaries, block_size), codes)
+        boundaries = reference.exact_midpoints(codebook)
+        codes = reference.encode(flat, absmax, boundaries, block_size)
+        assert torch.equal(cpu.encode(flat, absmax, boundaries, block_size), codes)
 
         for out in DTYPES:
-            restored = blockwise.dequantize(codes, absmax, codebook, block_size, out)
-            ours = native.dequantize(codes, absmax, codebook, block_size, out)
+            restored = reference.dequantize(codes, absmax, codebook, block_size, out)
+            ours = cpu.dequantize(codes, absmax, codebook, block_size, out)
             assert torch.equal(bits(ours), bits(restored))
 
-        sums = blockwise.squared_errors(flat, codes, absmax, codebook, block_size)
+        sums = reference.squared_errors(flat, codes, absmax, codebook, block_size)
         for ours, theirs in zip(
-            native.squared_errors(flat, codes, absmax, codebook, block_size), sums, strict=True
+            cpu.squared_errors(flat, codes, absmax, codebook, block_size), sums, strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
@@ -91,8 +91,8 @@ def test_what_goes_past_the_caches_is_the_same(offset):
     codes = torch.randint(0, 256, (n,), dtype=torch.uint8)
     absmax, codebook = torch.rand(-(-n // block_size)), torch.linspace(-1, 1, 256)
     out = torch.empty(n + 1, dtype=torch.bfloat16)[offset : offset + n]
-    native.dequantize(codes, absmax, codebook, block_size, torch.bfloat16, out)
-    expected = blockwise.dequantize(codes, absmax, codebook, block_size, torch.bfloat16)
+    cpu.dequantize(codes, absmax, codebook, block_size, torch.bfloat16, out)
+    expected = reference.dequantize(codes, absmax, codebook, block_size, torch.bfloat16)
     assert torch.equal(out, expected)
 
 
@@ -101,9 +101,9 @@ def test_a_crowded_codebook_is_searched_to_its_end():
     # 128 boundaries in one cell of the kernel's table.
     codebook = torch.cat([torch.linspace(0, 1e-5, 128), torch.linspace(0.5, 1, 128)])
     flat = torch.cat([torch.linspace(0, 1.2e-5, 4095), torch.ones(1)])
-    absmax, boundaries = blockwise.absmax(flat, 4096), blockwise.exact_midpoints(codebook)
-    codes = native.encode(flat, absmax, boundaries, 4096)
-    assert torch.equal(codes, blockwise.encode(flat, absmax, boundaries, 4096))
+    absmax, boundaries = reference.absmax(flat, 4096), reference.exact_midpoints(codebook)
+    codes = cpu.encode(flat, absmax, boundaries, 4096)
+    assert torch.equal(codes, reference.encode(flat, absmax, boundaries, 4096))
     assert codes.unique().numel() > 128
 
 
@@ -123,7 +123,7 @@ def test_every_16_bit_value_and_the_ties_between_them_round_as_torch_rounds(dtyp
         pieces = [slice(at, at + 2048) for at in range(0, len(absmax), 2048)]
         for piece in pieces:
             part = absmax[piece].contiguous()
-            ours = native.dequantize(
+            ours = cpu.dequantize(
                 codes[: len(part) * block_size], part, codebook, block_size, dtype
             )
             expected = (part * codebook[code]).to(dtype)
@@ -136,7 +136,7 @@ def test_every_16_bit_value_and_the_ties_between_them_round_as_torch_rounds(dtyp
 def test_absmax_shows_what_is_not_finite(dtype, value):
     flat = torch.ones(200, dtype=dtype)
     flat[70] = value
-    assert native.absmax(flat, 64).isfinite().tolist() == [True, False, True, True]
+    assert cpu.absmax(flat, 64).isfinite().tolist() == [True, False, True, True]
 
 
 @compiled
@@ -145,9 +145,9 @@ def test_a_codebook_beyond_one_is_searched_right(reach):
     codebook = torch.cat([torch.linspace(-1, 1, 255), torch.tensor([reach])])
     for table in (codebook, torch.linspace(-reach, reach, 256)):
         flat = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
-        absmax, boundaries = blockwise.absmax(flat, 64), blockwise.exact_midpoints(table)
-        codes = native.encode(flat, absmax, boundaries, 64)
-        assert torch.equal(codes, blockwise.encode(flat, absmax, boundaries, 64))
+        absmax, boundaries = reference.absmax(flat, 64), reference.exact_midpoints(table)
+        codes = cpu.encode(flat, absmax, boundaries, 64)
+        assert torch.equal(codes, reference.encode(flat, absmax, boundaries, 64))
 
 
 @compiled
@@ -165,9 +165,9 @@ def test_few_rows_are_multiplied_from_the_codes(dtype, tolerance, out, columns, 
     torch.manual_seed(rows)
     q = quantize_blockwise(torch.randn(out, columns), block_size)
     x = torch.randn(rows, columns).to(dtype)
-    weight = blockwise.dequantize(q.codes, q.absmax, q.codebook, block_size, torch.float64)
+    weight = reference.dequantize(q.codes, q.absmax, q.codebook, block_size, torch.float64)
     exact = x.double() @ weight.t()
-    ours = kernels.linear(x, q.codes, q.absmax, q.codebook, block_size)
+    ours = dispatch.linear(x, q.codes, q.absmax, q.codebook, block_size)
     assert ours.dtype == dtype
     assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
 
@@ -186,9 +186,9 @@ def test_what_does_not_fit_together_never_reaches_the_kernel():
     ]
     for change in wrong:
         with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
-            native.dequantize(**(parts | change), block_size=64, dtype=torch.bfloat16)
+            cpu.dequantize(**(parts | change), block_size=64, dtype=torch.bfloat16)
         with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
-            native.linear(torch.randn(2, 64), **(parts | change), block_size=64)
+            cpu.linear(torch.randn(2, 64), **(parts | change), block_size=64)
 
 
 @pytest.mark.slow
@@ -199,20 +199,20 @@ def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
     package = tmp_path / "gptj8"
     shutil.copytree(ROOT / "gptj8", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if replacement != "absent":
-        source = (package / "cpu_kernels.c").read_text()
+        source = (package / "kernels" / "cpu_kernels.c").read_text()
         if replacement == "wrong":
             source = source.replace("code[i] = at;", "code[i] = at / 2;")
         else:
             source = source.replace("#define INTERFACE ", "#define INTERFACE 9")
         (tmp_path / "kernels.c").write_text(source)
-        suffix = next(iter(native.importlib.machinery.EXTENSION_SUFFIXES))
-        library = package / f"_cpu_kernels{suffix}"
+        suffix = next(iter(cpu.importlib.machinery.EXTENSION_SUFFIXES))
+        library = package / "kernels" / f"_cpu_kernels{suffix}"
         command = ["cc", "-shared", "-fPIC", "-fopenmp", "-o", library, tmp_path / "kernels.c"]
         subprocess.run(command, check=True)
     script = (
-        "import torch, gptj8; from gptj8 import kernels;"
+        "import torch, gptj8; from gptj8.kernels import dispatch;"
         "torch.manual_seed(0); q = gptj8.quantize_blockwise(torch.randn(99, 100), 64);"
-        "print(kernels.describe(torch.device('cpu')), q.codes.long().sum().item(),"
+        "print(dispatch.describe(torch.device('cpu')), q.codes.long().sum().item(),"
         "q.codebook.double().sum().item(),"
         "gptj8.dequantize_blockwise(q, torch.bfloat16).double().sum().item())"
     )
@@ -236,11 +236,12 @@ def test_a_gpu_restores_into_what_it_is_given():
             names.append(func.name())
             return func(*args, **(kwargs or {}))
 
+    dispatch._bitsandbytes()  # its import makes tensors of its own
     with FakeTensorMode():  # tensors of a GPU that need not be there
         codes = torch.empty(3, 4096, dtype=torch.uint8, device="cuda")
         absmax, codebook = torch.empty(3, device="cuda"), torch.empty(256, device="cuda")
         out = torch.empty(3, 4096, dtype=torch.bfloat16, device="cuda")
         with Recorder():
-            restored = kernels.dequantize(codes, absmax, codebook, 4096, torch.bfloat16, out)
+            restored = dispatch.dequantize(codes, absmax, codebook, 4096, torch.bfloat16, out)
     assert restored is out
     assert names == ["bitsandbytes::dequantize_blockwise.out"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from gptj8.activations import fuse_activations
+from gptj8.kernels.fused import fuse_activations
 from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_model
 

@@ -5,7 +5,7 @@
 
 Between the two only the 8-bit tensors are kept, which the module holds anyway. With few rows of x
 W is never restored: the kernel multiplies from the codes, which is what makes generating a token
-faster than in 16 bits (`kernels.few_rows`).
+faster than in 16 bits (`dispatch.few_rows`).
 
 An operator and not a `torch.autograd.Function`: torch.compile and meta tensors see one opaque step
 with a known shape, where they would look into a Function and stop at the first native call.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptj8 import kernels
+from gptj8.kernels import dispatch
 
 # Weights restored at a time: an MLP matrix of GPT-J-6B; with few rows of x on a CPU, what its
 # caches hold until it is multiplied. With many rows the product is as fast in one piece.
@@ -96,8 +96,8 @@ def frozen_linear(
     columns = codes.shape[0 if transposed else 1]
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(f"x of shape {tuple(x.shape)} does not end in {columns} features")
-    if not transposed and 0 < x.numel() <= kernels.few_rows(x) * columns:
-        y = kernels.linear(x, codes, absmax, codebook, block_size)
+    if not transposed and 0 < x.numel() <= dispatch.few_rows(x) * columns:
+        y = dispatch.linear(x, codes, absmax, codebook, block_size)
         return y if bias is None else y.add_(bias)
     step = piece_rows(x, codes.shape, block_size, transposed)
     pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, step)
@@ -185,10 +185,10 @@ def _restored_pieces(
         if _keeping.wanted and step >= rows:
             out = torch.empty(part.shape, dtype=dtype, device=codes.device)
         else:
-            out = kernels.scratch(part.shape, dtype, codes.device)
+            out = dispatch.scratch(part.shape, dtype, codes.device)
         yield (
             slice(start, start + len(part)),
-            kernels.dequantize(part, scales, codebook, block_size, dtype, out),
+            dispatch.dequantize(part, scales, codebook, block_size, dtype, out),
         )
 
 
@@ -241,7 +241,7 @@ torch.library.register_autograd(
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
 def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
     _keeping.latest = None
-    if _keeping.wanted and (transposed or x.numel() > kernels.few_rows(x) * codes.shape[1]):
+    if _keeping.wanted and (transposed or x.numel() > dispatch.few_rows(x) * codes.shape[1]):
         whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
         _keeping.latest = x.new_empty(codes.shape) if whole else None
     return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])
