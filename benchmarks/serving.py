@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 import pandas as pd
 
-from gptj8.dataset import load_prepared
+from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.runtime.process import run
 from gptj8.serving.predictor import Predictor
 

@@ -31,10 +31,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-from gptj8.near_duplicates import SHINGLE, normalize, similarity
+from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.validation.near_duplicates import SHINGLE, normalize, similarity
+from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import Data
-from gptj8.prompts import TextEncoder
-from gptj8.validation import validate
 
 THRESHOLD = 0.6
 TEXTS = 20_000

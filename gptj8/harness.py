@@ -327,7 +327,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from gptj8.prompts import TextEncoder
+    from gptj8.dataset.prepared.prompts import TextEncoder
 
     eos_id = TextEncoder.load(path).eos_id
     tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)

@@ -19,7 +19,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
             continue
         section, _, split = key.partition(".")
         if section == "data":
-            from gptj8.sources import explain_missing
+            from gptj8.dataset.readers.sources import explain_missing
 
             problems.append(explain_missing(split, value))
         else:

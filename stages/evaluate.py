@@ -20,9 +20,9 @@ from gptj8.tracking import REPORTS, stage_run
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gptj8.dataset import PreparedDataset
+    from gptj8.dataset.prepared.dataset import PreparedDataset
+    from gptj8.dataset.prepared.prompts import PromptEncoder
     from gptj8.evaluation.suite import Comparison
-    from gptj8.prompts import PromptEncoder
 
 DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
@@ -37,7 +37,7 @@ def main() -> None:
         return
     story = Story("evaluate")
     with stage_run("evaluate", params):
-        from gptj8.dataset import load_prepared
+        from gptj8.dataset.prepared.dataset import load_prepared
         from gptj8.evaluation.few_shot import few_shot_prompts
         from gptj8.evaluation.outside import read_predictions
         from gptj8.evaluation.report import write_classification_reports, write_reports
@@ -156,8 +156,8 @@ def _prompt_encoders(
     """Return an encoder of prompts as they were trained on, and one with all of the context."""
     from transformers import AutoConfig
 
+    from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.evaluation.perplexity import context_length
-    from gptj8.prompts import TextEncoder
 
     context = context_length(AutoConfig.from_pretrained(str(BASE)))
     encoder = TextEncoder.load(BASE)

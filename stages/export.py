@@ -80,11 +80,11 @@ def _merge(
     import pandas as pd
     import torch
 
-    from gptj8.dataset import load_prepared
+    from gptj8.dataset.prepared.dataset import load_prepared
+    from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.evaluation.suite import held_out_documents
     from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
     from gptj8.models import load_model
-    from gptj8.prompts import TextEncoder
     from gptj8.reference import compare_in_fresh_process
 
     merged = staging / MERGED

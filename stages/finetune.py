@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from gptj8.dataset import PreparedDataset
-    from gptj8.prompts import TextEncoder
+    from gptj8.dataset.prepared.dataset import PreparedDataset
+    from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.training import Checkpoints, LossLost, TrainingSettings
 
 DATASET = Path("artifacts/dataset")
@@ -53,11 +53,11 @@ def main() -> None:
             save_adapter,
             trainable_parameters,
         )
-        from gptj8.dataset import load_prepared
-        from gptj8.examples import prompt_ids
+        from gptj8.dataset.prepared.dataset import load_prepared
+        from gptj8.dataset.prepared.examples import prompt_ids
+        from gptj8.dataset.prepared.prompts import TextEncoder
         from gptj8.memory.stage import TrainingMemory
         from gptj8.models import load_model, pick_device, pick_dtype
-        from gptj8.prompts import TextEncoder
         from gptj8.reference import choose_prompts, save_reference
         from gptj8.training import LossLost, TrainingSettings, train, try_step
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptj8.dataset import SPLITS
-from gptj8.dataset_report import write_report
+from gptj8.dataset.prepared.dataset import SPLITS
+from gptj8.dataset.prepared.prompts import TextEncoder, check_context
+from gptj8.dataset.validation.report import write_report
+from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import load_params
-from gptj8.prompts import TextEncoder, check_context
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
 from gptj8.tracking import REPORTS, stage_run
-from gptj8.validation import validate
 
 STAGE = "validate"
 DATASET = Path("artifacts/dataset")

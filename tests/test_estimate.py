@@ -14,7 +14,7 @@ from benchmarks import memory as benchmark
 from gptj8 import cli
 from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
-from gptj8.examples import lengths_of
+from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
 from gptj8.memory.estimate import Estimator, Plan, plan_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from gptj8.prompts import PromptEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.runtime.errors import UserError
 
 

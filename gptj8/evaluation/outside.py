@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gptj8.dataset.readers.formats import explain_missing_file
+from gptj8.dataset.readers.parsers import parse_file
 from gptj8.evaluation.systems import OWN_SYSTEMS
-from gptj8.formats import explain_missing_file
-from gptj8.parsers import parse_file
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import listed, quote, suggest
 
@@ -155,5 +155,6 @@ def _first(examples: Sequence[str]) -> str:
 
 
 def _is_text(cell: str) -> bool:
-    """Return whether no byte of a cell had to be kept as a surrogate (`gptj8.parsers`)."""
+    """Return whether no byte of a cell had to be kept as a surrogate
+    (`gptj8.dataset.readers.parsers`)."""
     return not any("\ud800" <= character <= "\udfff" for character in cell)

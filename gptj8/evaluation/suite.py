@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.readers.formats import read_rows
 from gptj8.evaluation.answers import write_answers
 from gptj8.evaluation.likelihood import score_labels_in_shares
 from gptj8.evaluation.metrics import (
@@ -22,8 +24,6 @@ from gptj8.evaluation.metrics import (
     perplexity_metrics,
 )
 from gptj8.evaluation.perplexity import DocumentScores, score_documents
-from gptj8.formats import read_rows
-from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.runtime.distributed import each_a_share
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import peak_memory_gib, reset_peak_memory

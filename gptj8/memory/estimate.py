@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptj8.checkpointing import Kind
+from gptj8.dataset.prepared.examples import padded_length
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
-from gptj8.examples import padded_length
 from gptj8.heap import large_blocks
 from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers

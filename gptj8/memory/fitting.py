@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gptj8.checkpointing import KINDS, Kind
-from gptj8.examples import lengths_of
+from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory.estimate import Estimator
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes
@@ -25,7 +25,7 @@ from gptj8.runtime.files import format_bytes
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from gptj8.examples import Example
+    from gptj8.dataset.prepared.examples import Example
     from gptj8.params.sections import Finetune
 
 USED = 0.9

@@ -166,7 +166,7 @@ if __name__ == "__main__":
     prepare_to_compute(UNUSED_IN_TRAINING)  # as the stage does
     import transformers.trainer  # noqa: F401 (what the stage imports)
 
-    import gptj8.dataset
+    import gptj8.dataset.prepared.dataset
     import gptj8.reference
     import gptj8.tracking  # noqa: F401
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptj8.checkpointing import Kind
-from gptj8.examples import lengths_of
+from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory.estimate import Estimator, plan_of
 from gptj8.memory.fitting import USED, Fit, choose_fit, confirm, longest_of
@@ -22,7 +22,7 @@ from gptj8.runtime.messages import one_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from gptj8.examples import Example
+    from gptj8.dataset.prepared.examples import Example
     from gptj8.params.sections import Params
 
 

@@ -61,7 +61,8 @@ class Data(Section):
     labels: tuple[str, ...] | None = None
     """The labels there are; another one is an invalid row. null: whatever train has."""
     prompt_template: str = "{text}\n\nLabel:"
-    """How a row becomes a prompt: fields in braces are columns, see `gptj8.shapes`."""
+    """How a row becomes a prompt: fields in braces are columns, see
+    `gptj8.dataset.readers.row_shapes`."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of prompt and completion together; a longer text is cut, its completion never."""
     on_invalid: Literal["error", "drop"] = "drop"

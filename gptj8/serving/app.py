@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from gptj8.prompts import EncodedPrompt
+from gptj8.dataset.prepared.prompts import EncodedPrompt
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.version import __version__

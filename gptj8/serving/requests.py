@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gptj8.prompts import EncodedPrompt
+from gptj8.dataset.prepared.prompts import EncodedPrompt
 
 if TYPE_CHECKING:
     from gptj8.generation import Sampling

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from gptj8.dataset.readers.row_shapes import Shape, shape_of
 from gptj8.params.sections import Data
 from gptj8.params.yaml_files import check
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json
-from gptj8.shapes import Shape, shape_of
 
 
 class _TunedData(Data):

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from gptj8.dataset.prepared.examples import IGNORED, Example, lengths_of, padded_length
 from gptj8.evaluation.perplexity import context_length
-from gptj8.examples import IGNORED, Example, lengths_of, padded_length
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from gptj8.examples import IGNORED
+from gptj8.dataset.prepared.examples import IGNORED
 from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime.distributed import each_a_share, from_main, process_count, process_number
 from gptj8.signals import HeldSignals

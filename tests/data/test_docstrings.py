@@ -25,7 +25,7 @@ import pytest
 from ruamel.yaml import YAML
 from sklearn.feature_extraction.text import CountVectorizer
 
-from gptj8.near_duplicates import normalize
+from gptj8.dataset.validation.near_duplicates import normalize
 from gptj8.params.sections import Data
 from tests.helpers.paths import ROOT
 

@@ -170,7 +170,7 @@ def refused(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> str:
 
 
 def test_fetches_the_splits_with_the_names_of_labels(hub: Hub, recipe: Path) -> None:
-    from gptj8.formats import read_rows
+    from gptj8.dataset.readers.formats import read_rows
 
     assert fetched(recipe, hub.endpoint)
     for rows, split in ((TRAIN, "train"), (DEV, "validation")):

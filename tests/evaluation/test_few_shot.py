@@ -7,8 +7,8 @@ from collections import Counter
 import pandas as pd
 import pytest
 
+from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.evaluation.few_shot import few_shot_prompts, select_examples
-from gptj8.prompts import PromptEncoder
 from gptj8.runtime.errors import UserError
 
 LABELS = ("fox", "dog", "sql")

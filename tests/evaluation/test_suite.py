@@ -11,8 +11,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
+from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.evaluation.suite import Comparison, Documents, Questions, held_out_documents
-from gptj8.prompts import PromptEncoder
 
 LABELS = ("dog", "fox", "sql", "sqlalchemy")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptj8.dataset import load_prepared
+from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.models import load_adapter, load_model
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.manifest import MANIFEST, verify_manifest

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from gptj8.dataset.readers.sources import find_sources
 from gptj8.models import load_adapter, load_model
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
-from gptj8.sources import find_sources
 from gptj8.training import Checkpoints
 
 CPU = torch.device("cpu")
@@ -92,8 +92,8 @@ def test_in_a_checkpoint(tmp_path, song, tally, name):
 
 @pytest.mark.parametrize("name", ["train.pkl", "train.pt", "train.npy", "train.csv", "train.json"])
 def test_in_a_dataset(tmp_path, song, tally, name):
-    from gptj8.prompts import TextEncoder
-    from gptj8.validation import validate
+    from gptj8.dataset.prepared.prompts import TextEncoder
+    from gptj8.dataset.validation.run import validate
     from tests.helpers.labelled_rows import byte_tokenizer
 
     file = tmp_path / "data" / name

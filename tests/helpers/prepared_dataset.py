@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from gptj8.dataset import FIELDS, PreparedWriter
+from gptj8.dataset.prepared.dataset import FIELDS, PreparedWriter
 
 
 def write_prepared(

@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import torch
 
 from gptj8.adapters import add_adapter
+from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.models import load_model
-from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.training import TrainingSettings, train
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
+from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.params.sections import parse_params
-from gptj8.prompts import PromptEncoder, TextEncoder
 from gptj8.serving.predictor import AnswerStream
-from gptj8.shapes import shape_of
 from tests.serving.conftest import LABELS, TASKS, data_of
 
 CHAT = [

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from gptj8.dataset import load_prepared
+from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.runtime.errors import UserError
 from gptj8.training import LossLost
 from gptj8.training.batches import RowOrder

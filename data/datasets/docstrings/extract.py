@@ -4,11 +4,11 @@ The libraries are read with `ast` and never imported, so their text is all that 
 What is installed is decided by the exact pins of requirements.txt, which is why DVC watches that
 file: the same pins give the same bytes.
 
-A row is the opening of a docstring (`max_chars` at most). Rows that are equal or nearly equal
-form a group (by `gptj8.near_duplicates`, as `validate` does); one row of each group is kept,
-and none when the group spans libraries, since its label would be a guess. Only then are the rows
-split, by the hash of their text, so that no text and no near-duplicate of it is in two splits,
-and a new version of one library leaves the other libraries' splits as they were.
+A row is the opening of a docstring (`max_chars` at most). Rows that are equal or nearly equal form
+a group (by `gptj8.dataset.validation.near_duplicates`, as `validate` does); one row of each group
+is kept, and none when the group spans libraries, since its label would be a guess. Only then are
+the rows split, by the hash of their text, so that no text and no near-duplicate of it is in two
+splits, and a new version of one library leaves the other libraries' splits as they were.
 
 Writes `splits/{train,validation,test}.jsonl` (`text`, `label`) and `corpus.jsonl` (`text`,
 `source`): every row that is in neither validation nor test, in the order of the source files,
@@ -36,7 +36,7 @@ from pydantic import Field, field_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from gptj8.near_duplicates import band_hashes, banding, find_similar, normalize
+from gptj8.dataset.validation.near_duplicates import band_hashes, banding, find_similar, normalize
 from gptj8.params.yaml_files import Section, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, replace_file

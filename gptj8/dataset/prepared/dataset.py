@@ -1,0 +1,237 @@
+"""The prepared dataset on disk: what `validate` leaves and every later stage begins with.
+
+Kept apart from the reading and checking of a user's files (`gptj8.dataset.readers.sources`,
+`gptj8.dataset.validation.run`), so that an edit there does not make DVC train again what has not
+changed.
+
+`<split>.parquet` has the rows; `<split>.arrow`, of the splits that training reads, has their tokens
+as an Arrow stream, which `datasets` maps into memory: training on ten million rows takes no more of
+it than training on ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json, write_json
+from gptj8.runtime.manifest import verify_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+TRAINED_SPLITS = ("train", "validation")
+FIELDS = {
+    "classification": ("text", "label"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+_TOKENS = pa.schema(
+    [
+        ("input_ids", pa.large_list(pa.int32())),
+        ("prompt_length", pa.int32()),
+        ("length", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """What `validate` leaves for the later stages.
+
+    Attributes:
+        directory: where it lies.
+        task: `classification`, `completion` or `text`.
+        labels: sorted; empty unless the task is classification.
+        rows: the number of rows of each split.
+        prompt_template: how a row's text becomes its prompt, with the one field of the task.
+        truncation_side: where a text that is too long is cut: `left` or `right`.
+    """
+
+    directory: Path
+    task: str
+    labels: tuple[str, ...]
+    rows: Mapping[str, int]
+    prompt_template: str
+    truncation_side: Literal["left", "right"]
+
+    def split(self, name: str) -> pd.DataFrame:
+        """Return a split: the task's fields, `file` and `row`, in the order of the source."""
+        path = self._file(name, SPLITS, "parquet")
+        try:
+            return pq.read_table(path).to_pandas()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    def examples(self, name: str) -> Dataset:
+        """Return what of a split is trained on: `input_ids`, of which the first `prompt_length` are
+        not learned, and `length`, how many there are. It stays on the disk.
+
+        Rows of prompt and completion are as they are; running text is packed, so that every example
+        but the last has `data.max_length` tokens.
+        """
+        from datasets import Dataset
+
+        path = self._file(name, TRAINED_SPLITS, "arrow")
+        try:
+            return Dataset.from_file(str(path))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    def prompt_encoder(self, encoder: TextEncoder, max_length: int) -> PromptEncoder:
+        """Return what makes the prompts that the examples have.
+
+        Args:
+            encoder: the model's tokenizer.
+            max_length: tokens of prompt and answer together; the examples have `data.max_length`.
+        """
+        return PromptEncoder(encoder, self.prompt_template, max_length, self.truncation_side)
+
+    def _file(self, name: str, known: Sequence[str], suffix: str) -> Path:
+        if name not in known:
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+        return self.directory / f"{name}.{suffix}"
+
+
+def load_prepared(directory: str | Path) -> PreparedDataset:
+    """Open the directory that `validate` wrote, after a look at all its bytes.
+
+    Raises:
+        UserError: if it is absent, incomplete or altered.
+    """
+    directory = Path(directory)
+    content = read_json(directory / "dataset.json")
+    if verify_manifest(directory) is None:
+        raise UserError(f"{directory} has no manifest; rerun validate")
+    try:
+        return PreparedDataset(
+            directory,
+            content["task"],
+            tuple(content["labels"]),
+            dict(content["rows"]),
+            content["prompt_template"],
+            content["truncation_side"],
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{directory / 'dataset.json'} was not written by validate") from None
+
+
+class PreparedWriter:
+    """Write a prepared dataset batch by batch; the same rows give the same bytes.
+
+    Args:
+        directory: an existing one; `dataset.json`, without which it cannot be opened, comes last.
+        task: `classification`, `completion` or `text`.
+        prompt_template: with the task's field.
+        max_length: of packed examples.
+        truncation_side: see `PreparedDataset`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        task: str,
+        prompt_template: str,
+        max_length: int,
+        truncation_side: Literal["left", "right"] = "right",
+    ) -> None:
+        self.directory = Path(directory)
+        self.task = task
+        self.prompt_template = prompt_template
+        self.truncation_side = truncation_side
+        self.rows = dict.fromkeys(SPLITS, 0)
+        self.examples = dict.fromkeys(TRAINED_SPLITS, 0)
+        self._columns = [*FIELDS[task], "file", "row"]
+        types = [pa.int64() if name == "row" else pa.large_string() for name in self._columns]
+        schema = pa.schema(list(zip(self._columns, types, strict=True)))
+        self._tables: dict[str, pq.ParquetWriter] = {}
+        self._tokens: dict[str, pa.RecordBatchStreamWriter] = {}
+        with ExitStack() as files:
+            for name in SPLITS:
+                file = self.directory / f"{name}.parquet"
+                table = pq.ParquetWriter(file, schema, compression="zstd")
+                self._tables[name] = files.enter_context(table)
+            for name in TRAINED_SPLITS:
+                sink = files.enter_context(pa.OSFile(str(self.directory / f"{name}.arrow"), "wb"))
+                self._tokens[name] = files.enter_context(pa.ipc.new_stream(sink, _TOKENS))
+            self._files = files.pop_all()
+        self._packers = {name: _Packer(max_length) for name in TRAINED_SPLITS}
+
+    def add(self, split: str, rows: pa.RecordBatch) -> None:
+        """Add rows to a split: the task's fields, `file`, `row`, `input_ids`, `prompt_length`."""
+        if not rows.num_rows:
+            return
+        self._tables[split].write_batch(rows.select(self._columns))
+        self.rows[split] += rows.num_rows
+        if split not in TRAINED_SPLITS:
+            return
+        ids = rows.column("input_ids")
+        if self.task == "text":
+            self._write_examples(split, self._packers[split].add(ids.flatten().to_numpy()))
+        else:
+            self._write(split, ids, rows.column("prompt_length"))
+
+    def finish(self, labels: Sequence[str]) -> None:
+        """Complete all files; `labels` are those of a classification."""
+        for name, packer in self._packers.items():
+            self._write_examples(name, packer.rest())
+        self.close()
+        content = {
+            "task": self.task,
+            "labels": sorted(labels),
+            "rows": self.rows,
+            "prompt_template": self.prompt_template,
+            "truncation_side": self.truncation_side,
+        }
+        write_json(self.directory / "dataset.json", content)
+        tables = [self.directory / f"{name}.parquet" for name in SPLITS]
+        tokens = [self.directory / f"{name}.arrow" for name in TRAINED_SPLITS]
+        # Of these alone: `validate` leaves more beside them, which is for people.
+        files = [self.directory / "dataset.json", *tables, *tokens]
+        write_manifest(self.directory, files=files)
+
+    def close(self) -> None:
+        """Close all files; without `finish` they are no dataset."""
+        self._files.close()
+
+    def _write_examples(self, split: str, examples: list[np.ndarray]) -> None:
+        if examples:
+            ids = pa.array(examples, _TOKENS.field("input_ids").type)
+            self._write(split, ids, pa.array([0] * len(examples), pa.int32()))
+
+    def _write(self, split: str, ids: pa.Array, prompt_lengths: pa.Array) -> None:
+        lengths = ids.value_lengths().cast(pa.int32())
+        batch = pa.RecordBatch.from_arrays([ids, prompt_lengths, lengths], schema=_TOKENS)
+        self._tokens[split].write_batch(batch)
+        self.examples[split] += len(ids)
+
+
+class _Packer:
+    """Cut a stream of tokens into examples of one length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._left = np.empty(0, dtype=np.int32)
+
+    def add(self, ids: np.ndarray) -> list[np.ndarray]:
+        stream = np.concatenate([self._left, ids])
+        whole = len(stream) // self.length * self.length
+        self._left = stream[whole:]
+        return list(stream[:whole].reshape(-1, self.length))
+
+    def rest(self) -> list[np.ndarray]:
+        """Return the last, shorter example; one token predicts nothing and is left out."""
+        rest, self._left = self._left, self._left[:0]
+        return [rest] if len(rest) > 1 else []

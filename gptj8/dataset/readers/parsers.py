@@ -1,0 +1,342 @@
+"""From the bytes of a file to its rows, each as cells by column: one parser a format.
+
+Everything is streamed but a JSON array, which is read whole. What keeps a single row from being
+taken apart is the row's `problem`; what leaves no rows to go on with is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import lzma
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gptj8.dataset.readers.csv_quotes import find_quote_problem
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import format_bytes
+from gptj8.runtime.messages import one_line, quote
+
+BATCH_ROWS = 4096
+"""Few enough that a batch of long texts is small beside a model, many enough to vectorize."""
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+
+_MAX_CELL = 1 << 26
+_MAX_ARRAY_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as a parser finds it: its cells by column, or what is wrong with it, or may be."""
+
+    number: int
+    cells: Mapping[str, Any]
+    problem: str | None = None
+    warning: str | None = None
+
+
+class EmptyFileError(UserError):
+    """A file has no rows; beside others that have some this is no harm."""
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix of the format, in lower case: `.jsonl` for `train.JSONL.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def parse_file(
+    path: Path, columns: Mapping[str, str], text_row: str, advance: Callable[[int], object]
+) -> Iterator[Row]:
+    """Yield the rows of a file.
+
+    Raises:
+        UserError: if the file is empty, is not UTF-8 or does not follow its format.
+    """
+    suffix = suffix_of(path)
+    empty = True
+    try:
+        if suffix == ".parquet":
+            rows = _parse_parquet(path, columns, advance)
+        else:
+            with _open(path) as (stream, _):
+                head = stream.read(4)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:2].count(0) == 1:
+                raise UserError(f"{path} is UTF-16 and not UTF-8; save it as UTF-8")
+            rows = _parse_text_format(path, text_row, advance)
+        for row in rows:
+            empty = False
+            yield row
+    except (EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{path} cannot be decompressed: {one_line(error)}") from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what = "read" if suffix == ".parquet" else "decompressed"
+        raise UserError(f"{path} cannot be {what}: {one_line(error)}") from None
+    if empty:
+        nothing = suffix != ".parquet" and not head
+        raise EmptyFileError(f"{path} is empty" if nothing else f"{path} has no rows")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield the file's content as a stream, and the file itself, whose position tells progress."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    with open(path, "rb") as raw:
+        if compression is None:
+            yield raw, raw
+        elif compression == "xz":
+            with lzma.open(raw) as stream:
+                yield stream, raw  # type: ignore[misc]
+        else:
+            source = pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression)
+            with io.BufferedReader(source) as stream:
+                yield stream, raw  # type: ignore[misc]
+
+
+def _decode(stream: BinaryIO) -> io.TextIOWrapper:
+    """Return lines that keep their ends, bytes that are not UTF-8 kept as surrogates (PEP 383)."""
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _parse_text_format(
+    path: Path, text_row: str, advance: Callable[[int], object]
+) -> Iterator[Row]:
+    suffix = suffix_of(path)
+    with _open(path) as (stream, raw):
+        text = _decode(stream)
+        if suffix in DELIMITERS:
+            rows = _parse_delimited(text, path)
+        elif suffix == ".txt":
+            rows = _parse_plain(text, text_row)
+        else:
+            rows = _parse_json(text, path)
+        position = 0
+        for index, row in enumerate(rows, 1):
+            yield row
+            if index % BATCH_ROWS == 0:
+                advance(raw.tell() - position)
+                position = raw.tell()
+        advance(raw.tell() - position)
+        text.detach()  # the stream is closed where it was opened
+
+
+def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_CELL)
+    delimiter = DELIMITERS[suffix_of(path)]
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    number = line = 0
+    try:
+        for cells in reader:
+            line, start = reader.line_num, line + 1
+            # A blank line; a quoted cell without text is the row of a file with one column.
+            if not cells or (len(cells) == 1 and not cells[0].strip() and len(header or ()) != 1):
+                continue
+            if header is None:
+                header = cells
+                _check_header(header, path)
+                continue
+            number += 1
+            if len(cells) == len(header):
+                warning = _joined(cells, delimiter, start) if line > start else None
+                yield Row(number, dict(zip(header, cells, strict=True)), warning=warning)
+                continue
+            problem = f"has {len(cells)} cells on line {start}, where the header has {len(header)}"
+            if len(cells) > len(header):
+                problem += "; a cell that holds the separator needs quotes"
+            yield Row(number, {}, problem)
+    except csv.Error as error:
+        with _open(path) as (stream, _):
+            lines = _decode(stream)
+            place = find_quote_problem(itertools.islice(lines, line, None), delimiter, _MAX_CELL)
+            lines.detach()
+        if place is None:
+            raise UserError(f"{path} line {line + 1}: {error}") from None
+        where = f"line {line + place.line} column {place.column}"
+        raise UserError(f"{path} {where}: {place.reason}") from None
+
+
+def _joined(cells: Sequence[str], delimiter: str, line: int) -> str | None:
+    """Return what speaks for a cell being several rows that a stray pair of quotes has joined.
+
+    Its lines then have the separators of whole rows, the first and the last one those of the parts
+    before and after the quotes. Text with a comma a line looks like that too: two columns of CSV
+    take four lines to be told.
+    """
+    others = len(cells) - 1
+    least = 2 if delimiter == "\t" else 4 if others == 1 else 3
+    for column, cell in enumerate(cells):
+        counts = [part.count(delimiter) for part in cell.split("\n")]
+        rows = [others - column, *[others] * (len(counts) - 2), column]
+        if others and len(counts) >= least and counts == rows:
+            return f"may be {len(counts)} rows that a quote on line {line} has joined"
+    return None
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if any(_is_undecodable(name) for name in header):
+        raise UserError(f"{path} line 1: its column names are not UTF-8; save it as UTF-8")
+    _check_names(header, path)
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """Refuse column names that are there twice: nobody can tell which is meant."""
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        listed = ", ".join(map(quote, repeated[:10]))
+        raise UserError(f"{path} has more than one column {listed}")
+
+
+def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+    lines = ((number, line) for number, line in enumerate(text, 1) if not line.isspace())
+    first_number, first = next(lines, (0, ""))
+    if first.lstrip().startswith("["):
+        size = path.stat().st_size
+        if size > _MAX_ARRAY_BYTES:
+            raise UserError(
+                f"{path} is a JSON array of {format_bytes(size)}, which can only be read whole; "
+                "write JSON Lines, an object on each line"
+            )
+        yield from _parse_json_array(first + text.read(), path, first_number)
+        return
+    if first.strip() == "{":
+        raise UserError(
+            f"{path} line {first_number} column 2 is not valid JSON; JSON Lines has an object on "
+            "each line, a JSON array stands in brackets"
+        )
+    for number, line in itertools.chain([(first_number, first)] if first else [], lines):
+        try:
+            value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_object)
+        except _RepeatedKeyError as error:
+            yield Row(number, {}, f"has the key {quote(str(error))} twice")
+        except json.JSONDecodeError as error:
+            yield Row(number, {}, f"is not valid JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+            yield Row(number, {}, f"is not usable JSON: {one_line(error).partition(';')[0]}")
+        else:
+            yield _row_of(number, value)
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, of which `json` would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1))
+    return found
+
+
+def _parse_json_array(text: str, path: Path, first_line: int) -> Iterator[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno + first_line - 1} column {error.colno}"
+        raise UserError(f"{path} {where} is not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        reason = one_line(error).partition(";")[0]
+        raise UserError(f"{path} line {first_line} is not usable JSON: {reason}") from None
+    yield from itertools.starmap(_row_of, enumerate(values, 1))
+
+
+def _row_of(number: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, {}, "is not a JSON object, such as {...}")
+
+
+def _parse_plain(text: io.TextIOWrapper, text_row: str) -> Iterator[Row]:
+    if text_row == "file":
+        whole = text.read().replace("\r\n", "\n")
+        if whole.strip():
+            yield Row(1, {"text": whole})
+        return
+    for number, line in enumerate(text, 1):
+        if not line.isspace():
+            yield Row(number, {"text": line.rstrip("\r\n")})
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    if path.suffix.lower() != ".parquet":
+        raise UserError(f"{path}: Parquet is compressed inside; unpack {path.suffix} first")
+    try:
+        file = pq.ParquetFile(path)
+        _check_names(file.schema_arrow.names, path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: its column names are not UTF-8") from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from None
+    with file:
+        yield file
+
+
+def _parse_parquet(
+    path: Path, columns: Mapping[str, str], advance: Callable[[int], object]
+) -> Iterator[Row]:
+    with open_parquet(path) as file:
+        present = set(file.schema_arrow.names)
+        wanted = [name for name in dict.fromkeys(columns.values()) if name in present]
+        names_of = _label_names(file.schema_arrow, wanted)
+        number, total = 0, file.metadata.num_rows
+        size, position = path.stat().st_size, 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
+            cells = {name: _cells(batch.column(name)) for name in wanted}
+            for name, known in names_of.items():
+                cells[name] = [known.get(cell) for cell in cells[name]]
+            for values in zip(*cells.values(), strict=True):
+                number += 1
+                yield Row(number, dict(zip(cells, values, strict=True)))
+            advance(size * number // total - position)
+            position = size * number // total
+
+
+def _label_names(schema: pa.Schema, columns: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Return for each column of the Hub's labels, which are numbers, the names of the numbers."""
+    from datasets import ClassLabel, Features
+
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}  # metadata that is damaged, or newer than this library: the numbers are left
+    return {
+        name: dict(enumerate(features[name].names))
+        for name in columns
+        if isinstance(features[name], ClassLabel)
+    }
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        cells = column.cast(pa.large_binary()).to_pylist()
+        return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in cells]
+    except (OverflowError, ValueError):  # dates beyond Python's, which are no text anyway
+        return column.cast(pa.int64()).to_pylist()
+
+
+def _is_undecodable(text: str) -> bool:
+    """Whether a text holds surrogates that stand for bytes which are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,368 @@
+"""What `validate` tells of a dataset: numbers for machines, tables for plots, a page for people.
+
+Nothing on the page depends on the time or the machine: the same dataset gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import shutil
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from gptj8.dataset.prepared.dataset import SPLITS
+from gptj8.dataset.validation.checks import CHECKS, Check, Kind
+from gptj8.dataset.validation.run import Validated
+from gptj8.dataset.validation.shifts import label_shift, length_shift
+from gptj8.params.sections import Data
+from gptj8.runtime.files import dvc_digest, format_bytes, replace_directory, sha256_file, write_json
+from gptj8.runtime.machine import peak_memory_gib
+from gptj8.runtime.messages import listed
+
+_BINS = 16  # up to max_length; one more holds what is longer
+_LABELS = 50
+_FEW_ROWS = 10  # of a label: too few to learn or to measure
+_IMBALANCE = 10
+_SHOWN = 400  # characters of a text
+
+
+def write_report(
+    directory: str | Path, validated: Validated, data: Data, prepared: str | Path
+) -> None:
+    """Write report.html and metrics.json, inputs.json, labels.csv and token_lengths.csv; of a
+    dataset with problems report.html and findings.parquet.
+
+    Args:
+        directory: what to replace.
+        validated: from `validate`.
+        data: the params.
+        prepared: the prepared dataset.
+    """
+    with replace_directory(directory) as staging:
+        files = input_files(validated)
+        page = render(validated, data, files)
+        (staging / "report.html").write_text(page, encoding="utf-8")
+        if validated.problems:  # the prepared dataset will not be there to hold them
+            shutil.copy(validated.findings.path, staging)
+        else:
+            write_json(staging / "metrics.json", metrics(validated))
+            inputs = {"files": files, "prepared": dvc_digest(prepared)}
+            write_json(staging / "inputs.json", inputs)
+            label_counts(validated).to_csv(staging / "labels.csv", index=False)
+            lengths = token_lengths(validated, data.max_length)
+            # A column a split: DVC draws a line for each column of a plot.
+            by_split = lengths.pivot(index="tokens", columns="split", values="rows")
+            by_split[list(SPLITS)].to_csv(staging / "token_lengths.csv")
+
+
+def input_files(validated: Validated) -> list[dict[str, Any]]:
+    """Return of each file read `split`, `path`, `bytes`, and two digests: `md5`, by which DVC knows
+    it, and `sha256`."""
+    return [
+        {
+            "split": split,
+            "path": path.as_posix(),
+            "bytes": path.stat().st_size,
+            "md5": dvc_digest(path),
+            "sha256": sha256_file(path),
+        }
+        for split, paths in validated.files.items()
+        for path in paths
+    ]
+
+
+def metrics(validated: Validated) -> dict[str, Any]:
+    """Return the numbers of metrics.json: counts of rows, labels or tokens, shifts, and speed.
+
+    `tokens` and `train_tokens` are those that fit into max_length, `tokens_max` is the longest row
+    before it is cut. `length_shift` and `label_shift` are the largest distance of a split to train,
+    0 to 1. `findings/<check>` are rows, of the checks that found some.
+    """
+    found = validated.findings
+    counts: dict[str, Any] = {
+        "rows": validated.total_rows.total(),
+        "rejected_rows": found.dropped_rows,
+        "invalid_rows": validated.invalid_rows.total(),
+        "duplicate_rows": found.count("duplicate"),
+        "near_duplicate_rows": found.count("near_duplicate"),
+        "leaked_rows": found.count("leak", "near_leak"),
+        "near_leaked_rows": found.count("near_leak"),
+        "conflicting_rows": found.count("conflict"),
+        "truncated_rows": found.count("truncated"),
+        "suspect_rows": found.count("joined", "mojibake", "html", "control", "special_token"),
+    }
+    counts |= {f"{name}_rows": validated.rows.get(name, 0) for name in SPLITS}
+    if validated.task == "classification":
+        counts["labels"] = len(validated.labels["train"])
+    counts["tokens"] = sum(validated.tokens.values())
+    counts["train_tokens"] = validated.tokens["train"]
+    counts["tokens_max"] = max(len(lengths) - 1 for lengths in validated.lengths.values())
+    shifts = _shifts(validated)
+    counts["length_shift"] = max((s.length.distance for s in shifts), default=0.0)
+    if validated.task == "classification":
+        counts["label_shift"] = max((s.label.distance for s in shifts if s.label), default=0.0)
+    counts |= {f"findings/{check}": found.count(check) for check in found.checks()}
+    counts["seconds"] = validated.seconds
+    counts["rows_per_second"] = counts["rows"] / max(validated.seconds, 1e-9)
+    counts["peak_memory_gib"] = peak_memory_gib()
+    return counts
+
+
+def label_counts(validated: Validated) -> pd.DataFrame:
+    """Return `split`, `label` and `rows`; a task without labels has one, `(all)`."""
+    counts = [
+        (name, label, rows)
+        for name in SPLITS
+        for label, rows in sorted(_labels(validated, name).items())
+    ]
+    return pd.DataFrame(counts, columns=["split", "label", "rows"])
+
+
+def token_lengths(validated: Validated, max_length: int) -> pd.DataFrame:
+    """Return a histogram: `split`, `tokens` (the shortest length in the bin) and `rows`.
+
+    The same bins for every split; the last one begins above `max_length` and has no end.
+    """
+    width = math.ceil(max_length / _BINS)
+    starts = [*range(1, max_length + 1, width), max_length + 1]
+    parts = []
+    for name in SPLITS:
+        lengths = validated.lengths[name]
+        total = np.concatenate([[0], np.cumsum(lengths)])
+        edges = np.minimum([*starts, len(lengths)], len(lengths))
+        rows = np.diff(total[edges])
+        parts.append(pd.DataFrame({"split": name, "tokens": starts, "rows": rows}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def notes(validated: Validated, max_length: int) -> list[str]:
+    """Return what a careful person would want to know and no single row shows."""
+    found = []
+    for shift in _shifts(validated):
+        for words, compared in (("lengths", shift.length), ("labels", shift.label)):
+            if compared is not None and compared.notable:
+                found.append(
+                    f"The {words} of {shift.split} are not those of train: distance "
+                    f"{compared.distance:.2f} (0 is equal, 1 nothing in common; by chance alone "
+                    f"with p = {compared.p_value:.1g})."
+                )
+    train = validated.labels["train"]
+    if train:
+        most, least = max(train, key=train.__getitem__), min(train, key=train.__getitem__)
+        if train[most] > _IMBALANCE * train[least]:
+            found.append(
+                f"Labels are out of balance: train has {train[most]:,} rows of {most!r} and "
+                f"{train[least]:,} of {least!r}. Always answering {most!r} is right in "
+                f"{train[most] / train.total():.0%} of train; compare accuracy with that, and see "
+                "macro_f1."
+            )
+        few = [label for label, rows in train.items() if rows < _FEW_ROWS]
+        if few:
+            found.append(
+                f"Labels with fewer than {_FEW_ROWS} rows in train: {listed(sorted(few), 10)}."
+            )
+    cut = validated.findings.count("truncated", split="train")
+    if validated.rows.get("train") and cut > 0.1 * validated.rows["train"]:
+        found.append(
+            f"{cut / validated.rows['train']:.0%} of train are longer than data.max_length = "
+            f"{max_length} and lose their ends."
+        )
+    if validated.ignored:
+        names = [path.as_posix() for path in validated.ignored]
+        found.append(f"Files that were not read, or had no rows: {listed(names, 10)}.")
+    return found
+
+
+def render(validated: Validated, data: Data, files: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page: self-contained HTML, without scripts. `files` is from `input_files`."""
+    environment = Environment(
+        loader=PackageLoader("gptj8.dataset.validation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = lambda value: f"{value:,}"
+    environment.filters["bytes"] = format_bytes
+    environment.filters["visible"] = _visible
+    return environment.get_template("report.html").render(
+        data=data,
+        splits=SPLITS,
+        validated=validated,
+        problems=validated.problems,
+        notes=notes(validated, data.max_length),
+        overview=_overview(validated),
+        labels=_label_rows(validated),
+        histograms=list(_histograms(validated, data.max_length)),
+        sections=list(_sections(validated)),
+        quiet=[check for name, check in CHECKS.items() if not validated.findings.count(name)],
+        files=files,
+    )
+
+
+# --- what the page shows -------------------------------------------------------------------------
+
+
+class _SplitShift(NamedTuple):
+    split: str
+    length: Any
+    label: Any
+
+
+class Section(NamedTuple):
+    """One check's findings.
+
+    Attributes:
+        actions: what became of the rows.
+        examples: `place`, `reason` and `parts`, the text in marked and unmarked pieces; of a
+            relation also `other_place` and `other_parts`.
+    """
+
+    name: str
+    check: Check
+    rows: int
+    by_split: list[int]
+    actions: str
+    examples: list[dict[str, Any]]
+
+
+def _shifts(validated: Validated) -> list[_SplitShift]:
+    reference = validated.lengths["train"]
+    if not reference.sum():
+        return []
+    found = []
+    for name in SPLITS[1:]:
+        lengths = validated.lengths[name]
+        if not lengths.sum():
+            continue
+        labels = None
+        if validated.task == "classification":
+            known = sorted(set(validated.labels["train"]) | set(validated.labels[name]))
+            counts = [np.array([validated.labels[s][k] for k in known]) for s in ("train", name)]
+            labels = label_shift(*counts)
+        found.append(_SplitShift(name, length_shift(reference, lengths), labels))
+    return found
+
+
+def _labels(validated: Validated, split: str) -> dict[str, int]:
+    if validated.task == "classification":
+        return dict(validated.labels[split])
+    return {"(all)": validated.rows[split]} if validated.rows.get(split) else {}
+
+
+def _overview(validated: Validated) -> list[tuple[str, list[str]]]:
+    cut = [validated.findings.count("truncated", split=name) for name in SPLITS]
+    return [
+        ("rows", [f"{validated.rows.get(name, 0):,}" for name in SPLITS]),
+        ("tokens that fit", [f"{validated.tokens[name]:,}" for name in SPLITS]),
+        ("tokens, median row", [_quantile(validated.lengths[name], 0.5) for name in SPLITS]),
+        ("tokens, 95 % of rows within", [_quantile(validated.lengths[n], 0.95) for n in SPLITS]),
+        ("tokens, longest row", [_quantile(validated.lengths[name], 1) for name in SPLITS]),
+        ("rows cut at max_length", [f"{count:,}" for count in cut]),
+    ]
+
+
+def _quantile(lengths: np.ndarray, share: float) -> str:
+    total = np.cumsum(lengths)
+    return f"{int(np.searchsorted(total, share * total[-1])):,}" if total[-1] else "-"
+
+
+def _label_rows(validated: Validated) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Return for each label, the most frequent first, rows and share (in percent) by split."""
+    if validated.task != "classification":
+        return []
+    totals = {name: max(1, validated.labels[name].total()) for name in SPLITS}
+    known = sorted({label for name in SPLITS for label in validated.labels[name]})
+    known.sort(key=lambda label: -validated.labels["train"][label])
+    rows = []
+    for label in known[:_LABELS]:
+        counts = [validated.labels[name][label] for name in SPLITS]
+        shares = [100 * n / totals[name] for n, name in zip(counts, SPLITS, strict=True)]
+        rows.append((label, list(zip(counts, shares, strict=True))))
+    return rows
+
+
+def _histograms(validated: Validated, max_length: int) -> Iterator[dict[str, Any]]:
+    table = token_lengths(validated, max_length)
+    for name, part in table.groupby("split", sort=False):
+        total = max(1, int(part["rows"].sum()))
+        shares = 100 * part["rows"] / total
+        ends = [str(start - 1) for start in part["tokens"].tolist()[1:]] + ["more"]
+        bars = [
+            {
+                "label": f"{start} to {end}" if end != "more" else f"over {start - 1}",
+                "rows": int(rows),
+                "share": float(share),
+                "height": float(share / max(shares.max(), 1e-9)),
+                "over": end == "more",
+            }
+            for start, end, rows, share in zip(
+                part["tokens"], ends, part["rows"], shares, strict=True
+            )
+        ]
+        yield {"split": name, "bars": bars, "rows": int(part["rows"].sum())}
+
+
+def _sections(validated: Validated) -> Iterator[Section]:
+    findings = validated.findings
+    for name in findings.checks():
+        count, dropped = findings.count(name), findings.dropped(name)
+        actions = f"{dropped:,} left out" if dropped else "kept"
+        if dropped and dropped < count:
+            actions += f", {count - dropped:,} kept"
+        if CHECKS[name].kind is Kind.FATAL:
+            actions = "the dataset is refused"
+        examples = [_example(row) for row in findings.examples[name].itertuples()]
+        by_split = [findings.count(name, split=split) for split in SPLITS]
+        yield Section(name, CHECKS[name], count, by_split, actions, examples)
+
+
+def _example(row: Any) -> dict[str, Any]:
+    value = row.value if isinstance(row.value, str) else ""
+    example = {
+        "place": f"{row.file} row {row.row}",
+        "split": row.split,
+        "column": row.column,
+        "reason": row.reason,
+        "parts": [(_shorten(value), False)],
+        "other_place": "",
+    }
+    if isinstance(row.other_file, str):
+        mine, other = _compare(value, row.other_value)
+        example |= {
+            "parts": mine,
+            "other_place": f"{row.other_file} row {int(row.other_row)}",
+            "other_parts": other,
+        }
+    return example
+
+
+def _compare(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Return both texts in pieces, and of each piece whether the other text lacks it."""
+    first, second = _shorten(one).split(" "), _shorten(other).split(" ")
+    sides: tuple[list[tuple[str, bool]], ...] = ([], [])
+    matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+    for tag, i, j, k, m in matcher.get_opcodes():
+        for side, words in zip(sides, (first[i:j], second[k:m]), strict=True):
+            if words:
+                side.append((" ".join(words), tag != "equal"))
+    return sides[0], sides[1]
+
+
+def _visible(text: str) -> str:
+    """Spell out what would not be seen, or would turn the page around: controls, bidi marks."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\u{ord(c):04x}"
+        for c in text
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters)"

@@ -1,0 +1,287 @@
+"""One batch of rows at a time: check it, tokenize it, and note what the checks across rows need.
+
+`Scanner` is a pure function of a batch, so where it runs is a matter of taste: here in two threads
+that overlap reading with tokenizing (which is Rust's), or on the workers of a Dask cluster, a file
+each. Pandera's own backend for Dask was tried for the latter and rejected: it runs the same schemas
+on the same partitions, but stops at the first partition that fails, where the report needs all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.readers.formats import read_batches
+from gptj8.dataset.readers.parsers import EmptyFileError
+from gptj8.dataset.readers.row_shapes import Shape, shape_of
+from gptj8.dataset.readers.sources import content_key
+from gptj8.dataset.text import INVISIBLE
+from gptj8.dataset.validation import near_duplicates, schemas
+from gptj8.dataset.validation.checks import CHECKS, Kind
+from gptj8.dataset.validation.parallel import ordered_map
+from gptj8.params.sections import Data
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
+
+_Errors = list[tuple[Path, UserError]]
+
+
+@dataclass(frozen=True)
+class ScannedBatch:
+    """What became of a batch.
+
+    Attributes:
+        rows: of the valid rows the task's fields, `file`, `row`, `tokens` (all that the row would
+            take), `cut_tokens` (how many of its text do not fit), `input_ids` (int32, what is
+            trained on) and `prompt_length` (how many of them are not learned).
+        facts: of each valid row `key_high` and `key_low` (uint64, of its text's SHA-256), `answer`
+            (uint64, of its answer).
+        normalized: of each valid row the text that near-duplicates are found by, or nothing.
+        findings: in the columns of `gptj8.dataset.validation.findings`, without `split`.
+        total, invalid: rows.
+    """
+
+    file: str
+    rows: pa.RecordBatch
+    facts: dict[str, np.ndarray]
+    normalized: list[str]
+    findings: pd.DataFrame
+    total: int
+    invalid: int
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Checks and encodes the rows of a dataset, a batch at a time.
+
+    Attributes:
+        data: the params.
+        encoder: the model's tokenizer.
+    """
+
+    data: Data
+    encoder: TextEncoder = field(repr=False)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The shape of the rows."""
+        return shape_of(self.data)
+
+    @cached_property
+    def prompts(self) -> PromptEncoder:
+        """How rows become prompts."""
+        shape = self.shape
+        return PromptEncoder(
+            self.encoder, shape.prompt_template, self.data.max_length, shape.truncation_side
+        )
+
+    @cached_property
+    def _schema(self) -> Any:
+        return schemas.schema(self.shape, self.data.labels, self.encoder.special_tokens)
+
+    def read(self, path: Path, advance: Callable[[int], object]) -> Iterator[pd.DataFrame]:
+        """Read a file in frames that `scan` takes."""
+        return read_batches(
+            path, self.shape.columns, self.shape.optional, self.data.text_row, advance
+        )
+
+    def scan(self, batch: pd.DataFrame) -> ScannedBatch:
+        """Check and encode one batch, as `gptj8.dataset.readers.formats.read_batches` yields it."""
+        failed = schemas.failures(batch, self._schema, self.shape)
+        kinds = failed["check"].map(lambda name: CHECKS[name].kind)
+        invalid = failed.loc[kinds == Kind.INVALID, "index"].unique()
+        valid = batch.drop(index=invalid)
+        fields = self.shape.to_fields(valid)
+        encoded = self._encode(fields)
+        # Columns that may be empty may all be.
+        nothing = fields[self.shape.input].str.strip(INVISIBLE) == ""
+        no_room = (encoded.pop("room") < 1) & ~nothing
+        useless = nothing | no_room
+        if useless.any():
+            more = [self._failed(fields[nothing], "empty", self.shape.input, "is empty")]
+            reason = f"leaves no room for {self.shape.input} within data.max_length"
+            reason += f" = {self.data.max_length}"
+            more.append(self._failed(fields[no_room], "room", self.shape.answer or "", reason))
+            failed = pd.concat([failed, *more], ignore_index=True)
+            invalid = np.concatenate([invalid, fields.index[useless].to_numpy()])
+            fields, encoded = fields[~useless], encoded[~useless]
+        findings = self._findings(batch, failed, frozenset(invalid.tolist()))
+        texts = fields[self.shape.input]
+        kept = batch.loc[fields.index]
+        facts = self._facts(fields, texts)
+        normalized = [""] * len(texts)
+        if self.data.near_duplicate_threshold is not None:
+            normalized = [near_duplicates.normalize(text) for text in texts]
+        rows = pd.concat([fields, kept[["file", "row"]], encoded], axis=1)
+        return ScannedBatch(
+            file=batch["file"].iloc[0],
+            rows=_record_batch(rows, row_schema(self.shape)),
+            facts=facts,
+            normalized=normalized,
+            findings=findings,
+            total=len(batch),
+            invalid=len(invalid),
+        )
+
+    def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
+        """Tokenize; see `ScannedBatch.rows`. `room` is what is left for the text."""
+        texts, encoder = fields[self.shape.input].tolist(), self.encoder
+        rows: list[tuple[int, int, int, int, list[int]]] = []
+        if self.shape.answer is None:
+            # Documents are packed end to end and none of them is cut.
+            for text in encoder.encode_batch(texts):
+                ids = [*encoder.prefix_ids, *text, encoder.eos_id]
+                rows.append((len(ids), 0, 0, 1, ids))
+        else:
+            for row in self.prompts.examples(texts, fields[self.shape.answer].tolist()):
+                tokens = len(row.ids) + row.cut_tokens
+                rows.append((tokens, row.cut_tokens, row.prompt_length, row.room, row.ids))
+        names = ["tokens", "cut_tokens", "prompt_length", "room", "input_ids"]
+        return pd.DataFrame(rows, fields.index, names)
+
+    def _failed(self, fields: pd.DataFrame, check: str, field: str, reason: str) -> pd.DataFrame:
+        found = pd.DataFrame({"index": fields.index, "value": fields.get(field)})
+        found = found.assign(check=check, field=field, reason=reason)
+        return found[list(schemas.FAILURE_COLUMNS)]
+
+    def _findings(
+        self, batch: pd.DataFrame, failed: pd.DataFrame, invalid: frozenset[int]
+    ) -> pd.DataFrame:
+        suspect = failed["check"].map(lambda name: CHECKS[name].kind) == Kind.SUSPECT
+        # What is merely odd about a row that is left out anyway is of no interest.
+        failed = failed[~(suspect & failed["index"].isin(invalid))]
+        places = batch.loc[failed["index"], ["file", "row"]].reset_index(drop=True)
+        failed = failed.reset_index(drop=True)
+        return places.assign(
+            check=failed["check"],
+            column=failed["field"].map(
+                lambda field: "" if field in schemas.OF_THE_ROW else self.shape.column_of(field)
+            ),
+            value=failed["value"],
+            reason=failed["reason"],
+            dropped=failed["index"].isin(invalid),
+        )
+
+    def _facts(self, fields: pd.DataFrame, texts: pd.Series) -> dict[str, np.ndarray]:
+        keys = np.frombuffer(b"".join(content_key(text)[:16] for text in texts), dtype=">u8")
+        keys = keys.astype(np.uint64).reshape(-1, 2)
+        if self.shape.answer is None:
+            answers = np.zeros(len(texts), dtype=np.uint64)
+        else:
+            hashes = {a: _answer_key(a) for a in fields[self.shape.answer].unique()}
+            answers = fields[self.shape.answer].map(hashes).to_numpy(np.uint64)
+        return {"key_high": keys[:, 0], "key_low": keys[:, 1], "answer": answers}
+
+
+def row_schema(shape: Shape) -> pa.Schema:
+    """Return the types of `ScannedBatch.rows`."""
+    fields = [shape.input] + ([shape.answer] if shape.answer else [])
+    return pa.schema(
+        [
+            *((name, pa.large_string()) for name in (*fields, "file")),
+            ("row", pa.int64()),
+            *((name, pa.int32()) for name in ("tokens", "cut_tokens", "prompt_length")),
+            ("input_ids", pa.large_list(pa.int32())),
+        ]
+    )
+
+
+def scan_files(
+    scanner: Scanner,
+    files: Sequence[Path],
+    engine: str,
+    advance: Callable[[int], object],
+    empty: dict[Path, str],
+) -> Iterator[ScannedBatch]:
+    """Scan files in order.
+
+    Args:
+        scanner: what to do with each batch.
+        files: what to read.
+        engine: `local` or `dask`.
+        advance: called with the bytes read since the last call.
+        empty: where files without rows are noted, and how to say so.
+
+    Raises:
+        UserError: a line for each file that cannot be read.
+    """
+    errors: _Errors = []
+    scan = _scan_on_dask if engine == "dask" else _scan_here
+    yield from scan(scanner, files, advance, errors)
+    for path, error in errors:
+        if isinstance(error, EmptyFileError):
+            empty[path] = str(error)
+    errors = [(path, error) for path, error in errors if path not in empty]
+    if errors:
+        lines = (line for _, error in errors for line in str(error).splitlines())
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _scan_here(
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
+) -> Iterator[ScannedBatch]:
+    def batches() -> Iterator[pd.DataFrame]:
+        for file in files:
+            try:
+                yield from scanner.read(file, advance)
+            except UserError as error:
+                errors.append((file, error))
+
+    return ordered_map(scanner.scan, batches())
+
+
+def _scan_on_dask(
+    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
+) -> Iterator[ScannedBatch]:
+    """A file is a task. The cluster is the one that Dask's own configuration names
+    (DASK_SCHEDULER_ADDRESS), or the cores of this machine."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError("data.engine = dask needs Dask: pip install 'gptj8[dask]'") from None
+    try:
+        connected = Client()
+    except OSError as error:
+        raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster up?") from None
+    with connected as client:
+        ahead = 2 * max(1, len(client.nthreads()))
+        started: deque[tuple[Path, Any]] = deque()
+        remaining = deque(files)
+        shared = client.scatter(scanner, broadcast=True)
+        while remaining or started:
+            while remaining and len(started) < ahead:
+                file = remaining.popleft()
+                started.append((file, client.submit(_scan_file, shared, file, pure=False)))
+            file, future = started.popleft()
+            batches, failure = future.result()
+            errors += [(file, failure)] if failure else []
+            advance(file.stat().st_size)
+            yield from batches
+
+
+def _scan_file(scanner: Scanner, file: Path) -> tuple[list[ScannedBatch], UserError | None]:
+    batches: list[ScannedBatch] = []
+    try:
+        batches += map(scanner.scan, scanner.read(file, lambda size: None))
+    except UserError as error:
+        return batches, error
+    return batches, None
+
+
+def _record_batch(rows: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
+    table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False).combine_chunks()
+    batches = table.replace_schema_metadata(None).to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema)
+
+
+def _answer_key(answer: str) -> int:
+    return int.from_bytes(content_key(answer)[:8], "big")
