@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch.distributions import Distribution, Laplace, Normal, StudentT
 
-from gptj8.codec import quantize_blockwise, squared_errors
-from gptj8.shards import ShardedWeights
+from gptj8.quantization.codec import quantize_blockwise, squared_errors
+from gptj8.quantization.shards import ShardedWeights
 
 BLOCK_SIZE = 4096
 DISTRIBUTIONS: dict[str, Distribution] = {

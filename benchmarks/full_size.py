@@ -90,7 +90,7 @@ def copy(source: Path, target: Path) -> dict[str, float]:
 
 
 def convert(source: Path, target: Path) -> dict[str, float]:
-    """Convert; see `gptj8.checkpoint`."""
+    """Convert; see `gptj8.quantization.conversion`."""
     import gptj8
 
     shutil.rmtree(target, ignore_errors=True)

@@ -68,8 +68,8 @@ def make(folder: Path, sizes: dict[str, Any]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gptj8.integration import Blockwise8bitConfig, swap_modules
     from gptj8.kernels.fused import register_fused_attention
+    from gptj8.quantization.quantizer import Blockwise8bitConfig, swap_modules
 
     register_fused_attention()
     folder.mkdir(parents=True)
@@ -117,11 +117,11 @@ def measure(
     import torch
 
     from gptj8.adapters import add_adapter
-    from gptj8.integration import Blockwise8bitConfig
     from gptj8.memory import machine
     from gptj8.memory.estimate import Estimator, Plan
     from gptj8.memory.skeleton import AdapterShape, read_config
     from gptj8.models import load_model, pick_device, pick_dtype
+    from gptj8.quantization.quantizer import Blockwise8bitConfig
     from gptj8.runtime.machine import peak_memory_gib
     from gptj8.training import TrainingSettings, train
 

@@ -139,8 +139,8 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
 
     for name, module in list(model.named_modules()):
         if method.startswith("gptj8"):
-            from gptj8.codec import quantize_blockwise
-            from gptj8.layers import frozen_twin
+            from gptj8.quantization.codec import quantize_blockwise
+            from gptj8.quantization.layers import frozen_twin
 
             twin: Any = frozen_twin(module, 4096, DTYPE)
             if twin is None:
@@ -172,8 +172,8 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
 
 def _round(model: nn.Module) -> None:
     """Replace each large weight by what its 8-bit form restores."""
-    from gptj8.codec import dequantize_blockwise, quantize_blockwise
-    from gptj8.layers import frozen_twin
+    from gptj8.quantization.codec import dequantize_blockwise, quantize_blockwise
+    from gptj8.quantization.layers import frozen_twin
 
     for module in model.modules():
         if frozen_twin(module, 4096, None) is not None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gptj8._registration import register_when_transformers_loads
+from gptj8.quantization.registration import register_when_transformers_loads
 from gptj8.runtime.version import __version__ as __version__
 
 _HOMES = {
-    "Blockwise8bitConfig": "gptj8.integration",
-    "convert_checkpoint": "gptj8.checkpoint",
-    "dequantize_blockwise": "gptj8.codec",
-    "quantize_blockwise": "gptj8.codec",
+    "Blockwise8bitConfig": "gptj8.quantization.quantizer",
+    "convert_checkpoint": "gptj8.quantization.conversion",
+    "dequantize_blockwise": "gptj8.quantization.codec",
+    "quantize_blockwise": "gptj8.quantization.codec",
 }
 
 __all__ = sorted(_HOMES)

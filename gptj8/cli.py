@@ -75,15 +75,15 @@ def _check(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     if Path(arguments.target).exists():
         raise UserError(f"{arguments.target} exists already; remove it or choose another name")
-    from gptj8.checkpoint import convert_checkpoint, summarize
-    from gptj8.integration import Blockwise8bitConfig
+    from gptj8.quantization.conversion import convert_checkpoint, summarize
+    from gptj8.quantization.quantizer import Blockwise8bitConfig
 
     config = Blockwise8bitConfig(arguments.block_size, arguments.codebook, arguments.skip)
     print(summarize(convert_checkpoint(arguments.source, arguments.target, config)))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from gptj8.checkpoint import check_model_directory, check_tensors
+    from gptj8.quantization.model_files import check_model_directory, check_tensors
     from gptj8.runtime.manifest import MANIFEST, verify_manifest
 
     folder = Path(arguments.folder)

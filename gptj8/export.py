@@ -131,8 +131,8 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from gptj8.integration import restore_modules
-    from gptj8.layers import Frozen8bitModule, full_precision_twin
+    from gptj8.quantization.layers import Frozen8bitModule, full_precision_twin
+    from gptj8.quantization.quantizer import restore_modules
 
     # On the CPU: 16-bit weights are twice what the GPU was chosen for.
     adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gptj8.layers import Frozen8bitLinear, in_autocast_dtype
+from gptj8.quantization.layers import Frozen8bitLinear, in_autocast_dtype
 
 _PLAIN_HEADS = frozenset(
     ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")

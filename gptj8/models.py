@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.checkpoint import check_model_directory, check_tensors
+from gptj8.quantization.model_files import check_model_directory, check_tensors
 from gptj8.runtime.distributed import process_count, processes_here
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files

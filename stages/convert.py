@@ -29,8 +29,8 @@ def main() -> None:
         f"{params.quantization.codebook} codebook"
     )
     with stage_run("convert", params):
-        from gptj8.checkpoint import convert_checkpoint, summarize
-        from gptj8.integration import Blockwise8bitConfig
+        from gptj8.quantization.conversion import convert_checkpoint, summarize
+        from gptj8.quantization.quantizer import Blockwise8bitConfig
 
         started = time.perf_counter()
         config = Blockwise8bitConfig(

@@ -14,7 +14,7 @@ from gptj8.memory.skeleton import AdapterShape
 from gptj8.models import load_model
 from gptj8.params.sections import parse_params
 from gptj8.runtime import process
-from tests.test_architectures import ARCHITECTURES, COMMON
+from tests.helpers.architectures import ARCHITECTURES, COMMON
 
 BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block
 

@@ -26,8 +26,8 @@ from gptj8.params.sections import load_params, parse_params
 from gptj8.runtime import process
 from gptj8.runtime.errors import UserError
 from gptj8.training import TrainingSettings, train, try_step
+from tests.helpers.architectures import ARCHITECTURES, COMMON
 from tests.helpers.paths import ROOT
-from tests.test_architectures import ARCHITECTURES, COMMON
 
 CPU = torch.device("cpu")
 QUANTIZATION = gptj8.Blockwise8bitConfig(block_size=256)

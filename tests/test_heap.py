@@ -13,7 +13,7 @@ from benchmarks import memory as benchmark
 from gptj8.heap import large_blocks, trimmed
 from gptj8.memory.skeleton import AdapterShape, build
 from gptj8.runtime.machine import own_bytes
-from tests.test_architectures import COMMON
+from tests.helpers.architectures import COMMON
 
 SHAPE = AdapterShape("lora", "attention", 8, 16.0, 0.0)
 

@@ -28,7 +28,6 @@ from tests.helpers.project_clone import (
 # `auto` splits a batch, which depends on the memory that is free, and so on what no file tells.
 NEUTRAL = (
     "gptj8/__init__.py",
-    "gptj8/_registration.py",
     "gptj8/memory/",
     "gptj8/params/",
     "gptj8/runtime/",
@@ -42,9 +41,6 @@ UNUSED = {
     "convert": tuple(
         f"gptj8/kernels/{name}.py" for name in ("cpu", "dispatch", "fused", "gpu", "operators")
     ),
-    "finetune": ("gptj8/legacy.py",),
-    "evaluate": ("gptj8/legacy.py",),
-    "export": ("gptj8/legacy.py",),
 }
 
 

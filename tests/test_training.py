@@ -9,8 +9,8 @@ from gptj8.adapters import add_adapter, trainable_parameters
 from gptj8.dataset.prepared.examples import IGNORED, prompt_ids
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.evaluation.likelihood import label_accuracy, score_labels
-from gptj8.layers import Frozen8bitModule
 from gptj8.models import load_model
+from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.reference import compare_in_fresh_process, save_reference
 from gptj8.runtime.errors import UserError
 from gptj8.training import TrainingSettings, train

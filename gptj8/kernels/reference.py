@@ -1,9 +1,9 @@
 """The arithmetic of block-wise quantization in plain torch, on any device: the reference.
 
 Every faster way (`gptj8.kernels.dispatch`) gives the same bytes as these functions. Arguments are
-checked by `gptj8.codec`. A tensor is one row of `n` numbers (float32, float16 or bfloat16) in
-blocks of `block_size`, the last of which may be shorter; `absmax` is float32 (blocks,), `codebook`
-float32 (256,), `codes` uint8 (n,).
+checked by `gptj8.quantization.codec`. A tensor is one row of `n` numbers (float32, float16 or
+bfloat16) in blocks of `block_size`, the last of which may be shorter; `absmax` is float32
+(blocks,), `codebook` float32 (256,), `codes` uint8 (n,).
 """
 
 from __future__ import annotations

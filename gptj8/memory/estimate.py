@@ -24,9 +24,9 @@ from gptj8.dataset.prepared.examples import padded_length
 from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.evaluation.perplexity import context_length
 from gptj8.heap import large_blocks
-from gptj8.integration import Blockwise8bitConfig
 from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
+from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.process import COMPILED_PRODUCTS
 
 if TYPE_CHECKING:

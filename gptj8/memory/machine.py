@@ -83,9 +83,9 @@ def process_bytes(dtype: str) -> int:
     from transformers import GPTJConfig, GPTJForCausalLM
 
     from gptj8.adapters import add_adapter
-    from gptj8.integration import Blockwise8bitConfig, swap_modules
     from gptj8.kernels.fused import register_fused_attention
-    from gptj8.layers import Frozen8bitModule
+    from gptj8.quantization.layers import Frozen8bitModule
+    from gptj8.quantization.quantizer import Blockwise8bitConfig, swap_modules
 
     register_fused_attention()
     kind = getattr(torch, dtype)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from gptj8.adapters import add_adapter
-from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, swap_modules
-from gptj8.layers import Frozen8bitModule
+from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.runtime.errors import QuantizationError, UserError
 from gptj8.runtime.files import read_json
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from gptj8.params.sections import load_params
+from gptj8.quantization.shards import ShardedWeights
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import sha256_file
 from gptj8.runtime.machine import resident_bytes
 from gptj8.runtime.manifest import MANIFEST, verify_manifest
-from gptj8.shards import ShardedWeights
 from tests.helpers.paths import ROOT
 from tests.helpers.time_limit import time_limit
 

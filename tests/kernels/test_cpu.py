@@ -10,9 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptj8.codebooks import dynamic_codebook, fit_codebook
-from gptj8.codec import QuantizationError, quantize_blockwise
 from gptj8.kernels import cpu, dispatch, reference
+from gptj8.quantization.codebooks import dynamic_codebook, fit_codebook
+from gptj8.quantization.codec import QuantizationError, quantize_blockwise
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -13,8 +13,8 @@ import threading
 import pytest
 import torch
 
-from gptj8.codebooks import dynamic_codebook
 from gptj8.kernels import gpu, reference
+from gptj8.quantization.codebooks import dynamic_codebook
 from tests.helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.codec import QuantizedTensor, quantize_blockwise, squared_errors
-from gptj8.integration import QUANT_METHOD, Blockwise8bitConfig, is_skipped, swap_modules
-from gptj8.layers import Frozen8bitModule
+from gptj8.quantization import original_format
+from gptj8.quantization.codec import QuantizedTensor, quantize_blockwise, squared_errors
+from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
+from gptj8.quantization.quantizer import Blockwise8bitConfig, is_skipped, swap_modules
+from gptj8.quantization.shards import ShardedWeights, ShardWriter
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import (
     format_bytes,
@@ -31,12 +34,10 @@ from gptj8.runtime.files import (
 )
 from gptj8.runtime.manifest import MANIFEST, write_manifest
 from gptj8.runtime.progress import progress
-from gptj8.shards import ShardedWeights, ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WEIGHT_PATTERNS = ("*.safetensors*", "pytorch_model*.bin*")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_FILES = ("*.index.json", MANIFEST, "config.json")
 
@@ -88,7 +89,8 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Write an 8-bit copy of a model directory that `from_pretrained` loads.
 
-    A model in the original 8-bit GPT-J format keeps its codes, and its adapters (`gptj8.legacy`).
+    A model in the original 8-bit GPT-J format keeps its codes, and its adapters
+    (`gptj8.quantization.original_format`).
 
     Args:
         source_dir: a causal language model as `save_pretrained` writes it: safetensors or
@@ -100,8 +102,6 @@ def convert_checkpoint(
         UserError: for a source that is no model, already converted, incomplete or different from
             its config, and for a disk that is too small; `target_dir` is then as it was.
     """
-    from gptj8 import legacy  # here: who loads a model does not depend on it
-
     source, target = Path(source_dir), Path(target_dir)
     check_model_directory(source)
     model_config = read_json(source / "config.json")
@@ -111,11 +111,11 @@ def convert_checkpoint(
 
     _check_target(target)
     weights = ShardedWeights(source)
-    stored = legacy.quantized_modules(weights.shapes)
+    stored = original_format.quantized_modules(weights.shapes)
     if stored:
-        block_size = legacy.common_block_size(stored, source)
+        block_size = original_format.common_block_size(stored, source)
         config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules)
-    skeleton = _build_skeleton(source)
+    skeleton = build_skeleton(source)
     modules = [name for name, _ in skeleton.named_modules()]
     for skipped in config.skip_modules:
         if not any(is_skipped(name, [skipped]) for name in modules):
@@ -125,7 +125,7 @@ def convert_checkpoint(
         raise UserError(f"{source}: nothing to convert, every module is skipped")
     _refuse_what_stays_large(skeleton, config.skip_modules, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
-    names = _match_names(weights, skeleton, source, report)
+    names, report.dropped = match_names(weights, skeleton, source)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
     with replace_directory(target) as staging, ShardWriter(staging) as writer:
@@ -138,7 +138,7 @@ def convert_checkpoint(
                 report.parameters += tensor.numel()
                 module, prefix = name.removesuffix(".weight"), source_name.removesuffix(".weight")
                 if prefix in stored:
-                    quantized = legacy.take_over(weights, prefix, config.block_size)
+                    quantized = original_format.take_over(weights, prefix, config.block_size)
                 elif module != name and module in swapped:
                     quantized = quantize_blockwise(
                         tensor, config.block_size, config.codebook, name=source_name
@@ -152,54 +152,10 @@ def convert_checkpoint(
                 writer.add(f"{module}.absmax", quantized.absmax)
                 writer.add(f"{module}.codebook", quantized.codebook)
         writer.finish()
-        legacy.save_adapters(staging, weights, skeleton, base_model=str(target))
+        original_format.save_adapters(staging, weights, skeleton, base_model=str(target))
         _write_side_files(source, staging, model_config, config, writer.digests)
         report.converted_bytes = sum(f.stat().st_size for f in staging.glob("*.safetensors"))
     return report
-
-
-def check_model_directory(path: str | Path) -> None:
-    """Refuse a directory that is no model, before a library does so at length.
-
-    Raises:
-        UserError: naming what is absent.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory; a model is one, as save_pretrained writes it")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise UserError(f"{path}/config.json names no model_type")
-    if not any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
-        raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
-
-
-def check_tensors(path: str | Path) -> None:
-    """Compare a model directory's tensors with what its config.json implies, by their headers.
-
-    Raises:
-        UserError: naming file, tensor and the two shapes, or what is missing or cannot be read.
-    """
-    path = Path(path)
-    skeleton = _build_skeleton(path)
-    quantization = read_json(path / "config.json").get("quantization_config")
-    weights = ShardedWeights(path)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        swap_modules(skeleton, Blockwise8bitConfig(**quantization))
-        missing = [
-            f"{name}.{part}"
-            for name, module in skeleton.named_modules()
-            if isinstance(module, Frozen8bitModule) and f"{name}.weight" in weights.shapes
-            for part in ("absmax", "codebook")
-            if f"{name}.{part}" not in weights.shapes
-        ]
-        if missing:
-            raise UserError(
-                "\n".join(f"{path}: the checkpoint has no tensor {name}" for name in missing[:5])
-            )
-    _match_names(weights, skeleton, path, ConversionReport())
 
 
 def _check_target(target: Path) -> None:
@@ -209,26 +165,6 @@ def _check_target(target: Path) -> None:
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{target} cannot be made: {parent} is a file")
-
-
-def _build_skeleton(source: Path) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        ValueError,
-        KeyError,
-        AttributeError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ArithmeticError,
-    ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} is not a causal language model: {reason}") from error
 
 
 def _refuse_what_stays_large(
@@ -250,79 +186,6 @@ def _refuse_what_stays_large(
             + (f" and {len(large) - 3} more" if len(large) > 3 else "")
             + "; name them in skip_modules to convert the rest"
         )
-
-
-def _match_names(
-    weights: ShardedWeights, skeleton: PreTrainedModel, source: Path, report: ConversionReport
-) -> dict[str, str]:
-    """Map checkpoint names to the model's; refuse what is missing or has another shape."""
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = skeleton.all_tied_weights_keys
-    names: dict[str, str] = {}
-    problems = []
-    for name, shape in weights.shapes.items():
-        match = _model_name(name, skeleton, expected)
-        if match is None:
-            report.dropped.append(name)
-        elif expected[match] != shape:
-            problems.append(
-                f"{weights.file_of[name]}: {name} has shape {shape}, and config.json implies "
-                f"{expected[match]}"
-            )
-        else:
-            names[name] = match
-    found = {match: name for name, match in names.items()}
-    for target, origin in tied.items():
-        if target in found and origin in found:
-            # Files of torch hold a shared weight twice; it is stored once.
-            if not torch.equal(weights.read(found[target]), weights.read(found[origin])):
-                problems.append(
-                    f"{source}: config.json ties {found[target]} to {found[origin]}, and the "
-                    "checkpoint has two different tensors; set tie_word_embeddings to false"
-                )
-            report.dropped.append(found[target])
-            del names[found[target]]
-        elif target in found:
-            names[found[target]] = origin
-    made_here = {
-        f"{name}.{part}"
-        for name, module in skeleton.named_modules()
-        if isinstance(module, Frozen8bitModule)
-        for part in ("absmax", "codebook")
-    }
-    for missing in sorted(set(expected) - made_here - set(tied) - set(names.values())):
-        problems.append(f"{source}: the checkpoint has no tensor {missing}")
-    if problems:
-        shown = problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])
-        raise UserError("\n".join(shown))
-    return names
-
-
-def _model_name(
-    name: str, skeleton: PreTrainedModel, expected: dict[str, tuple[int, ...]]
-) -> str | None:
-    """Return what the model calls a tensor of the checkpoint; None if it has no place for it.
-
-    Checkpoints of before a renaming in transformers, or of the model without its head, have other
-    names; transformers' own table is asked.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    if name in expected:
-        return name
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = skeleton.base_model_prefix
-    renamed, computed = rename_source_key(name, renamings, converters, prefix, expected)
-    if computed is not None:
-        raise UserError(
-            f"{type(skeleton).__name__} computes {renamed} from several tensors of the checkpoint, "
-            f"{name} among them, which the conversion does not do; load the model with "
-            "transformers, save it again, and convert that"
-        )
-    return renamed if renamed in expected else None
 
 
 def _estimate_bytes(weights: ShardedWeights, names: dict[str, str], swapped: list[str]) -> int:

@@ -52,4 +52,4 @@ def register_when_transformers_loads() -> None:
 def _register() -> None:
     # Importing it registers. Where its own import is what loaded transformers' quantizers, it is
     # half-made at this point, and goes on to register by itself.
-    importlib.import_module("gptj8.integration")
+    importlib.import_module("gptj8.quantization.quantizer")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import gptj8
-from gptj8.layers import Frozen8bitLinear
+from gptj8.quantization.layers import Frozen8bitLinear
 
 IDS = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(0))
 ON_THE_FLY = {"quantization_config": gptj8.Blockwise8bitConfig(block_size=256)}

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gptj8.codebooks import CODEBOOK_SIZE
-from gptj8.codec import QuantizedTensor, dequantize_blockwise
 from gptj8.kernels import operators  # noqa: F401 (defines the operator)
+from gptj8.quantization.codebooks import CODEBOOK_SIZE
+from gptj8.quantization.codec import QuantizedTensor, dequantize_blockwise
 
 _FLOAT32_BUFFERS = ("absmax", "codebook")
 

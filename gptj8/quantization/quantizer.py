@@ -18,14 +18,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptj8.codec import (
+from gptj8.quantization.codec import (
     CODEBOOKS,
     QuantizationError,
     check_block_size,
     check_quantized,
     quantize_blockwise,
 )
-from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+from gptj8.quantization.layers import Frozen8bitModule, frozen_twin, full_precision_twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTJForCausalLM
 
 import gptj8
-from gptj8.codec import QuantizationError, dequantize_blockwise, quantize_blockwise
+from gptj8.quantization.codec import QuantizationError, dequantize_blockwise, quantize_blockwise
 from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config
 
@@ -71,7 +71,7 @@ def legacy_logits(model, state):
     """Compute what the original code computed: restored weights, plus adapter(input) unscaled."""
     for name, module in model.named_modules():
         if is_quantized(module):
-            q = gptj8.codec.QuantizedTensor(
+            q = gptj8.quantization.codec.QuantizedTensor(
                 state[f"{name}.weight"], state[f"{name}.absmax"], state[f"{name}.code"], 4096
             )
             weight = dequantize_blockwise(q)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from gptj8.codec import quantize_blockwise
 from gptj8.kernels import operators
-from gptj8.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+from gptj8.quantization.codec import quantize_blockwise
+from gptj8.quantization.layers import Frozen8bitModule, frozen_twin, full_precision_twin
 
 
 def linear() -> nn.Module:

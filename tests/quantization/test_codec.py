@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.codebooks import dynamic_codebook
-from gptj8.codec import (
+from gptj8.kernels.dispatch import dequantize as fastest_dequantize
+from gptj8.quantization.codebooks import dynamic_codebook
+from gptj8.quantization.codec import (
     BLOCK_SIZES,
     QuantizationError,
     QuantizedTensor,
@@ -15,7 +16,6 @@ from gptj8.codec import (
     quantize_blockwise,
     squared_errors,
 )
-from gptj8.kernels.dispatch import dequantize as fastest_dequantize
 
 
 def brute_force_codes(weight: np.ndarray, codebook: np.ndarray, block_size: int) -> np.ndarray:

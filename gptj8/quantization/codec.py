@@ -21,8 +21,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gptj8.codebooks import CODEBOOK_SIZE, HISTOGRAM_BINS, dynamic_codebook, fit_codebook
 from gptj8.kernels import dispatch, reference
+from gptj8.quantization.codebooks import (
+    CODEBOOK_SIZE,
+    HISTOGRAM_BINS,
+    dynamic_codebook,
+    fit_codebook,
+)
 from gptj8.runtime.errors import QuantizationError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gptj8.codec import BLOCK_SIZES, QuantizedTensor, check_quantized
+from gptj8.quantization.codec import BLOCK_SIZES, QuantizedTensor, check_quantized
+from gptj8.quantization.shards import ShardedWeights
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import write_json
-from gptj8.shards import ShardedWeights
 
 ADAPTER_FOLDER = "adapter"
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gptj8
-from gptj8.codec import QuantizationError
-from gptj8.layers import Frozen8bitEmbedding, Frozen8bitLinear
 from gptj8.models import load_model
+from gptj8.quantization.codec import QuantizationError
+from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitLinear
 from gptj8.runtime.errors import UserError
 
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -30,13 +30,13 @@ def test_importing_the_package_needs_no_torch():
         "import gptj8, transformers",
         "import transformers, gptj8",
         "import transformers.quantizers, gptj8",
-        "import gptj8.integration",
+        "import gptj8.quantization.quantizer",
     ],
 )
 def test_the_quantizer_is_registered_in_any_order_of_imports(first):
     code = (
         f"{first}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
-        "assert m['blockwise_8bit'].__module__ == 'gptj8.integration'"
+        "assert m['blockwise_8bit'].__module__ == 'gptj8.quantization.quantizer'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
