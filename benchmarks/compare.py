@@ -45,7 +45,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
     import torch
 
     from benchmarks import measures
-    from gptj8.models import pick_device
+    from gptj8.model.loading import pick_device
 
     device = pick_device()
     if arguments.threads:
@@ -168,7 +168,7 @@ def main() -> None:
     import torch
 
     from gptj8.memory.machine import device_name
-    from gptj8.models import pick_device
+    from gptj8.model.loading import pick_device
 
     machine = f"{device_name(pick_device().type)}, torch {torch.__version__}"
     if arguments.scaling:

@@ -106,7 +106,7 @@ def convert(source: Path, target: Path) -> dict[str, float]:
 
 def load(converted: Path) -> dict[str, float]:
     """Load the converted model."""
-    from gptj8.models import load_model, pick_device, pick_dtype
+    from gptj8.model.loading import load_model, pick_device, pick_dtype
 
     device = pick_device()
     started = time.perf_counter()
@@ -120,15 +120,15 @@ def train(converted: Path) -> dict[str, float]:
     import torch
 
     from benchmarks.methods import training_loss
-    from gptj8.adapters import add_adapter
     from gptj8.checkpointing import set_checkpointing
     from gptj8.heap import trimmed
-    from gptj8.models import load_model, pick_device, pick_dtype
+    from gptj8.model.adapters import AdapterSpec, add_adapter
+    from gptj8.model.loading import load_model, pick_device, pick_dtype
 
     device = pick_device()
     dtype = pick_dtype("auto", device)
     torch.manual_seed(0)
-    model = add_adapter(load_model(converted, dtype, device), "lora", "attention", 8, 16, 0.0)
+    model = add_adapter(load_model(converted, dtype, device), AdapterSpec(target="attention"))
     set_checkpointing(model, "full")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # loading is a step of its own
@@ -160,10 +160,10 @@ def train(converted: Path) -> dict[str, float]:
 
 def evaluate(converted: Path) -> dict[str, float]:
     """Score documents, classify and write answers on the 8-bit model, as the stage does."""
-    from gptj8.evaluation.likelihood import score_labels
-    from gptj8.evaluation.perplexity import score_documents
-    from gptj8.generation import generate_greedily
-    from gptj8.models import load_model, pick_device, pick_dtype
+    from gptj8.model.generation.batch import generate_greedily
+    from gptj8.model.loading import load_model, pick_device, pick_dtype
+    from gptj8.model.scoring.likelihood import score_labels
+    from gptj8.model.scoring.perplexity import score_documents
 
     device = pick_device()
     model = load_model(converted, pick_dtype("auto", device), device)
@@ -185,8 +185,8 @@ def evaluate(converted: Path) -> dict[str, float]:
 
 def evaluate_original(source: Path, converted: Path) -> dict[str, float]:
     """Score the same documents on the unquantized model, in no more memory than its copy takes."""
-    from gptj8.evaluation.perplexity import score_documents
-    from gptj8.models import load_original, pick_device, pick_dtype
+    from gptj8.model.loading import load_original, pick_device, pick_dtype
+    from gptj8.model.scoring.perplexity import score_documents
 
     device = pick_device()
     model = load_original(source, converted, pick_dtype("auto", device), device)

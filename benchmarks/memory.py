@@ -116,11 +116,11 @@ def measure(
     """Estimate, then train two steps; return both peaks in GiB."""
     import torch
 
-    from gptj8.adapters import add_adapter
     from gptj8.memory import machine
     from gptj8.memory.estimate import Estimator, Plan
-    from gptj8.memory.skeleton import AdapterShape, read_config
-    from gptj8.models import load_model, pick_device, pick_dtype
+    from gptj8.memory.skeleton import read_config
+    from gptj8.model.adapters import AdapterSpec, add_adapter
+    from gptj8.model.loading import load_model, pick_device, pick_dtype
     from gptj8.quantization.quantizer import Blockwise8bitConfig
     from gptj8.runtime.machine import peak_memory_gib
     from gptj8.training import TrainingSettings, train
@@ -133,7 +133,7 @@ def measure(
     plan = Plan(
         config,
         Blockwise8bitConfig(),
-        AdapterShape(method, target),
+        AdapterSpec(method, target),
         dtype,
         device.type,
         length,
@@ -143,7 +143,7 @@ def measure(
     )
     process = machine.process_bytes(str(dtype).removeprefix("torch."))
     estimate = Estimator(plan, process).training(rows)
-    model = add_adapter(load_model(folder, dtype, device), method, target, 8, 16, 0.0)
+    model = add_adapter(load_model(folder, dtype, device), AdapterSpec(method, target, 8, 16, 0.0))
     settings = TrainingSettings(1e-4, 1, rows, checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(0)
     steps = 1 if length * config.hidden_size >= _LONG else 2  # a minute each, or more

@@ -191,7 +191,7 @@ def load(method: str, original: Path, converted: Path, device: torch.device) -> 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
     if method.startswith("gptj8"):
-        from gptj8.models import load_model
+        from gptj8.model.loading import load_model
 
         return load_model(converted, DTYPE, device)
     quantization: Any = None

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from gptj8 import Blockwise8bitConfig
 from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.dataset.prepared.prompts import TextEncoder
-from gptj8.evaluation.perplexity import DocumentScores, score_documents
 from gptj8.evaluation.statistics import perplexity_ratio
 from gptj8.evaluation.suite import Documents
+from gptj8.model.scoring.perplexity import DocumentScores, score_documents
 from gptj8.runtime.process import run
 
 BATCH_SIZE = 16

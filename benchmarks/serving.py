@@ -60,7 +60,7 @@ def _texts(count: int) -> list[str]:
 
 def _alone(predictor: Predictor, request: str, texts: list[str]) -> dict[str, str]:
     """Return what is answered to each text where nothing else is asked."""
-    from gptj8.generation import generate_greedily
+    from gptj8.model.generation.batch import generate_greedily
 
     answers = {}
     encoder = predictor.encoder

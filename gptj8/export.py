@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.evaluation.perplexity import score_documents
 from gptj8.evaluation.statistics import Estimate, perplexity_ratio
 from gptj8.evaluation.suite import Documents
+from gptj8.model.loading import ADAPTER_CONFIG, ADAPTER_FILE, load_adapter, load_model
+from gptj8.model.scoring.perplexity import score_documents
 from gptj8.model_card import model_card
-from gptj8.models import ADAPTER_CONFIG, ADAPTER_FILE, load_adapter, load_model
 from gptj8.reference import require_unchanged
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, read_json, write_json

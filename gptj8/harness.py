@@ -196,7 +196,7 @@ def wrap_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int
     """Return the harness's `HFLM` for a loaded model; the model stays where and what it is."""
     from lm_eval.models.huggingface import HFLM
 
-    from gptj8.evaluation.perplexity import context_length
+    from gptj8.model.scoring.perplexity import context_length
 
     class LoadedModel(HFLM):  # type: ignore[misc]
         """Refuses likelihoods that are not finite.

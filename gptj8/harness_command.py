@@ -114,7 +114,7 @@ def _lm_eval(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from gptj8.models import load_adapter, load_model, pick_device, pick_dtype
+    from gptj8.model.loading import load_adapter, load_model, pick_device, pick_dtype
     from gptj8.runtime.files import write_json
 
     tokenizer = load_tokenizer(arguments.model)

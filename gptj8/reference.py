@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gptj8 import replay
-from gptj8.models import ADAPTER_FILE
+from gptj8.model.loading import ADAPTER_FILE
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import sha256_file
 from gptj8.runtime.progress import Progress, each

@@ -42,7 +42,7 @@ def main() -> None:
         from gptj8.evaluation.outside import read_predictions
         from gptj8.evaluation.report import write_classification_reports, write_reports
         from gptj8.evaluation.suite import Comparison, Questions, held_out_documents
-        from gptj8.models import (
+        from gptj8.model.loading import (
             load_adapter,
             load_model,
             load_original,
@@ -157,7 +157,7 @@ def _prompt_encoders(
     from transformers import AutoConfig
 
     from gptj8.dataset.prepared.prompts import TextEncoder
-    from gptj8.evaluation.perplexity import context_length
+    from gptj8.model.scoring.perplexity import context_length
 
     context = context_length(AutoConfig.from_pretrained(str(BASE)))
     encoder = TextEncoder.load(BASE)

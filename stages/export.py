@@ -41,7 +41,7 @@ def main() -> None:
             describe_dataset,
             require_same_answers,
         )
-        from gptj8.models import pick_device, pick_dtype
+        from gptj8.model.loading import pick_device, pick_dtype
         from gptj8.reference import compare_in_fresh_process
 
         device = pick_device()
@@ -84,7 +84,7 @@ def _merge(
     from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.evaluation.suite import held_out_documents
     from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
-    from gptj8.models import load_model
+    from gptj8.model.loading import load_model
     from gptj8.reference import compare_in_fresh_process
 
     merged = staging / MERGED

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptj8.params.sections import Finetune, Params, load_params
+from gptj8.params.sections import Params, load_params
 from gptj8.runtime.distributed import join, launch, leave, process_count
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, require_free_space, write_csv, write_json
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from gptj8.dataset.prepared.dataset import PreparedDataset
     from gptj8.dataset.prepared.prompts import TextEncoder
+    from gptj8.model.adapters import AdapterSpec
     from gptj8.training import Checkpoints, LossLost, TrainingSettings
 
 DATASET = Path("artifacts/dataset")
@@ -47,17 +48,18 @@ def main() -> None:
     with stage_run("finetune", params) as record, ExitStack() as stack:
         from transformers import set_seed
 
-        from gptj8.adapters import (
+        from gptj8.dataset.prepared.dataset import load_prepared
+        from gptj8.dataset.prepared.examples import prompt_ids
+        from gptj8.dataset.prepared.prompts import TextEncoder
+        from gptj8.memory.stage import TrainingMemory
+        from gptj8.model.adapters import (
+            AdapterSpec,
             add_adapter,
             round_layernorms,
             save_adapter,
             trainable_parameters,
         )
-        from gptj8.dataset.prepared.dataset import load_prepared
-        from gptj8.dataset.prepared.examples import prompt_ids
-        from gptj8.dataset.prepared.prompts import TextEncoder
-        from gptj8.memory.stage import TrainingMemory
-        from gptj8.models import load_model, pick_device, pick_dtype
+        from gptj8.model.loading import load_model, pick_device, pick_dtype
         from gptj8.reference import choose_prompts, save_reference
         from gptj8.training import LossLost, TrainingSettings, train, try_step
 
@@ -66,6 +68,7 @@ def main() -> None:
         dtype = pick_dtype(params.model.dtype, device)
         dataset = load_prepared(DATASET)
         train_set, validation_set = dataset.examples("train"), dataset.examples("validation")
+        spec = AdapterSpec.from_params(params.finetune)
         mine = params.for_one_of(process_count())
         finetune = mine.finetune
         memory = TrainingMemory(mine, BASE, dtype, device.type, train_set)
@@ -73,17 +76,10 @@ def main() -> None:
         encoder = TextEncoder.load(BASE)
 
         set_seed(params.seed)  # before the adapter is made: its first weights are random
-        adapted = add_adapter(
-            model,
-            finetune.method,
-            finetune.target,
-            r=finetune.r,
-            lora_alpha=finetune.lora_alpha,
-            lora_dropout=finetune.lora_dropout,
-        )
+        adapted = add_adapter(model, spec)
         fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
         settings = TrainingSettings.from_params(finetune, fit, params.seed)
-        story.say(_describe(finetune, settings, len(train_set)))
+        story.say(_describe(spec, settings, len(train_set)))
         # The adapter, and three states: weights, and at most as much again twice for the optimizer.
         trained = 4 * trainable_parameters(adapted)
         require_free_space(OUTPUT, 10 * trained + _SPARE_BYTES, "training")
@@ -129,16 +125,11 @@ def main() -> None:
     )
 
 
-def _describe(finetune: Finetune, settings: TrainingSettings, rows: int) -> str:
+def _describe(spec: AdapterSpec, settings: TrainingSettings, rows: int) -> str:
     """Return what is trained, on how much."""
-    method = "LayerNorms"
-    if finetune.method == "lora":
-        target = finetune.target
-        names = target if isinstance(target, str) else ", ".join(target)
-        method = f"LoRA r={finetune.r} on {names}"
     epochs = settings.num_train_epochs
     return (
-        f"{method}, {rows:,} rows x {epochs:g} epoch{'' if epochs == 1 else 's'}, "
+        f"{spec}, {rows:,} rows x {epochs:g} epoch{'' if epochs == 1 else 's'}, "
         f"{settings.steps(rows):,} steps of {settings.rows_a_step}"
     )
 
@@ -192,7 +183,7 @@ def _label_accuracy(
     """
     if not dataset.labels:
         return None
-    from gptj8.evaluation.likelihood import label_accuracy
+    from gptj8.model.scoring.likelihood import label_accuracy
 
     rows = dataset.split("validation")
     rows = rows.head(params.finetune.max_eval_samples or len(rows))

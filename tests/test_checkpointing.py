@@ -5,13 +5,12 @@ import torch
 import transformers
 
 import gptj8
-from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.kernels import operators
 from gptj8.memory.estimate import Estimator, Plan
 from gptj8.memory.fitting import Fit, choose_fit
-from gptj8.memory.skeleton import AdapterShape
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.loading import load_model
 from gptj8.params.sections import parse_params
 from gptj8.runtime import process
 from tests.helpers.architectures import ARCHITECTURES, COMMON
@@ -49,7 +48,7 @@ def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=gptj8.Blockwise8bitConfig(block_size=256)
     )
-    model = add_adapter(model, "lora", target, 4, 8, 0.0).train()
+    model = add_adapter(model, AdapterSpec("lora", target, 4, 8, 0.0)).train()
     found = {kind: gradients_and_products(model, kind, monkeypatch) for kind in KINDS["cuda"]}
     counts = {kind: products for kind, (_, products) in found.items()}
     assert counts["selective"] == counts["none"]
@@ -67,7 +66,7 @@ def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_pat
 
 def test_a_graph_that_is_kept_gives_its_gradients_twice(tiny_8bit_dir):
     model = load_model(tiny_8bit_dir, torch.float32, torch.device("cpu"))
-    model = add_adapter(model, "lora", "all-linear", 4, 8, 0.0).train()
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8)).train()
     set_checkpointing(model, "reuse")
     ids = torch.arange(60).view(2, 30)
     loss = model(input_ids=ids, labels=ids).loss
@@ -89,7 +88,7 @@ OLMO = {
 
 def test_a_model_that_changes_products_in_place_is_never_chosen_selective():
     config = transformers.OlmoConfig(**OLMO, **COMMON)
-    shape = AdapterShape("lora", ["gate_proj"], 4, 8.0, 0.0)
+    shape = AdapterSpec("lora", ["gate_proj"], 4, 8.0, 0.0)
     plan = Plan(
         config, gptj8.Blockwise8bitConfig(block_size=256), shape, torch.float32, "cpu", 32, 31
     )

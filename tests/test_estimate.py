@@ -12,16 +12,16 @@ import transformers
 import gptj8
 from benchmarks import memory as benchmark
 from gptj8 import cli
-from gptj8.adapters import add_adapter
 from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
 from gptj8.memory.estimate import Estimator, Plan, plan_of
 from gptj8.memory.fitting import Fit, choose_fit, confirm, divisors, longest_of
-from gptj8.memory.skeleton import AdapterShape, build, optimizer_bytes, read_config, weigh
+from gptj8.memory.skeleton import build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.loading import load_model
 from gptj8.params.sections import load_params, parse_params
 from gptj8.runtime import process
 from gptj8.runtime.errors import UserError
@@ -36,7 +36,7 @@ MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
 
 def plan(config, *, length=32, layers=None, method="lora", target="all-linear", **changes):
     config = read_config(config) if isinstance(config, str | Path) else config
-    shape = AdapterShape(method, target, 4, 8.0, 0.0)
+    shape = AdapterSpec(method, target, 4, 8.0, 0.0)
     return Plan(config, QUANTIZATION, shape, torch.float32, "cpu", length, length - 1, **changes)
 
 
@@ -60,8 +60,8 @@ def test_counts_are_those_of_the_loaded_model(tiny_8bit_dir, tmp_path, method, t
     folder.mkdir()
     shutil.copy(tiny_8bit_dir / "config.json", folder)
     loaded = load_model(tiny_8bit_dir, torch.float32, CPU)
-    loaded = add_adapter(loaded, method, target, 4, 8, 0.0)
-    shape = AdapterShape(method, target, 4, 8.0, 0.0)
+    loaded = add_adapter(loaded, AdapterSpec(method, target, 4, 8, 0.0))
+    shape = AdapterSpec(method, target, 4, 8.0, 0.0)
     counted = build(read_config(folder), gptj8.Blockwise8bitConfig(), torch.float32, shape)
     assert weigh(counted) == weigh(loaded)
 
@@ -108,7 +108,7 @@ def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
     model.save_pretrained(tmp_path / "model")
     load = transformers.AutoModelForCausalLM.from_pretrained
     loaded = load(tmp_path / "model", quantization_config=QUANTIZATION)
-    assert found.weights == weigh(add_adapter(loaded, "lora", "all-linear", 4, 8, 0.0))
+    assert found.weights == weigh(add_adapter(loaded, AdapterSpec(r=4, lora_alpha=8)))
     assert found.training(2).total > found.training(1).total > found.weights.base
     assert found.evaluation().total > found.weights.base
 
@@ -117,13 +117,13 @@ def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
 def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpointing):
     # Short rows: on fake tensors transformers makes a causal mask that a real step does without.
     batch = Batch(6, 10, 9, padded=False)
-    shape = AdapterShape("lora", "all-linear", 4, 8.0, 0.0)
+    shape = AdapterSpec(r=4, lora_alpha=8.0)
     config = read_config(tiny_8bit_dir)
     recorded = trace_training_step(
         build(config, QUANTIZATION, torch.float32, shape), batch, checkpointing
     )
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
-    model = add_adapter(model, "lora", "all-linear", 4, 8, 0.0).train()
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8)).train()
     model.config.use_cache = False
     set_checkpointing(model, checkpointing)
     recorder = _Recorder()
@@ -195,11 +195,11 @@ def test_what_a_cpu_holds_beside_what_lives():
 
 def test_only_what_is_in_the_heap_counts_as_such(monkeypatch):
     batch = Batch(3, 20, 19)
-    model = build(gptj(), QUANTIZATION, torch.float32, AdapterShape("lora", "attention", 4, 8.0, 0))
+    model = build(gptj(), QUANTIZATION, torch.float32, AdapterSpec("lora", "attention", 4, 8.0, 0))
     trace = trace_training_step(model, batch, "full")
     assert trace.in_heap == max(sum(peak.values()) for peak in trace.peaks.values())
     monkeypatch.setattr("gptj8.memory.trace.LARGE_BLOCK", 3 * 20 * 64)  # less than a row of floats
-    model = build(gptj(), QUANTIZATION, torch.float32, AdapterShape("lora", "attention", 4, 8.0, 0))
+    model = build(gptj(), QUANTIZATION, torch.float32, AdapterSpec("lora", "attention", 4, 8.0, 0))
     assert 0 < trace_training_step(model, batch, "full").in_heap < trace.in_heap / 2
 
 
@@ -321,7 +321,7 @@ def test_trying_a_step_leaves_no_trace_in_what_is_trained(tiny_8bit_dir):
     def adapter(tried):
         torch.manual_seed(0)
         model = load_model(tiny_8bit_dir, torch.float32, CPU)
-        model = add_adapter(model, "lora", "all-linear", 4, 8, 0.3)
+        model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8, lora_dropout=0.3))
         if tried:
             try_step(model, longest_of(examples)(2), "full")
         train(model, examples, examples[:2], settings, 0)
@@ -390,7 +390,7 @@ def test_the_command_prints_a_table_and_json(project, monkeypatch, capsys):
 
 
 def gptj8_dtype():
-    from gptj8.models import pick_dtype
+    from gptj8.model.loading import pick_dtype
 
     return pick_dtype("auto", CPU)
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import gptj8
 from gptj8 import reference
-from gptj8.adapters import add_adapter, round_layernorms, save_adapter
 from gptj8.export import (
     MERGED,
     adapter_bytes,
@@ -22,8 +21,9 @@ from gptj8.export import (
     merge,
     require_same_answers,
 )
+from gptj8.model.adapters import AdapterSpec, add_adapter, round_layernorms, save_adapter
+from gptj8.model.loading import load_adapter, load_model
 from gptj8.model_card import model_card
-from gptj8.models import load_adapter, load_model
 from gptj8.params.sections import parse_params, resolved
 from gptj8.reference import (
     REFERENCE_FILE,
@@ -69,7 +69,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
-    model = add_adapter(model, "lora", "all-linear", 4, 8, 0.0)
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -150,7 +150,7 @@ def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, tmp_path, dtype):
     model = load_model(tiny_8bit_dir, dtype, CPU)
-    adapted = add_adapter(model, "layernorm", "attention", 4, 8, 0.0)
+    adapted = add_adapter(model, AdapterSpec("layernorm"))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -234,7 +234,7 @@ def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
 @pytest.mark.parametrize("target", [["wte", "q_proj"], ["fc_in"]], ids=str)
 def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
-    adapted = add_adapter(model, "lora", target, 4, 8, 0.0)
+    adapted = add_adapter(model, AdapterSpec("lora", target, 4, 8, 0.0))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora" in name:
@@ -247,7 +247,7 @@ def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
 
 def test_trained_layernorms_are_merged_too(tiny_8bit_dir, tmp_path):
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
-    adapted = add_adapter(model, "layernorm", "attention", 4, 8, 0.0)
+    adapted = add_adapter(model, AdapterSpec("layernorm"))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -24,7 +24,7 @@ from gptj8.harness import (
     wrap_model,
 )
 from gptj8.harness_command import add_harness_command, table_lines
-from gptj8.models import load_adapter, load_model
+from gptj8.model.loading import load_adapter, load_model
 from gptj8.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -11,11 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import gptj8
 from benchmarks import memory as benchmark
 from gptj8.heap import large_blocks, trimmed
-from gptj8.memory.skeleton import AdapterShape, build
+from gptj8.memory.skeleton import build
+from gptj8.model.adapters import AdapterSpec
 from gptj8.runtime.machine import own_bytes
 from tests.helpers.architectures import COMMON
 
-SHAPE = AdapterShape("lora", "attention", 8, 16.0, 0.0)
+SHAPE = AdapterSpec(target="attention")
 
 
 class Block(GradientCheckpointingLayer):

@@ -5,11 +5,11 @@ import types
 import pytest
 import torch
 
-from gptj8.adapters import add_adapter, trainable_parameters
 from gptj8.dataset.prepared.examples import IGNORED, prompt_ids
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
-from gptj8.evaluation.likelihood import label_accuracy, score_labels
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter, trainable_parameters
+from gptj8.model.loading import load_model
+from gptj8.model.scoring.likelihood import label_accuracy, score_labels
 from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.reference import compare_in_fresh_process, save_reference
 from gptj8.runtime.errors import UserError
@@ -41,7 +41,7 @@ def examples(tiny_model_dir):
 
 def adapted_model(folder, method="lora", target="all-linear", dtype=torch.float32):
     torch.manual_seed(0)
-    return add_adapter(load_model(folder, dtype, CPU), method, target, 4, 8, 0.0)
+    return add_adapter(load_model(folder, dtype, CPU), AdapterSpec(method, target, 4, 8, 0.0))
 
 
 def _collator(context=64):

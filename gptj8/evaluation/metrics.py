@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gptj8.evaluation.calibration import expected_calibration_error, reliability_curves
-from gptj8.evaluation.perplexity import DocumentScores
 from gptj8.evaluation.statistics import (
     Estimate,
     accuracy_difference,
@@ -22,6 +21,7 @@ from gptj8.evaluation.statistics import (
     perplexity_ratio,
 )
 from gptj8.evaluation.systems import ORIGINAL, TUNED
+from gptj8.model.scoring.perplexity import DocumentScores
 
 
 def perplexity_metrics(

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from gptj8.evaluation.calibration import ReliabilityBin, reliability_curves
-from gptj8.evaluation.perplexity import DocumentScores
 from gptj8.evaluation.plots import plot_confusion, plot_reliability
 from gptj8.evaluation.statistics import accuracy_difference, mcnemar
 from gptj8.evaluation.systems import ORIGINAL, TUNED
+from gptj8.model.scoring.perplexity import DocumentScores
 from gptj8.runtime.files import replace_file
 
 _TEXT_START = 120  # characters

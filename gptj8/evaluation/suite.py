@@ -15,15 +15,15 @@ import torch
 
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.dataset.readers.formats import read_rows
-from gptj8.evaluation.answers import write_answers
-from gptj8.evaluation.likelihood import score_labels_in_shares
 from gptj8.evaluation.metrics import (
     classification_metrics,
     generation_metrics,
     likelihood_metrics,
     perplexity_metrics,
 )
-from gptj8.evaluation.perplexity import DocumentScores, score_documents
+from gptj8.model.generation.answers import write_answers
+from gptj8.model.scoring.likelihood import score_labels_in_shares
+from gptj8.model.scoring.perplexity import DocumentScores, score_documents
 from gptj8.runtime.distributed import each_a_share
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import peak_memory_gib, reset_peak_memory

@@ -77,7 +77,7 @@ def estimate(
     from gptj8.memory import calibration
     from gptj8.memory.estimate import Estimator, plan_of
     from gptj8.memory.fitting import USED, choose_fit
-    from gptj8.models import pick_device, pick_dtype
+    from gptj8.model.loading import pick_device, pick_dtype
 
     place = device or pick_device().type
     if place == "cuda" and not torch.cuda.is_available() and params.model.dtype == "auto":

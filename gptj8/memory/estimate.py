@@ -21,11 +21,12 @@ import torch
 
 from gptj8.checkpointing import Kind
 from gptj8.dataset.prepared.examples import padded_length
-from gptj8.evaluation.batching import MAX_LOGITS, max_batch_tokens
-from gptj8.evaluation.perplexity import context_length
 from gptj8.heap import large_blocks
-from gptj8.memory.skeleton import AdapterShape, Weights, build, layers_of, weigh, with_layers
+from gptj8.memory.skeleton import Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
+from gptj8.model.adapters import AdapterSpec
+from gptj8.model.scoring.batching import MAX_LOGITS, max_batch_tokens
+from gptj8.model.scoring.perplexity import context_length
 from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.process import COMPILED_PRODUCTS
 
@@ -69,7 +70,7 @@ class Plan:
 
     config: Any
     quantization: Blockwise8bitConfig
-    adapter: AdapterShape
+    adapter: AdapterSpec
     dtype: torch.dtype
     device: str
     length: int
@@ -288,13 +289,7 @@ def plan_of(
         quantization=Blockwise8bitConfig(
             quantization.block_size, quantization.codebook, list(quantization.skip_modules)
         ),
-        adapter=AdapterShape(
-            finetune.method,
-            finetune.target,
-            finetune.r,
-            finetune.lora_alpha,
-            finetune.lora_dropout,
-        ),
+        adapter=AdapterSpec.from_params(finetune),
         dtype=dtype,
         device=device,
         length=length,

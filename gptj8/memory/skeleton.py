@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptj8.adapters import add_adapter
+from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.runtime.errors import QuantizationError, UserError
@@ -25,17 +25,6 @@ _DEPTHS = ("n_layer", "num_layers", "num_hidden_layers")
 # bitsandbytes: two moments of one byte with a float32 scale for each 256; 32 bits below 4,096.
 _SMALL = 4096
 _OPTIMIZER_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class AdapterShape:
-    """What `adapters.add_adapter` is told; see there."""
-
-    method: str = "lora"
-    target: str | Sequence[str] = "all-linear"
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ def with_layers(config: Any, layers: int) -> Any:
 
 @torch.random.fork_rng(devices=[])  # initial values that nobody sees are drawn all the same
 def build(
-    config: Any, quantization: Blockwise8bitConfig, dtype: torch.dtype, adapter: AdapterShape
+    config: Any, quantization: Blockwise8bitConfig, dtype: torch.dtype, adapter: AdapterSpec
 ) -> PeftModel:
     """Return the model with 8-bit modules and adapter on the meta device.
 
@@ -161,14 +150,7 @@ def build(
         if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
             tied.weight = origin.weight
             tied.absmax, tied.codebook = origin.absmax, origin.codebook
-    return add_adapter(
-        model,
-        adapter.method,
-        adapter.target,
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-    )
+    return add_adapter(model, adapter)
 
 
 def weigh(model: nn.Module, optim: str = "adamw_bnb_8bit") -> Weights:

@@ -119,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     except ValidationError as error:
         raise UserError("\n".join(map(explain, error.errors()))) from None
     predictor = _load(arguments)
-    from gptj8.generation import GenerationBatch
+    from gptj8.model.generation.batch import GenerationBatch
     from gptj8.serving.predictor import AnswerStream
 
     try:

@@ -15,8 +15,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptj8.evaluation.batching import max_batch_tokens
-from gptj8.generation import GeneratedRow, GenerationBatch, Sampling
+from gptj8.model.generation.batch import GeneratedRow, GenerationBatch, Sampling
+from gptj8.model.scoring.batching import max_batch_tokens
 from gptj8.serving.predictor import Predictor
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gptj8.dataset.prepared.prompts import EncodedPrompt
 
 if TYPE_CHECKING:
-    from gptj8.generation import Sampling
+    from gptj8.model.generation.batch import Sampling
     from gptj8.serving.predictor import Predictor
 
 _COLDEST = 0.01  # logits divided by less overflow
@@ -42,7 +42,9 @@ class GenerateRequest(_Body):
     @property
     def sampling(self) -> Sampling:
         """How its tokens are chosen."""
-        from gptj8.generation import Sampling  # imports torch, which a refusal need not wait for
+        from gptj8.model.generation.batch import (
+            Sampling,  # imports torch, which a refusal need not wait for
+        )
 
         return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 

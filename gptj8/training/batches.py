@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gptj8.dataset.prepared.examples import IGNORED, Example, lengths_of, padded_length
-from gptj8.evaluation.perplexity import context_length
+from gptj8.model.scoring.perplexity import context_length
 
 if TYPE_CHECKING:
     from datasets import Dataset

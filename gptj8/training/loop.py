@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PrinterCallback
 
-from gptj8.adapters import trainable_parameters
 from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.dataset.prepared.examples import Example
 from gptj8.heap import trimmed
 from gptj8.kernels import operators
 from gptj8.memory.fitting import is_out_of_memory
+from gptj8.model.adapters import trainable_parameters
 from gptj8.runtime.distributed import (
     from_main,
     is_main_process,

@@ -13,9 +13,9 @@ import pytest
 from sklearn.metrics import accuracy_score, classification_report
 
 from gptj8.evaluation.calibration import ReliabilityBin
-from gptj8.evaluation.perplexity import DocumentScores
 from gptj8.evaluation.plots import plot_reliability
 from gptj8.evaluation.report import write_classification_reports, write_reports, write_table
+from gptj8.model.scoring.perplexity import DocumentScores
 
 FILES = ["confusion_matrix.csv", "confusion_matrix.png", "perplexity.csv", "predictions.csv"]
 CLASSIFICATION_FILES = ["comparisons.csv", "per_class.csv", "reliability.csv", "reliability.png"]

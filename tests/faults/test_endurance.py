@@ -28,9 +28,9 @@ _GROWTH_MB = 16
 
 _EVALUATE = """
 import sys, torch
-from gptj8.evaluation.likelihood import score_labels
-from gptj8.evaluation.perplexity import score_documents
-from gptj8.models import load_adapter, load_model
+from gptj8.model.scoring.likelihood import score_labels
+from gptj8.model.scoring.perplexity import score_documents
+from gptj8.model.loading import load_adapter, load_model
 base, adapter = sys.argv[1:]
 model = load_adapter(load_model(base, torch.float32, torch.device("cpu")), adapter)
 generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptj8.dataset.prepared.dataset import load_prepared
-from gptj8.models import load_adapter, load_model
+from gptj8.model.loading import load_adapter, load_model
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.manifest import MANIFEST, verify_manifest
 from gptj8.training import Checkpoints

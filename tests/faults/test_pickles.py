@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptj8.dataset.readers.sources import find_sources
-from gptj8.models import load_adapter, load_model
+from gptj8.model.loading import load_adapter, load_model
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
 from gptj8.training import Checkpoints

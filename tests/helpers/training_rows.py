@@ -4,9 +4,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from gptj8.adapters import add_adapter
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.loading import load_model
 from gptj8.training import TrainingSettings, train
 
 CPU = torch.device("cpu")
@@ -39,7 +39,8 @@ def rows(folder):
 def adapted_model(folder, method="lora", dropout=0.1, dtype=torch.float32):
     """Return the model with an untrained adapter, the same each time."""
     torch.manual_seed(0)
-    return add_adapter(load_model(folder, dtype, CPU), method, "all-linear", 4, 8, dropout)
+    model = load_model(folder, dtype, CPU)
+    return add_adapter(model, AdapterSpec(method, "all-linear", 4, 8, dropout))
 
 
 def weights_of(model):

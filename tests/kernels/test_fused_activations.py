@@ -6,7 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from gptj8.kernels.fused import fuse_activations
-from gptj8.models import load_model
+from gptj8.model.loading import load_model
 from gptj8.quantization.layers import Frozen8bitModule
 
 CPU = torch.device("cpu")

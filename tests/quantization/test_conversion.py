@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import gptj8
-from gptj8.models import load_model
+from gptj8.model.loading import load_model
 from gptj8.quantization import shards
 from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config

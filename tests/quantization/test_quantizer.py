@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gptj8
-from gptj8.models import load_model
+from gptj8.model.loading import load_model
 from gptj8.quantization.codec import QuantizationError
 from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitLinear
 from gptj8.runtime.errors import UserError

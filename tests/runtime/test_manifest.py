@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from gptj8.models import load_model
+from gptj8.model.loading import load_model
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.manifest import verify_manifest
 

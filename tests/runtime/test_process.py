@@ -81,9 +81,9 @@ LEFT_OUT = """
 import sys
 from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 def main():
-    import torch import gptj8.adapters, gptj8.dataset.prepared.dataset,
-    gptj8.dataset.prepared.examples, gptj8.memory.stage, gptj8.models import
-    gptj8.evaluation.likelihood, gptj8.dataset.prepared.prompts, gptj8.reference, gptj8.tracking
+    import torch import gptj8.model.adapters, gptj8.dataset.prepared.dataset,
+    gptj8.dataset.prepared.examples, gptj8.memory.stage, gptj8.model.loading import
+    gptj8.model.scoring.likelihood, gptj8.dataset.prepared.prompts, gptj8.reference, gptj8.tracking
     from gptj8.training import train no_gpu = torch.__version__.endswith("+cpu") for name in
     (*UNUSED_IN_TRAINING, *(["triton"] if no_gpu else [])):
         assert not [module for module in sys.modules if module.startswith(name + ".")], name

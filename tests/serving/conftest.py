@@ -11,10 +11,10 @@ import pytest
 import torch
 import uvicorn
 
-from gptj8.adapters import add_adapter
 from gptj8.export import collect, describe
-from gptj8.generation import generate_greedily
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.generation.batch import generate_greedily
+from gptj8.model.loading import load_model
 from gptj8.params.sections import parse_params, resolved
 from gptj8.reference import save_reference
 from gptj8.serving.app import Limits, Server, create_app
@@ -52,7 +52,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = load_model(tiny_8bit_dir, torch.float32, torch.device("cpu"))
-    model = add_adapter(model, "lora", "all-linear", 4, 8, 0.0)
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)

@@ -14,7 +14,7 @@ import pytest
 import requests
 import torch
 
-from gptj8.generation import GenerationBatch
+from gptj8.model.generation.batch import GenerationBatch
 from gptj8.serving.app import Limits
 from tests.serving.conftest import LABELS, held, running, until
 
@@ -360,7 +360,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(predictors, monkeypa
 
 
 def sampling(tokens):
-    from gptj8.generation import Sampling
+    from gptj8.model.generation.batch import Sampling
 
     return Sampling(tokens)
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from gptj8.generation import GenerationBatch, Sampling
+from gptj8.model.generation.batch import GenerationBatch, Sampling
 from gptj8.serving.engine import BusyError, Engine
 from tests.serving.conftest import greedy, held, until
 
@@ -174,7 +174,7 @@ def test_no_memory_to_take_a_row_out_is_survived(make_engine, predictor, monkeyp
         raise MemoryError
 
     with monkeypatch.context() as broken:
-        broken.setattr("gptj8.generation._GrowingLayer.select", no_memory)
+        broken.setattr("gptj8.model.generation.batch._GrowingLayer.select", no_memory)
         future = engine.generate([8, 9], Sampling(2 if leaving == "finished" else 90))
         if leaving == "cancelled":
             until(lambda: engine.active == 2 or other.done())

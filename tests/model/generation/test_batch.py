@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from gptj8.adapters import add_adapter
-from gptj8.generation import GenerationBatch, Sampling, generate_greedily
-from gptj8.models import load_model
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.generation.batch import GenerationBatch, Sampling, generate_greedily
+from gptj8.model.loading import load_model
 from gptj8.runtime.errors import UserError
 from tests.helpers.small_models import ARCHITECTURES, VOCABULARY, make_model
 
@@ -29,7 +29,7 @@ def model(request):
     base = load_model(request.getfixturevalue("tiny_8bit_dir"), torch.float32, torch.device("cpu"))
     if request.param == "8bit":
         return base
-    adapted = add_adapter(base, "lora", "all-linear", 4, 8, 0.0)
+    adapted = add_adapter(base, AdapterSpec(r=4, lora_alpha=8))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -269,7 +269,7 @@ def test_a_prompt_that_fails_leaves_the_others_as_they_were(gptj, monkeypatch):
 
 
 def test_memory_that_runs_out_as_a_row_joins_leaves_no_half_joined_cache(gptj, monkeypatch):
-    from gptj8 import generation
+    from gptj8.model.generation import batch as module
 
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     batch.add([[5, 6]], [Sampling(10)])
@@ -281,8 +281,8 @@ def test_memory_that_runs_out_as_a_row_joins_leaves_no_half_joined_cache(gptj, m
             raise MemoryError
         return append(layer, other)
 
-    append = generation._GrowingLayer.append
-    monkeypatch.setattr(generation._GrowingLayer, "append", fail_at_the_second_layer)
+    append = module._GrowingLayer.append
+    monkeypatch.setattr(module._GrowingLayer, "append", fail_at_the_second_layer)
     with pytest.raises(MemoryError):
         batch.add([[7]], [Sampling(10)])
     assert batch.rows == []

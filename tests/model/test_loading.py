@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gptj8 import models
-from gptj8.evaluation.likelihood import score_labels
-from gptj8.evaluation.perplexity import score_documents
-from gptj8.generation import generate_greedily
-from gptj8.models import load_model, load_original
+from gptj8.model import loading
+from gptj8.model.generation.batch import generate_greedily
+from gptj8.model.loading import load_model, load_original
+from gptj8.model.scoring.likelihood import score_labels
+from gptj8.model.scoring.perplexity import score_documents
 
 CPU = torch.device("cpu")
 DOCUMENTS = [[1, 5, 6, 7, 8, 9], [2, 11, 12], list(range(20, 60))]
@@ -45,10 +45,10 @@ def test_a_model_within_the_bound_is_held(tiny_model_dir):
 def test_the_original_takes_no_more_than_its_copy(tiny_model_dir, tiny_8bit_dir, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        models, "load_model", lambda *a, max_resident_bytes: asked.append(max_resident_bytes)
+        loading, "load_model", lambda *a, max_resident_bytes: asked.append(max_resident_bytes)
     )
     size = sum(file.stat().st_size for file in tiny_8bit_dir.iterdir())
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
-    monkeypatch.setattr(models, "LARGE_BYTES", 0)
+    monkeypatch.setattr(loading, "LARGE_BYTES", 0)
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
     assert asked == [1 << 30, size // 2]

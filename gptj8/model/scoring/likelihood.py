@@ -36,14 +36,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.evaluation.batching import (
+from gptj8.model.scoring.batching import (
     MAX_LOGITS,
     for_each_batch,
     max_batch_tokens,
     pad_right,
     plan_batches,
 )
-from gptj8.evaluation.perplexity import log_normalizers, score_sequences
+from gptj8.model.scoring.perplexity import log_normalizers, score_sequences
 from gptj8.runtime.distributed import each_a_share
 from gptj8.runtime.errors import UserError
 

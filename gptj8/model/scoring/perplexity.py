@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, pad_right, plan_batches
+from gptj8.model.scoring.batching import for_each_batch, max_batch_tokens, pad_right, plan_batches
 from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:

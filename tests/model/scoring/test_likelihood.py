@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.evaluation import likelihood
-from gptj8.evaluation.likelihood import is_packable, score_labels, score_labels_one_by_one
+from gptj8.model.scoring import likelihood
+from gptj8.model.scoring.likelihood import is_packable, score_labels, score_labels_one_by_one
 from gptj8.runtime.errors import UserError
 
 # Labels of one token, of several, one that begins another, and two that are the same.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gptj8.dataset.prepared.prompts import TextEncoder
-from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, plan_batches
-from gptj8.generation import cache_bytes_per_token, generate_greedily
+from gptj8.model.generation.batch import cache_bytes_per_token, generate_greedily
+from gptj8.model.scoring.batching import for_each_batch, max_batch_tokens, plan_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel

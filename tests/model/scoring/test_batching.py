@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.evaluation.batching import for_each_batch, max_batch_tokens, pad_right, plan_batches
+from gptj8.model.scoring.batching import for_each_batch, max_batch_tokens, pad_right, plan_batches
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 100])

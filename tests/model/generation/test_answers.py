@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptj8.evaluation import answers
-from gptj8.evaluation.answers import write_answers
-from gptj8.generation import cache_bytes_per_token, generate_greedily
+from gptj8.model.generation import answers
+from gptj8.model.generation.answers import write_answers
+from gptj8.model.generation.batch import cache_bytes_per_token, generate_greedily
 
 TOKENS = 5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,39 +16,59 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from gptj8.params.sections import Finetune
 
-def add_adapter(
-    model: PreTrainedModel,
-    method: str,
-    target: str | Sequence[str],
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-) -> PeftModel:
-    """Freeze the model and add trainable weights in float32.
 
-    Args:
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is trained.
+
+    Attributes:
         method: "lora" (Hu et al., arXiv:2106.09685), or "layernorm": train only the normalization
             layers' weights (Zhao et al., arXiv:2312.11420).
         target: for LoRA: "attention" (the projections that PEFT adapts by default for the
             architecture, as in the paper: query and value), "all-linear" (all but the head), or
             names of modules.
         r, lora_alpha, lora_dropout: see `peft.LoraConfig`.
+    """
+
+    method: str = "lora"
+    target: str | Sequence[str] = "all-linear"
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+
+    @classmethod
+    def from_params(cls, finetune: Finetune) -> AdapterSpec:
+        """Return what the params' section `finetune` asks for."""
+        return cls(
+            finetune.method, finetune.target, finetune.r, finetune.lora_alpha, finetune.lora_dropout
+        )
+
+    def __str__(self) -> str:
+        if self.method != "lora":
+            return "LayerNorms"
+        names = self.target if isinstance(self.target, str) else ", ".join(self.target)
+        return f"LoRA r={self.r} on {names}"
+
+
+def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> PeftModel:
+    """Freeze the model and add trainable weights in float32.
 
     Raises:
         UserError: if the architecture has no default or no module has a name in `target`.
     """
     from peft import get_peft_model
 
-    if method == "lora":
-        config = _lora_config(model, target, r, lora_alpha, lora_dropout)
+    if spec.method == "lora":
+        config = _lora_config(model, spec)
     else:
         config = _layernorm_config(model)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"finetune.target = {target!r} cannot be adapted: {reason}") from error
+        raise UserError(f"finetune.target = {spec.target!r} cannot be adapted: {reason}") from error
     for parameter in adapted.parameters():
         # 16-bit weights lose small updates, and gradient scaling refuses 16-bit gradients.
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -87,19 +108,13 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _lora_config(
-    model: PreTrainedModel,
-    target: str | Sequence[str],
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-) -> PeftConfig:
+def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_MODULES
 
-    if target == "all-linear":
+    if spec.target == "all-linear":
         modules: str | list[str] = "all-linear"
-    elif target == "attention":
+    elif spec.target == "attention":
         architecture = model.config.model_type
         if architecture not in DEFAULT_MODULES:
             raise UserError(
@@ -108,12 +123,12 @@ def _lora_config(
             )
         modules = list(DEFAULT_MODULES[architecture])
     else:
-        modules = list(target)
+        modules = list(spec.target)
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a float works
-        lora_dropout=lora_dropout,
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # a float works
+        lora_dropout=spec.lora_dropout,
         target_modules=modules,
     )
 

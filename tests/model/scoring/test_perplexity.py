@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gptj8.evaluation import perplexity
-from gptj8.evaluation.perplexity import (
+from gptj8.evaluation.suite import Documents
+from gptj8.model.scoring import perplexity
+from gptj8.model.scoring.perplexity import (
     DocumentScores,
     context_length,
     plan_windows,
@@ -18,7 +19,6 @@ from gptj8.evaluation.perplexity import (
     score_sequences,
     token_nll,
 )
-from gptj8.evaluation.suite import Documents
 from gptj8.runtime.errors import UserError
 
 
