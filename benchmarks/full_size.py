@@ -120,10 +120,10 @@ def train(converted: Path) -> dict[str, float]:
     import torch
 
     from benchmarks.methods import training_loss
-    from gptj8.checkpointing import set_checkpointing
-    from gptj8.heap import trimmed
     from gptj8.model.adapters import AdapterSpec, add_adapter
     from gptj8.model.loading import load_model, pick_device, pick_dtype
+    from gptj8.training.activation_checkpointing import set_checkpointing
+    from gptj8.training.heap import trimmed
 
     device = pick_device()
     dtype = pick_dtype("auto", device)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute
 
 if TYPE_CHECKING:
-    from gptj8.checkpointing import Kind
+    from gptj8.training.activation_checkpointing import Kind
 
 _GPTJ = {"model_type": "gptj", "n_positions": 2048, "n_head": 16, "rotary_dim": 64}
 _LLAMA = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -123,7 +123,8 @@ def measure(
     from gptj8.model.loading import load_model, pick_device, pick_dtype
     from gptj8.quantization.quantizer import Blockwise8bitConfig
     from gptj8.runtime.machine import peak_memory_gib
-    from gptj8.training import TrainingSettings, train
+    from gptj8.training.loop import train
+    from gptj8.training.settings import TrainingSettings
 
     device = pick_device()
     dtype = pick_dtype("auto", device)

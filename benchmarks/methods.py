@@ -106,7 +106,7 @@ def build(
         model.requires_grad_(False), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     ).to(device)
     if is_ours:
-        from gptj8.checkpointing import set_checkpointing
+        from gptj8.training.activation_checkpointing import set_checkpointing
 
         set_checkpointing(model, "selective" if method == "gptj8-selective" else "full")
     else:
@@ -218,7 +218,7 @@ def training_loss(method: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the mean loss over a sequence; gptj8 as its trainer computes it."""
     if not method.startswith("gptj8"):
         return model(input_ids=ids, labels=ids).loss
-    from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
+    from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
 
     head = frozen_head(model)
     assert head is not None

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from gptj8.dataset.prepared.dataset import PreparedDataset
     from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.model.adapters import AdapterSpec
-    from gptj8.training import Checkpoints, LossLost, TrainingSettings
+    from gptj8.training.saved_states import SavedStates
+    from gptj8.training.settings import TrainingSettings
+    from gptj8.training.trouble import TrainingDivergedError
 
 DATASET = Path("artifacts/dataset")
 BASE = Path("artifacts/base-8bit")
@@ -61,7 +63,9 @@ def main() -> None:
         )
         from gptj8.model.loading import load_model, pick_device, pick_dtype
         from gptj8.reference import choose_prompts, save_reference
-        from gptj8.training import LossLost, TrainingSettings, train, try_step
+        from gptj8.training.loop import train, try_step
+        from gptj8.training.settings import TrainingSettings
+        from gptj8.training.trouble import TrainingDivergedError
 
         join()
         device = pick_device()
@@ -95,7 +99,7 @@ def main() -> None:
                 _label_accuracy(params, dataset, encoder),
                 checkpoints,
             )
-        except LossLost as error:
+        except TrainingDivergedError as error:
             raise UserError(_of_rows(error, dataset)) from None
         leave()
         round_layernorms(adapted, dtype)
@@ -136,13 +140,13 @@ def _describe(spec: AdapterSpec, settings: TrainingSettings, rows: int) -> str:
 
 def _checkpoints(
     params: Params, settings: TrainingSettings, device: torch.device, dtype: torch.dtype
-) -> Checkpoints:
+) -> SavedStates:
     """Return where states of this training lie, and nothing that another one saved.
 
     How a step's rows are divided, and what is computed again, may change when a training goes on:
     then it needs less memory.
     """
-    from gptj8.training import Checkpoints, training_key
+    from gptj8.training.saved_states import SavedStates, training_key
 
     of_memory = {
         "per_device_train_batch_size",
@@ -162,10 +166,10 @@ def _checkpoints(
     key = training_key(decided_by, DATASET / MANIFEST, BASE / MANIFEST)
     minutes = params.finetune.save_minutes
     every = None if minutes is None else 60 * minutes
-    return Checkpoints(state_folder() / "checkpoints", key, every)
+    return SavedStates(state_folder() / "checkpoints", key, every)
 
 
-def _of_rows(error: LossLost, dataset: PreparedDataset) -> str:
+def _of_rows(error: TrainingDivergedError, dataset: PreparedDataset) -> str:
     """Return what went wrong with the rows of the user's files that it happened on."""
     if dataset.task == "text" or not error.examples:  # an example is then of many rows
         return str(error)

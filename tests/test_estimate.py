@@ -12,12 +12,11 @@ import transformers
 import gptj8
 from benchmarks import memory as benchmark
 from gptj8 import cli
-from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory import estimate as estimating
 from gptj8.memory.estimate import Estimator, Plan, plan_of
-from gptj8.memory.fitting import Fit, choose_fit, confirm, divisors, longest_of
+from gptj8.memory.fitting import choose_fit
 from gptj8.memory.skeleton import build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
 from gptj8.model.adapters import AdapterSpec, add_adapter
@@ -25,7 +24,10 @@ from gptj8.model.loading import load_model
 from gptj8.params.sections import load_params, parse_params
 from gptj8.runtime import process
 from gptj8.runtime.errors import UserError
-from gptj8.training import TrainingSettings, train, try_step
+from gptj8.training.activation_checkpointing import KINDS, set_checkpointing
+from gptj8.training.fit import Fit, confirm, divisors, longest_of
+from gptj8.training.loop import train, try_step
+from gptj8.training.settings import TrainingSettings
 from tests.helpers.architectures import ARCHITECTURES, COMMON
 from tests.helpers.paths import ROOT
 

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.checkpointing import Kind
 from gptj8.dataset.prepared.examples import padded_length
-from gptj8.heap import large_blocks
 from gptj8.memory.skeleton import Weights, build, layers_of, weigh, with_layers
 from gptj8.memory.trace import Batch, Trace, trace_evaluation, trace_training_step
 from gptj8.model.adapters import AdapterSpec
@@ -29,6 +27,8 @@ from gptj8.model.scoring.batching import MAX_LOGITS, max_batch_tokens
 from gptj8.model.scoring.perplexity import context_length
 from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.process import COMPILED_PRODUCTS
+from gptj8.training.activation_checkpointing import Kind
+from gptj8.training.heap import large_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +43,8 @@ _SHALLOW, _DEEP = 2, 4
 # process of `restart_with_malloc_settings`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
-# Where large blocks are trained with their inputs kept alone (`gptj8.heap`; GPT-J-6B's shape).
+# Where large blocks are trained with their inputs kept alone (`gptj8.training.heap`; GPT-J-6B's
+# shape).
 _MOST_UNUSED_TRIMMED = 64 << 20
 # What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
 # that grows with the matrix.

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptj8.checkpointing import Kind
 from gptj8.dataset.prepared.examples import lengths_of
 from gptj8.memory import calibration, machine
 from gptj8.memory.estimate import Estimator, plan_of
-from gptj8.memory.fitting import USED, Fit, choose_fit, confirm, longest_of
+from gptj8.memory.fitting import USED, choose_fit
 from gptj8.memory.skeleton import read_config
 from gptj8.runtime.distributed import from_main, is_main_process, process_count, processes_here
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
+from gptj8.training.activation_checkpointing import Kind
+from gptj8.training.fit import Fit, confirm, longest_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

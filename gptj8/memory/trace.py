@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.kernels import dispatch, operators
-from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime.process import LARGE_BLOCK
+from gptj8.training.activation_checkpointing import Kind, set_checkpointing
+from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -142,8 +142,9 @@ class Finetune(Section):
     """Sequences an optimizer step, which auto divides; null: 8. A number beside a number of
     `per_device_train_batch_size` must be the product of the other two."""
     checkpointing: Literal["full", "reuse", "selective", "none", "auto"] = "auto"
-    """What is computed again in backward instead of kept (`gptj8.checkpointing`); auto: as little
-    as the memory allows. The result is the same."""
+    """What is computed again in backward instead of kept
+    (`gptj8.training.activation_checkpointing`); auto: as little as the memory allows. The result is
+    the same."""
     optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt = 100

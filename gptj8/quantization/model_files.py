@@ -152,7 +152,7 @@ def _model_name(
 ) -> str | None:
     """Return what the model calls a tensor of the checkpoint; None if it has no place for it.
 
-    Checkpoints of before a renaming in transformers, or of the model without its head, have other
+    SavedStates of before a renaming in transformers, or of the model without its head, have other
     names; transformers' own table is asked.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping

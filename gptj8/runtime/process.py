@@ -74,8 +74,8 @@ def set_defaults() -> None:
 
     Also silences messages of libraries that are about each other and not about the user: a 4-bit
     CPU kernel that bitsandbytes would fetch from the Hub, a name that PEFT still uses and
-    transformers has renamed, and PEFT's doubts about LayerNorms, which it trains (tests/
-    test_training.py) though it knows them no device for.
+    transformers has renamed, and PEFT's doubts about LayerNorms, which it trains (tests/training/
+    test_loop.py) though it knows them no device for.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -1,19 +1,5 @@
 """Fine-tuning on the frozen 8-bit model through `transformers.Trainer`.
 
-`train` runs it from wherever it was interrupted (`gptj8.training.checkpoints`) to its end.
+`loop.train` runs it from wherever it was interrupted (`saved_states`) to its end. This file imports
+nothing: whoever asks for a part does not pay for the Trainer.
 """
-
-from gptj8.training.checkpoints import Checkpoints, training_key
-from gptj8.training.loop import train, try_step
-from gptj8.training.settings import TrainingResult, TrainingSettings
-from gptj8.training.trouble import LossLost
-
-__all__ = [
-    "Checkpoints",
-    "LossLost",
-    "TrainingResult",
-    "TrainingSettings",
-    "train",
-    "training_key",
-    "try_step",
-]

@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PrinterCallback
 
-from gptj8.checkpointing import Kind, set_checkpointing
 from gptj8.dataset.prepared.examples import Example
-from gptj8.heap import trimmed
 from gptj8.kernels import operators
-from gptj8.memory.fitting import is_out_of_memory
 from gptj8.model.adapters import trainable_parameters
 from gptj8.runtime.distributed import (
     from_main,
@@ -27,10 +24,13 @@ from gptj8.runtime.distributed import (
 )
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.progress import format_seconds
+from gptj8.training.activation_checkpointing import Kind, set_checkpointing
 from gptj8.training.batches import Collator
-from gptj8.training.checkpoints import Checkpoints, Saved
+from gptj8.training.fit import is_out_of_memory
+from gptj8.training.heap import trimmed
 from gptj8.training.monitor import Monitor
 from gptj8.training.progress import TrainingProgress
+from gptj8.training.saved_states import Saved, SavedStates
 from gptj8.training.settings import (
     TrainingResult,
     TrainingSettings,
@@ -39,7 +39,7 @@ from gptj8.training.settings import (
 )
 from gptj8.training.state import random_state, set_random_state
 from gptj8.training.trainer import CompletionTrainer, summed_loss
-from gptj8.training.trouble import LossLost
+from gptj8.training.trouble import TrainingDivergedError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +54,7 @@ def train(
     pad_id: int,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
     eval_accuracy: Callable[[PeftModel, int], float] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: SavedStates | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
 
@@ -71,7 +71,7 @@ def train(
             kept the result clears them.
 
     Raises:
-        LossLost: if the loss is not finite, or grows without bound.
+        TrainingDivergedError: if the loss is not finite, or grows without bound.
         UserError: if nothing was learned, or not one sequence at a time fits into memory.
     """
     untrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -114,7 +114,7 @@ def _within_memory(
     model: PeftModel,
     untrained: Mapping[str, torch.Tensor],
     settings: TrainingSettings,
-    checkpoints: Checkpoints | None,
+    checkpoints: SavedStates | None,
 ) -> TrainingResult:
     """Train, and where memory ends go on with fewer sequences at a time."""
     drawn = random_state()
@@ -171,9 +171,9 @@ def _to_the_end(
                     _say(f"the state after step {int(folder.name.split('-')[1])} is kept")
         raise
     finally:
-        trainer.let_signals_come()
+        trainer.release_signals()
     if not math.isfinite(monitor.eval_loss):
-        raise LossLost(f"the validation loss is {monitor.eval_loss} at the end")
+        raise TrainingDivergedError(f"the validation loss is {monitor.eval_loss} at the end")
     tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
     return TrainingResult(
         train_loss=float(output.training_loss),
@@ -195,7 +195,7 @@ def _is_worth_keeping(error: BaseException) -> bool:
     """Whether the weights are good that an error leaves, and another attempt will want them."""
     if process_count() > 1:  # which may have been stopped after different steps
         return False
-    if isinstance(error, LossLost):
+    if isinstance(error, TrainingDivergedError):
         return error.weights_are_good
     return isinstance(error, KeyboardInterrupt | SystemExit) or is_out_of_memory(error)
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from gptj8.runtime.distributed import process_count, process_number
 from gptj8.runtime.machine import memory_gib
 from gptj8.training.settings import autocast
-from gptj8.training.trouble import LossLost, is_exploded
+from gptj8.training.trouble import TrainingDivergedError, is_exploded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,7 +123,7 @@ class Monitor(TrainerCallback):
         self.eval_loss = values.get("eval_loss", self.eval_loss)
         if "loss" in values:
             if is_exploded(values["loss"], model.config.vocab_size):
-                raise LossLost(
+                raise TrainingDivergedError(
                     f"the loss has grown to {values['loss']:.3g} at step {state.global_step}"
                 )
             values["tokens_per_second"] = self.tokens_per_second

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from gptj8.checkpointing import Kind
-from gptj8.memory.fitting import divisors
 from gptj8.runtime.distributed import process_count
+from gptj8.training.activation_checkpointing import Kind
+from gptj8.training.fit import divisors
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from gptj8.memory.fitting import Fit
     from gptj8.params.sections import Finetune
+    from gptj8.training.fit import Fit
 
 
 @dataclass(frozen=True)

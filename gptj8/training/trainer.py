@@ -12,19 +12,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from gptj8.dataset.prepared.examples import IGNORED
-from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.runtime.distributed import each_a_share, from_main, process_count, process_number
-from gptj8.signals import HeldSignals
 from gptj8.training.batches import RowOrder
-from gptj8.training.checkpoints import Checkpoints, Saved
+from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.training.monitor import Monitor
+from gptj8.training.saved_states import Saved, SavedStates
+from gptj8.training.signals import HeldSignals
 from gptj8.training.state import (
     optimizer_state,
     random_state,
     set_optimizer_state,
     set_random_state,
 )
-from gptj8.training.trouble import LossLost
+from gptj8.training.trouble import TrainingDivergedError
 
 
 def summed_loss(
@@ -80,7 +80,7 @@ class CompletionTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *, monitor: Monitor, checkpoints: Checkpoints | None, **arguments: Any
+        self, *, monitor: Monitor, checkpoints: SavedStates | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self._monitor, self._checkpoints = monitor, checkpoints
@@ -170,18 +170,18 @@ class CompletionTrainer(Trainer):
 
     def _lose(self, what: str, step: int, weights_are_good: bool) -> None:
         examples = [] if self._rows is None else self._rows.rows_of_step(step)
-        raise LossLost(f"{what} at step {step + 1}", examples, weights_are_good)
+        raise TrainingDivergedError(f"{what} at step {step + 1}", examples, weights_are_good)
 
     # States.
 
-    def step_begins_to_count(self) -> None:
+    def begin_update(self) -> None:
         """From here on until the state of the step's end is known, nothing interrupts, and there is
         nothing that could be saved."""
         if self._checkpoints is not None:
             self._held.hold()
             self._last = None
 
-    def let_signals_come(self) -> None:
+    def release_signals(self) -> None:
         """End the waiting of signals, if a step ended in an error."""
         self._held.release()
 
@@ -264,7 +264,7 @@ class CompletionTrainer(Trainer):
         return from_main(lambda: self._write(checkpoints, last, processes))
 
     def _write(
-        self, checkpoints: Checkpoints, last: dict[str, Any], processes: list[dict[str, Any]]
+        self, checkpoints: SavedStates, last: dict[str, Any], processes: list[dict[str, Any]]
     ) -> Path:
         args = self.args
         content = {
@@ -316,7 +316,7 @@ class CompletionTrainer(Trainer):
         if self._resumed is not None:
             set_random_state(self._resumed["now"])
 
-    def take_up(self) -> None:
+    def finish_resumed_step(self) -> None:
         """Finish the step that was saved: what Trainer forgets, and what the step still asked for.
 
         Called when Trainer is about to begin the next step.
@@ -360,10 +360,10 @@ class _Moments(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.take_up()
+        self._trainer.finish_resumed_step()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.begin_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.step_begins_to_count()
+        self._trainer.begin_update()

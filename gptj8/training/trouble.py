@@ -15,7 +15,7 @@ _SHOWN = 16
 _WAY_OUT = "look at those rows, or lower finetune.learning_rate or max_grad_norm"
 
 
-class LossLost(UserError):
+class TrainingDivergedError(UserError):
     """Training stopped because of its loss or gradients.
 
     Attributes:

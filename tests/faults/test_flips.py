@@ -15,7 +15,7 @@ from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.model.loading import load_adapter, load_model
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.manifest import MANIFEST, verify_manifest
-from gptj8.training import Checkpoints
+from gptj8.training.saved_states import SavedStates
 from gptj8.training.state import random_state
 
 _FOLDERS = {
@@ -31,7 +31,7 @@ _FOLDERS = {
 def project(undisturbed, tmp_path_factory):
     """A project's artifacts, and a checkpoint beside them."""
     twin = undisturbed.copy(tmp_path_factory.mktemp("flipped") / "project")
-    states = Checkpoints(twin.folder / "checkpoints", "k" * 64, None)
+    states = SavedStates(twin.folder / "checkpoints", "k" * 64, None)
     states.save(3, {"weights": torch.randn(64, 64), "random": random_state()})
     return twin.folder
 
@@ -149,7 +149,7 @@ def test_what_is_damaged_is_not_used(project, kind, name):
 
 
 def test_a_damaged_checkpoint_is_not_used(project, capsys):
-    states = Checkpoints(project / "checkpoints", "k" * 64, None)
+    states = SavedStates(project / "checkpoints", "k" * 64, None)
     file = project / _FOLDERS["checkpoint"] / "tensors.safetensors"
     content = file.read_bytes()
     file.write_bytes(flipped(content, 4 * len(content)))

@@ -15,7 +15,7 @@ from gptj8.dataset.readers.sources import find_sources
 from gptj8.model.loading import load_adapter, load_model
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
-from gptj8.training import Checkpoints
+from gptj8.training.saved_states import SavedStates
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def test_in_an_adapters_weights(tiny_8bit_dir, tmp_path, song, refused, tally):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "state.json"])
 def test_in_a_checkpoint(tmp_path, song, tally, name):
-    states = Checkpoints(tmp_path / "states", "k" * 64, None)
+    states = SavedStates(tmp_path / "states", "k" * 64, None)
     folder = states.save(1, {"weight": torch.zeros(3)})
     (folder / name).write_bytes(pickle.dumps(Canary(song)))
     states.latest()

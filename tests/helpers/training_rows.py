@@ -7,7 +7,8 @@ import torch
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
-from gptj8.training import TrainingSettings, train
+from gptj8.training.loop import train
+from gptj8.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4

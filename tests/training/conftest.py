@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptj8.training import Checkpoints
+from gptj8.training.saved_states import SavedStates
 from tests.helpers.training_rows import rows
 
 
@@ -13,4 +13,4 @@ def examples(tiny_8bit_dir):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    return lambda every=0.0: Checkpoints(tmp_path / "checkpoints", "k" * 64, every)
+    return lambda every=0.0: SavedStates(tmp_path / "checkpoints", "k" * 64, every)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gptj8.runtime.errors import UserError
-from gptj8.training import Checkpoints, training_key
 from gptj8.training.batches import RowOrder
+from gptj8.training.saved_states import SavedStates, training_key
 from gptj8.training.trainer import CompletionTrainer
 from tests.helpers.training_rows import assert_same, changed, trained
 
@@ -182,7 +182,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
 
 
 def test_states_that_are_not_usable_do_not_push_out_good_ones(tmp_path, capsys):
-    states = Checkpoints(tmp_path, "k" * 64, None)
+    states = SavedStates(tmp_path, "k" * 64, None)
     for step in (500, 520):
         (states.save(step, {"x": torch.zeros(2)}) / "state.json").unlink()
     assert states.latest() is None
@@ -198,9 +198,9 @@ def test_a_key_needs_its_inputs(tmp_path):
 
 
 def test_what_another_training_saved_is_not_used(tiny_8bit_dir, examples, tmp_path, capsys):
-    first = Checkpoints(tmp_path, "a" * 64, 0.0)
+    first = SavedStates(tmp_path, "a" * 64, 0.0)
     trained(tiny_8bit_dir, examples, checkpoints=first)
-    other = Checkpoints(tmp_path, "b" * 64, 0.0)
+    other = SavedStates(tmp_path, "b" * 64, 0.0)
     assert other.latest() is None
     first.folder.rename(other.folder)
     assert other.latest() is None

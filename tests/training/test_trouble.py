@@ -10,9 +10,9 @@ import torch
 
 from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.runtime.errors import UserError
-from gptj8.training import LossLost
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
+from gptj8.training.trouble import TrainingDivergedError
 from tests.helpers.prepared_dataset import write_prepared
 from tests.helpers.training_rows import SETTINGS, assert_same, changed, trained
 
@@ -52,7 +52,7 @@ def test_a_lost_loss_names_its_rows_and_keeps_the_weights_before(
     states = checkpoints(None)
     with monkeypatch.context() as patch:
         poison(patch, 12, what)  # the second micro-batch of the sixth step
-        with pytest.raises(LossLost, match=message) as caught:
+        with pytest.raises(TrainingDivergedError, match=message) as caught:
             trained(tiny_8bit_dir, examples, checkpoints=states)
     expected = RowOrder(examples, 4, SETTINGS.seed).rows_of_step(5)
     assert caught.value.examples == expected
@@ -68,7 +68,9 @@ def test_a_loss_that_explodes_stops_the_training(tiny_8bit_dir, examples, monkey
     monkeypatch.setattr(
         CompletionTrainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * 5
     )
-    with pytest.raises(LossLost, match=r"the loss has grown to \S+ at step 2; look at those"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"the loss has grown to \S+ at step 2; look at those"
+    ):
         trained(tiny_8bit_dir, examples)
 
 
@@ -160,7 +162,7 @@ def test_a_gpus_loss_is_looked_at_later(tiny_8bit_dir, examples, monkeypatch):
 
     monkeypatch.setattr(CompletionTrainer, "_look_at", look_at)
     reason = "the loss or the norm of its gradients is nan at step 3"
-    with pytest.raises(LossLost, match=reason) as caught:
+    with pytest.raises(TrainingDivergedError, match=reason) as caught:
         trained(tiny_8bit_dir, examples)
     assert caught.value.examples == RowOrder(examples, 4, SETTINGS.seed).rows_of_step(2)
     assert not caught.value.weights_are_good
@@ -182,7 +184,7 @@ def test_the_stage_names_rows_as_the_user_knows_them(tmp_path):
     rows = pd.DataFrame([["t", "l", f"{n % 2}.csv", 10 + n] for n in range(6)], columns=columns)
     splits = {"train": rows, "validation": rows[:1], "test": rows[:1]}
     write_prepared(tmp_path, "classification", splits)
-    lost = LossLost("the loss is nan at step 3", [4, 1])
+    lost = TrainingDivergedError("the loss is nan at step 3", [4, 1])
     assert _of_rows(lost, load_prepared(tmp_path)) == (
         "the loss is nan at step 3 on 0.csv:14, 1.csv:11; look at those rows, or lower "
         "finetune.learning_rate or max_grad_norm"

@@ -10,10 +10,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gptj8
 from benchmarks import memory as benchmark
-from gptj8.heap import large_blocks, trimmed
 from gptj8.memory.skeleton import build
 from gptj8.model.adapters import AdapterSpec
 from gptj8.runtime.machine import own_bytes
+from gptj8.training.heap import large_blocks, trimmed
 from tests.helpers.architectures import COMMON
 
 SHAPE = AdapterSpec(target="attention")

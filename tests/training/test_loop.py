@@ -13,10 +13,10 @@ from gptj8.model.scoring.likelihood import label_accuracy, score_labels
 from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.reference import compare_in_fresh_process, save_reference
 from gptj8.runtime.errors import UserError
-from gptj8.training import TrainingSettings, train
 from gptj8.training.batches import Collator
+from gptj8.training.loop import train
 from gptj8.training.monitor import Monitor
-from gptj8.training.settings import training_arguments
+from gptj8.training.settings import TrainingSettings, training_arguments
 from gptj8.training.trainer import CompletionTrainer
 from tests.helpers.training_rows import CPU, ROWS, rows
 

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from gptj8 import loss
-from gptj8.loss import frozen_cross_entropy, frozen_head, input_of
 from gptj8.quantization.codec import quantize_blockwise
 from gptj8.quantization.layers import frozen_twin, full_precision_twin
+from gptj8.training import loss
+from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
 
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -74,7 +74,7 @@ class Saved:
 
     Attributes:
         step: after which it was saved.
-        content: as given to `Checkpoints.save`, with lists for tuples and strings for keys.
+        content: as given to `SavedStates.save`, with lists for tuples and strings for keys.
         folder: where it lies.
         age: seconds since it was saved.
     """
@@ -85,7 +85,7 @@ class Saved:
     age: float
 
 
-class Checkpoints:
+class SavedStates:
     """The states of one training.
 
     Args:
@@ -107,7 +107,7 @@ class Checkpoints:
         return self.every is not None and time.monotonic() - self._saved_at >= self.every
 
     @contextmanager
-    def alone(self) -> Iterator[Checkpoints]:
+    def alone(self) -> Iterator[SavedStates]:
         """Keep other processes from the same training, which would write over each other's states.
 
         Of several processes that share a training, the main one does.

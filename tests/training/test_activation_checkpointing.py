@@ -5,14 +5,15 @@ import torch
 import transformers
 
 import gptj8
-from gptj8.checkpointing import KINDS, set_checkpointing
 from gptj8.kernels import operators
 from gptj8.memory.estimate import Estimator, Plan
-from gptj8.memory.fitting import Fit, choose_fit
+from gptj8.memory.fitting import choose_fit
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.params.sections import parse_params
 from gptj8.runtime import process
+from gptj8.training.activation_checkpointing import KINDS, set_checkpointing
+from gptj8.training.fit import Fit
 from tests.helpers.architectures import ARCHITECTURES, COMMON
 
 BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gptj8.signals import HeldSignals
+from gptj8.training.signals import HeldSignals
 
 
 @pytest.fixture
