@@ -167,8 +167,8 @@ def main() -> None:
         return
     import torch
 
-    from gptj8.memory.machine import device_name
     from gptj8.model.loading import pick_device
+    from gptj8.runtime.machine import device_name
 
     machine = f"{device_name(pick_device().type)}, torch {torch.__version__}"
     if arguments.scaling:

@@ -116,7 +116,7 @@ def measure(
     """Estimate, then train two steps; return both peaks in GiB."""
     import torch
 
-    from gptj8.memory import machine
+    from gptj8.memory import process_memory
     from gptj8.memory.estimate import Estimator, Plan
     from gptj8.memory.skeleton import read_config
     from gptj8.model.adapters import AdapterSpec, add_adapter
@@ -142,7 +142,7 @@ def measure(
         checkpointing,
         padded=False,
     )
-    process = machine.process_bytes(str(dtype).removeprefix("torch."))
+    process = process_memory.measure_process_memory(str(dtype).removeprefix("torch."))
     estimate = Estimator(plan, process).training(rows)
     model = add_adapter(load_model(folder, dtype, device), AdapterSpec(method, target, 8, 16, 0.0))
     settings = TrainingSettings(1e-4, 1, rows, checkpointing=checkpointing)

@@ -44,7 +44,7 @@ def main() -> None:
     for request, export in (("classify", EXPORT), ("generate", None)):
         expected = _alone(Predictor.load(BASE, export, given.dtype), request, texts)
         port = _free_port()
-        command = [sys.executable, "-m", "gptj8.cli", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "gptj8.commands.main", "serve", "--port", str(port)]
         command += ["--adapter", export or "none", "--dtype", given.dtype]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
             try:

@@ -14,7 +14,7 @@ from gptj8.runtime.files import write_csv, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
-from gptj8.tracking import stage_run
+from gptj8.tracking.stage import stage_run
 
 OUTPUT = Path("artifacts/base-8bit")
 REPORT = Path("reports/convert")

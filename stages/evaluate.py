@@ -15,7 +15,8 @@ from gptj8.runtime.files import write_json
 from gptj8.runtime.process import run
 from gptj8.runtime.progress import format_seconds
 from gptj8.runtime.story import Story
-from gptj8.tracking import REPORTS, stage_run
+from gptj8.tracking.stage import stage_run
+from gptj8.tracking.stage_results import REPORTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ def main() -> None:
     with stage_run("evaluate", params):
         from gptj8.dataset.prepared.dataset import load_prepared
         from gptj8.evaluation.few_shot import few_shot_prompts
-        from gptj8.evaluation.outside import read_predictions
+        from gptj8.evaluation.other_systems import read_predictions
         from gptj8.evaluation.report import write_classification_reports, write_reports
         from gptj8.evaluation.suite import Comparison, Questions, held_out_documents
         from gptj8.model.loading import (

@@ -12,7 +12,9 @@ from gptj8.params.sections import Params, load_params, resolved
 from gptj8.runtime.files import read_json, replace_directory, write_json
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
-from gptj8.tracking import REPORTS, STAGES, flatten, stage_run
+from gptj8.tracking.journal import flatten
+from gptj8.tracking.stage import stage_run
+from gptj8.tracking.stage_results import REPORTS, STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -34,15 +36,15 @@ def main() -> None:
     )
     with stage_run("export", params) as record:
         from gptj8.evaluation.gate import require_all
-        from gptj8.export import (
+        from gptj8.export.bundle import (
             adapter_bytes,
             collect,
             describe,
             describe_dataset,
             require_same_answers,
         )
+        from gptj8.export.reference_answers import compare_in_fresh_process
         from gptj8.model.loading import pick_device, pick_dtype
-        from gptj8.reference import compare_in_fresh_process
 
         device = pick_device()
         dtype = pick_dtype(params.model.dtype, device)
@@ -65,7 +67,9 @@ def main() -> None:
         write_json(REPORT / "metrics.json", metrics)
         name = params.tracking.registered_model_name
         if name:
-            version = record.register_model(name, BASE, OUTPUT, measured)
+            from gptj8.serving.registry import register_export
+
+            version = register_export(record.open_run, name, BASE, OUTPUT, measured)
             story.say(f"registered as version {version} of {name}")
     story.end(
         f"{metrics['identical_generations']:.0f} of {metrics['compared_prompts']:.0f} prompts "
@@ -83,9 +87,9 @@ def _merge(
     from gptj8.dataset.prepared.dataset import load_prepared
     from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.evaluation.suite import held_out_documents
-    from gptj8.export import MERGED, merge, perplexity_against_tuned, require_same_answers
+    from gptj8.export.bundle import MERGED, merge, perplexity_against_tuned, require_same_answers
+    from gptj8.export.reference_answers import compare_in_fresh_process
     from gptj8.model.loading import load_model
-    from gptj8.reference import compare_in_fresh_process
 
     merged = staging / MERGED
     half = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16

@@ -20,7 +20,7 @@ from gptj8.runtime.manifest import MANIFEST, write_manifest
 from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 from gptj8.runtime.project import state_folder
 from gptj8.runtime.story import Story
-from gptj8.tracking import stage_run
+from gptj8.tracking.stage import stage_run
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,8 @@ def main() -> None:
         from gptj8.dataset.prepared.dataset import load_prepared
         from gptj8.dataset.prepared.examples import prompt_ids
         from gptj8.dataset.prepared.prompts import TextEncoder
-        from gptj8.memory.stage import TrainingMemory
+        from gptj8.export.reference_answers import choose_prompts, save_reference
+        from gptj8.memory.training_memory import TrainingMemory
         from gptj8.model.adapters import (
             AdapterSpec,
             add_adapter,
@@ -62,7 +63,6 @@ def main() -> None:
             trainable_parameters,
         )
         from gptj8.model.loading import load_model, pick_device, pick_dtype
-        from gptj8.reference import choose_prompts, save_reference
         from gptj8.training.loop import train, try_step
         from gptj8.training.settings import TrainingSettings
         from gptj8.training.trouble import TrainingDivergedError

@@ -12,7 +12,7 @@ from __future__ import annotations
 from gptj8.params.sections import load_params
 from gptj8.runtime.process import run
 from gptj8.runtime.story import Story
-from gptj8.tracking import stage_run
+from gptj8.tracking.stage import stage_run
 
 
 def main() -> None:

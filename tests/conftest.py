@@ -104,7 +104,7 @@ def project(tmp_path, monkeypatch, empty_tracking_database):
 def recorded_inline(monkeypatch):
     """Stages are recorded in the process of the test, and not by one that takes seconds to start.
 
-    The process is what tests/test_tracking_faults.py and tests/test_pipeline.py are about.
+    The process is what tests/tracking/test_faults.py and tests/pipeline are about.
     """
     from gptj8.tracking import recorder, sending, stage
 

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+from gptj8.runtime.errors import UserError
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
 
 
 def peak_memory_gib() -> float:
@@ -66,3 +78,60 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # not Linux, or not allowed
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def available_bytes(device: str) -> int:
+    """Return how much memory this process may have in all: what is free, and what it has.
+
+    Args:
+        device: "cpu", within the limits of a container, or "cuda".
+
+    Raises:
+        UserError: if there is no such device, or its memory is not known.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("no GPU is here to ask for its memory; add --memory, such as 8GB")
+        unused, _ = torch.cuda.mem_get_info()
+        # What torch has reserved and does not use it gives to the next that asks.
+        return unused + torch.cuda.memory_reserved()
+    free = _meminfo("MemAvailable")
+    if free is None:
+        raise UserError("this system does not tell how much memory is free; add --memory")
+    for limit_file, usage_file, statistics in _CGROUPS:
+        limit, usage = _number(limit_file), _number(usage_file)
+        if limit is not None and usage is not None:
+            free = min(free, max(0, limit - usage + _reclaimable(statistics)))
+    return free + resident_bytes()
+
+
+def device_name(device: str) -> str:
+    """Return what the processor or GPU calls itself, and how many threads compute."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _meminfo(key: str) -> int | None:
+    with suppress(OSError):
+        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def _number(file: str) -> int | None:
+    with suppress(OSError, ValueError):
+        return int(Path(file).read_text())
+    return None  # absent, or "max"
+
+
+def _reclaimable(statistics: str) -> int:
+    """Return the bytes of files that a container holds and the system takes back when asked."""
+    with suppress(OSError):
+        found = re.search(r"^(?:total_)?inactive_file (\d+)$", Path(statistics).read_text(), re.M)
+        return int(found[1]) if found else 0
+    return 0

@@ -26,7 +26,7 @@ def log_comparison(
 
     Args:
         params: what the approaches have in common.
-        rows: of `gptj8.approaches.table_rows`; their numbers become `<approach>/<column>`.
+        rows: of `gptj8.tracking.approaches.table_rows`; their numbers become `<approach>/<column>`.
         files: the table, as artifacts.
     """
     if not is_recorded(params):

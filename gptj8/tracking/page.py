@@ -84,7 +84,7 @@ def run_note(measured: Mapping[str, float], tags: Mapping[str, str]) -> str | No
         measured: `<stage>/<metric>` -> value.
         tags: of the run.
     """
-    from gptj8.summary import measured_rows
+    from gptj8.tracking.summary import measured_rows
 
     if _OWN_NOTE not in tags.get(NOTE_TAG, _OWN_NOTE):
         return None

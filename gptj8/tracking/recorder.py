@@ -18,11 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import gptj8
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.process import set_defaults
 from gptj8.runtime.project import project_root
-from gptj8.tracking.evidence import ANCESTORS, origin, stage_events, stage_is_recordable
 from gptj8.tracking.journal import (
     JournalWriter,
     end_if_killed,
@@ -33,6 +31,7 @@ from gptj8.tracking.journal import (
     update_state,
 )
 from gptj8.tracking.lineage import changes, libraries, lineage_tags, unknown_files
+from gptj8.tracking.stage_results import ANCESTORS, origin, stage_events, stage_is_recordable
 
 _POLL_SECONDS = 0.5
 _SAMPLE_SECONDS = 10.0
@@ -47,7 +46,7 @@ def start_recorder(journal: Path) -> subprocess.Popen[bytes] | None:
 
     Not in the stage's process group: an interrupt at the terminal ends the stage, which tells.
     """
-    package = str(Path(gptj8.__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "gptj8.tracking", str(journal), str(Path.cwd())]

@@ -123,7 +123,7 @@ def _share_what_git_does_not_know(root: Path, folder: Path, tags: dict[str, str]
 
 def _is_made(path: Path, root: Path) -> bool:
     """Whether a recipe makes it, or DVC has it in its cache."""
-    from gptj8.inputs import is_made_by_a_recipe
+    from gptj8.dataset.inputs import is_made_by_a_recipe
 
     return path.with_name(f"{path.name}.dvc").is_file() or is_made_by_a_recipe(path, root)
 

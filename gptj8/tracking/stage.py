@@ -8,19 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from gptj8.params.sections import Params, resolved
 from gptj8.runtime.distributed import is_main_process
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
-from gptj8.tracking.evidence import (
-    failure_events,
-    remember_that_it_ran,
-    stage_events,
-    stage_is_recordable,
-)
 from gptj8.tracking.identity import (
     experiment_key,
     experiment_name,
@@ -32,6 +25,12 @@ from gptj8.tracking.identity import (
 )
 from gptj8.tracking.journal import JournalWriter, flatten, metric_values, read_state
 from gptj8.tracking.recorder import start_recorder
+from gptj8.tracking.stage_results import (
+    failure_events,
+    remember_that_it_ran,
+    stage_events,
+    stage_is_recordable,
+)
 
 _PARAM_LENGTH = 6000  # MLflow's limit for one value
 _SILENCE_SECONDS = {True: 20.0, False: 3.0}
@@ -61,37 +60,17 @@ class StageRun:
         self._last_step = max(self._last_step, step or 0)
         self._write("metrics", step=step or 0, values=metric_values(self.stage, metrics))
 
-    def register_model(
-        self, name: str, base: Path, export: Path, metrics: Mapping[str, Mapping[str, float]]
-    ) -> str:
-        """Make an export, with the base it belongs to, a version of a model in the registry.
-
-        The very same export is registered once.
-
-        Args:
-            name: of the registered model, made if need be.
-            base, export: folders, copied whole.
-            metrics: stage -> flat name -> value; tags of the version.
-
-        Returns:
-            the number of the version.
+    def open_run(self) -> tuple[Any, str]:
+        """Return MLflow's client and the id of this experiment's run, once it is found or made.
 
         Raises:
-            UserError: if that fails. Unlike all other recording it was asked for by name, and
-                whoever deploys relies on it.
+            UserError: if nothing is recorded, or the server does not answer.
         """
-        from gptj8 import registry
         from gptj8.tracking.delivery import connect
 
-        try:
-            run_id = self._run_id()
-            client, _, _ = connect(self._uri, self._experiment)
-            return registry.register(client, run_id, name, base, export, metrics)
-        except Exception as error:
-            raise UserError(
-                f"tracking.registered_model_name = {name}: not registered, {one_line(error)}; the "
-                f"export is complete in {export}, run again to register it"
-            ) from error
+        run_id = self._run_id()
+        client, _, _ = connect(self._uri, self._experiment)
+        return client, run_id
 
     def outcome(self) -> str:
         """Return, once the stage has ended, whether its row is complete, and where."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from gptj8.evaluation.calibration import ReliabilityBin
 from gptj8.evaluation.plots import plot_reliability
 from gptj8.evaluation.report import write_classification_reports, write_reports, write_table
 from gptj8.model.scoring.perplexity import DocumentScores
+from tests.helpers.paths import ROOT
 
 FILES = ["confusion_matrix.csv", "confusion_matrix.png", "perplexity.csv", "predictions.csv"]
 CLASSIFICATION_FILES = ["comparisons.csv", "per_class.csv", "reliability.csv", "reliability.png"]
@@ -137,10 +137,10 @@ def test_same_bytes_again_also_in_another_process(tmp_path):
     assert first["reliability.png"].startswith(b"\x89PNG")
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_report import classified, write_classified\n"
+        "from tests.evaluation.test_report import classified, write_classified\n"
         "write_classified(Path(sys.argv[1]), *classified())\n"
     )
-    arguments = [str(tmp_path / "3"), str(Path(__file__).parent)]
+    arguments = [str(tmp_path / "3"), str(ROOT)]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True)
     assert first == {name: (tmp_path / "3" / name).read_bytes() for name in first}
 

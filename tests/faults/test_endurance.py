@@ -20,7 +20,7 @@ import requests
 
 from tests.faults.stage_project import StageProject
 from tests.helpers.paths import ROOT
-from tests.serving.conftest import until
+from tests.helpers.served_models import until
 
 SECONDS = float(os.environ.get("GPTJ8_ENDURANCE_SECONDS", "3600")) / 3
 _GROWTH_MB = 16
@@ -128,7 +128,7 @@ def test_serving(undisturbed: StageProject, tally):
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     artifacts = undisturbed.folder / "artifacts"
-    command = [sys.executable, "-m", "gptj8.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "gptj8.commands.main", "serve", "--port", str(port)]
     command += ["--model", str(artifacts / "base-8bit"), "--adapter", str(artifacts / "export")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

@@ -124,7 +124,7 @@ def ran(process: subprocess.CompletedProcess[str]) -> list[str]:
 
 def assert_complete(run: mlflow.entities.Run, clone: Clone, stages=STAGES) -> None:
     """Every number of every stage's metrics.json is in the row, every param, and it is finished."""
-    from gptj8.tracking import flatten
+    from gptj8.tracking.journal import flatten
 
     assert run.info.status == "FINISHED"
     for stage in stages:

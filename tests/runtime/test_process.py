@@ -81,11 +81,13 @@ LEFT_OUT = """
 import sys
 from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 def main():
-    import torch import gptj8.model.adapters, gptj8.dataset.prepared.dataset,
-    gptj8.dataset.prepared.examples, gptj8.memory.stage, gptj8.model.loading import
-    gptj8.model.scoring.likelihood, gptj8.dataset.prepared.prompts, gptj8.reference, gptj8.tracking
-    from gptj8.training import train no_gpu = torch.__version__.endswith("+cpu") for name in
-    (*UNUSED_IN_TRAINING, *(["triton"] if no_gpu else [])):
+    import torch
+    import gptj8.model.adapters, gptj8.dataset.prepared.dataset, gptj8.dataset.prepared.examples
+    import gptj8.memory.training_memory, gptj8.model.loading, gptj8.model.scoring.likelihood
+    import gptj8.dataset.prepared.prompts, gptj8.export.reference_answers, gptj8.tracking.stage
+    from gptj8.training.loop import train
+    no_gpu = torch.__version__.endswith("+cpu")
+    for name in (*UNUSED_IN_TRAINING, *(["triton"] if no_gpu else [])):
         assert not [module for module in sys.modules if module.startswith(name + ".")], name
     if no_gpu:
         assert not torch.utils._triton.has_triton_package()

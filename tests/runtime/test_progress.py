@@ -176,7 +176,10 @@ def test_progress_begins_with_the_stage_that_speaks(capsys, clock, monkeypatch):
     ("code", "modules"),
     [
         # `gptj8 --help` answers in a fifth of a second, and DVC may start a stage for nothing.
-        ("import gptj8.cli; gptj8.cli._parser()", ("torch", "mlflow", "transformers", "pandas")),
+        (
+            "import gptj8.commands.main; gptj8.commands.main._parser()",
+            ("torch", "mlflow", "transformers", "pandas"),
+        ),
         ("import stages.validate", ("torch", "mlflow", "transformers", "scipy.stats")),
         ("import stages.finetune, stages.evaluate", ("torch", "mlflow", "transformers", "pandas")),
         ("import stages.convert, stages.export", ("torch", "mlflow", "transformers", "pandas")),

@@ -16,7 +16,7 @@ import torch
 
 from gptj8.model.generation.batch import GenerationBatch
 from gptj8.serving.app import Limits
-from tests.serving.conftest import LABELS, held, running, until
+from tests.helpers.served_models import LABELS, held, running, until
 
 PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "é漢", "liquor " * 5]
 

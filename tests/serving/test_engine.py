@@ -9,7 +9,7 @@ import pytest
 
 from gptj8.model.generation.batch import GenerationBatch, Sampling
 from gptj8.serving.engine import BusyError, Engine
-from tests.serving.conftest import greedy, held, until
+from tests.helpers.served_models import greedy, held, until
 
 LONG = Sampling(100)
 

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from gptj8.serving.app import Limits
-from tests.serving.conftest import running, until
+from tests.helpers.served_models import running, until
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import requests
 
-from gptj8.registry import register
 from gptj8.runtime.errors import UserError
 from gptj8.serving.mlflow_model import Model
-from tests.serving.conftest import LABELS, free_port, until
+from gptj8.serving.registry import register_export
+from tests.helpers.served_models import LABELS, until
+from tests.helpers.servers import free_port
 
 TEXTS = ["the quick brown fox", "seven wizards <|endoftext|>", "lazy dog " * 60]
 
@@ -44,9 +45,10 @@ def store(exports, tiny_8bit_dir, tmp_path_factory):
     experiment = client.create_experiment("tests", artifact_location=(folder / "a").as_uri())
     for task, name in (("classification", "classifier"), ("instructions", "writer")):
         run = client.create_run(experiment)
-        arguments = (client, run.info.run_id, name, tiny_8bit_dir, exports[task])
-        assert str(register(*arguments, {"evaluate": {"tuned/accuracy": 0.5}})) == "1"
-        assert str(register(*arguments, {})) == "1"  # the same one is registered once
+        mlflow_run = (client, run.info.run_id)
+        arguments = (lambda found=mlflow_run: found, name, tiny_8bit_dir, exports[task])
+        assert str(register_export(*arguments, {"evaluate": {"tuned/accuracy": 0.5}})) == "1"
+        assert str(register_export(*arguments, {})) == "1"  # the same one is registered once
     return uri
 
 

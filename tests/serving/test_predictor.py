@@ -13,7 +13,7 @@ from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.params.sections import parse_params
 from gptj8.serving.predictor import AnswerStream
-from tests.serving.conftest import LABELS, TASKS, data_of
+from tests.helpers.served_models import LABELS, TASKS, data_of
 
 CHAT = [
     {"role": "system", "content": "be a fox"},

@@ -9,7 +9,7 @@ import pytest
 
 from gptj8.runtime.errors import UserError
 from gptj8.serving.task import TunedTask
-from tests.serving.conftest import LABELS
+from tests.helpers.served_models import LABELS
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import torch
 
 from gptj8.dataset.prepared.examples import IGNORED, prompt_ids
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.export.reference_answers import compare_in_fresh_process, save_reference
 from gptj8.model.adapters import AdapterSpec, add_adapter, trainable_parameters
 from gptj8.model.loading import load_model
 from gptj8.model.scoring.likelihood import label_accuracy, score_labels
 from gptj8.quantization.layers import Frozen8bitModule
-from gptj8.reference import compare_in_fresh_process, save_reference
 from gptj8.runtime.errors import UserError
 from gptj8.training.batches import Collator
 from gptj8.training.loop import train

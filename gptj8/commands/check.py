@@ -1,0 +1,22 @@
+"""`gptj8 check`: whether params.yaml is right and what it names is there, before a run."""
+
+from __future__ import annotations
+
+import argparse
+
+from gptj8.dataset.inputs import missing_inputs
+from gptj8.params.sections import load_params
+from gptj8.runtime.errors import UserError
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `gptj8 check`."""
+    check = commands.add_parser("check", help="check params.yaml and its inputs before a run")
+    check.set_defaults(command=_check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    params = load_params()
+    problems = missing_inputs(params)
+    if problems:
+        raise UserError("\n".join(problems))

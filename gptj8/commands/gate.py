@@ -1,0 +1,33 @@
+"""`gptj8 gate`: whether the last run meets `evaluate.require`."""
+
+from __future__ import annotations
+
+import argparse
+
+from gptj8.evaluation.gate import check_requirements
+from gptj8.params.requirements import parse_requirement
+from gptj8.params.sections import load_params
+from gptj8.runtime.errors import UserError
+from gptj8.tracking.stage_results import measured_by_stages
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `gptj8 gate`."""
+    gate = commands.add_parser(
+        "gate", help="tell whether the last run meets evaluate.require; exits with 2 if not"
+    )
+    gate.set_defaults(command=_gate)
+
+
+def _gate(arguments: argparse.Namespace) -> None:
+
+    require = load_params().evaluate.require
+    if not require:
+        raise UserError("evaluate.require is empty; there is nothing to meet")
+    outcomes = check_requirements(
+        [parse_requirement(text) for text in require], measured_by_stages()
+    )
+    for outcome in outcomes:
+        print(outcome)
+    if not all(outcome.met for outcome in outcomes):
+        raise UserError("the last run does not meet evaluate.require")

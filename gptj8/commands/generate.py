@@ -1,0 +1,89 @@
+"""`gptj8 generate`: a prompt is continued, or a row answered, at the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from gptj8.commands.model_arguments import add_model_arguments, load_predictor
+from gptj8.runtime.errors import UserError
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `gptj8 generate`."""
+    generate = commands.add_parser("generate", help="continue a prompt, or answer a row")
+    generate.add_argument("prompt", nargs="?", help="as it is; - or none: standard input")
+    generate.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="COLUMN=TEXT",
+        help="answer a row of the columns that the model was tuned on, instead of a prompt",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    add_model_arguments(generate)
+    generate.set_defaults(command=_generate, computes=True)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    row = _row_of(arguments.row)
+    if row and arguments.prompt is not None:
+        raise UserError("give either a prompt or --row")
+    from pydantic import ValidationError
+
+    from gptj8.serving.requests import GenerateRequest, explain
+
+    prompt = arguments.prompt
+    if not row and prompt in (None, "-"):
+        try:
+            prompt = sys.stdin.buffer.read().decode()  # UTF-8 whatever the terminal speaks
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8: {error}") from None
+    try:
+        request = GenerateRequest(
+            prompt=None if row else prompt,
+            row=row or None,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+    except ValidationError as error:
+        raise UserError("\n".join(map(explain, error.errors()))) from None
+    predictor = load_predictor(arguments)
+    from gptj8.model.generation.batch import GenerationBatch
+    from gptj8.serving.predictor import AnswerStream
+
+    try:
+        encoded = request.encode(predictor)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if encoded.cut_tokens:
+        print(f"{encoded.cut_tokens} tokens of the row did not fit and were cut", file=sys.stderr)
+    encoder = predictor.encoder
+    batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
+    stream, shown = AnswerStream(encoder, of_row=bool(row)), 0
+    (answer,) = batch.add([encoded.ids], [request.sampling])
+    while True:
+        for token in answer.ids[shown:]:
+            print(stream.put(token), end="", flush=True)
+            shown += 1
+        if answer.finish_reason is not None:
+            break
+        batch.step()
+    print()
+
+
+def _row_of(cells: list[str]) -> dict[str, str]:
+    row = {}
+    for cell in cells:
+        column, sign, text = cell.partition("=")
+        if not sign or not column:
+            raise UserError(f"--row {cell}: write COLUMN=TEXT")
+        row[column] = text
+    return row

@@ -1,0 +1,43 @@
+"""Which model a command asks: arguments that several subcommands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptj8.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from gptj8.serving.predictor import Predictor
+
+_BASE, _EXPORT = "artifacts/base-8bit", "artifacts/export"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, `--adapter` and `--dtype`."""
+    parser.add_argument("--model", default=_BASE, help=f"base model (default: {_BASE})")
+    parser.add_argument(
+        "--adapter", default=_EXPORT, help=f"an export, or none (default: {_EXPORT})"
+    )
+    parser.add_argument("--dtype", default="auto", help="as model.dtype in params.yaml")
+
+
+def load_predictor(arguments: argparse.Namespace) -> Predictor:
+    """Load what those arguments name.
+
+    Raises:
+        UserError: naming the argument that cannot be used.
+    """
+    export = None if arguments.adapter == "none" else arguments.adapter
+    for path, option in ((arguments.model, "--model"), (export, "--adapter")):
+        if path is not None and not Path(path).is_dir():
+            raise UserError(f"{option} {path} does not exist; run `make repro`, or name another")
+    if arguments.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype {arguments.dtype} is none of auto, bfloat16, float16, float32")
+    from transformers.utils.logging import disable_progress_bar
+
+    from gptj8.serving.predictor import Predictor
+
+    disable_progress_bar()
+    return Predictor.load(arguments.model, export, arguments.dtype)

@@ -1,0 +1,77 @@
+"""`gptj8 sync`: send MLflow what it has not received."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from gptj8.params.sections import Params, load_params
+from gptj8.runtime.errors import UserError
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `gptj8 sync`."""
+    sync = commands.add_parser(
+        "sync", help="send MLflow what it has not received, and complete this workspace's row"
+    )
+    sync.set_defaults(command=_sync)
+
+
+def _sync(arguments: argparse.Namespace) -> None:
+    params = load_params()
+    from gptj8.tracking.identity import key_of
+    from gptj8.tracking.journal import journals_folder, journals_of
+    from gptj8.tracking.sending import send_all
+
+    sent = send_all()
+    for notice in sent.notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    if sent.failed:
+        left = sum(len(journals_of(folder)) for folder in journals_folder().glob("*"))
+        reasons = "; ".join(f"{uri}: {reason}" for uri, reason in sent.failed.items())
+        raise UserError(
+            f"{reasons}; the record of {left} stages stays in {journals_folder()}, run gptj8 sync "
+            "again once the server answers"
+        )
+    print(
+        f"sent: the record of {sent.stages} stages" if sent.stages else "nothing was left to send"
+    )
+    if sent.busy:
+        print(f"{sent.busy} more are being recorded right now")
+    if _is_up_to_date():
+        missing = _missing_stages(params, key_of(params))
+        if missing:
+            from gptj8.tracking.stage import stage_run
+
+            with stage_run("record", params):
+                pass
+            print(f"this workspace's row was completed: {', '.join(missing)}")
+
+
+def _missing_stages(params: Params, key: str | None) -> list[str]:
+    from gptj8.tracking.delivery import connect, find_run, missing_stages
+    from gptj8.tracking.identity import tracking_uri
+    from gptj8.tracking.stage_results import STAGES, stage_is_recordable
+
+    if key is None:
+        return []
+    uri = tracking_uri(params)
+    client, group, _ = connect(uri, params.tracking.experiment)
+    run = find_run(client, group, key)
+    there = [stage for stage in STAGES if stage_is_recordable(stage)]
+    return missing_stages(run.data.tags if run else {}, there)
+
+
+def _is_up_to_date() -> bool:
+    """Whether the reports are those of params.yaml as it is: otherwise they are another run's."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    from gptj8.tracking.stage_results import STAGES
+
+    try:
+        with Repo() as repo:
+            changed = repo.status()
+    except DvcException:
+        return False
+    return not set(STAGES) & set(changed)  # recipes that no param points at were never run

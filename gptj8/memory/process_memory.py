@@ -1,0 +1,91 @@
+"""What Python and the libraries take of memory in a process that trains."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import subprocess
+import sys
+
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.machine import resident_bytes
+
+# What the stage finetune has imported once it trains. By name, because they are of floors above.
+_IMPORTED_IN_TRAINING = (
+    "transformers.trainer",
+    "gptj8.dataset.prepared.dataset",
+    "gptj8.export.reference_answers",
+    "gptj8.tracking.stage",
+)
+
+
+def measure_process_memory(dtype: str) -> int:
+    """Return what Python and the libraries take once a small model has been trained a step.
+
+    Code is read into memory as it is first run, and every library keeps what it needs throughout;
+    so a step is taken in this process, on a model whose own size is of no account. Random numbers
+    drawn later are the same as if it had not been.
+
+    Args:
+        dtype: of the arithmetic, a name in torch.
+    """
+    import bitsandbytes
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    from gptj8.kernels.fused import register_fused_attention
+    from gptj8.model.adapters import AdapterSpec, add_adapter
+    from gptj8.quantization.layers import Frozen8bitModule
+    from gptj8.quantization.quantizer import Blockwise8bitConfig, swap_modules
+
+    register_fused_attention()
+    kind = getattr(torch, dtype)
+    config = GPTJConfig(
+        vocab_size=256,
+        n_positions=64,
+        n_embd=128,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    config.use_cache = False
+    state = torch.get_rng_state()
+    try:
+        model = GPTJForCausalLM._from_config(config, dtype=kind)
+        swap_modules(model, Blockwise8bitConfig(), kind)
+        for module in model.modules():
+            if isinstance(module, Frozen8bitModule):
+                module.codebook.copy_(torch.linspace(-1, 1, 256))
+                module.absmax.fill_(0.1)
+        adapted = add_adapter(model, AdapterSpec()).train()
+        ids = torch.arange(64).expand(4, -1)
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        bitsandbytes.optim.AdamW8bit(trained).step()
+    finally:
+        torch.set_rng_state(state)
+    del adapted, model
+    gc.collect()
+    return resident_bytes()
+
+
+def measure_process_memory_in_new_process(dtype: str) -> int:
+    """Return `measure_process_memory` of a new process, which has imported nothing else."""
+    command = [sys.executable, "-m", "gptj8.memory.process_memory", dtype]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"the libraries' memory cannot be measured: {reason[:300]}")
+    return int(json.loads(process.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute
+
+    prepare_to_compute(UNUSED_IN_TRAINING)  # as the stage does
+    for name in _IMPORTED_IN_TRAINING:
+        importlib.import_module(name)
+    print(json.dumps(measure_process_memory(sys.argv[1])))

@@ -1,0 +1,270 @@
+"""`gptj8 generate` and `gptj8 serve`, as processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from gptj8.commands import serve
+from gptj8.runtime.errors import UserError
+from gptj8.serving.sockets import bind
+from tests.helpers.paths import ROOT
+from tests.helpers.served_models import greedy
+
+PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "liquor " * 5]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def gptj8(exports, tiny_8bit_dir, tmp_path):
+    def call(command, *arguments, adapter="classification", stdin=""):
+        folder = exports.get(adapter, adapter)
+        options = ["--model", tiny_8bit_dir, "--adapter", folder, "--dtype", "float32"]
+        given = [sys.executable, "-m", "gptj8.commands.main", command, *options, *arguments]
+        return subprocess.run(
+            list(map(str, given)),
+            cwd=tmp_path,
+            capture_output=True,
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            env=ENVIRONMENT,
+            timeout=60,
+        )
+
+    return call
+
+
+def assert_refused(process, reason):
+    """One line, exit code 2, no traceback."""
+    stderr = process.stderr.decode()
+    assert process.returncode == 2, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in stderr
+    assert reason in line
+
+
+def expected(predictor, ids, tokens):
+    return "".join(map(predictor.encoder.decode_stream(), greedy(predictor, ids, tokens)))
+
+
+def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
+    predictor = predictors["classification"]
+    answers = {p: expected(predictor, predictor.encode_prompt(p), 12) for p in PROMPTS}
+    prompt, answer = next(pair for pair in answers.items() if len(pair[1]) > 3)
+    options = ["--max-new-tokens", 12]
+    assert gptj8("generate", prompt, *options).stdout.decode() == answer + "\n"
+    assert gptj8("generate", *options, stdin=prompt).stdout.decode() == answer + "\n"
+
+
+def test_a_row(gptj8, predictors):
+    row = {"instruction": "jump = over", "input": "the dog"}
+    predictor = predictors["instructions"]
+    answer = expected(predictor, predictor.encode_row(row, 12).ids, 12).lstrip()
+    options = [part for cell in row.items() for part in ("--row", "=".join(cell))]
+    process = gptj8("generate", *options, "--max-new-tokens", 12, adapter="instructions")
+    assert process.stdout.decode() == answer + "\n", process.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["a", "--row", "text=a"], "give either a prompt or --row"),
+        (["--row", "text"], "--row text: write COLUMN=TEXT"),
+        (["a", "--max-new-tokens", "0"], "max_new_tokens: input should be greater"),
+        (["a", "--temperature", "nan"], "temperature: input should be a finite number"),
+        (["a", "--dtype", "int4"], "--dtype int4 is none of"),
+        (["a", "--model", "nowhere"], "--model nowhere does not exist"),
+        (["a", "--adapter", "nowhere"], "--adapter nowhere does not exist"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(gptj8, options, reason):
+    assert_refused(gptj8("generate", *options), reason)
+
+
+def test_standard_input_that_is_no_text_is_refused(gptj8):
+    assert_refused(gptj8("generate", stdin=b"\xff\xfe"), "standard input is not UTF-8")
+
+
+def test_what_the_model_has_no_room_for_is_refused(gptj8):
+    assert_refused(gptj8("generate", "--row", "txt=a"), "txt is no column, did you mean text?")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--port", "-1"], "--port -1"),
+        (["--port", "99999"], "--port 99999"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--host", "a..b"], "--host a..b"),
+        (["--timeout", "nan"], "--timeout nan must be more than 0"),
+        (["--max-batch", "0"], "--max-batch 0 must be more than 0"),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be more than 0"),
+        (["--max-connections", "0"], "--max-connections 0 must be more than 0"),
+        (["--send-timeout", "-1"], "--send-timeout -1.0 must be more than 0"),
+        (["--token-file", "no-such-file"], "--token-file no-such-file: "),
+        (["--token-file", "/dev/null"], "the token must be printable ASCII"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused(gptj8, options, reason):
+    assert_refused(gptj8("serve", *options), reason)
+
+
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(gptj8, tmp_path):
+    (tmp_path / "no-model").mkdir()  # loading it would fail with another message
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert_refused(gptj8("serve", "--port", port, "--model", "no-model"), f"--port {port}")
+
+
+def test_a_port_that_is_lost_while_the_model_is_loaded_is_refused_in_a_line(
+    predictors, monkeypatch, capfd
+):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+
+        def load(arguments):
+            other.listen()
+            return predictors["base"]
+
+        monkeypatch.setattr(serve, "load_predictor", load)
+        parser = argparse.ArgumentParser()
+        serve.add_to(parser.add_subparsers())
+        port = other.getsockname()[1]
+        arguments = parser.parse_args(["serve", "--port", str(port)])
+        with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
+            arguments.command(arguments)
+    assert capfd.readouterr() == ("", "")
+
+
+@contextmanager
+def served(exports, tiny_8bit_dir, cwd, host="127.0.0.1"):
+    options = ["--model", tiny_8bit_dir, "--adapter", exports["classification"]]
+    options += ["--host", host, "--port", 0]
+    command = [sys.executable, "-m", "gptj8.commands.main", "serve", *options]
+    with subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        too_late = threading.Timer(60, process.kill)
+        too_late.start()
+        try:
+            line = process.stdout.readline().decode()
+            too_late.cancel()
+            url = re.search(r": (http://\S+) \(described at /docs\)", line)
+            assert url, process.stderr.read().decode()
+            yield process, url[1]
+        finally:
+            too_late.cancel()
+            process.kill()
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+
+
+@needs_ipv6
+def test_what_it_prints_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
+    """Also where the host is an address of IPv6, and the port any that is free."""
+    with served(exports, tiny_8bit_dir, tmp_path, "::1") as (_, url):
+        assert url.startswith("http://[::1]:")
+        assert not url.endswith(":0")
+        assert requests.get(url + "/health", timeout=5).json()["status"] == "ok"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::", marks=needs_ipv6)])
+def test_a_port_is_taken_at_every_address_of_a_host(host):
+    sockets = bind(host, 0)
+    try:
+        assert len({taken.getsockname()[1] for taken in sockets}) == 1
+        assert len({taken.getsockname() for taken in sockets}) == len(sockets) >= 1
+        for taken in sockets:
+            assert taken.proto == socket.IPPROTO_TCP  # else asyncio delays small packets
+            taken.listen()
+            with socket.create_connection(taken.getsockname()[:2], timeout=5):
+                pass
+    finally:
+        for taken in sockets:
+            taken.close()
+
+
+def test_an_address_that_the_machine_lacks_is_no_fault_of_the_others(monkeypatch):
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # nobody's: RFC 5737
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **keywords: found)
+    (taken,) = bind("somewhere", 0)
+    taken.close()
+    del found[1]
+    with pytest.raises(UserError, match="--host somewhere --port 0"):
+        bind("somewhere", 0)
+
+
+def resident_mb(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1000
+
+
+def test_it_serves_keeps_its_memory_and_ends_when_told(exports, tiny_8bit_dir, tmp_path):
+    with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
+        session = requests.Session()
+
+        def ask(times):
+            for n in range(times):
+                body = {"prompt": "fox " * (n % 20 + 1), "max_new_tokens": 8}
+                assert session.post(url + "/generate", json=body, timeout=30).ok
+                body = {"row": {"text": "fox " * (n % 20 + 1)}}
+                assert session.post(url + "/classify", json=body, timeout=30).ok
+
+        ask(40)
+        before = resident_mb(process.pid)
+        ask(120)
+        assert resident_mb(process.pid) < before + 10
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode in (0, 143)
+    assert stdout == b""  # its line was read
+    assert "Traceback" not in stderr.decode()
+
+
+def test_it_ends_when_told_also_in_the_midst_of_a_stream(exports, tiny_8bit_dir, tmp_path):
+    with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
+        session = requests.Session()
+        # Many, so that the last of them has not begun.
+        bodies = [{"prompt": "a", "max_new_tokens": 120, "stream": True}] * 40
+        streams = []
+        for body in bodies:
+            streams.append(session.post(url + "/generate", json=body, stream=True, timeout=30))
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - started < 15
+    assert process.returncode in (0, 143)
+    assert "Traceback" not in stderr.decode()

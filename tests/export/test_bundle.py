@@ -1,0 +1,306 @@
+"""The export: complete, equal to the trained model, and mergeable without loss."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import gptj8
+from gptj8.export import reference_answers
+from gptj8.export.bundle import (
+    MERGED,
+    adapter_bytes,
+    collect,
+    describe,
+    describe_dataset,
+    merge,
+    require_same_answers,
+)
+from gptj8.export.model_card import model_card
+from gptj8.export.reference_answers import (
+    REFERENCE_FILE,
+    choose_prompts,
+    compare_in_fresh_process,
+    save_reference,
+)
+from gptj8.model.adapters import AdapterSpec, add_adapter, round_layernorms, save_adapter
+from gptj8.model.loading import load_adapter, load_model
+from gptj8.params.sections import parse_params, resolved
+from gptj8.runtime.errors import UserError
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
+PARAMS = resolved(parse_params({"data": {"train": "rows.csv"}, "model": {"path": "models/tiny"}}))
+METRICS = {
+    "evaluate": {
+        "tuned/accuracy": 0.875,
+        "tuned/accuracy_low": 0.8,
+        "tuned/accuracy_high": 0.925,
+        "base/accuracy": 0.25,
+        "gpt4/accuracy": 0.5,
+    },
+    "export": {
+        "max_logit_difference": 0.125,
+        "compared_prompts": 100,
+        "identical_generations": 99,
+        "merged_identical_generations": 98,
+        "merged_perplexity_ratio": 1.0002,
+        "merged_perplexity_ratio_low": 1.0,
+        "merged_perplexity_ratio_high": 1.0003,
+    },
+    "convert": {"seconds": 1},
+}
+DATASET = {
+    "labels": ["a", "b"],
+    "rows": {"train": 10, "validation": 2, "test": 1234},
+    "files": [{"path": "rows.csv", "md5": "0123456789abcdef"}],
+    "prepared": "fedcba.dir",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_8bit_dir, tmp_path_factory):
+    """An adapter as finetune leaves it: not at zero, with the reference beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    save_reference(folder, model, PROMPTS, 0)
+    return folder
+
+
+@pytest.fixture
+def exported(adapter, tiny_8bit_dir, tmp_path):
+    collect(adapter, tiny_8bit_dir, tmp_path)
+    describe(tmp_path, PARAMS, METRICS, DATASET)
+    return tmp_path
+
+
+def test_it_holds_what_a_user_needs(exported, adapter):
+    names = {file.name for file in exported.iterdir()}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "dataset.json",
+        "manifest.json",
+        "metrics.json",
+        "params.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((exported / "params.json").read_text())["finetune"]["r"] == 8
+    assert adapter_bytes(exported) == sum(f.stat().st_size for f in exported.iterdir())
+
+
+def compare(adapter, model, exported=None, dtype=torch.float32):
+    return compare_in_fresh_process(adapter, model, exported, dtype, CPU)
+
+
+def test_it_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
+    compared = compare(adapter, tiny_8bit_dir, exported)
+    assert compared == {
+        "max_logit_difference": 0.0,
+        "compared_prompts": 2,
+        "identical_generations": 2,
+    }
+    require_same_answers(compared, "the export")
+
+
+def test_a_different_adapter_is_noticed(exported, adapter, tiny_8bit_dir):
+    from safetensors.torch import load_file, save_file
+
+    file = exported / "adapter_model.safetensors"
+    state = load_file(file)
+    changed = {n: -w if "lora_B" in n else w for n, w in state.items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    compared = compare(adapter, tiny_8bit_dir, exported)
+    assert compared["max_logit_difference"] > 0.01
+    with pytest.raises(UserError, match=r"the export answers only \d of 2 prompts"):
+        require_same_answers(compared, "the export")
+
+
+def test_what_a_new_process_cannot_load_is_refused_in_a_line(exported, adapter, tiny_8bit_dir):
+    (exported / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded by a new process") as refused:
+        compare(adapter, tiny_8bit_dir, exported)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / REFERENCE_FILE)
+    tensors["logits"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / REFERENCE_FILE)
+    with pytest.raises(UserError, match="logits are not finite"):
+        compare(tmp_path, tiny_8bit_dir, exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, tmp_path, dtype):
+    model = load_model(tiny_8bit_dir, dtype, CPU)
+    adapted = add_adapter(model, AdapterSpec("layernorm"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    round_layernorms(adapted, dtype)
+    save_adapter(adapted, tmp_path)
+    save_reference(tmp_path, adapted, PROMPTS, 0)
+    compared = compare(tmp_path, tiny_8bit_dir, tmp_path, dtype)
+    assert compared["max_logit_difference"] == 0.0
+    assert compared["identical_generations"] == 2
+
+
+def test_without_a_reference_nothing_is_proven(exported, tiny_8bit_dir, tmp_path):
+    with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
+        compare(tmp_path, tiny_8bit_dir, exported)
+
+
+def test_prompts_to_compare_are_the_first_and_bounded():
+    assert choose_prompts([[1]] * 300) == [[1]] * 100
+    assert [len(p) for p in choose_prompts([[1] * 10_000, [1] * 6_000, [1] * 6_000])] == [
+        10_000,
+        6_000,
+    ]
+    assert len(choose_prompts([[1] * 100_000, [1]])) == 1
+
+
+def test_an_incomplete_adapter_is_refused(tiny_8bit_dir, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"no adapter_config\.json; rerun finetune"):
+        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path)
+
+
+def test_an_adapter_that_was_changed_after_training_is_refused(adapter, tiny_8bit_dir, tmp_path):
+    """By its bytes: a small change answers most prompts as before."""
+    from safetensors.torch import load_file, save_file
+
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    state = load_file(changed / "adapter_model.safetensors")
+    name = next(name for name in state if "lora_B" in name)
+    state[name][0, 0] += 1e-6
+    save_file(state, changed / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was changed after training"):
+        collect(changed, tiny_8bit_dir, tmp_path)
+    (changed / REFERENCE_FILE).unlink()
+    with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
+        collect(changed, tiny_8bit_dir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
+)
+def test_the_merged_model_needs_nothing_but_transformers(
+    exported, adapter, tiny_8bit_dir, dtype, most
+):
+    merge(tiny_8bit_dir, adapter, exported / MERGED, dtype)
+    compared = compare(adapter, exported / MERGED)
+    assert compared["max_logit_difference"] < most
+    merged = AutoModelForCausalLM.from_pretrained(exported / MERGED)
+    assert not hasattr(merged.config, "quantization_config")
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert (exported / MERGED / "tokenizer.json").is_file()
+    assert adapter_bytes(exported) < 200_000
+
+
+def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
+    """Against float64: restored exactly, the adapter's product added, then 16 bits."""
+    merge(tiny_8bit_dir, adapter, exported / MERGED, torch.bfloat16)
+    merged = AutoModelForCausalLM.from_pretrained(exported / MERGED).transformer.h[0].attn.q_proj
+    base = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = load_adapter(base, adapter).base_model.model.transformer.h[0].attn.q_proj
+    restored = gptj8.dequantize_blockwise(adapted.base_layer.quantized_weight).double()
+    a, b = (adapted.lora_A.default.weight.double(), adapted.lora_B.default.weight.double())
+    expected = restored + adapted.scaling["default"] * (b @ a)
+    error = (merged.weight.double() - expected).abs() / expected.abs()
+    assert error.max() < 2**-8  # half a unit of bfloat16's last place, and float32's rounding
+    wrong = (restored.bfloat16().double() - expected).abs() / expected.abs()
+    assert wrong.max() > 2**-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [["wte", "q_proj"], ["fc_in"]], ids=str)
+def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = add_adapter(model, AdapterSpec("lora", target, 4, 8, 0.0))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
+    assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
+
+
+def test_trained_layernorms_are_merged_too(tiny_8bit_dir, tmp_path):
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    adapted = add_adapter(model, AdapterSpec("layernorm"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
+    assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
+
+
+def test_the_card_is_in_the_hubs_format():
+    text = model_card(PARAMS, METRICS, DATASET)
+    _, front, body = text.split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["library_name"] == "peft"
+    assert data["base_model"] == "models/tiny"
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "rows.csv", "type": "local", "split": "test"}
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
+    assert "| tuned | 0.875 (0.8 to 0.925) |" in body
+    assert "1,234 rows" in body
+    assert "continues 99 of 100 prompts" in body and "at most 0.125" in body
+    assert "98 of 100 prompts, perplexity 1.00020 times" in body
+    assert "| gpt4 | 0.5 |" in body
+    assert "macro_f1" not in body  # was not measured
+    assert "0123456789abcdef" in body
+    assert "rows.csv" in body
+
+
+def test_the_dataset_is_described_by_its_digests(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": ["a"], "task": "classification"}')
+    (tmp_path / "inputs.json").write_text('{"files": [], "prepared": "x.dir"}')
+    described = describe_dataset(tmp_path, tmp_path / "inputs.json")
+    assert described == {
+        "labels": ["a"],
+        "task": "classification",
+        "files": [],
+        "prepared": "x.dir",
+    }
+
+
+def test_a_new_process_is_followed_as_it_goes(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "gptj8.runtime.progress._speaker", ""
+    )  # a stage that failed here has not ended
+    monkeypatch.setattr("gptj8.runtime.progress.LOG_SECONDS", 0)
+    code = "import sys; print('1 of 2'); print('2 of 2'); print('{}'); sys.exit('no memory')"
+    assert reference_answers._run([sys.executable, "-c", code], os.environ) == (
+        1,
+        "{}\n",
+        "no memory\n",
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[0] for line in told] == [
+        "answers of a new process: 1 of 2 prompts",
+        "answers of a new process: 2 of 2 prompts",
+    ]

@@ -1,0 +1,28 @@
+"""What a stage leaves, and what MLflow has of it, in the working folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+
+from gptj8.params.sections import parse_params
+
+
+def params(**sections):
+    content = {"data": {"train": "rows.csv"}, "model": {"path": "model"}}
+    return parse_params({**content, **sections})
+
+
+def report(stage, **metrics):
+    folder = Path("reports") / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "plot.csv").write_text("x\n1\n")
+
+
+def runs(name="gptj8", uri=None):
+    client = mlflow.MlflowClient(uri or f"sqlite:///{Path('mlflow.db').absolute()}")
+    experiment = client.get_experiment_by_name(name)
+    return client, client.search_runs([experiment.experiment_id])

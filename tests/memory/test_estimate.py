@@ -1,0 +1,443 @@
+"""The estimate of memory: what it counts is what a loaded model has and what a step allocates."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import gptj8
+from benchmarks import memory as benchmark
+from gptj8.commands import main
+from gptj8.commands.estimate import parse_bytes
+from gptj8.dataset.prepared.examples import lengths_of
+from gptj8.memory import estimate as estimating
+from gptj8.memory import measured_speed, process_memory
+from gptj8.memory.estimate import Estimator, Plan, plan_of
+from gptj8.memory.fitting import choose_fit
+from gptj8.memory.skeleton import build, optimizer_bytes, read_config, weigh
+from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.loading import load_model
+from gptj8.params.sections import load_params, parse_params
+from gptj8.runtime import machine, process
+from gptj8.runtime.errors import UserError
+from gptj8.training.activation_checkpointing import KINDS, set_checkpointing
+from gptj8.training.fit import Fit, confirm, divisors, longest_of
+from gptj8.training.loop import train, try_step
+from gptj8.training.settings import TrainingSettings
+from tests.helpers.architectures import ARCHITECTURES, COMMON
+from tests.helpers.paths import ROOT
+
+CPU = torch.device("cpu")
+QUANTIZATION = gptj8.Blockwise8bitConfig(block_size=256)
+MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
+
+
+def plan(config, *, length=32, layers=None, method="lora", target="all-linear", **changes):
+    config = read_config(config) if isinstance(config, str | Path) else config
+    shape = AdapterSpec(method, target, 4, 8.0, 0.0)
+    return Plan(config, QUANTIZATION, shape, torch.float32, "cpu", length, length - 1, **changes)
+
+
+def gptj(**changes):
+    sizes = {"vocab_size": 400, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    return transformers.GPTJConfig(**{**sizes, "rotary_dim": 8, **changes})
+
+
+def config_alone(folder, config):
+    folder.mkdir()
+    config.save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "target"), [("lora", "all-linear"), ("lora", "attention"), ("layernorm", "-")]
+)
+def test_counts_are_those_of_the_loaded_model(tiny_8bit_dir, tmp_path, method, target):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(tiny_8bit_dir / "config.json", folder)
+    loaded = load_model(tiny_8bit_dir, torch.float32, CPU)
+    loaded = add_adapter(loaded, AdapterSpec(method, target, 4, 8, 0.0))
+    shape = AdapterSpec(method, target, 4, 8.0, 0.0)
+    counted = build(read_config(folder), gptj8.Blockwise8bitConfig(), torch.float32, shape)
+    assert weigh(counted) == weigh(loaded)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch"])
+def test_the_optimizers_state_is_counted_exactly(optim):
+    import bitsandbytes
+
+    weights = [torch.nn.Parameter(torch.randn(n)) for n in (8, 4095, 4096, 10_000)]
+    kind = {"adamw_bnb_8bit": bitsandbytes.optim.AdamW8bit, "adamw_torch": torch.optim.AdamW}
+    optimizer = kind[optim](weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for weight in weights:
+        state = optimizer.state[weight]
+        tensors = [
+            value
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in name
+        ]
+        assert sum(t.numel() * t.element_size() for t in tensors) == optimizer_bytes(
+            weight.numel(), optim
+        )
+
+
+FAST = ("gptj", "llama")  # the others take a minute together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith(FAST) else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
+def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
+    kind, sizes = ARCHITECTURES[name]
+    config = getattr(transformers, kind)(**sizes, **COMMON)
+    folder = config_alone(tmp_path / "alone", config)
+    found = Estimator(plan(folder))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "model", quantization_config=QUANTIZATION)
+    assert found.weights == weigh(add_adapter(loaded, AdapterSpec(r=4, lora_alpha=8)))
+    assert found.training(2).total > found.training(1).total > found.weights.base
+    assert found.evaluation().total > found.weights.base
+
+
+@pytest.mark.parametrize("checkpointing", KINDS["cuda"])
+def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpointing):
+    # Short rows: on fake tensors transformers makes a causal mask that a real step does without.
+    batch = Batch(6, 10, 9, padded=False)
+    shape = AdapterSpec(r=4, lora_alpha=8.0)
+    config = read_config(tiny_8bit_dir)
+    recorded = trace_training_step(
+        build(config, QUANTIZATION, torch.float32, shape), batch, checkpointing
+    )
+    model = load_model(tiny_8bit_dir, torch.float32, CPU)
+    model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8)).train()
+    model.config.use_cache = False
+    set_checkpointing(model, checkpointing)
+    recorder = _Recorder()
+    recorder.leave_out(model)
+    with recorder:
+        loss = _loss(model, batch, recorder)
+        recorder.enter("backward", "backward")
+        loss.backward()
+    real = recorder.result()
+    for phase, peak in recorded.peaks.items():
+        assert sum(peak.values()) == pytest.approx(sum(real.peaks[phase].values()), rel=0.02), phase
+
+
+def test_what_is_recorded_changes_no_random_number(tmp_path):
+    found = Estimator(plan(gptj()))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found.training(2)
+    process_memory.measure_process_memory("float32")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_more_takes_more():
+    def total(rows=2, **changes):
+        length = changes.pop("length", 64)
+        checkpointing = changes.pop("checkpointing", "full")
+        config = gptj(**changes)
+        return Estimator(plan(config, length=length, checkpointing=checkpointing)).training(rows)
+
+    least = total().total
+    for changes in (
+        {"rows": 4},
+        {"length": 128},
+        {"n_layer": 4},
+        {"n_embd": 128},
+        {"checkpointing": "selective"},
+        {"checkpointing": "none"},
+    ):
+        assert total(**changes).total > least, changes
+
+
+def test_a_deep_model_goes_on_as_a_shallow_one(monkeypatch):
+    deep = plan(gptj(n_layer=7))
+    extrapolated = Estimator(deep).training(2).components
+    monkeypatch.setattr(estimating, "_DEEP", 7)
+    recorded = Estimator(deep).training(2).components
+    for name in recorded:
+        # The heap's is a multiple of what lives in it, which is itself right to 2 KiB.
+        near = 2048 * (estimating._UNUSED if name == "unused heap" else 1)
+        assert extrapolated[name] == pytest.approx(recorded[name], rel=0.01, abs=near), name
+
+
+def test_what_a_cpu_holds_beside_what_lives():
+    changes = {"length": 100, "eval_rows": 1}
+    half = dataclasses.replace(plan(gptj(), **changes), dtype=torch.bfloat16)
+    components = Estimator(half).training(4).components
+    some = process.COMPILED_PRODUCTS * estimating._COMPILED
+    assert some <= components["compiled products"] < 2 * some  # small matrices, each some 0.7 MB
+    assert 0 < components["unused heap"] < estimating._MOST_UNUSED
+    assert Estimator(plan(gptj())).training(4).components["compiled products"] == 0
+    on_gpu = Estimator(dataclasses.replace(half, device="cuda")).training(4).components
+    assert not {"compiled products", "unused heap"} & set(on_gpu)
+    # Rows that differ are padded to a length that few batches have; one row is not.
+    longer = {rows: Estimator(plan(gptj(), length=112)).training(rows).total for rows in (1, 4)}
+    same = {rows: Estimator(plan(gptj(), length=100)).training(rows).total for rows in (1, 4)}
+    assert same[4] == pytest.approx(longer[4], rel=0.01) and same[1] < 0.95 * longer[1]
+
+
+def test_only_what_is_in_the_heap_counts_as_such(monkeypatch):
+    batch = Batch(3, 20, 19)
+    model = build(gptj(), QUANTIZATION, torch.float32, AdapterSpec("lora", "attention", 4, 8.0, 0))
+    trace = trace_training_step(model, batch, "full")
+    assert trace.in_heap == max(sum(peak.values()) for peak in trace.peaks.values())
+    monkeypatch.setattr("gptj8.memory.trace.LARGE_BLOCK", 3 * 20 * 64)  # less than a row of floats
+    model = build(gptj(), QUANTIZATION, torch.float32, AdapterSpec("lora", "attention", 4, 8.0, 0))
+    assert 0 < trace_training_step(model, batch, "full").in_heap < trace.in_heap / 2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 23])
+def test_the_largest_micro_batch_is_the_largest(rows):
+    found = Estimator(plan(gptj()))
+    memory = found.training(rows).total
+    largest = found.largest_micro_batch(memory)
+    assert largest >= rows
+    assert found.training(largest).total <= memory < found.training(largest + 1).total
+    assert found.largest_micro_batch(found.training(1).total - 1) == 0
+
+
+def finetune_params(**changes):
+    return parse_params({**MINIMAL, "finetune": changes}).finetune
+
+
+AUTO = {"per_device_train_batch_size": "auto", "train_batch_size": 12}
+
+
+def test_auto_takes_the_largest_divisor_that_fits():
+    found = Estimator(plan(gptj()))
+    finetune = finetune_params(**AUTO, checkpointing="full")
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert choose_fit(found, finetune, found.training(5).total) == Fit(4, "full")
+    assert choose_fit(found, finetune, 1 << 50) == Fit(12, "full")
+    with pytest.raises(UserError, match=r"for one sequence of 32 tokens, and 1\.00 kB may be used"):
+        choose_fit(found, finetune, 1000)
+
+
+def test_auto_computes_again_no_more_than_memory_requires():
+    found = Estimator(plan(gptj()))
+    needed = {kind: found.training(8, kind).total for kind in KINDS["cuda"]}
+    assert needed["none"] > needed["selective"] > needed["full"] < needed["reuse"]
+    finetune = finetune_params(per_device_train_batch_size=8)
+    assert finetune.checkpointing == "auto"
+    for kind in ("none", "selective"):  # twice: half of a CPU's memory is left alone
+        assert choose_fit(found, finetune, 2 * needed[kind]) == Fit(8, kind)
+    assert choose_fit(found, finetune, 2 * needed["selective"] - 2) == Fit(8, "full")
+    # More than fits in any way is not refused: a number was given, and estimates may be wrong.
+    assert choose_fit(found, finetune, 1000) == Fit(8, "full")
+    # Both open: all 12 sequences at a time first, then the kind; fewer at a time come last.
+    both = finetune_params(**AUTO)
+    whole = found.training(12, "none").total
+    assert choose_fit(found, both, 2 * whole) == Fit(12, "none")
+    assert choose_fit(found, both, 2 * whole - 2) == Fit(12, "selective")
+    assert choose_fit(found, both, found.training(5, "full").total) == Fit(4, "full")
+
+
+def test_a_gpu_keeps_matrices_for_gradients_where_it_has_no_room_for_activations():
+    # Long rows: a block's matrices then take less than what its products return.
+    config = gptj(n_positions=1024)
+    found = Estimator(dataclasses.replace(plan(config, length=1024), device="cuda"))
+    needed = {kind: found.training(2, kind).total for kind in KINDS["cuda"]}
+    assert needed["none"] > needed["selective"] > needed["reuse"] > needed["full"]
+    matrices = found.training(2, "reuse").components["matrices for gradients"]
+    assert needed["reuse"] - needed["full"] <= matrices
+    finetune = finetune_params(per_device_train_batch_size=2)
+    for kind in KINDS["cuda"]:
+        assert choose_fit(found, finetune, needed[kind]) == Fit(2, kind)
+
+
+def test_enough_tokens_at_a_time_are_not_bought_with_recomputation():
+    found = Estimator(plan(gptj(n_positions=1024), length=1024))
+    finetune = finetune_params(**AUTO)
+    memory = 2 * found.training(3, "none").total
+    assert choose_fit(found, finetune, memory) == Fit(3, "none")
+
+
+def test_what_does_not_fit_after_all_is_made_smaller():
+    tried = []
+
+    def step(rows, kind):
+        tried.append((len(rows), kind))
+        if len(rows) > 3 or kind != "full":
+            raise torch.OutOfMemoryError("out of memory")
+
+    def confirmed(fit, device="cpu", **changes):
+        tried.clear()
+        return confirm(fit, finetune_params(**changes), device, lambda count: [{}] * count, step)
+
+    assert confirmed(Fit(12, "selective"), **AUTO) == Fit(3, "full")
+    assert tried == [(12, "selective"), (12, "full"), (6, "full"), (3, "full")]
+    with pytest.raises(torch.OutOfMemoryError):
+        confirmed(Fit(12, "none"), **AUTO, checkpointing="none")
+    assert tried == [(12, "none"), (6, "none"), (3, "none"), (1, "none")]
+    with pytest.raises(torch.OutOfMemoryError):
+        confirmed(Fit(4, "none"), per_device_train_batch_size=4)
+    assert tried == [(4, "none"), (4, "selective"), (4, "full")]
+    assert confirmed(Fit(2, "none"), "cuda", per_device_train_batch_size=2) == Fit(2, "full")
+    assert tried == [(2, "none"), (2, "selective"), (2, "reuse"), (2, "full")]
+
+    def fails(rows, kind):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        confirm(Fit(4, "full"), finetune_params(**AUTO), "cpu", lambda count: [{}] * count, fails)
+
+
+def some_examples(count=8):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [8 + 3 * (i % 5) for i in range(count)]
+    return [
+        {
+            "input_ids": torch.randint(1, 380, (n,), generator=generator).tolist(),
+            "prompt_length": n - 3,
+            "length": n,
+        }
+        for n in lengths
+    ]
+
+
+def test_trying_a_step_leaves_no_trace_in_what_is_trained(tiny_8bit_dir):
+    examples = some_examples()
+    lengths, learned = lengths_of(examples)
+    assert (lengths.max(), learned.max()) == (20, 3)
+    settings = TrainingSettings(1e-2, 1, 2, gradient_accumulation_steps=2, eval_steps=2)
+
+    def adapter(tried):
+        torch.manual_seed(0)
+        model = load_model(tiny_8bit_dir, torch.float32, CPU)
+        model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8, lora_dropout=0.3))
+        if tried:
+            try_step(model, longest_of(examples)(2), "full")
+        train(model, examples, examples[:2], settings, 0)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    for one, other in zip(adapter(False), adapter(True), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_batch_sizes_that_contradict_each_other_are_refused():
+    finetune = finetune_params
+    auto = {"per_device_train_batch_size": "auto"}
+    assert finetune().sequences_a_step == 8
+    assert finetune(**auto).sequences_a_step == 8
+    assert finetune(**auto, train_batch_size=32).sequences_a_step == 32
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps = 4 beside .* leave it at 1"):
+        finetune(**auto, gradient_accumulation_steps=4)
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert finetune(**sizes, train_batch_size=8).sequences_a_step == 8
+    with pytest.raises(UserError, match="train_batch_size = 16 is not") as refused:
+        finetune(**sizes, train_batch_size=16)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_calibration_is_kept_and_a_damaged_one_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert measured_speed.read("a CPU", "float32") is None
+    measured = measured_speed.Calibration(2.5e11, 600_000_000)
+    measured_speed.write("a CPU", "float32", measured)
+    measured_speed.write("a GPU", "bfloat16", measured_speed.Calibration(1e13))
+    assert measured_speed.read("a CPU", "float32") == measured
+    (tmp_path / measured_speed.FILE).write_text("[1")
+    assert measured_speed.read("a CPU", "float32") is None
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with params.yaml and a model that is nothing but its config.json."""
+    config_alone(tmp_path / "model", gptj())
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        process_memory, "measure_process_memory_in_new_process", lambda dtype: 600 << 20
+    )
+    return tmp_path
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["gptj8", "estimate", *arguments])
+    main.main()
+
+
+def test_the_command_prints_a_table_and_json(project, monkeypatch, capsys):
+    run_command(monkeypatch, "--model", "model", "--memory", "2GB")
+    shown = capsys.readouterr().out
+    assert "process and libraries" in shown
+    assert "fits into 2.00 GB" in shown
+    assert "not calibrated" in shown
+    dtype = str(gptj8_dtype()).removeprefix("torch.")
+    measured_speed.write(
+        machine.device_name("cpu"), dtype, measured_speed.Calibration(1e9, 500 << 20)
+    )
+    run_command(monkeypatch, "--model", "model/config.json", "--memory", "2GB", "--json")
+    found = json.loads(capsys.readouterr().out)
+    training = found["training"]
+    assert training["per_device_train_batch_size"] == load_params().finetune.sequences_a_step
+    assert sum(training["components"].values()) == training["peak"]
+    assert training["components"]["process and libraries"] == 500 << 20
+    assert found["tokens_per_second"] == pytest.approx(1e9 / found["flops_per_token"])
+
+
+def gptj8_dtype():
+    from gptj8.model.loading import pick_dtype
+
+    return pick_dtype("auto", CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model", "nowhere"], ["nowhere has no config.json"]),
+        (["--model", "strange"], ["model_type = unheard_of"]),
+        (["--model", "model", "--memory", "8 apples"], ["--memory 8 apples", "8GB"]),
+        (["--model", "model", "-S", "finetune.rr=4"], ["finetune.rr is not a known key"]),
+        (["--model", "model", "-S", "finetune.target=[nothing]"], ["finetune.target"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_command_refuses_in_one_line(project, monkeypatch, capsys, arguments, parts):
+    (project / "strange").mkdir()
+    (project / "strange" / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in parts)
+
+
+def test_sizes_are_read_in_either_unit():
+    assert parse_bytes("8GB") == 8_000_000_000
+    assert parse_bytes("1.5 GiB") == 3 << 29
+    assert parse_bytes("123") == 123
+
+
+def test_params_become_a_plan():
+    params = parse_params({**MINIMAL, "data": {"train": "x", "max_length": 4096, "task": "text"}})
+    found = plan_of(params, gptj(), torch.float32, "cpu")
+    assert (found.length, found.learned) == (512, 511)  # no longer than the model's context
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [0, 6])
+def test_the_estimate_is_right_to_a_tenth(number, tmp_path):
+    found = benchmark.compare(number, tmp_path)
+    assert found["estimated"] == pytest.approx(found["measured"], rel=0.1)

@@ -1,0 +1,295 @@
+"""Experiments in DVC and MLflow together: a row each, whole, whatever came from the cache.
+
+Real runs of a small project, minutes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from ruamel.yaml import YAML
+
+from gptj8.tracking.journal import flatten
+from tests.helpers.project_clone import ANIMALS, MAGIC, STAGES, Clone, ran, write_rows
+
+pytestmark = pytest.mark.long
+
+OTHER = ["-S", "data.train=mine.csv", "-S", "data.text_column=tweet", "-S", "data.label_column=cl"]
+EXPERIMENTS = {
+    "lora-8": [],
+    "lora-4": ["-S", "finetune.r=4"],
+    "lora-2": ["-S", "finetune.r=2"],
+    "norms": ["-S", "finetune.method=layernorm"],
+    "other-data": OTHER,
+    "one-shot": ["-S", "evaluate.few_shot=1"],
+}
+"""Two methods, more than two ranks, another dataset, and a change of the evaluation alone."""
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, tiny_model_dir):
+    clone = Clone(tmp_path_factory.mktemp("experiments") / "project", tiny_model_dir)
+    write_rows(clone.folder / "mine.csv", "tweet", "cl", {"wild": ANIMALS, "works": MAGIC})
+    clone.dvc("remote", "add", "--default", "shared", str(clone.folder.parent / "shared"))
+    clone.git("add", "-A")
+    clone.git("commit", "--quiet", "-m", "another dataset and a remote")
+    assert ran(clone.dvc("repro")) == list(STAGES)
+    clone.git("add", "-A")
+    clone.git("commit", "--quiet", "-m", "the first results")
+    return clone
+
+
+def experiment(clone: Clone, name: str, *options: str) -> list[str]:
+    """Run one, starting from what is committed, and return the stages that ran."""
+    clone.git("checkout", "--", ".")
+    clone.dvc("checkout")
+    process = clone.dvc("exp", "run", "--name", name, *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "has not received all" not in process.stderr
+    return ran(process)
+
+
+def assert_whole(clone: Clone, run: mlflow.entities.Run, revision: str) -> None:
+    """Nothing is missing that the experiment's own commit has, and nothing is there twice."""
+    client = clone.client()
+    refs = clone.git("for-each-ref", "--format=%(refname)", "refs/exps").split()
+    revision = next((ref for ref in refs if ref.endswith(f"/{revision}")), revision)
+    assert run.info.status == "FINISHED"
+    for stage in STAGES:
+        content = json.loads(clone.git("show", f"{revision}:reports/{stage}/metrics.json"))
+        for key, value in flatten(content, "/").items():
+            assert run.data.metrics[f"{stage}/{key}"] == pytest.approx(value), key
+            assert len(client.get_metric_history(run.info.run_id, f"{stage}/{key}")) >= 1
+        assert run.data.tags[f"stage.{stage}"] in ("ran", "cached")
+    params = YAML(typ="safe").load(clone.git("show", f"{revision}:params.yaml"))
+    params.pop("tracking")
+    assert set(run.data.params) == set(flatten(params, "."))
+    assert run.data.params["finetune.r"] == str(params["finetune"]["r"])
+    for key in ("loss", "grad_norm", "learning_rate", "memory_gib"):
+        points = client.get_metric_history(run.info.run_id, f"finetune/{key}")
+        steps = [point.step for point in points]
+        assert len(steps) > 3 and len(set(steps)) == len(steps), (key, steps)
+    assert client.get_metric_history(run.info.run_id, "finetune/eval_accuracy")
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files >= {"adapter", "export", "lineage", "reports", "predictions.json"}
+    assert {i.path for i in client.list_artifacts(run.info.run_id, "reports")} == {
+        f"reports/{stage}" for stage in STAGES
+    }
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} >= {"dataset"}
+    for tag in ("mlflow.source.git.commit", "command", "hardware.cpu", "digest.data.train"):
+        assert run.data.tags[tag]
+
+
+def named(clone: Clone) -> dict[str, mlflow.entities.Run]:
+    return {run.info.run_name: run for run in clone.runs().values()}
+
+
+def test_six_experiments_are_six_whole_rows(clone):
+    first = set(clone.runs())
+    assert len(first) == 1
+    started = {
+        name: experiment(clone, name, *options)
+        for name, options in EXPERIMENTS.items()
+        if name != "lora-8"  # what `dvc repro` did
+    }
+    assert started["lora-4"] == started["norms"] == ["finetune", "evaluate", "export"]
+    assert started["one-shot"] == ["evaluate", "export"]
+    rows = named(clone)
+    assert len(rows) == len(EXPERIMENTS) == len(clone.runs())
+    for name in started:
+        assert_whole(clone, rows[name], name)
+    (default,) = first
+    assert_whole(clone, clone.runs()[default], "HEAD")
+    assert rows["lora-4"].data.tags["stage.convert"] == "cached"
+    assert rows["one-shot"].data.tags["stage.finetune"] == "cached"
+    assert rows["one-shot"].data.tags["stage.evaluate"] == "ran"
+
+
+def test_running_them_again_changes_nothing(clone):
+    before = {run_id: (run.data.params, run.data.metrics) for run_id, run in clone.runs().items()}
+    for name, options in EXPERIMENTS.items():
+        if name != "lora-8":
+            assert experiment(clone, f"{name}-again", *options) == []
+    after = {run_id: (run.data.params, run.data.metrics) for run_id, run in clone.runs().items()}
+    assert after.keys() == before.keys()
+    for run_id, (params, metrics) in before.items():
+        assert after[run_id][0] == params
+        own = {k: v for k, v in metrics.items() if not k.startswith("system/")}
+        assert {k: v for k, v in after[run_id][1].items() if not k.startswith("system/")} == own
+
+
+def test_a_lost_database_is_filled_again_from_the_cache(clone):
+    """Or a new tracking server, or a colleague's: no stage runs, and every row is whole."""
+    (clone.folder / "mlflow.db").rename(clone.folder / "lost.db")
+    for name, options in EXPERIMENTS.items():
+        if name != "lora-8":
+            assert experiment(clone, f"{name}-anew", *options) == []
+    rows = named(clone)
+    assert set(rows) == {f"{name}-anew" for name in EXPERIMENTS if name != "lora-8"}
+    for name, run in rows.items():
+        assert_whole(clone, run, name)
+        assert {run.data.tags[f"stage.{stage}"] for stage in STAGES} == {"cached"}
+    clone.git("checkout", "--", ".")
+    clone.dvc("checkout")
+    assert "row was completed" in gptj8(clone, "sync").stdout
+    assert len(clone.runs()) == len(EXPERIMENTS)
+
+
+def gptj8(clone: Clone, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))}
+    command = [sys.executable, "-m", "gptj8.commands.main", *arguments]
+    process = subprocess.run(
+        command, cwd=clone.folder, capture_output=True, text=True, env=environment
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_a_sweep_is_one_command_and_has_a_parent(clone):
+    clone.git("checkout", "--", ".")
+    known = set(clone.runs())
+    queued = clone.dvc("exp", "run", "--queue", "--name", "ranks", "-S", "finetune.r=3,5")
+    assert queued.returncode == 0, queued.stderr
+    assert clone.dvc("queue", "start", "--jobs", "1").returncode == 0
+    until = time.monotonic() + 400
+    while True:
+        status = clone.dvc("queue", "status").stdout
+        if "Queued" not in status and "Running" not in status:
+            break
+        assert time.monotonic() < until, status
+        time.sleep(2)
+    assert "Failed" not in status, status
+    new = {run_id: run for run_id, run in clone.runs().items() if run_id not in known}
+    (parent,) = [run for run in new.values() if run.data.tags.get("gptj8.kind") == "sweep"]
+    children = [
+        run for run in new.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    assert len(children) == 2 == len(new) - 1
+    assert {run.data.params["finetune.r"] for run in children} == {"3", "5"}
+    for run in children:
+        assert_whole(clone, run, run.info.run_name)
+
+
+def test_a_run_is_reproduced_to_the_byte(clone):
+    clone.git("checkout", "--", ".")
+    (found,) = gptj8(clone, "find", "lora-4").stdout.split("\n")[:1]
+    run_id = found.split()[0]
+    shown = gptj8(clone, "reproduce", run_id)
+    assert f"run {run_id} is reproduced: the adapter is the same to the byte" in shown.stdout
+    assert not list((clone.folder / ".gptj8" / "reproduce").glob("*"))
+    assert clone.git("worktree", "list").count("\n") == 1
+
+
+def test_results_travel_by_a_dvc_remote(clone, tmp_path):
+    """A colleague's clone gets code from git, results from DVC's remote, and runs nothing."""
+    clone.git("checkout", "--", ".")
+    clone.dvc("checkout")
+    repository = tmp_path / "repository.git"
+    clone.git("init", "--quiet", "--bare", str(repository))
+    clone.git("remote", "set-url", "origin", str(repository))
+    clone.git("push", "--quiet", "origin", "HEAD:refs/heads/trunk")
+    assert clone.dvc("push", "--run-cache").returncode == 0
+    assert clone.dvc("exp", "push", "origin", "lora-2").returncode == 0
+
+    colleague = object.__new__(Clone)
+    colleague.folder = tmp_path / "colleague"
+    clone.git("clone", "--quiet", "-b", "trunk", str(repository), str(colleague.folder))
+    assert colleague.dvc("pull", "--allow-missing").returncode == 0
+    assert ran(colleague.dvc("repro")) == []
+    assert (colleague.folder / "artifacts" / "export" / "README.md").is_file()
+    assert colleague.dvc("exp", "pull", "origin", "lora-2").returncode == 0
+    applied = colleague.dvc("exp", "apply", "lora-2").stderr
+    # DVC misses what recipes that are not in use would make, and nothing else.
+    missing = applied.partition("for following targets:\n")[2].partition("Is your cache")[0].split()
+    assert missing and all(path.startswith("data/") for path in missing), applied
+    adapter = json.loads((colleague.folder / "artifacts/adapter/adapter_config.json").read_text())
+    assert adapter["r"] == 2
+    params = YAML(typ="safe").load((colleague.folder / "params.yaml").read_text())
+    assert params["finetune"]["r"] == 2
+    shutil.rmtree(tmp_path / "colleague")
+
+
+def test_dvc_shows_metrics_plots_and_experiments(clone, tmp_path):
+    clone.git("checkout", "--", ".")
+    clone.dvc("checkout")
+    metrics = json.loads(clone.dvc("metrics", "show", "--json").stdout)
+    assert "tuned" in str(metrics) and "perplexity_ratio" in str(metrics)
+    changed = json.loads(clone.dvc("metrics", "diff", "lora-2", "lora-4", "--json").stdout)
+    assert "reports/finetune/metrics.json" in changed
+    page = tmp_path / "page"
+    shown = clone.dvc("plots", "diff", "lora-2", "lora-4", "--out", str(page))
+    assert shown.returncode == 0, shown.stderr
+    text = (page / "index.html").read_text()
+    for plot in (
+        "training loss",
+        "validation accuracy",
+        "confusion",
+        "error of each",
+        "token lengths",
+    ):
+        assert plot in text, plot
+    assert "finetune" in clone.dvc("dag").stdout
+
+
+def test_the_columns_of_dvc_fit_a_screen(clone):
+    clone.git("checkout", "--", ".")
+    shown = gptj8(clone, "experiments").stdout
+    header = shown.splitlines()[0]
+    assert len(header) <= 160, shown
+    for column in ("accuracy", "perplexity ratio", "finetune.r", "peak GiB", "tokens/s"):
+        assert column in header, shown
+    for name in ("lora-4", "norms", "one-shot"):
+        assert name in shown
+
+
+def test_a_server_that_asks_who_is_there(clone, tmp_path):
+    """A real MLflow server with its own authentication: the right password records, a wrong one
+    costs nothing but a message, and no password is written to a file."""
+    from tests.helpers.servers import mlflow_server
+
+    settings = tmp_path / "auth.ini"
+    settings.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{tmp_path / 'users.db'}\n"
+        "admin_username = boss\nadmin_password = a-long-password-1\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    secret = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "k"}
+    with mlflow_server(tmp_path, "--app-name", "basic-auth", environment=secret) as port:
+        address = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+        user = {"MLFLOW_TRACKING_USERNAME": "boss", "MLFLOW_TRACKING_PASSWORD": "a-long-password-1"}
+        wrong = {**user, "MLFLOW_TRACKING_PASSWORD": "guess"}
+        clone.git("checkout", "--", ".")
+        clone.dvc("checkout")
+        refused = with_environment(clone, {**address, **wrong}, "-m", "stages.record")
+        assert refused.returncode == 0
+        assert "MLflow has not received all of record yet" in refused.stderr
+        sent = with_environment(clone, {**address, **user}, "-m", "gptj8.commands.main", "sync")
+        assert sent.returncode == 0, sent.stderr
+        assert "sent: the record of 1 stages" in sent.stdout
+        for file in Path(clone.folder / ".gptj8").rglob("*"):
+            assert not file.is_file() or b"guess" not in file.read_bytes()
+        count = (
+            "import mlflow; c = mlflow.MlflowClient(); e = c.get_experiment_by_name('gptj8');"
+            "(r,) = c.search_runs([e.experiment_id]);"
+            "print(r.info.status, sum(k.startswith('stage.') for k in r.data.tags))"
+        )
+        told = with_environment(clone, {**address, **user}, "-c", count)
+        assert told.stdout.split() == ["FINISHED", "5"], told.stderr
+
+
+def with_environment(
+    clone: Clone, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=clone.folder, capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip

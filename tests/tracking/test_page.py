@@ -1,0 +1,108 @@
+"""What MLflow's page is told to show first, and how `gptj8 ui` is refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from gptj8.commands.main import main
+from gptj8.tracking import delivery, page
+from gptj8.tracking.stage import stage_run
+from tests.helpers.tracked_project import params, report, runs
+
+INLINE = pytest.mark.usefixtures("recorded_inline")
+
+
+def measure(accuracy: float) -> None:
+    with stage_run("evaluate", params()):
+        report("evaluate", base={"accuracy": 0.4}, tuned={"accuracy": accuracy})
+
+
+@INLINE
+def test_a_run_is_described_by_what_it_measured(project):
+    measure(0.8)
+    _, (row,) = runs()
+    note = row.data.tags[page.NOTE_TAG]
+    assert note.startswith("**Accuracy 40.0% → 80.0%**")
+    assert "| accuracy after: fine-tuned | 80.0% |" in note
+    measure(0.9)
+    assert runs()[1][0].data.tags[page.NOTE_TAG].startswith("**Accuracy 40.0% → 90.0%**")
+
+
+@INLINE
+def test_a_description_of_ones_own_is_left_alone(project):
+    measure(0.8)
+    client, (row,) = runs()
+    client.set_tag(row.info.run_id, page.NOTE_TAG, "the one that we shipped")
+    measure(0.9)
+    assert runs()[1][0].data.tags[page.NOTE_TAG] == "the one that we shipped"
+
+
+def test_a_note_tells_intervals_changes_and_the_command():
+    measured = {
+        "evaluate/quantized/perplexity_ratio": 1.0002,
+        "evaluate/quantized/perplexity_ratio_low": 1.0,
+        "evaluate/quantized/perplexity_ratio_high": 1.0004,
+    }
+    note = page.run_note(measured, {"params.changed": "finetune.r=4", "command": "dvc repro"})
+    assert "| perplexity, 8-bit / base | 1.00020 | 1.00000 to 1.00040 |" in note
+    assert "Changed: `finetune.r=4`" in note
+    assert "```sh\ndvc repro\n```" in note
+    assert page.run_note({}, {}) is None
+
+
+def test_an_experiment_gets_what_it_lacks_and_keeps_what_was_changed(project):
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri)
+    old = client.create_experiment("old", tags={page.NOTE_TAG: "mine"})
+    for name in ("old", "new"):
+        delivery.connect(uri, name)
+    assert client.get_experiment(old).tags[page.NOTE_TAG] == "mine"
+    for name in ("old", "new"):
+        tags = client.get_experiment_by_name(name).tags
+        assert tags["mlflow.experimentKind"] == "custom_model_development"
+        state = json.loads(json.loads(tags[page.VIEW_TAG])["state"])
+        assert "metrics.`evaluate/tuned/accuracy`" in state["selectedColumns"]
+        (opened,) = [s["uuid"] for s in state["compareRunSections"] if s["display"]]
+        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {opened}
+        assert len(tags[page.VIEW_TAG]) < 5000  # MLflow's limit
+
+
+def refused(monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["gptj8", "ui", *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def with_params(project):
+    (project / "params.yaml").write_text("data: {train: rows.csv}\nmodel: {path: model}\n")
+    return project
+
+
+def test_without_runs_there_is_nothing_to_browse(with_params, monkeypatch, capsys):
+    Path("mlflow.db").unlink()
+    line = refused(monkeypatch, capsys)
+    assert line.startswith("error: no run is recorded yet") and "mlflow.db does not exist" in line
+    assert not Path("mlflow.db").exists()
+
+
+def test_a_port_in_use_is_told(with_params, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        line = refused(monkeypatch, capsys, "--port", port)
+    assert line.startswith(f"error: --host 127.0.0.1 --port {port}: ")
+    assert "in use" in line
+
+
+def test_a_database_that_is_none_is_told(with_params, monkeypatch, capsys):
+    Path("mlflow.db").write_text("no database at all, and not a short text either\n" * 100)
+    assert "not a database" in refused(monkeypatch, capsys, "--port", "0")

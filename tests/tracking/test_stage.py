@@ -1,0 +1,192 @@
+"""One experiment, one MLflow row, read back through a client of its own."""
+
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from gptj8.runtime.errors import UserError
+from gptj8.serving.registry import register_export
+from gptj8.tracking import identity
+from gptj8.tracking.comparison import log_comparison
+from gptj8.tracking.identity import tracking_uri
+from gptj8.tracking.journal import flatten
+from gptj8.tracking.stage import stage_run
+from gptj8.tracking.stage_results import STAGES
+from tests.helpers.tracked_project import params, report, runs
+
+pytestmark = pytest.mark.usefixtures("recorded_inline")
+
+
+def test_stages_of_one_experiment_share_a_row(project):
+    for stage in STAGES:
+        with stage_run(stage, params()) as run:
+            run.log_metrics({"live": 1.5, "nested": {"deep": 2}, "speed": 10}, step=3)
+            report(stage, seconds=4, speed=11, text="not a number")
+    client, (row,) = runs()
+    for stage in STAGES:
+        assert row.data.metrics[f"{stage}/live"] == 1.5
+        assert row.data.metrics[f"{stage}/nested/deep"] == 2
+        assert row.data.metrics[f"{stage}/seconds"] == 4
+        assert row.data.metrics[f"{stage}/speed"] == 11  # the result, not the curve's last point
+        assert row.data.tags[f"stage.{stage}"] == "ran"
+        assert client.list_artifacts(row.info.run_id, f"reports/{stage}")
+    assert [m.step for m in client.get_metric_history(row.info.run_id, "finetune/live")] == [3]
+    assert row.info.status == "FINISHED"
+    assert row.data.params["finetune.r"] == "8"
+    assert row.data.params["data.train"] == "rows.csv"
+
+
+def test_stages_that_came_from_the_cache_are_recorded_too(project):
+    report("validate", rows=7)
+    report("convert", relative_rmse=0.006)
+    report("finetune", eval_loss=1.0)
+    Path("reports/finetune/loss.csv").write_text("step,loss,grad_norm\n10,3.5,1\n20,2.5,\n")
+    Path("artifacts/adapter").mkdir(parents=True)
+    Path("artifacts/adapter/adapter_config.json").write_text("{}")
+    with stage_run("evaluate", params()):
+        report("evaluate", tuned={"accuracy": 0.8})
+    client, (row,) = runs()
+    curve = client.get_metric_history(row.info.run_id, "finetune/loss")
+    assert [(point.step, point.value) for point in curve] == [(10, 3.5), (20, 2.5)]
+    assert row.data.metrics["finetune/eval_loss"] == 1.0
+    assert client.list_artifacts(row.info.run_id, "adapter")
+    assert row.data.metrics["validate/rows"] == 7
+    assert row.data.metrics["evaluate/tuned/accuracy"] == 0.8
+    tags = {stage: row.data.tags.get(f"stage.{stage}") for stage in STAGES}
+    assert tags == {
+        "validate": "cached",
+        "convert": "cached",
+        "finetune": "cached",
+        "evaluate": "ran",
+        "export": None,
+    }
+
+
+def test_other_params_other_data_or_another_model_are_other_rows(project):
+    first = identity.key_of(params())
+    assert identity.key_of(params()) == first
+    assert identity.key_of(params(tracking={"experiment": "other"})) == first
+    assert identity.key_of(params(finetune={"r": 4})) != first
+    (project / "rows.csv").write_text("text,label\na,c\nd,e\n")
+    second = identity.key_of(params())
+    assert second != first
+    (project / "model" / "config.json").write_text('{"n_layer": 2}')
+    assert identity.key_of(params()) != second
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
+def test_a_stage_that_does_not_finish_is_marked(project, error, status):
+    with pytest.raises(error), stage_run("convert", params()):
+        raise error
+    assert runs()[1][0].info.status == status
+
+
+def test_a_relative_database_lies_in_the_project_even_inside_a_dvc_experiment(project, monkeypatch):
+    copy = project / ".dvc" / "tmp" / "exps" / "standalone" / "tmp123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert tracking_uri(params()) == f"sqlite:///{project / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking_uri(params()) == "http://127.0.0.1:1"
+
+
+def test_the_experiments_name_is_the_rows(project, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    with stage_run("validate", params()):
+        pass
+    row = runs()[1][0]
+    assert row.info.run_name == "brave-fox"
+    assert row.data.tags["dvc.experiment"] == "brave-fox"
+
+
+@pytest.mark.usefixtures("recorded_beside")
+def test_without_a_server_the_work_goes_on(project, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db")
+    done = []
+    with stage_run("validate", params()) as run:
+        run.log_metrics({"x": 1})
+        done.append(True)
+    assert done == [True]
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "MLflow" in line]
+    assert warning.startswith("warning: MLflow has not received all of validate yet")
+    assert "gptj8 sync" in warning
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}, "/") == {
+        "a/b": 1,
+        "a/c/d": 2,
+        "e": 3,
+    }
+
+
+def test_a_conversion_does_not_take_over_another_datasets_report(project):
+    report("validate", rows=999)  # of the experiment before
+    with stage_run("convert", params()):
+        report("convert", relative_rmse=0.006)
+    _, (row,) = runs()
+    assert "validate/rows" not in row.data.metrics
+    assert row.data.metrics["convert/relative_rmse"] == 0.006
+
+
+def test_before_the_inputs_exist_there_is_no_row(project):
+    (project / "rows.csv").unlink()
+    with stage_run("convert", params()):
+        report("convert", relative_rmse=0.006)
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    assert client.get_experiment_by_name("gptj8") is None
+
+
+@pytest.mark.usefixtures("recorded_beside")
+def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    started = time.monotonic()
+    with stage_run("validate", params()):
+        pass
+    assert time.monotonic() - started < 20
+    assert "MLflow has not received all of validate yet" in capsys.readouterr().err
+
+
+def test_a_project_that_was_moved_is_told_where_its_artifacts_go(project, capsys, monkeypatch):
+    with stage_run("validate", params()):
+        pass
+    assert "artifacts" not in capsys.readouterr().err
+    moved = project.parent / "moved"
+    project.rename(moved)
+    monkeypatch.chdir(moved)
+    with stage_run("validate", params()):
+        pass
+    assert "keep their artifacts in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("recorded_beside")
+def test_a_model_that_cannot_be_registered_is_an_error(project, monkeypatch):
+    """Unlike all else that is recorded: whoever deploys relies on it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with (
+        pytest.raises(UserError, match="registered_model_name = sentiment: not registered"),
+        stage_run("export", params()) as run,
+    ):
+        register_export(run.open_run, "sentiment", project / "base", project / "export", {})
+
+
+def test_a_comparison_is_one_run_however_often_it_is_made(project):
+    rows = [
+        {"approach": "lora: tuned", "status": "done", "experiment": "a-1", "accuracy": 0.5},
+        {"approach": "base", "status": "evaluated", "experiment": "", "accuracy": 0.25},
+    ]
+    (project / "approaches.md").write_text("| a |")
+    for accuracy in (0.5, 0.75):
+        rows[0]["accuracy"] = accuracy
+        log_comparison(params(), rows, [project / "approaches.md"])
+    client, (row,) = runs()
+    assert row.data.metrics == {"lora_ tuned/accuracy": 0.75, "base/accuracy": 0.25}
+    assert row.data.tags["gptj8.kind"] == "comparison"
+    assert row.data.tags["approach.lora: tuned"] == "a-1"
+    (file,) = client.list_artifacts(row.info.run_id, "approaches")
+    assert file.path == "approaches/approaches.md"
