@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from gptj8.params.sections import load_params
 from gptj8.runtime.files import write_csv, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.process import run
+from gptj8.runtime.project import BASE, REPORTS
 from gptj8.runtime.story import Story
 from gptj8.tracking.stage import stage_run
 
-OUTPUT = Path("artifacts/base-8bit")
-REPORT = Path("reports/convert")
+REPORT = REPORTS / "convert"
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
             codebook=params.quantization.codebook,
             skip_modules=list(params.quantization.skip_modules),
         )
-        report = convert_checkpoint(params.model.path, OUTPUT, config)
+        report = convert_checkpoint(params.model.path, BASE, config)
         write_csv(REPORT / "tensors.csv", [asdict(tensor) for tensor in report.tensors])
         write_json(
             REPORT / "metrics.json",

@@ -17,12 +17,11 @@ from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory
 from gptj8.runtime.process import run
+from gptj8.runtime.project import DATASET, REPORTS
 from gptj8.runtime.story import Story
 from gptj8.tracking.stage import stage_run
-from gptj8.tracking.stage_results import REPORTS
 
 STAGE = "validate"
-DATASET = Path("artifacts/dataset")
 REPORT = REPORTS / STAGE
 
 

@@ -8,7 +8,7 @@ from gptj8.evaluation.gate import check_requirements
 from gptj8.params.requirements import parse_requirement
 from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
-from gptj8.tracking.stage_results import measured_by_stages
+from gptj8.tracking.stage_results import measured_by_last_run
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,7 @@ def _gate(arguments: argparse.Namespace) -> None:
     if not require:
         raise UserError("evaluate.require is empty; there is nothing to meet")
     outcomes = check_requirements(
-        [parse_requirement(text) for text in require], measured_by_stages()
+        [parse_requirement(text) for text in require], measured_by_last_run()
     )
     for outcome in outcomes:
         print(outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gptj8.tracking.stage_results import measured_by_stages
+from gptj8.tracking.stage_results import measured_by_last_run
 from gptj8.tracking.summary import summary_lines
 
 
@@ -17,7 +17,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def _summary(arguments: argparse.Namespace) -> None:
 
     measured = {
-        f"{s}/{k}": v for s, metrics in measured_by_stages().items() for k, v in metrics.items()
+        f"{s}/{k}": v for s, metrics in measured_by_last_run().items() for k, v in metrics.items()
     }
     print()
     for line in summary_lines(measured):

@@ -49,9 +49,10 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 
 def _missing_stages(params: Params, key: str | None) -> list[str]:
+    from gptj8.runtime.project import STAGES
     from gptj8.tracking.delivery import connect, find_run, missing_stages
     from gptj8.tracking.identity import tracking_uri
-    from gptj8.tracking.stage_results import STAGES, stage_is_recordable
+    from gptj8.tracking.stage_results import stage_is_recordable
 
     if key is None:
         return []
@@ -67,7 +68,7 @@ def _is_up_to_date() -> bool:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    from gptj8.tracking.stage_results import STAGES
+    from gptj8.runtime.project import STAGES
 
     try:
         with Repo() as repo:

@@ -5,23 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-
-from gptj8.evaluation.statistics import Estimate, perplexity_ratio
-from gptj8.evaluation.suite import Documents
 from gptj8.export.model_card import model_card
 from gptj8.export.reference_answers import require_unchanged
-from gptj8.model.loading import ADAPTER_CONFIG, ADAPTER_FILE, load_adapter, load_model
-from gptj8.model.scoring.perplexity import score_documents
+from gptj8.model.loading import ADAPTER_CONFIG, ADAPTER_FILE
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, read_json, write_json
 from gptj8.runtime.manifest import write_manifest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MERGED = "merged"
 
@@ -114,65 +105,3 @@ def require_same_answers(compared: Mapping[str, float], what: str) -> None:
             f"differ by up to {compared['max_logit_difference']:.3g}); it was not exported. Rerun "
             "finetune on this machine"
         )
-
-
-def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write a 16-bit model with the adapter merged into it, which needs nothing but transformers.
-
-    Each adapted matrix is restored to float32 and merged there, because a merge into 8 bits would
-    round the adapter away, and rounded to 16 bits once; so memory holds the 16-bit model and one
-    matrix more.
-
-    Args:
-        base: the converted base model, with its tokenizer.
-        adapter: not changed.
-        target: folder to make.
-        dtype: of the weights.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from gptj8.quantization.layers import Frozen8bitModule, full_precision_twin
-    from gptj8.quantization.quantizer import restore_modules
-
-    # On the CPU: 16-bit weights are twice what the GPU was chosen for.
-    adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)
-    for module in list(adapted.modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if isinstance(module.base_layer, Frozen8bitModule):
-            module.base_layer = full_precision_twin(module.base_layer, torch.float32)
-        module.merge()
-        module.get_base_layer().to(dtype)
-    merged = restore_modules(adapted.unload(), dtype)
-    del merged.config.quantization_config
-    merged.save_pretrained(target)
-    copy_tokenizer(base, target)
-
-
-def perplexity_against_tuned(
-    model: PreTrainedModel,
-    documents: Documents,
-    tuned_nll: np.ndarray,
-    *,
-    batch_size: int,
-    resamples: int,
-    seed: int,
-) -> Estimate:
-    """Return a model's perplexity to the tuned one's, which `evaluate` has measured.
-
-    Args:
-        model: in eval mode.
-        documents: the same that were measured then.
-        tuned_nll: (documents,) what the tuned model made of them, in nats.
-        batch_size: most windows in one forward pass.
-        resamples, seed: of the paired bootstrap.
-    """
-    scores = score_documents(
-        model,
-        documents.ids,
-        documents.starts,
-        batch_size=batch_size,
-        description="merged: perplexity",
-    )
-    rng = np.random.default_rng(seed)
-    return perplexity_ratio(scores.nll, tuned_nll, scores.tokens, resamples=resamples, rng=rng)

@@ -48,10 +48,18 @@ def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
 
 
 def save_reference(
-    folder: str | Path, model: torch.nn.Module, prompts: Sequence[Sequence[int]], eos_id: int
+    folder: str | Path, model: torch.nn.Module, prompts: Iterable[Sequence[int]], eos_id: int
 ) -> None:
     """Write prompts and the model's answers into the folder in which its adapter was saved, with
-    the adapter's digest."""
+    the adapter's digest.
+
+    Args:
+        folder: of the adapter.
+        model: with the adapter, as it was trained.
+        prompts: token ids; the first ones are taken, as `choose_prompts` says.
+        eos_id: ends an answer.
+    """
+    prompts = choose_prompts(prompts)
     model.eval()
     shown = each(prompts, len(prompts), "answers to compare exports with", "prompts")
     answers = [replay.answer(model, prompt, eos_id) for prompt in shown]

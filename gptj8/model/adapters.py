@@ -76,24 +76,20 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> PeftModel:
     return adapted
 
 
-def round_layernorms(model: PeftModel, dtype: torch.dtype) -> None:
-    """Round trained LayerNorms to the base's dtype, in place.
-
-    They are trained in float32, and PEFT loads them in the base's dtype: rounded before they are
-    saved, the model that is measured and handed over is the one that answers here.
-    """
-    if model.peft_config["default"].peft_type != "LN_TUNING":
-        return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
+def save_adapter(model: PeftModel, folder: str | Path, dtype: torch.dtype) -> None:
     """Write an adapter in PEFT's format; the same one gives the same bytes.
 
-    PEFT keeps names of modules in sets, whose order is another one in each process.
+    PEFT keeps names of modules in sets, whose order is another one in each process. LayerNorms are
+    trained in float32, and PEFT loads them in the base's dtype: they are rounded to it first, in
+    place, so that the model that is measured and handed over is the one that answers here.
+
+    Args:
+        dtype: of the base.
     """
+    if model.peft_config["default"].peft_type == "LN_TUNING":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     model.save_pretrained(str(folder))
     file = Path(folder) / "adapter_config.json"
     content = read_json(file)
@@ -106,6 +102,11 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 def trainable_parameters(model: torch.nn.Module) -> int:
     """Return how many weights are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_bytes(model: torch.nn.Module) -> int:
+    """Return the size of the trained weights, which are float32."""
+    return 4 * trainable_parameters(model)
 
 
 def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:

@@ -49,6 +49,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def pick_arithmetic(dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype to compute with here; `dtype` as for `pick_dtype`."""
+    device = pick_device()
+    return device, pick_dtype(dtype, device)
+
+
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What PEFT writes of an adapter, and reads."""
 

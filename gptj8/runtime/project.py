@@ -1,8 +1,18 @@
-"""Where the user's project is, also from inside a copy that DVC makes for an experiment."""
+"""Where the user's project is, also from inside a copy that DVC makes for an experiment, and where
+its stages write."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+STAGES = ("validate", "convert", "finetune", "evaluate", "export")
+"""The stages that measure something, in their order."""
+DATASET = Path("artifacts/dataset")
+BASE = Path("artifacts/base-8bit")
+ADAPTER = Path("artifacts/adapter")
+EXPORT = Path("artifacts/export")
+REPORTS = Path("reports")
+"""What the stages write, as dvc.yaml declares it, relative to the project's folder."""
 
 
 def copied_project(path: Path) -> Path | None:

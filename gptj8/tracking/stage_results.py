@@ -14,11 +14,8 @@ from typing import Any
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import dvc_digest, read_json, write_json
-from gptj8.runtime.project import state_folder
+from gptj8.runtime.project import ADAPTER, DATASET, EXPORT, REPORTS, STAGES, state_folder
 from gptj8.tracking.journal import Event, JournalWriter, flatten, metric_values, now
-
-STAGES = ("validate", "convert", "finetune", "evaluate", "export")
-REPORTS = Path("reports")
 
 ANCESTORS = {
     "validate": (),
@@ -31,7 +28,7 @@ ANCESTORS = {
 """What a stage's inputs were made by: other reports that lie there may be another experiment's."""
 
 _CURVES = {"finetune": ("loss.csv", "eval_loss.csv")}
-_FOLDERS = {"finetune": Path("artifacts/adapter"), "export": Path("artifacts/export")}
+_FOLDERS = {"finetune": ADAPTER, "export": EXPORT}
 _LEFT_OUT = "merged"  # gigabytes, which DVC keeps
 _TABLE = "predictions.csv"
 
@@ -75,17 +72,22 @@ def stage_events(
     return events
 
 
-def measured_by_stages(stages: Sequence[str] = STAGES) -> dict[str, dict[str, float]]:
-    """Return stage -> flat name -> value of what the last run has measured.
-
-    Args:
-        stages: those that count; of them those that have left a report.
+def measured_by(stages: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return stage -> flat name -> value of what stages have left in their reports.
 
     Raises:
-        UserError: if none of them has.
+        UserError: if one of them has left none.
     """
-    files = {stage: REPORTS / stage / "metrics.json" for stage in stages}
-    measured = {s: flatten(read_json(f), "/") for s, f in files.items() if f.is_file()}
+    return {s: flatten(read_json(REPORTS / s / "metrics.json"), "/") for s in stages}
+
+
+def measured_by_last_run() -> dict[str, dict[str, float]]:
+    """Return the same of all stages that have left a report.
+
+    Raises:
+        UserError: if none has.
+    """
+    measured = measured_by([stage for stage in STAGES if stage_is_recordable(stage)])
     if not measured:
         raise UserError("reports/ holds no metrics yet; run `make repro`")
     return measured
@@ -133,7 +135,7 @@ def _curves(stage: str, folder: Path) -> list[Event]:
 def _datasets(inputs: dict[str, Any]) -> Event:
     """Datasets that a stage read and made, by the digests that DVC knows them by."""
     read = [(item["split"], item["path"], item["md5"]) for item in inputs["files"]]
-    made = [("prepared", "artifacts/dataset", inputs["prepared"])]
+    made = [("prepared", str(DATASET), inputs["prepared"])]
     return _event(
         "datasets",
         datasets=[

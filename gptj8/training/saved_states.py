@@ -19,23 +19,40 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gptj8.runtime.distributed import from_main
+from gptj8.runtime.distributed import from_main, process_count
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, replace_directory, require_free_space, sha256_file
-from gptj8.runtime.manifest import verify_manifest, write_manifest
+from gptj8.runtime.manifest import MANIFEST, verify_manifest, write_manifest
 from gptj8.runtime.messages import one_line
+from gptj8.runtime.project import BASE, DATASET, state_folder
 from gptj8.training.state import Tensors, from_plain, to_plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptj8.params.sections import Finetune
+    from gptj8.training.settings import TrainingSettings
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 
 _KEPT = 2
 _FORGOTTEN_DAYS = 14
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
+
+# Params that decide how a training fits into memory, or goes on, and not what it learns.
+_OF_MEMORY = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "checkpointing",
+    "launcher",
+    "save_minutes",
+}
 
 
 def training_key(decided_by: Mapping[str, Any], *inputs: Path) -> str:
@@ -100,6 +117,36 @@ class SavedStates:
         self.folder = root / key[:16]
         self._saved_at = time.monotonic()
         self._unusable: set[Path] = set()
+
+    @classmethod
+    def of_stage(
+        cls,
+        finetune: Finetune,
+        settings: TrainingSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> SavedStates:
+        """Return the states of the training that the stage `finetune` does, and of no other one.
+
+        How a step's rows are divided, and what is computed again, may change when a training goes
+        on: then it needs less memory.
+
+        Args:
+            finetune: the params' section.
+            settings: what it comes to on this machine.
+            device, dtype: of the arithmetic.
+        """
+        decided_by = finetune.model_dump(mode="json", exclude=_OF_MEMORY) | {
+            "seed": settings.seed,
+            "device": device.type,
+            "dtype": str(dtype),
+            "rows_a_step": settings.rows_a_step,
+            "processes": process_count(),
+        }
+        inputs = (DATASET / MANIFEST, BASE / MANIFEST)
+        minutes = finetune.save_minutes
+        every = None if minutes is None else 60 * minutes
+        return cls(state_folder() / "checkpoints", training_key(decided_by, *inputs), every)
 
     @property
     def is_due(self) -> bool:

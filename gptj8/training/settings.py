@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,14 @@ class TrainingSettings:
         devices = processes if processes > 1 else max(1, torch.cuda.device_count())
         return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def plan(self, rows: int) -> str:
+        """Return in words how much so many rows are trained on."""
+        plural = "" if self.num_train_epochs == 1 else "s"
+        return (
+            f"{rows:,} rows x {self.num_train_epochs:g} epoch{plural}, "
+            f"{self.steps(rows):,} steps of {self.rows_a_step}"
+        )
+
     def steps(self, rows: int) -> int:
         """Return how many steps Trainer makes with so many rows."""
         batches = math.ceil(rows / (self.rows_a_step // self.gradient_accumulation_steps))
@@ -109,6 +117,22 @@ class TrainingResult:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All of it by name, but the history and what was not measured."""
+        return {k: v for k, v in asdict(self).items() if k != "history" and v is not None}
+
+    def curve(self, name: str) -> list[dict[str, float]]:
+        """Return the points of the history that have a value of that name."""
+        return [point for point in self.history if name in point]
+
+    def __str__(self) -> str:
+        accuracy = "" if self.eval_accuracy is None else f" and accuracy {self.eval_accuracy:.1%}"
+        return (
+            f"{self.steps:,} steps, loss {self.train_loss:.3f}, validation loss "
+            f"{self.eval_loss:.3f}{accuracy}, {self.tokens_per_second:,.0f} tokens/s"
+        )
 
 
 def training_arguments(

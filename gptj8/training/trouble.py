@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from gptj8.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from gptj8.dataset.prepared.dataset import PreparedDataset
 
 _EXPLODED = 3.0
 """A mean loss of so many times that of a guess among all tokens has nothing of a model left."""
@@ -35,6 +40,23 @@ class TrainingDivergedError(UserError):
         """Return the message with the examples called by names, where they are known."""
         where = f" on {kind}{_few(names)}" if names else ""
         return f"{self.reason}{where}; {_WAY_OUT}"
+
+
+@contextmanager
+def naming_rows(dataset: PreparedDataset) -> Iterator[None]:
+    """Name the rows of the user's files that a training of `dataset` diverged on.
+
+    Raises:
+        UserError: in place of TrainingDivergedError.
+    """
+    try:
+        yield
+    except TrainingDivergedError as error:
+        if dataset.task == "text" or not error.examples:  # an example is then of many rows
+            raise UserError(str(error)) from None
+        rows = dataset.split("train").iloc[error.examples]
+        names = [f"{f}:{r}" for f, r in zip(rows["file"], rows["row"], strict=True)]
+        raise UserError(error.told(names)) from None
 
 
 def _few(names: Sequence[str]) -> str:

@@ -168,7 +168,7 @@ def test_text_for_perplexity_without_text(project):
 
 def test_examples_that_do_not_fit_are_refused_before_anything_is_measured(project, monkeypatch):
     monkeypatch.setattr(
-        "gptj8.model.loading.load_model", lambda *a, **k: pytest.fail("loaded a model")
+        "gptj8.evaluation.run.load_original", lambda *a, **k: pytest.fail("loaded a model")
     )
     with pytest.raises(UserError, match=r"evaluate.few_shot = 40"):
         project("classification", few_shot=40)
@@ -190,7 +190,7 @@ def test_predictions_of_others_join_the_table(project):
 
 def test_predictions_that_are_incomplete_are_refused_first(project, monkeypatch):
     monkeypatch.setattr(
-        "gptj8.model.loading.load_model", lambda *a, **k: pytest.fail("loaded a model")
+        "gptj8.evaluation.run.load_original", lambda *a, **k: pytest.fail("loaded a model")
     )
     Path("someone.csv").write_text("row,prediction\n1,sql\n")
     with pytest.raises(UserError, match=r"someone\.csv"):

@@ -7,13 +7,13 @@ import mlflow
 import pytest
 
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.project import STAGES
 from gptj8.serving.registry import register_export
 from gptj8.tracking import identity
 from gptj8.tracking.comparison import log_comparison
 from gptj8.tracking.identity import tracking_uri
 from gptj8.tracking.journal import flatten
 from gptj8.tracking.stage import stage_run
-from gptj8.tracking.stage_results import STAGES
 from tests.helpers.tracked_project import params, report, runs
 
 pytestmark = pytest.mark.usefixtures("recorded_inline")

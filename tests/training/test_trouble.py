@@ -12,7 +12,7 @@ from gptj8.dataset.prepared.dataset import load_prepared
 from gptj8.runtime.errors import UserError
 from gptj8.training.batches import RowOrder
 from gptj8.training.trainer import CompletionTrainer
-from gptj8.training.trouble import TrainingDivergedError
+from gptj8.training.trouble import TrainingDivergedError, naming_rows
 from tests.helpers.prepared_dataset import write_prepared
 from tests.helpers.training_rows import SETTINGS, assert_same, changed, trained
 
@@ -178,14 +178,14 @@ def test_memory_that_ends_with_one_row_is_said(tiny_8bit_dir, examples, monkeypa
 
 
 def test_the_stage_names_rows_as_the_user_knows_them(tmp_path):
-    from stages.finetune import _of_rows
-
     columns = ["text", "label", "file", "row"]
     rows = pd.DataFrame([["t", "l", f"{n % 2}.csv", 10 + n] for n in range(6)], columns=columns)
     splits = {"train": rows, "validation": rows[:1], "test": rows[:1]}
     write_prepared(tmp_path, "classification", splits)
-    lost = TrainingDivergedError("the loss is nan at step 3", [4, 1])
-    assert _of_rows(lost, load_prepared(tmp_path)) == (
+    diverged = TrainingDivergedError("the loss is nan at step 3", [4, 1])
+    with pytest.raises(UserError) as told, naming_rows(load_prepared(tmp_path)):
+        raise diverged
+    assert str(told.value) == (
         "the loss is nan at step 3 on 0.csv:14, 1.csv:11; look at those rows, or lower "
         "finetune.learning_rate or max_grad_norm"
     )

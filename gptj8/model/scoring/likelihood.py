@@ -30,7 +30,7 @@ way, one row for each pair of prompt and label.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,9 @@ from gptj8.runtime.errors import UserError
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import DynamicCache, PreTrainedModel
+
+    from gptj8.dataset.prepared.dataset import PreparedDataset
+    from gptj8.dataset.prepared.prompts import TextEncoder
 
     Model = PreTrainedModel | PeftModel
 
@@ -162,6 +165,34 @@ def label_accuracy(
         model, prompts, labels, batch_size=batch_size, description=description
     )
     return float((scores.argmax(1) == np.asarray(actual)).mean())
+
+
+def accuracy_on_validation(
+    dataset: PreparedDataset, encoder: TextEncoder, max_length: int, limit: int | None
+) -> Callable[[Model, int], float] | None:
+    """Return what measures a model's accuracy by label likelihood on the validation split, so many
+    rows at a time; None if the task has no labels.
+
+    Not the share of tokens that are the likeliest ones, given all right ones before: that is nearly
+    1 long before any answer is right.
+
+    Args:
+        encoder: the model's.
+        max_length: tokens of prompt and label together.
+        limit: of rows; None: all.
+    """
+    if not dataset.labels:
+        return None
+    rows = dataset.split("validation")
+    rows = rows.head(limit or len(rows))
+    prompts = dataset.prompt_encoder(encoder, max_length)
+    labels = [prompts.completion_ids(label) for label in dataset.labels]
+    longest = max(map(len, labels))
+    ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
+    actual = [dataset.labels.index(label) for label in rows["label"]]
+    return lambda model, batch_size: label_accuracy(
+        model, ids, labels, actual, batch_size=batch_size, description="validation accuracy"
+    )
 
 
 def is_packable(model: Model) -> bool:
