@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj8.params.sections import PARAMS_FILE, Params, load_params, parse_params
+from gptj8.params.sections import PARAMS_FILE, Params, load_params, null_paths, parse_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 
@@ -38,7 +38,11 @@ def overridden_params(overrides: Sequence[str]) -> Params:
             _refuse_unknown_keys(own)
             raise UserError(f"-S {' '.join(own)}: {one_line(error)}") from None
         content = YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8"))
-    return parse_params(content, " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)]))
+    source = " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)])
+    params = parse_params(content, source)
+    if problems := null_paths(content):
+        raise UserError("\n".join(problems))
+    return params
 
 
 def _refuse_unknown_keys(changes: Sequence[str]) -> None:

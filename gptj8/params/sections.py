@@ -9,10 +9,11 @@ user's day.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gptj8.params.requirements import parse_requirement
 from gptj8.params.templates import parse_template
@@ -24,10 +25,21 @@ PARAMS_FILE = "params.yaml"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NO_PATH = "data/none"
+"""What params.yaml has where no path is set: DVC follows every path that dvc.yaml names, and has no
+form for none of them but a file."""
+OptionalPath = Annotated[
+    str | None, BeforeValidator(lambda path: None if path == NO_PATH else path)
+]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
-
+_OPTIONAL_PATHS = (
+    ("data", "validation"),
+    ("data", "test"),
+    ("evaluate", "perplexity_text"),
+    ("evaluate", "predictions"),
+)
 _NAMED = ("text", "prompt", "messages")  # fields of a template whose column has a param
 
 
@@ -36,10 +48,10 @@ class Data(Section):
 
     train: str
     """A file, or a directory: of files named after the splits, or of training rows only."""
-    validation: str | None = None
-    """A file or directory; null: `train`'s own, else rows held out of `train`."""
-    test: str | None = None
-    """A file or directory; null: `train`'s own, else rows held out of `train`."""
+    validation: OptionalPath = None
+    """A file or directory; data/none: `train`'s own, else rows held out of `train`."""
+    test: OptionalPath = None
+    """A file or directory; data/none: `train`'s own, else rows held out of `train`."""
     train_files: str | None = None
     """Pattern of the files to read where `train` is a directory, such as `2024-*.csv.gz`."""
     validation_files: str | None = None
@@ -197,8 +209,8 @@ class Evaluate(Section):
 
     few_shot: NonNegativeInt = 4
     """Solved examples before each few-shot prompt; 0 leaves few-shot out."""
-    perplexity_text: str | None = None
-    """Held-out text to measure perplexity on, a file as in `data`; null: the test split's text."""
+    perplexity_text: OptionalPath = None
+    """Held-out text to measure perplexity on, a file as in `data`; data/none: the test split."""
     max_perplexity_documents: PositiveInt | None = None
     """Measure on the first so many documents only; null: on all."""
     per_device_eval_batch_size: PositiveInt = 16
@@ -206,7 +218,7 @@ class Evaluate(Section):
     """Tokens of a generated completion; a label has as many as the longest takes."""
     max_generated_rows: NonNegativeInt | None = None
     """Let the models write an answer to the first so many rows; null: to all."""
-    predictions: str | None = None
+    predictions: OptionalPath = None
     """A CSV of what another system predicts for the test rows, or a directory of such."""
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
     require: tuple[str, ...] = ()
@@ -296,8 +308,10 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     Raises:
         UserError: listing unknown keys and wrong values, a line each.
     """
-    params = parse_params(read_yaml(path), str(path))
-    problems = [
+    content = read_yaml(path)
+    params = parse_params(content, str(path))
+    problems = null_paths(content, path)
+    problems += [
         f"{path}: {key} = {value!r} leads out of the project; put the data, or a link to it, into "
         "the project's folder"
         for key, value in params.inputs.items()
@@ -311,6 +325,22 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     if problems:
         raise UserError("\n".join(problems))
     return params
+
+
+def null_paths(content: Mapping[str, Any], path: str | Path = PARAMS_FILE) -> list[str]:
+    """Return a line for each path in already parsed YAML that DVC has no form for.
+
+    Args:
+        content: of params.yaml.
+        path: of the file. In a commit that has the file `None` beside it, null is what DVC reads.
+    """
+    if (Path(path).parent / "None").exists():
+        return []
+    return [
+        f"{path}: {section}.{key} is null, and DVC follows every path; write {NO_PATH} for none"
+        for section, key in _OPTIONAL_PATHS
+        if isinstance(content.get(section), Mapping) and content[section].get(key, NO_PATH) is None
+    ]
 
 
 def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:

@@ -15,11 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj8.runtime.files import dvc_digest, list_files
+from gptj8.runtime.dvc_digests import dvc_digest, dvc_files
 from gptj8.runtime.project import project_root
 
 FIRST = "first run"
 """What is said of a stage that dvc.lock does not know."""
+
+NOT_MADE = "not made yet"
+"""The command in the dvc.lock of a recipe that has not run: see data/README.md."""
 
 FIRST_IN_COPY = "runs in an experiment's copy, which has no dvc.lock of an earlier run"
 """The same, in the copy that `dvc exp run --temp` makes of what git knows: dvc.lock may not be of
@@ -39,7 +42,7 @@ def explain(stage: str, folder: str | Path = ".") -> str:
     folder = Path(folder)
     try:
         locked = (_read(folder / "dvc.lock") or {}).get("stages", {})
-        if stage not in locked:
+        if locked.get(stage, {}).get("cmd", NOT_MADE) == NOT_MADE:
             return FIRST if project_root() == Path.cwd().resolve() else FIRST_IN_COPY
         declared = _read(folder / "dvc.yaml")["stages"][stage]
         changes = list(_changes(folder, locked[stage], declared, locked))
@@ -120,7 +123,7 @@ def _is_changed(path: Path, before: Mapping[str, Any], made: str | None) -> bool
         return made != before["md5"]
     if not path.exists():
         return True
-    files = list_files(path)
+    files = dvc_files(path)
     size = sum(file.stat().st_size for file in files)
     if size != before.get("size") or (path.is_dir() and len(files) != before.get("nfiles")):
         return True
@@ -144,7 +147,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def _resolve(dep: Any, values: Any) -> str:
-    """Return a dependency's path with the params that its template names; `None/.` is None."""
+    """Return a dependency's path with the params that its template names."""
     path = dep if isinstance(dep, str) else next(iter(dep))
     return os.path.normpath(_TEMPLATE.sub(lambda match: str(_value(values, match[1])), path))
 

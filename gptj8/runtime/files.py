@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,40 +155,6 @@ def sha256_file(path: str | Path) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:
-    """Return the digest by which DVC knows a file or a directory, as dvc.lock has it.
-
-    Of a file its MD5; of a directory that of the list of its files and theirs, with `.dir` behind.
-
-    Args:
-        path: a file or a directory.
-        known: digests by absolute path, size, modification time and inode. What is in it is not
-            read again, what is not is added.
-    """
-    path = Path(path)
-    if path.is_file():
-        stat = path.stat()
-        key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-        if known is not None and key in known:
-            return known[key]
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, _md5).hexdigest()
-        if known is not None:
-            known[key] = digest
-        return digest
-    entries = [
-        {"md5": dvc_digest(file, known), "relpath": file.relative_to(path).as_posix()}
-        for file in list_files(path)
-    ]
-    entries.sort(key=lambda entry: entry["relpath"])
-    listing = json.dumps(entries, sort_keys=True).encode()
-    return f"{_md5(listing).hexdigest()}.dir"
-
-
-def _md5(content: bytes = b"") -> Any:
-    return hashlib.md5(content, usedforsecurity=False)
 
 
 def _share(directory: Path) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gptj8.params.sections import Params, resolved
+from gptj8.runtime.dvc_digests import dvc_digest, dvc_files
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import dvc_digest, write_json
+from gptj8.runtime.files import write_json
 from gptj8.runtime.project import project_root
 
 _SQLITE = "sqlite:///"
@@ -63,13 +64,20 @@ def artifact_location(uri: str) -> str | None:
 
 
 def input_digests(params: Params) -> dict[str, str] | None:
-    """Return key -> DVC's digest of every input; None while one of them is not there yet."""
+    """Return key -> DVC's digest of every input; None while one of them is not there yet.
+
+    Empty is what `dvc checkout` makes where a recipe has made nothing yet.
+    """
     root = project_root()
     paths = {key: Path(value) for key, value in params.inputs.items()}
-    if not all(path.exists() for path in paths.values()):
+    if not all(path.exists() and _has_content(path) for path in paths.values()):
         return None
     with _known_digests(root / ".dvc" / "tmp" / "gptj8" / "digests.json") as known:
         return {key: dvc_digest(path, known) for key, path in paths.items()}
+
+
+def _has_content(path: Path) -> bool:
+    return any(file.stat().st_size for file in dvc_files(path))
 
 
 def experiment_key(params: Mapping[str, Any], digests: Mapping[str, str]) -> str:

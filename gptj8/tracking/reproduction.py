@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from gptj8.params.sections import load_params
+from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import dvc_digest, list_files, sha256_file
+from gptj8.runtime.files import list_files, sha256_file
 from gptj8.runtime.process import path_of_this_python
 from gptj8.runtime.project import project_root, state_folder
 from gptj8.tracking.lineage import git, libraries

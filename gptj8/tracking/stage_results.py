@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import dvc_digest, read_json, write_json
+from gptj8.runtime.files import read_json, write_json
 from gptj8.runtime.project import ADAPTER, DATASET, EXPORT, REPORTS, STAGES, state_folder
 from gptj8.tracking.journal import Event, JournalWriter, flatten, metric_values, now
 

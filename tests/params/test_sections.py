@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptj8.params.sections import load_params, parse_params, resolved
+from gptj8.params.sections import NO_PATH, load_params, parse_params, resolved
 from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -19,9 +19,8 @@ def problems(**sections):
 def test_the_projects_own_params_are_valid_and_name_every_key():
     from ruamel.yaml import YAML
 
-    root = ROOT
-    params = load_params(root / "params.yaml")
-    written = YAML(typ="safe").load((root / "params.yaml").read_text())
+    params = load_params(ROOT / "params.yaml")
+    written = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
     assert {k: set(v) for k, v in written.items() if k != "seed"} == {
         k: set(v) for k, v in params.model_dump().items() if k != "seed"
     }
@@ -32,6 +31,29 @@ def test_defaults_fill_in_what_is_not_written():
     assert params.finetune.method == "lora"
     assert "tracking" not in resolved(params)
     assert resolved(params)["data"]["train"] == "rows.csv"
+
+
+def test_no_path_is_null_to_the_code_and_a_file_to_dvc(tmp_path):
+    params = load_params(ROOT / "params.yaml")
+    assert (ROOT / NO_PATH).is_file()
+    assert params.data.validation is params.data.test is params.evaluate.perplexity_text is None
+    assert set(params.inputs) == {"data.train", "model.path"}
+    assert resolved(params)["evaluate"]["predictions"] is None
+
+
+def test_a_null_path_is_refused_by_name(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    nulls = text.replace(NO_PATH + "\n", "null\n")
+    assert nulls.count("null") == text.count("null") + 4
+    (tmp_path / "params.yaml").write_text(nulls)
+    with pytest.raises(UserError) as caught:
+        load_params(tmp_path / "params.yaml")
+    lines = str(caught.value).splitlines()
+    keys = ["data.validation", "data.test", "evaluate.perplexity_text", "evaluate.predictions"]
+    assert [line.split(": ")[1].split()[0] for line in lines] == keys
+    assert all("write data/none for none" in line for line in lines)
+    (tmp_path / "None").write_text("as in commits before")
+    assert load_params(tmp_path / "params.yaml").data.test is None
 
 
 def test_sections_are_frozen():

@@ -202,14 +202,11 @@ def test_results_travel_by_a_dvc_remote(clone, tmp_path):
     colleague = object.__new__(Clone)
     colleague.folder = tmp_path / "colleague"
     clone.git("clone", "--quiet", "-b", "trunk", str(repository), str(colleague.folder))
-    assert colleague.dvc("pull", "--allow-missing").returncode == 0
+    assert colleague.dvc("pull").returncode == 0
     assert ran(colleague.dvc("repro")) == []
     assert (colleague.folder / "artifacts" / "export" / "README.md").is_file()
     assert colleague.dvc("exp", "pull", "origin", "lora-2").returncode == 0
-    applied = colleague.dvc("exp", "apply", "lora-2").stderr
-    # DVC misses what recipes that are not in use would make, and nothing else.
-    missing = applied.partition("for following targets:\n")[2].partition("Is your cache")[0].split()
-    assert missing and all(path.startswith("data/") for path in missing), applied
+    assert colleague.dvc("exp", "apply", "lora-2").returncode == 0
     adapter = json.loads((colleague.folder / "artifacts/adapter/adapter_config.json").read_text())
     assert adapter["r"] == 2
     params = YAML(typ="safe").load((colleague.folder / "params.yaml").read_text())

@@ -8,8 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from gptj8.runtime import dvc_changes
-from gptj8.runtime.dvc_changes import FIRST, FIRST_IN_COPY, explain
-from gptj8.runtime.files import dvc_digest
+from gptj8.runtime.dvc_changes import FIRST, FIRST_IN_COPY, NOT_MADE, explain
+from gptj8.runtime.dvc_digests import dvc_digest
 
 STAGE = {
     "cmd": "python -m stages.train",
@@ -61,11 +61,28 @@ def test_the_first_run_is_named(tmp_path, project):
     assert explain("train", project) == FIRST
 
 
+def test_a_recipe_that_was_never_needed_has_its_first_run(tmp_path):
+    write_yaml(tmp_path / "dvc.yaml", {"stages": {"fetch": {"cmd": "python fetch.py"}}})
+    write_yaml(tmp_path / "dvc.lock", {"schema": "2.0", "stages": {"fetch": {"cmd": NOT_MADE}}})
+    assert explain("fetch", tmp_path) == FIRST
+
+
 def test_an_experiments_copy_may_know_of_no_run(tmp_path, monkeypatch):
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     assert explain("train") == FIRST_IN_COPY
+
+
+def test_what_dvc_ignores_is_no_reason(project):
+    (project / ".dvc").mkdir()
+    (project / ".dvcignore").write_text("__pycache__\n*.so\n")
+    for name in ("__pycache__/a.pyc", "kernels.so"):
+        (project / "rows" / name).parent.mkdir(exist_ok=True)
+        (project / "rows" / name).write_text("compiled here")
+    assert explain("train", project).startswith("runs again: it was asked to")
+    (project / "rows" / "b.csv").write_text("b")
+    assert explain("train", project) == "runs because rows changed"
 
 
 def test_nothing_changed_means_that_it_was_asked_to(project):

@@ -1,12 +1,9 @@
 """Outputs are whole or absent; digests depend on names and bytes alone."""
 
-import hashlib
-
 import pytest
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import (
-    dvc_digest,
     format_bytes,
     read_json,
     replace_directory,
@@ -106,27 +103,6 @@ def test_read_json_names_the_file(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json is not valid JSON"):
         read_json(tmp_path / "bad.json")
-
-
-def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder / "sub").mkdir(parents=True)
-        (tmp_path / folder / "sub" / "x").write_text("x")
-        (tmp_path / folder / "y").write_text("y")
-    assert dvc_digest(tmp_path / "a") == dvc_digest(tmp_path / "b")
-    (tmp_path / "b" / "y").rename(tmp_path / "b" / "z")
-    assert dvc_digest(tmp_path / "a") != dvc_digest(tmp_path / "b")
-
-
-def test_known_digests_are_used_and_never_trusted_blindly(tmp_path):
-    data, known = tmp_path / "data", {}
-    data.write_text("one")
-    first = dvc_digest(data, known)
-    assert list(known.values()) == [first] == [hashlib.md5(b"one").hexdigest()]
-    known[next(iter(known))] = "remembered"
-    assert dvc_digest(data, known) == "remembered"
-    data.write_text("three")  # another size, so the entry no longer applies
-    assert dvc_digest(data, known) == dvc_digest(data) == hashlib.md5(b"three").hexdigest()
 
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):

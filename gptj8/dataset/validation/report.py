@@ -22,7 +22,8 @@ from gptj8.dataset.validation.checks import CHECKS, Check, Kind
 from gptj8.dataset.validation.run import Validated
 from gptj8.dataset.validation.shifts import label_shift, length_shift
 from gptj8.params.sections import Data
-from gptj8.runtime.files import dvc_digest, format_bytes, replace_directory, sha256_file, write_json
+from gptj8.runtime.dvc_digests import dvc_digest
+from gptj8.runtime.files import format_bytes, replace_directory, sha256_file, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.messages import listed
 

@@ -1,0 +1,98 @@
+"""Files and folders as DVC sees them: what .dvcignore leaves of a folder, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from pathspec import GitIgnoreSpec
+
+IGNORE_FILE = ".dvcignore"
+_NEVER_SEEN = (".git", ".hg", ".dvc")
+
+
+def dvc_files(path: str | Path) -> list[Path]:
+    """Return the file itself, or all files below a directory that DVC sees, sorted by path.
+
+    A link is followed where it is the path itself, or leads to a file, as DVC does.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    return sorted(_below(path, _patterns_above(path)))
+
+
+def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:
+    """Return the digest by which DVC knows a file or a directory, as dvc.lock has it.
+
+    Of a file its MD5; of a directory that of the list of its files and theirs, with `.dir` behind.
+
+    Args:
+        path: a file or a directory.
+        known: digests by absolute path, size, modification time and inode. What is in it is not
+            read again, what is not is added.
+    """
+    path = Path(path)
+    if path.is_file():
+        stat = path.stat()
+        key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        if known is not None and key in known:
+            return known[key]
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, _md5).hexdigest()
+        if known is not None:
+            known[key] = digest
+        return digest
+    entries = [
+        {"md5": dvc_digest(file, known), "relpath": file.relative_to(path).as_posix()}
+        for file in dvc_files(path)
+    ]
+    entries.sort(key=lambda entry: entry["relpath"])
+    listing = json.dumps(entries, sort_keys=True).encode()
+    return f"{_md5(listing).hexdigest()}.dir"
+
+
+def _md5(content: bytes = b"") -> Any:
+    return hashlib.md5(content, usedforsecurity=False)
+
+
+_Patterns = list[tuple[Path, GitIgnoreSpec]]
+
+
+def _patterns_above(directory: Path) -> _Patterns:
+    """Return the patterns of each .dvcignore from the project's root down to a directory."""
+    folders = list(directory.absolute().parents)
+    root = next((i for i, folder in enumerate(folders) if (folder / ".dvc").is_dir()), None)
+    if root is None:  # no project of DVC's
+        return []
+    # None is below: DVC refuses a folder that holds a .dvcignore.
+    files = [folder / IGNORE_FILE for folder in reversed(folders[: root + 1])]
+    return [
+        (file.parent, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines()))
+        for file in files
+        if file.is_file()
+    ]
+
+
+def _below(directory: Path, patterns: _Patterns) -> Iterator[Path]:
+    for child in directory.iterdir():
+        if child.name in _NEVER_SEEN or _is_ignored(child, patterns):
+            continue
+        if child.is_dir() and not child.is_symlink():
+            yield from _below(child, patterns)
+        elif child.is_file():
+            yield child
+
+
+def _is_ignored(path: Path, patterns: _Patterns) -> bool:
+    """Whether the last pattern that says something of a path ignores it."""
+    ignored = False
+    for folder, spec in patterns:
+        name = path.absolute().relative_to(folder).as_posix()
+        found = spec.check_file(f"{name}/" if path.is_dir() else name).include
+        if found is not None:
+            ignored = found
+    return ignored
