@@ -9,6 +9,8 @@ export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
+# A test file to each core; make test WORKERS= runs them one after the other.
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
 
 .PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui lint lock clean
@@ -22,10 +24,10 @@ compare: $(INSTALLED) ## LayerNorms only, LoRA on attention, LoRA on all linears
 	gptj8 compare
 
 test: $(INSTALLED) ## the fast tests
-	python -m pytest
+	python -m pytest $(WORKERS)
 
-test-slow: $(INSTALLED) ## what takes a minute or more
-	python -m pytest -m slow
+test-slow: $(INSTALLED) ## real servers, processes and pipelines
+	python -m pytest -m slow $(WORKERS)
 
 test-long: $(INSTALLED) ## real experiments through DVC, estimated against measured memory: half an hour
 	python -m pytest -m long

@@ -22,7 +22,10 @@ def dvc_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
-    return sorted(_below(path, _patterns_above(path)))
+    patterns = _patterns_above(path)
+    if _is_ignored(path, patterns):  # what is still being written, under another name
+        patterns = []
+    return sorted(_below(path, patterns))
 
 
 def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:

@@ -58,6 +58,7 @@ def expected(predictor, ids, tokens):
     return "".join(map(predictor.encoder.decode_stream(), greedy(predictor, ids, tokens)))
 
 
+@pytest.mark.slow
 def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
     predictor = predictors["classification"]
     answers = {p: expected(predictor, predictor.encode_prompt(p), 12) for p in PROMPTS}
@@ -67,6 +68,7 @@ def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
     assert gptj8("generate", *options, stdin=prompt).stdout.decode() == answer + "\n"
 
 
+@pytest.mark.slow
 def test_a_row(gptj8, predictors):
     row = {"instruction": "jump = over", "input": "the dog"}
     predictor = predictors["instructions"]
@@ -97,6 +99,7 @@ def test_standard_input_that_is_no_text_is_refused(gptj8):
     assert_refused(gptj8("generate", stdin=b"\xff\xfe"), "standard input is not UTF-8")
 
 
+@pytest.mark.slow
 def test_what_the_model_has_no_room_for_is_refused(gptj8):
     assert_refused(gptj8("generate", "--row", "txt=a"), "txt is no column, did you mean text?")
 
@@ -189,6 +192,7 @@ def has_ipv6():
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
+@pytest.mark.slow
 @needs_ipv6
 def test_what_it_prints_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
     """Also where the host is an address of IPv6, and the port any that is free."""
@@ -232,6 +236,7 @@ def resident_mb(pid):
     return int(status.split("VmRSS:")[1].split()[0]) / 1000
 
 
+@pytest.mark.slow
 def test_it_serves_keeps_its_memory_and_ends_when_told(exports, tiny_8bit_dir, tmp_path):
     with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
         session = requests.Session()
@@ -254,6 +259,7 @@ def test_it_serves_keeps_its_memory_and_ends_when_told(exports, tiny_8bit_dir, t
     assert "Traceback" not in stderr.decode()
 
 
+@pytest.mark.slow
 def test_it_ends_when_told_also_in_the_midst_of_a_stream(exports, tiny_8bit_dir, tmp_path):
     with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
         session = requests.Session()

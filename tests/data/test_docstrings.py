@@ -231,6 +231,7 @@ def test_opening_ends_at_a_line_or_word(extract: ModuleType, text: str, expected
     assert extract.opening(text, 15) == expected
 
 
+@pytest.mark.slow
 def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
     counts = {
         name: Counter(row["label"] for row in read(real / "splits" / f"{name}.jsonl"))
@@ -241,6 +242,7 @@ def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
     assert min(counts["test"].values()) >= 50
 
 
+@pytest.mark.slow
 def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) -> None:
     texts = {
         path.stem: [row["text"] for row in read(path)]
@@ -255,6 +257,7 @@ def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) 
     assert most_similar(texts["test"], texts["validation"]) < limit
 
 
+@pytest.mark.slow
 def test_real_corpus_keeps_the_order_of_the_sources(real: Path) -> None:
     sources = [row["source"] for row in read(real / "corpus.jsonl")]
     libraries = [library for library, _ in itertools.groupby(s.split("/")[0] for s in sources)]

@@ -183,6 +183,7 @@ def test_fetches_the_splits_with_the_names_of_labels(hub: Hub, recipe: Path) -> 
     assert (source["rows"], source["columns"]) == ({"train": 4, "validation": 2}, ["text", "mood"])
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_is_fetched_and_replaces_another(hub: Hub, recipe: Path) -> None:
     hub.commits[OLD] = {"train.csv": b"text,n\nold,1\n", "test.csv": b"text,n\nolder,2\n"}
     assert fetched(recipe, hub.endpoint).keys() == {"train", "validation"}
@@ -190,6 +191,7 @@ def test_a_pinned_revision_is_fetched_and_replaces_another(hub: Hub, recipe: Pat
     assert json.loads((recipe / "splits" / "source.json").read_text())["revision"] == OLD
 
 
+@pytest.mark.slow
 def test_fetches_files_by_their_path(hub: Hub, recipe: Path) -> None:
     texts = {"x1": "one two", "x2": "three", "y": "no", "more/train": "four", "more/test": "five"}
     for name, words in texts.items():
@@ -204,6 +206,7 @@ def test_fetches_files_by_their_path(hub: Hub, recipe: Path) -> None:
         assert fetched(recipe, hub.endpoint, dataset=URL + path) == expected
 
 
+@pytest.mark.slow
 def test_a_config_is_chosen_and_its_only_split_is_train(hub: Hub, recipe: Path) -> None:
     files = {"small.csv": b"text\na\n", "large.csv": b"text\nb\nc\n"}
     hub.commits[NEW] = files | {
@@ -245,6 +248,7 @@ def test_a_split_with_a_name_of_its_own_is_left_out_and_named(hub: Hub, recipe: 
     assert json.loads((recipe / "splits" / "source.json").read_text())["left_out"] == ["extra"]
 
 
+@pytest.mark.slow
 def test_says_what_keeps_it_from_a_dataset_and_leaves_the_last_one(hub: Hub, recipe: Path) -> None:
     files = dict(hub.commits[NEW])
     assert fetched(recipe, hub.endpoint)
@@ -263,6 +267,7 @@ def test_says_what_keeps_it_from_a_dataset_and_leaves_the_last_one(hub: Hub, rec
     assert "has no files that could be read" in refused(recipe, hub.endpoint)
 
 
+@pytest.mark.slow
 def test_without_access_a_network_or_a_working_hub(hub: Hub, recipe: Path) -> None:
     for hub.failure in ((401, "GatedRepo"), (403, "GatedRepo")):
         line = refused(recipe, hub.endpoint)

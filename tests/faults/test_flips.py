@@ -95,10 +95,12 @@ def cut_many(project, tally, offsets):
     return missed
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_found(project, tally):
     assert not flip_many(project, tally, 300)
 
 
+@pytest.mark.slow
 def test_files_cut_short_are_found(project, tally):
     assert not cut_many(project, tally, 10)
 
@@ -123,6 +125,7 @@ def use(kind: str, project: Path) -> object:
     return load_adapter(model, adapter if kind == "adapter" else project / _FOLDERS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -148,6 +151,7 @@ def test_what_is_damaged_is_not_used(project, kind, name):
     use(kind, project)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_used(project, capsys):
     states = SavedStates(project / "checkpoints", "k" * 64, None)
     file = project / _FOLDERS["checkpoint"] / "tensors.safetensors"

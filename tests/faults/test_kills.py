@@ -97,10 +97,8 @@ def durations(undisturbed, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [s if s == "finetune" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_ends_as_if_it_had_not_been(
     project, undisturbed, changes, shim, tally, stage
 ):
@@ -141,9 +139,8 @@ def told_to_end(project, undisturbed, stage, number, seconds):
     return problems + problems_after(project, undisturbed, stage), code
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_training_that_is_told_to_end_is_kept(project, undisturbed, tally, number):
     process = project.start("finetune")
     states = project.folder / ".gptj8" / "checkpoints"

@@ -1,9 +1,12 @@
 """The compiled kernels against the torch reference, bit for bit."""
 
+import importlib.machinery
 import math
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,7 +208,7 @@ def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
         else:
             source = source.replace("#define INTERFACE ", "#define INTERFACE 9")
         (tmp_path / "kernels.c").write_text(source)
-        suffix = next(iter(cpu.importlib.machinery.EXTENSION_SUFFIXES))
+        suffix = next(iter(importlib.machinery.EXTENSION_SUFFIXES))
         library = package / "kernels" / f"_cpu_kernels{suffix}"
         command = ["cc", "-shared", "-fPIC", "-fopenmp", "-o", library, tmp_path / "kernels.c"]
         subprocess.run(command, check=True)
@@ -245,3 +248,33 @@ def test_a_gpu_restores_into_what_it_is_given():
             restored = dispatch.dequantize(codes, absmax, codebook, 4096, torch.bfloat16, out)
     assert restored is out
     assert names == ["bitsandbytes::dequantize_blockwise.out"]
+
+
+DECOY = """
+#include <stdio.h>
+__attribute__((constructor)) static void sing(void) { fclose(fopen("loaded", "w")); }
+int gptj8_interface(void) { return %d; }
+"""
+
+
+@compiled
+def test_a_library_in_the_working_folder_is_not_loaded(tmp_path):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / "decoy.c").write_text(DECOY % cpu._INTERFACE)
+    for folder in ("gptj8", "gptj8/kernels"):
+        (tmp_path / folder).mkdir()
+        library = tmp_path / folder / f"_cpu_kernels{suffix}"
+        command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "decoy.c"]
+        subprocess.run(command, check=True)
+    script = "from gptj8.kernels import cpu; print(cpu.library()._name)"
+    for options in ((), ("-P",)):  # with the working folder on Python's path, and without it
+        found = subprocess.run(
+            [sys.executable, *options, "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        assert Path(found.stdout.strip()).is_relative_to(ROOT / "gptj8" / "kernels")
+    assert not (tmp_path / "loaded").exists()

@@ -121,6 +121,7 @@ def _worker(rank: int, model: torch.nn.Module, folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_data_parallel_workers_get_the_model_and_agree_with_one_process(tiny_8bit_dir, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)

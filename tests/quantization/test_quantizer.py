@@ -24,6 +24,7 @@ def test_importing_the_package_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -79,6 +79,7 @@ def launched(folder, source, launcher=LAUNCHER, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_shares_decisions_and_sums(tmp_path):
     with launched(tmp_path, SHARES) as process:
         _, errors = process.communicate(timeout=120)
@@ -98,6 +99,7 @@ def test_one_process_needs_no_other():
     distributed.leave()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
@@ -114,6 +116,7 @@ def test_a_failure_is_said_once_and_has_its_code(tmp_path, how, code, said):
     assert (process.returncode, errors) == (code, said)
 
 
+@pytest.mark.slow
 def test_ending_the_launcher_ends_all(tmp_path):
     waits = "import time, os; open(f'{os.getpid()}.pid', 'w'); time.sleep(100)"
     with launched(tmp_path, waits) as process:

@@ -66,6 +66,16 @@ def test_a_compiled_file_changes_nothing(project):
     assert dvc_digest(project / "data") != before
 
 
+def test_a_folder_that_is_being_written_has_the_digest_of_its_final_name(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvcignore").write_text("*.incomplete\n")
+    (tmp_path / ".out.incomplete" / "sub").mkdir(parents=True)
+    (tmp_path / ".out.incomplete" / "sub" / "x").write_text("x")
+    before = dvc_digest(tmp_path / ".out.incomplete")
+    (tmp_path / ".out.incomplete").rename(tmp_path / "out")
+    assert dvc_digest(tmp_path / "out") == before
+
+
 def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder / "sub").mkdir(parents=True)

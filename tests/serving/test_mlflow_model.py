@@ -60,6 +60,7 @@ def environment(store):
     return {**kept, "MLFLOW_TRACKING_URI": store, "PATH": path}
 
 
+@pytest.mark.slow
 def test_they_answer_the_same_in_a_fresh_process(store, predictors, tmp_path):
     rows = [{"instruction": "jump"}, {"instruction": "box", "input": "the dog"}]
     asked = [["classifier", {"text": TEXTS}, None], ["writer", rows, {"max_new_tokens": 9}]]

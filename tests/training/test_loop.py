@@ -187,7 +187,7 @@ def test_eight_bit_adam_is_what_trains(tiny_8bit_dir, examples, monkeypatch):
         ("all-linear", {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"}),
         (["fc_in"], {"fc_in"}),
     ],
-    ids=str,
+    ids=["attention", "all-linear", "a-list"],
 )
 def test_targets(tiny_8bit_dir, target, modules):
     model = adapted_model(tiny_8bit_dir, target=target)

@@ -369,12 +369,14 @@ def test_hostile_content(tmp_path: Path, encoder: TextEncoder, name: str) -> Non
         compare_with_json(data, *outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEN_MEGABYTES)
 def test_ten_megabytes(tmp_path: Path, encoder: TextEncoder, name: str) -> None:
     data = TEN_MEGABYTES[name]()
     examine(tmp_path / name, data, encoder, seconds=20, max_invalid_fraction=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_THE_STAGE)
 def test_the_stage_ends_without_a_traceback(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "project"
