@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import softmax
+
+from gptj8.model.scoring.probabilities import label_probabilities
 
 _ROUNDING = 1e-6
 
@@ -32,22 +33,6 @@ class ReliabilityBin:
     rows: int
     confidence: float
     accuracy: float
-
-
-def label_probabilities(log_likelihoods: np.ndarray) -> np.ndarray:
-    """Return the probability of each label, given that it is one of them: (rows, labels) float64.
-
-    Args:
-        log_likelihoods: (rows, labels) of each label with its end, in nats.
-
-    Raises:
-        ValueError: if a row has NaN or positive infinity, or no label that is possible at all.
-    """
-    log_likelihoods = np.asarray(log_likelihoods, dtype=np.float64)
-    usable = np.isfinite(log_likelihoods.max(axis=1))
-    if not usable.all():
-        raise ValueError(f"the log-likelihoods of row {usable.argmin()} give no probabilities")
-    return softmax(log_likelihoods, axis=1)
 
 
 def reliability(

@@ -53,11 +53,15 @@ class Template:
         return "".join(pieces)
 
 
-def parse_template(template: str, task: str) -> Template:
-    """Split a template at its fields.
+def split_at_fields(template: str) -> tuple[list[str], list[str]]:
+    """Split a template into literal text and the names of its fields.
+
+    Returns:
+        the literals, in which doubled braces are single, and the names in braces between them: one
+        literal more than names.
 
     Raises:
-        ValueError: if it is not a template or has no field that the task can use.
+        ValueError: if it is not a template.
     """
     literals: list[str] = [""]
     fields: list[str] = []
@@ -72,6 +76,16 @@ def parse_template(template: str, task: str) -> Template:
             literals.append("")
     except ValueError as error:
         raise ValueError(f"prompt_template is not a template: {error}") from None
+    return literals, fields
+
+
+def parse_template(template: str, task: str) -> Template:
+    """Split a template at its fields.
+
+    Raises:
+        ValueError: if it is not a template or has no field that the task can use.
+    """
+    literals, fields = split_at_fields(template)
     if not fields:
         usual = "prompt" if task == "completion" else "text"
         raise ValueError(f"prompt_template must hold a field, such as {{{usual}}}")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptj8.dataset.prepared.prompts import EncodedPrompt, PromptEncoder, TextEncoder
-from gptj8.evaluation.calibration import label_probabilities
 from gptj8.model.generation.answers import write_answers
 from gptj8.model.loading import load_adapter, load_model, pick_device, pick_dtype
 from gptj8.model.scoring.likelihood import score_labels
 from gptj8.model.scoring.perplexity import context_length
+from gptj8.model.scoring.probabilities import label_probabilities
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import quote, suggest
 from gptj8.serving.task import TunedTask

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from gptj8.evaluation.calibration import (
-    ReliabilityBin,
-    expected_calibration_error,
-    label_probabilities,
-    reliability,
-)
+from gptj8.evaluation.calibration import ReliabilityBin, expected_calibration_error, reliability
+from gptj8.model.scoring.probabilities import label_probabilities
 
 
 def scored(rows=500, labels=4, seed=0):

@@ -355,7 +355,7 @@ def test_modules_skipped_after_the_conversion_are_refused(tiny_8bit_dir, tmp_pat
 
 KILLED = """
 import sys, gptj8
-from gptj8 import shards
+from gptj8.quantization import shards
 shards.SHARD_BYTES = 20_000  # a file every few tensors
 gptj8.convert_checkpoint(sys.argv[1], sys.argv[2], gptj8.Blockwise8bitConfig(block_size=256))
 """

@@ -11,7 +11,6 @@ a document or an answer. Works on the `tokenizers` library alone, so that `valid
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from gptj8.params.templates import split_at_fields
 from gptj8.runtime.errors import UserError
 
 _PIECE = 1 << 16
@@ -158,13 +158,8 @@ class PromptEncoder:
         self.encoder = encoder
         self.max_length = max_length
         self.truncation_side = truncation_side
-        literals = ["", ""]
-        field = 0
-        for literal, name, _, _ in string.Formatter().parse(template):
-            literals[field] += literal
-            if name is not None:
-                field = 1
-        self.before, self.after = literals
+        before, *after = split_at_fields(template)[0]
+        self.before, self.after = before, "".join(after)
         self._before_ids = encoder.encode(self.before)
         self._after_ids = encoder.encode(self.after)
 
