@@ -13,7 +13,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
 
-.PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui lint lock clean
+.PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui docs lint lock clean
 
 repro: $(INSTALLED) ## run the pipeline: whatever changed since the last time
 	gptj8 check
@@ -54,7 +54,10 @@ bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
 	gptj8 ui
 
-lint: $(INSTALLED)
+docs: $(INSTALLED) ## generate docs/params.md and params.schema.json from the typed params
+	python -m gptj8.params.documentation
+
+lint: $(INSTALLED) ## ruff and mypy, as continuous integration runs them
 	ruff check .
 	ruff format --check .
 	mypy

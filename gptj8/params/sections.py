@@ -1,9 +1,9 @@
-"""params.yaml as typed, frozen objects: the only module that reads it.
+"""params.yaml as typed, frozen objects. No other module reads that file.
 
-Each section is one class, each key one field with its meaning, unit and bounds in one place.
-Hugging Face's names are used where one exists. An unknown key or a wrong value is an error that
-names it, and all errors are reported at once, because finding them one run at a time wastes the
-user's day.
+Each section is a class and each key a field, with its meaning, unit, bounds and default in one
+place: docs/params.md and params.schema.json are generated from here (`gptj8.params.documentation`).
+Names follow Hugging Face where a name exists. Unknown keys and wrong values raise an error that
+names them, and all errors are reported at once.
 """
 
 from __future__ import annotations
@@ -21,91 +21,105 @@ from gptj8.params.yaml_files import Section, check, read_yaml
 from gptj8.runtime.errors import UserError
 
 PARAMS_FILE = "params.yaml"
-
+NO_PATH = "data/none"
+"""The value in params.yaml for "no path". DVC resolves every path that dvc.yaml names, so an unset
+path has to be an existing file too."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-NO_PATH = "data/none"
-"""What params.yaml has where no path is set: DVC follows every path that dvc.yaml names, and has no
-form for none of them but a file."""
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 OptionalPath = Annotated[
     str | None, BeforeValidator(lambda path: None if path == NO_PATH else path)
 ]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 
-_OPTIONAL_PATHS = (
+OPTIONAL_PATHS = (
     ("data", "validation"),
     ("data", "test"),
     ("evaluate", "perplexity_text"),
     ("evaluate", "predictions"),
 )
-_NAMED = ("text", "prompt", "messages")  # fields of a template whose column has a param
+_NAMED = ("text", "prompt", "messages")  # template fields whose column is set by a param
 
 
 class Data(Section):
-    """Where the rows are and how one becomes a prompt."""
+    """The dataset, and how a row becomes a prompt."""
 
     train: str
-    """A file, or a directory: of files named after the splits, or of training rows only."""
+    """The training data: a file, or a directory of files. A directory holds files named after the
+    splits, or training rows only."""
     validation: OptionalPath = None
-    """A file or directory; data/none: `train`'s own, else rows held out of `train`."""
+    """The validation data, a file or directory. `data/none`: the split inside `train`, or rows held
+    out of `train`."""
     test: OptionalPath = None
-    """A file or directory; data/none: `train`'s own, else rows held out of `train`."""
+    """The test data, a file or directory. `data/none`: the split inside `train`, or rows held out
+    of `train`."""
     train_files: str | None = None
-    """Pattern of the files to read where `train` is a directory, such as `2024-*.csv.gz`."""
+    """Glob pattern of the files to read if `train` is a directory, for example `2024-*.csv.gz` or
+    `**/*.jsonl`. `null`: files are assigned to splits by name."""
     validation_files: str | None = None
+    """The same for `validation`."""
     test_files: str | None = None
+    """The same for `test`."""
     text_row: Literal["line", "file"] = "line"
-    """What a row of plain text is: a line, or a whole file."""
+    """What one row of a plain text file is: a line or the whole file."""
     validation_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Share of the rows held out by content hash where no validation file is given."""
+    """Fraction of the rows to hold out for validation if no validation data is given. Rows are
+    chosen by a hash of their text."""
     test_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Share of the rows held out by content hash where no test file is given."""
+    """Fraction of the rows to hold out for the test if no test data is given."""
     task: Literal["classification", "completion", "text"] = "classification"
+    """What to learn: a label per text, a completion per prompt, or running text."""
     text_column: str = "text"
+    """Column with the text of a classification or of running text."""
     label_column: str = "label"
+    """Column with the label of a classification."""
     prompt_column: str = "prompt"
+    """Column with the prompt of a completion."""
     completion_column: str = "completion"
+    """Column with the completion to learn."""
     messages_column: str = "messages"
+    """Column with the messages of a conversation."""
     optional_columns: tuple[str, ...] = ("input",)
-    """Columns of the template that may be empty; the words before such a cell are left out."""
+    """Template columns that may be empty. The words that belong to an empty column are omitted."""
     labels: tuple[str, ...] | None = None
-    """The labels there are; another one is an invalid row. null: whatever train has."""
+    """All valid labels; a row with another label is invalid. `null`: the labels of the training
+    split."""
     prompt_template: str = "{text}\n\nLabel:"
-    """How a row becomes a prompt: fields in braces are columns, see
-    `gptj8.dataset.readers.row_shapes`."""
-    max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of prompt and completion together; a longer text is cut, its completion never."""
+    """How a row becomes a prompt. Names in braces are columns."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """Maximum number of tokens of prompt and completion together. A longer text is truncated; a
+    completion never is."""
     on_invalid: Literal["error", "drop"] = "drop"
-    """What to do with rows that fail a check: stop, or drop and report them."""
+    """What to do with rows that fail a check: stop with an error, or drop and report them."""
     max_invalid_fraction: Fraction = 0.05
-    """More invalid rows than this share stop the run even when they could be dropped."""
+    """Stop with an error if a larger fraction of a split is invalid, even with `on_invalid:
+    drop`."""
     on_leak: Literal["error", "drop", "warn"] = "error"
-    """What to do with a row whose text, or nearly so, is in a later split as well."""
+    """What to do with rows whose text also occurs, exactly or nearly, in a later split."""
     near_duplicate_threshold: Annotated[float, Field(ge=0.5, lt=1)] | None = 0.6
-    """Texts at least this alike (Jaccard, runs of 5 characters) are near-duplicates; null: off."""
+    """Texts with at least this Jaccard similarity (of their 5-character shingles) are
+    near-duplicates. `null`: do not search for near-duplicates."""
     on_near_duplicate: Literal["drop", "warn"] = "warn"
-    """What to do with near-duplicates within a split; exact ones are always dropped."""
+    """What to do with near-duplicates within a split. Exact duplicates are always dropped."""
     engine: Literal["local", "dask"] = "local"
-    """Where rows are checked: this process, or the workers of a Dask cluster."""
+    """Where rows are checked: in this process, or on the Dask cluster that
+    `DASK_SCHEDULER_ADDRESS` names."""
 
     @model_validator(mode="after")
     def _template_fits_the_task(self) -> Data:
         if self.task != "text":
-            # The rules for templates live with their meaning, and need nothing but the standard
-            # library.
             fields = parse_template(self.prompt_template, self.task).fields
             columns = {getattr(self, f"{f}_column") if f in _NAMED else f for f in fields}
             answer = "label" if self.task == "classification" else "completion"
             column = getattr(self, f"{answer}_column")
             if column in columns and "messages" not in fields:
                 raise ValueError(
-                    f"{answer}_column = {column} is a column of prompt_template as well; a prompt "
-                    "that holds its answer teaches nothing"
+                    f"{answer}_column = {column} is also a column of prompt_template; the prompt "
+                    "would contain its answer"
                 )
         if self.labels is not None and self.task != "classification":
-            raise ValueError(f"labels are for task=classification, and the task is {self.task}")
+            raise ValueError(f"labels apply to task=classification, but the task is {self.task}")
         return self
 
 
@@ -113,66 +127,86 @@ class Model(Section):
     """The base model."""
 
     path: str
-    """A directory as `save_pretrained` writes it: config, weights, tokenizer."""
+    """Model directory as `save_pretrained` writes it: config, weights and tokenizer."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic; auto: bfloat16 where the hardware computes in it, else float16 or float32."""
+    """Data type for computation. `auto`: bfloat16 if the hardware supports it, float16 on older
+    GPUs, float32 otherwise."""
 
 
 class Quantization(Section):
     """How the frozen weights are stored."""
 
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 4096
-    """Weights that share one absmax."""
+    """Number of weights that share one scale."""
     codebook: Literal["dynamic", "fitted"] = "fitted"
-    """The 256 values a code can stand for: bitsandbytes' dynamic map, or one fitted per tensor."""
+    """The 256 values that a code can represent: `fitted` to each tensor, or `dynamic`,
+    bitsandbytes' map."""
     skip_modules: tuple[str, ...] = ()
-    """Names of modules to leave as they are."""
+    """Names of modules to leave unquantized."""
 
 
 class Finetune(Section):
-    """LoRA or LayerNorm training; keys are `transformers.TrainingArguments`' or PEFT's."""
+    """Training. Names are those of `transformers.TrainingArguments` and `peft.LoraConfig`."""
 
     method: Literal["lora", "layernorm"] = "lora"
+    """What to train: LoRA adapters, or the normalization layers only."""
     target: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
-    """Modules that get an adapter: a group, or a list of module names."""
+    """Modules that get a LoRA adapter: a group, or a list of module names."""
     r: PositiveInt = 8
+    """LoRA rank."""
     lora_alpha: Positive = 16
+    """LoRA scaling; the update is scaled by `lora_alpha / r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    learning_rate: Positive = 2e-4
+    """Dropout of the LoRA layers."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate. The default suits the small default model; for larger models 1e-4 to
+    3e-4 is usual."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"
+    """Learning rate schedule."""
     warmup_ratio: Fraction = 0.05
+    """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
     num_train_epochs: Positive = 2
+    """Number of passes over the training rows; may be fractional."""
     per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
-    """Sequences in memory at a time; auto: as many as fit, see `train_batch_size`."""
+    """Micro-batch size. `auto`: the largest that fits into memory and divides
+    `train_batch_size`."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Set by auto, and then left at 1 here."""
+    """Micro-batches per optimizer step. Leave it at 1 with `per_device_train_batch_size: auto`,
+    which chooses it."""
     train_batch_size: PositiveInt | None = None
-    """Sequences an optimizer step, which auto divides; null: 8. A number beside a number of
-    `per_device_train_batch_size` must be the product of the other two."""
+    """Sequences per optimizer step, for `per_device_train_batch_size: auto`. `null`: 8. Next to a
+    fixed micro-batch size it must be the product of micro-batch size, accumulation steps and
+    processes."""
     checkpointing: Literal["full", "reuse", "selective", "none", "auto"] = "auto"
-    """What is computed again in backward instead of kept
-    (`gptj8.training.activation_checkpointing`); auto: as little as the memory allows. The result is
-    the same."""
+    """Activation checkpointing, what to recompute in backward: everything except block inputs
+    (`full`), the same but with restored matrices reused for the gradient (`reuse`), everything
+    except matrix products and attention (`selective`), nothing (`none`), or as little as memory
+    allows (`auto`). The result is the same."""
     optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
+    """Optimizer."""
     logging_steps: PositiveInt = 10
-    eval_steps: PositiveInt = 100
-    """Steps between two measurements on the validation split: loss, and accuracy of labels."""
+    """Steps between two points of the training curves."""
+    eval_steps: PositiveInt = 300
+    """Steps between two measurements on the validation split: loss, and accuracy if there are
+    labels."""
     launcher: str | None = None
-    """torchrun's command line, for several processes in training and evaluation, such as
-    `torchrun --nproc-per-node 2`; null: this process alone."""
+    """Command line of torchrun to train and evaluate in several processes, for example
+    `torchrun --nproc-per-node 2`. `null`: one process."""
     max_eval_samples: PositiveInt | None = None
-    """Measure on the first so many examples of it; null: on all."""
+    """Use only the first N validation examples for these measurements. `null`: use all."""
     save_minutes: Annotated[float, Field(ge=0)] | None = 5
-    """Between two states that an interrupted training goes on from, at least; null: only SIGINT and
-    SIGTERM leave one. The result is the same."""
+    """Minutes between two checkpoints from which an interrupted training resumes. `null`: save only
+    on SIGINT and SIGTERM. The result is the same."""
 
     @property
     def sequences_a_step(self) -> int:
-        """Sequences an optimizer step: of one process, or where `auto` chooses, of all together."""
+        """Sequences per optimizer step: of one process, or with `auto` of all processes."""
         if self.per_device_train_batch_size == "auto":
             return self.train_batch_size or 8
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -181,9 +215,9 @@ class Finetune(Section):
     @classmethod
     def _is_torchrun(cls, launcher: str | None) -> str | None:
         if launcher is not None:
-            words = shlex.split(launcher)  # a ValueError, for a quote that is not closed
+            words = shlex.split(launcher)  # raises ValueError for an unclosed quote
             if words[:1] != ["torchrun"]:
-                raise ValueError(f"{launcher!r} is not a command line of torchrun")
+                raise ValueError(f"{launcher!r} is not a torchrun command line")
         return launcher
 
     @model_validator(mode="after")
@@ -192,8 +226,9 @@ class Finetune(Section):
         if micro == "auto":
             if steps != 1:
                 raise ValueError(
-                    f"gradient_accumulation_steps = {steps} beside per_device_train_batch_size = "
-                    "auto, which chooses it; leave it at 1 and set train_batch_size"
+                    f"gradient_accumulation_steps = {steps} conflicts with "
+                    "per_device_train_batch_size = auto, which chooses it; leave it at 1 and set "
+                    "train_batch_size"
                 )
         elif self.launcher is None and self.train_batch_size not in (None, micro * steps):
             raise ValueError(
@@ -205,54 +240,64 @@ class Finetune(Section):
 
 
 class Evaluate(Section):
-    """Perplexity and accuracy."""
+    """Perplexity, accuracy and the export gate."""
 
     few_shot: NonNegativeInt = 4
-    """Solved examples before each few-shot prompt; 0 leaves few-shot out."""
+    """Number of solved examples in each few-shot prompt. 0: no few-shot evaluation."""
     perplexity_text: OptionalPath = None
-    """Held-out text to measure perplexity on, a file as in `data`; data/none: the test split."""
+    """Held-out text for perplexity, in any format that `data` reads. `data/none`: the test
+    split."""
     max_perplexity_documents: PositiveInt | None = None
-    """Measure on the first so many documents only; null: on all."""
+    """Use only the first N documents for perplexity. `null`: use all."""
     per_device_eval_batch_size: PositiveInt = 16
+    """Maximum number of rows per forward pass."""
     max_new_tokens: PositiveInt = 64
-    """Tokens of a generated completion; a label has as many as the longest takes."""
+    """Maximum number of tokens of a generated completion. A generated label may be as long as the
+    longest label."""
     max_generated_rows: NonNegativeInt | None = None
-    """Let the models write an answer to the first so many rows; null: to all."""
+    """Generate answers for the first N test rows only. `null`: for all."""
     predictions: OptionalPath = None
-    """A CSV of what another system predicts for the test rows, or a directory of such."""
+    """Predictions of another system for the test rows: a CSV file with the columns `file`, `row`
+    and `prediction`, or a directory of such files. `data/none`: compare no other systems."""
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
+    """Number of bootstrap resamples for confidence intervals."""
     require: tuple[str, ...] = ()
-    """What must hold of the metrics for the model to be exported, such as
+    """Conditions on the metrics that must hold for the model to be exported, for example
     `tuned/accuracy > base/accuracy`."""
 
     @field_validator("require")
     @classmethod
-    def _can_be_checked(cls, require: tuple[str, ...]) -> tuple[str, ...]:
+    def _can_be_parsed(cls, require: tuple[str, ...]) -> tuple[str, ...]:
         for requirement in require:
             parse_requirement(requirement)
         return require
 
 
 class Export(Section):
-    """The deliverable."""
+    """The exported adapter."""
 
     merge: bool = False
-    """Also write a merged 16-bit model, which needs nothing but transformers to load."""
+    """Also write a merged 16-bit model, which loads with transformers alone."""
 
 
 class Tracking(Section):
-    """Where MLflow keeps the runs. Changing it reruns nothing."""
+    """Where MLflow stores the runs. Changing `experiment` or `uri` reruns nothing."""
 
     experiment: str = "gptj8"
+    """Name of the MLflow experiment."""
     uri: str | None = "sqlite:///mlflow.db"
-    """MLFLOW_TRACKING_URI, where set, takes precedence; null: nothing is recorded."""
+    """MLflow tracking URI. The environment variable `MLFLOW_TRACKING_URI` takes precedence. `null`:
+    record nothing."""
     registered_model_name: str | None = None
+    """Register each export under this name in MLflow's model registry. `null`: do not register."""
 
 
 class Params(Section):
     """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the adapter's initial weights, the order of rows, few-shot examples and
+    bootstraps."""
     data: Data
     model: Model
     quantization: Quantization = Quantization()
@@ -262,10 +307,10 @@ class Params(Section):
     tracking: Tracking = Tracking()
 
     def for_one_of(self, processes: int) -> Params:
-        """Return the params of one of so many processes, which share each optimizer step.
+        """Return the params of one of several processes that share each optimizer step.
 
         Raises:
-            UserError: if they cannot share `finetune.train_batch_size`.
+            UserError: if `finetune.train_batch_size` cannot be divided among them.
         """
         finetune = self.finetune
         total, micro = finetune.train_batch_size, finetune.per_device_train_batch_size
@@ -290,7 +335,7 @@ class Params(Section):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The files and folders that a run reads, by their keys; those that are not null."""
+        """The files and directories that a run reads, by key; unset ones are omitted."""
         inputs = {
             "data.train": self.data.train,
             "data.validation": self.data.validation,
@@ -306,19 +351,19 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        UserError: listing unknown keys and wrong values, a line each.
+        UserError: with one line per unknown key or wrong value.
     """
     content = read_yaml(path)
     params = parse_params(content, str(path))
     problems = null_paths(content, path)
     problems += [
-        f"{path}: {key} = {value!r} leads out of the project; put the data, or a link to it, into "
+        f"{path}: {key} = {value!r} is outside the project; put the data, or a link to it, into "
         "the project's folder"
         for key, value in params.inputs.items()
         if Path(value).is_absolute() or ".." in Path(value).parts
     ]
     problems += [
-        f"{path}: {key} = {value!r} is no path"
+        f"{path}: {key} = {value!r} is not a path"
         for key, value in params.inputs.items()
         if value.startswith("-") or "\0" in value
     ]
@@ -328,26 +373,27 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
 
 
 def null_paths(content: Mapping[str, Any], path: str | Path = PARAMS_FILE) -> list[str]:
-    """Return a line for each path in already parsed YAML that DVC has no form for.
+    """Return one line per path that is null, which DVC cannot resolve.
 
     Args:
-        content: of params.yaml.
-        path: of the file. In a commit that has the file `None` beside it, null is what DVC reads.
+        content: parsed params.yaml.
+        path: of that file. Commits before `data/none` have a file named `None` next to it, which
+            null resolved to; null is valid there.
     """
     if (Path(path).parent / "None").exists():
         return []
     return [
-        f"{path}: {section}.{key} is null, and DVC follows every path; write {NO_PATH} for none"
-        for section, key in _OPTIONAL_PATHS
+        f"{path}: {section}.{key} is null, which DVC cannot resolve; use {NO_PATH} for no path"
+        for section, key in OPTIONAL_PATHS
         if isinstance(content.get(section), Mapping) and content[section].get(key, NO_PATH) is None
     ]
 
 
 def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:
-    """Check already parsed YAML; see `load_params`."""
+    """Check params that are already parsed from YAML; see `load_params`."""
     return check(Params, content, source)
 
 
 def resolved(params: Params) -> dict[str, Any]:
-    """Return what decides a run's outcome: every section but `tracking`, defaults filled in."""
+    """Return everything that determines a run's result: all sections except `tracking`."""
     return params.model_dump(mode="json", exclude={"tracking"})

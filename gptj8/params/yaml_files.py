@@ -1,5 +1,7 @@
-"""Files that users write, YAML above all: read as values only, within limits, and checked against a
-pydantic model, every problem in one line."""
+"""Read YAML files within limits and check them against a pydantic model.
+
+Only plain values are read. Every problem is reported in one line.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from gptj8.runtime.messages import excerpt, one_line
 _MOST_CHARACTERS, _MOST_VALUES, _MOST_LEVELS = 1_000_000, 10_000, 50
 _MOST_PROBLEMS, _LONGEST_VALUE = 10, 200
 
-# What a value is not, such as the 99th of a month, comes as whatever the constructor raised.
-_NO_VALUES = (
+# An invalid value, such as day 99 of a month, raises whatever its constructor raises.
+_YAML_ERRORS = (
     YAMLError,
     ValueError,
     TypeError,
@@ -41,50 +43,58 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """A mapping whose keys are all known and whose values are of their types, and finite."""
+    """Base class of models that reject unknown keys, wrong types, NaN and infinity."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,  # the descriptions in docs/params.md
     )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a mapping of keys to values.
+    """Read a YAML file that contains a mapping.
 
     Raises:
-        UserError: in one line; also of a file that does more than say values.
+        UserError: in one line, if the file is missing, invalid, too large, or uses tags, aliases,
+            directives or merge keys.
     """
     try:
         with open(path, encoding="utf-8") as stream:
             text = stream.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise UserError(f"{path} has more than {_MOST_CHARACTERS:,} characters")
-        _refuse_more_than_values(text, path)
+        _raise_unless_plain(text, path)
         content = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; is this the project's folder?") from None
+        raise UserError(f"{path} does not exist; run this in the project's folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except _NO_VALUES as error:
+    except _YAML_ERRORS as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no keys and values, such as `seed: 0`")
+        raise UserError(f"{path} must contain keys and values, such as `seed: 0`")
     return content
 
 
 def read_checked(model: type[_Model], path: str | Path) -> _Model:
-    """Read a file as a `model`; see `check`."""
+    """Read a YAML file and validate it; see `check`."""
     return check(model, read_yaml(path), str(path))
 
 
 def check(model: type[_Model], content: dict[str, Any], source: str) -> _Model:
-    """Return what was read as a `model`, in which lists are tuples.
+    """Validate `content` and return it as a `model`, with lists converted to tuples.
 
     Args:
-        source: what the problems are said of.
+        model: the pydantic model.
+        content: the parsed file.
+        source: the name that problems begin with, such as the file's path.
 
     Raises:
-        UserError: listing unknown keys and wrong values, a line each, the first ten.
+        UserError: with one line per unknown key or wrong value, at most ten.
     """
     try:
         return model.model_validate(_tuples_for_lists(content))
@@ -98,10 +108,12 @@ def check(model: type[_Model], content: dict[str, Any], source: str) -> _Model:
     raise UserError("\n".join(problems))
 
 
-def _refuse_more_than_values(text: str, path: str | Path) -> None:
-    """Refuse what a YAML file may do besides saying some values: name types, multiply itself by
-    aliases, read itself by other rules, nest deeply, and go on for so long that reading takes
-    minutes. Reads no further than to the first of these."""
+def _raise_unless_plain(text: str, path: str | Path) -> None:
+    """Raise an error if YAML text is not plain values.
+
+    Rejects tags, aliases (which can expand exponentially), directives, merge keys, deep nesting and
+    so many values that parsing takes minutes. Stops reading at the first of these.
+    """
     depth = values = 0
     for event in YAML(typ="safe", pure=True).parse(text):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
@@ -110,24 +122,24 @@ def _refuse_more_than_values(text: str, path: str | Path) -> None:
             raise UserError(f"{path} is nested too deeply")
         if values > _MOST_VALUES:
             raise UserError(f"{path} has more than {_MOST_VALUES:,} values")
-        if more := _more_than_a_value(event):
-            raise UserError(f"{path} line {event.start_mark.line + 1}: {more}")
+        if problem := _unsupported(event):
+            raise UserError(f"{path} line {event.start_mark.line + 1}: {problem}")
 
 
-def _more_than_a_value(event: Any) -> str | None:
+def _unsupported(event: Any) -> str | None:
     if getattr(event, "ctag", None) is not None:
-        return "tags are not read"
+        return "YAML tags are not supported"
     if isinstance(event, AliasEvent):
-        return "aliases are not read; write the value once more"
+        return "YAML aliases are not supported; repeat the value"
     if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
-        return "directives are not read"
+        return "YAML directives are not supported"
     if isinstance(event, ScalarEvent) and event.style is None and event.value == "<<":
-        return "merge keys are not read"
+        return "YAML merge keys are not supported"
     return None
 
 
 def _tuples_for_lists(value: Any) -> Any:
-    """YAML and JSON have lists, our models tuples, and strict checking tells the two apart."""
+    """Convert lists to tuples: the models have tuples, and strict validation rejects lists."""
     if isinstance(value, dict):
         return {key: _tuples_for_lists(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -136,7 +148,7 @@ def _tuples_for_lists(value: Any) -> Any:
 
 
 def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> str:
-    # A union names its branches in the location; only what the user wrote is of use to them.
+    # For a union, the location ends with the names of its branches. Keep only the user's keys.
     location = [excerpt(str(part), _LONGEST_VALUE) for part in problem["loc"]]
     depth = 0
     here: Any = content
@@ -145,7 +157,7 @@ def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> s
         depth += 1
     kind = problem["type"]
     if kind == "missing":
-        return f"{'.'.join(location)} is required and not given"
+        return f"{'.'.join(location)} is required but missing"
     name = ".".join(location[:depth]) or "file"
     if kind == "extra_forbidden":
         known = _known_keys(model, location[:-1])
@@ -168,8 +180,8 @@ def _shown(value: Any) -> str:
     shortened.maxstring = shortened.maxother = _LONGEST_VALUE
     try:
         return shortened.repr(value)
-    except ValueError:  # of more digits than Python writes
-        return "a number without end"
+    except ValueError:  # an integer with more digits than Python converts to text
+        return "a number with too many digits"
 
 
 def _known_keys(model: type[BaseModel], section: list[str]) -> list[str]:
