@@ -1,8 +1,8 @@
-"""Sum up what pip-audit has found out: `audit.py REQUIREMENTS AUDIT.json [--lenient]`.
+"""Summarize the result of pip-audit: `audit.py REQUIREMENTS AUDIT.json [--lenient]`.
 
-Exits with 1 if a pinned package has a known advisory, and with 2 if not every pinned package was
-compared with the advisories. Where no database of them is in reach, pip-audit skips all packages
-and says that it has found nothing; that alone `--lenient` lets pass.
+Exits with code 1 if a pinned package has a known advisory, and with code 2 if a pinned package was
+not checked. If no advisory database can be reached, pip-audit skips all packages and reports no
+vulnerabilities; `--lenient` accepts only this case.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def main() -> int:
             names = ", ".join(advisory["id"] for advisory in package["vulns"])
             print(f"{package['name']} {package['version']}: {names}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"audit: pip-audit has come to no result ({error!r})")
+        print(f"audit: pip-audit gave no result ({error!r})")
         return 2
-    compared = len(packages) - skipped
+    checked = len(packages) - skipped
     print(
-        f"audit: of {pinned} pinned packages {compared} were compared with known advisories, and "
-        f"{len(affected)} have some"
+        f"audit: {checked} of {pinned} pinned packages were checked, {len(affected)} have known "
+        "advisories"
     )
     if affected:
         return 1
-    is_whole = len(packages) >= pinned and (not skipped or (arguments.lenient and not compared))
-    return 0 if is_whole else 2
+    is_complete = len(packages) >= pinned and (not skipped or (arguments.lenient and not checked))
+    return 0 if is_complete else 2
 
 
 if __name__ == "__main__":

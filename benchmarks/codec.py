@@ -1,8 +1,8 @@
-"""Error and time of the codebooks: `python -m benchmarks.codec [MODEL]`.
+"""Measure error and time of the codebooks: `python -m benchmarks.codec [MODEL]`.
 
-Prints the relative RMS error of blocks of 4096 on random weights of three distributions and, if a
-model directory is given, on each of its matrices; and the time of quantizing with a fitted codebook
-against the dynamic one, as the median of interleaved runs.
+Prints the relative RMS error at block size 4096 on random weights of three distributions and, if a
+model directory is given, on each of its matrices. Also prints the quantization time of the fitted
+relative to the dynamic codebook, as the median of interleaved runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def relative_rmse(weight: torch.Tensor, codebook: str) -> float:
 
 
 def seconds(weight: torch.Tensor, runs: int) -> dict[str, float]:
-    """Return the median time of each codebook over interleaved runs."""
+    """Return the median quantization time in seconds per codebook over interleaved runs."""
     times: dict[str, list[float]] = {"dynamic": [], "fitted": []}
     for _ in range(runs):
         for codebook, taken in times.items():
@@ -59,7 +59,7 @@ def main() -> None:
                 report(f"`{name}`", tensor)
     taken = seconds(Normal(0.0, 1.0).sample((4096, 4096)), arguments.runs)
     print(f"\ntime of fitted / dynamic: {taken['fitted'] / taken['dynamic']:.2f}")
-    print(f"million weights a second, fitted: {4096**2 / taken['fitted'] / 1e6:.0f}")
+    print(f"million weights per second, fitted: {4096**2 / taken['fitted'] / 1e6:.0f}")
 
 
 def report(name: str, weight: torch.Tensor) -> None:

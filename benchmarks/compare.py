@@ -1,16 +1,16 @@
-"""Speed and memory beside other methods: `python -m benchmarks.compare [--layers 2] [--rounds 3]`.
+"""Compare methods by speed and memory: `python -m benchmarks.compare [--layers 2] [--rounds 3]`.
 
-One GPT-J of full width and few layers, random weights, LoRA of rank 8 on query and value, gradient
-checkpointing, on this machine's GPU, or where there is none (or CUDA_VISIBLE_DEVICES= hides it) on
-its CPU; every method (`benchmarks.methods`) gets the same shape, tokens and adapters. A method runs
-in a process of its own, in turns with the others; figures are medians over rounds. Prints Markdown,
-ratios to bfloat16 first, and writes JSON.
+The model is a GPT-J with full width, few layers and random weights, LoRA of rank 8 on query and
+value, and activation checkpointing. It runs on this machine's GPU, or on its CPU if there is no GPU
+or CUDA_VISIBLE_DEVICES= hides it. All methods (`benchmarks.methods`) get the same shape, tokens and
+adapters. Each method runs in its own process, alternating with the others; figures are medians over
+rounds. Prints Markdown with ratios to bfloat16 first, and writes JSON.
 
-How far logits and gradients are from float32 and how long loading takes are measured last, in a
-round of their own (20 GB of memory for a moment, 2.5 GB of disk); `--speed-only` leaves it out.
+A final round measures the deviation of logits and gradients from float32 and the loading time. It
+briefly needs 20 GB of memory, and 2.5 GB of disk; `--speed-only` skips it.
 
-`--scaling` measures training alone, of gptj8 and bfloat16, as tokens, layers and threads grow, and
-prints each figure as it comes.
+`--scaling` measures only training, for gptj8 and bfloat16, with growing numbers of tokens, layers
+and threads, and prints each figure immediately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.methods import BASE, METHODS
 from gptj8.runtime.process import prepare_to_compute
 
 TRAINING_TOKENS = (32, 128, 512, 2048)
-# Tokens, layers and threads: one grows at a time.
+# Tokens, layers and threads; only one of them varies per line.
 SCALING = (
     *((tokens, 2, 2) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)),
     *((512, layers, 2) for layers in (4, 8, 28)),
@@ -40,8 +40,8 @@ Figures = dict[str, dict[str, list[float | str]]]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Measure one part of one method here."""
-    prepare_to_compute()  # for all methods: theirs gain as much by it
+    """Measure one part of one method in this process."""
+    prepare_to_compute()  # for all methods, because they all benefit equally
     import torch
 
     from benchmarks import measures
@@ -60,17 +60,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
 
 
 def run(method: str, layers: int, *options: str) -> dict[str, Any]:
-    """Measure one part of one method in a process of its own."""
+    """Measure one part of one method in a separate process."""
     command = [sys.executable, "-m", "benchmarks.compare", "--method", method, *options]
     process = subprocess.run([*command, "--layers", str(layers)], capture_output=True, text=True)
     if process.returncode:
-        reason = process.stderr.strip().splitlines()[-1:] or [f"ended with {process.returncode}"]
-        return {f"as a whole: {' '.join(options[:2])}": reason[0][:100]}
+        reason = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        return {f"process failed: {' '.join(options[:2])}": reason[0][:100]}
     return json.loads(process.stdout.splitlines()[-1])
 
 
 def table(figures: Figures) -> list[str]:
-    """Return Markdown: one row a kind of work, one column a method, ratio to bfloat16 first."""
+    """Return a Markdown table with one column per method and ratios to bfloat16 first."""
     medians: dict[str, dict[str, float | str]] = {}
     for method, rows in figures.items():
         for name, values in rows.items():
@@ -91,29 +91,29 @@ def table(figures: Figures) -> list[str]:
 
 
 def scale(rounds: int, figures: Figures) -> None:
-    """Add training tokens a second of two methods as tokens, layers and threads grow."""
+    """Add training tokens per second for growing numbers of tokens, layers and threads."""
     for number in range(rounds):
         for tokens, layers, threads in SCALING:
             for method in figures:
                 where = f"{tokens:,} tokens, {layers} layers, {threads} threads"
-                _tell(f"round {number + 1}: {method}, {where}")
+                _log(f"round {number + 1}: {method}, {where}")
                 options = ["--trains-only", "--tokens", str(tokens), "--threads", str(threads)]
                 found = run(method, layers, *options)
                 figure = found.get(f"training, {tokens} tokens", "fails")
                 figures[method].setdefault(where, []).append(figure)
-                _tell(f"  {figure}")
+                _log(f"  {figure}")
 
 
 def compare(arguments: argparse.Namespace, machine: str, figures: Figures) -> None:
-    """Add what is measured of each method."""
+    """Add the measurements of each method."""
     layers = arguments.layers
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     def add(title: str, method: str, *options: str) -> None:
-        _tell(f"{title}: {method}")
+        _log(f"{title}: {method}")
         for name, value in run(method, layers, *options).items():
             figures[method].setdefault(name, []).append(value)
-        # After each, so that a run that is ended early keeps what it measured.
+        # Write after each measurement, so that an interrupted run keeps its results.
         content = {"machine": machine, "layers": layers, "figures": figures}
         arguments.json.write_text(json.dumps(content, indent=2))
 
@@ -138,7 +138,7 @@ def _save(folder: Path, layers: int) -> None:
     convert_checkpoint(folder / "original", folder / "8bit", Blockwise8bitConfig())
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -179,7 +179,7 @@ def main() -> None:
         what = f"{arguments.layers} layers"
         figures = {method: {} for method in arguments.methods}
         compare(arguments, machine, figures)
-    print(f"GPT-J of width 4096, {what}; {machine}; tokens a second\n")
+    print(f"GPT-J of width 4096, {what}; {machine}; tokens per second\n")
     print("\n".join(table(figures)))
 
 

@@ -1,11 +1,10 @@
-"""GPT-J-6B's full shape on this machine: `python -m benchmarks.full_size FOLDER`.
+"""Measure GPT-J-6B at full size on this machine: `python -m benchmarks.full_size FOLDER`.
 
-Makes a float16 checkpoint of random weights in FOLDER (12 GB, sharded; kept for the next time),
-converts it (6 GB), loads the result and trains on it: LoRA on q and v, gradient checkpointing,
-8-bit AdamW, one sequence of 512 tokens on a CPU, of 2,048 on a GPU, if there is one; then evaluates
-it and the original. Each step runs in a process of its own, whose peak resident set is what the
-operating system says it was; on a GPU its own peak is shown too. Needs 20 GB of disk and 10 GB of
-memory.
+Creates a float16 checkpoint with random weights in FOLDER (12 GB, sharded; kept for the next run),
+converts it (6 GB), loads the result and trains it: LoRA on q and v, activation checkpointing, 8-bit
+AdamW, one sequence of 512 tokens on a CPU or 2,048 on a GPU. Then evaluates it and the original.
+Each step runs in its own process; its peak resident memory is reported by the operating system, and
+on a GPU the peak GPU memory is shown too. Needs 20 GB of disk and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ TRAINED_LENGTH = {"cpu": SEQUENCE_LENGTH, "cuda": 2048}
 
 
 def make(folder: Path) -> dict[str, float]:
-    """Write the random checkpoint, a layer a shard."""
+    """Write the random checkpoint, one shard per layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import GPTJConfig, GPTJForCausalLM
@@ -72,7 +71,7 @@ def make(folder: Path) -> dict[str, float]:
 
 
 def copy(source: Path, target: Path) -> dict[str, float]:
-    """Read the checkpoint's bytes and write as many as a conversion writes: the time to beat."""
+    """Read all bytes and write half of them, like a conversion; the baseline for its time."""
     started = time.perf_counter()
     target.mkdir(parents=True)
     for file in sorted(source.glob("*.safetensors")):
@@ -115,7 +114,7 @@ def load(converted: Path) -> dict[str, float]:
 
 
 def train(converted: Path) -> dict[str, float]:
-    """Take two training steps; fails unless the loss is finite and adapter weights move."""
+    """Take two training steps; fail unless the loss is finite and all adapter weights change."""
     import bitsandbytes
     import torch
 
@@ -131,7 +130,7 @@ def train(converted: Path) -> dict[str, float]:
     model = add_adapter(load_model(converted, dtype, device), AdapterSpec(target="attention"))
     set_checkpointing(model, "full")
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # loading is a step of its own
+        torch.cuda.reset_peak_memory_stats()  # loading is a separate step
     model.config.use_cache = False
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -147,19 +146,19 @@ def train(converted: Path) -> dict[str, float]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            assert torch.isfinite(loss), loss  # waits for a GPU, too
+            assert torch.isfinite(loss), loss  # also synchronizes with a GPU
             taken.append(time.perf_counter() - started)
     moved = sum(not torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-    assert moved == len(weights), f"{moved} of {len(weights)} adapter weights moved"
+    assert moved == len(weights), f"{moved} of {len(weights)} adapter weights changed"
     return {
         "loss": float(loss),
-        "seconds_a_step": min(taken),
-        "tokens_a_second": length / min(taken),
+        "seconds_per_step": min(taken),
+        "tokens_per_second": length / min(taken),
     }
 
 
 def evaluate(converted: Path) -> dict[str, float]:
-    """Score documents, classify and write answers on the 8-bit model, as the stage does."""
+    """Score documents, classify and generate with the 8-bit model, as the evaluate stage does."""
     from gptj8.model.generation.batch import generate_greedily
     from gptj8.model.loading import load_model, pick_device, pick_dtype
     from gptj8.model.scoring.likelihood import score_labels
@@ -178,13 +177,13 @@ def evaluate(converted: Path) -> dict[str, float]:
     written = generate_greedily(model, prompts, max_new_tokens=16, vocab_size=50257, eos_id=-1)
     return {
         "perplexity": scores.perplexity,
-        "tokens_a_second": float(scores.tokens.sum()) / seconds,
-        "written_a_second": sum(map(len, written)) / (time.perf_counter() - begun),
+        "tokens_per_second": float(scores.tokens.sum()) / seconds,
+        "generated_per_second": sum(map(len, written)) / (time.perf_counter() - begun),
     }
 
 
 def evaluate_original(source: Path, converted: Path) -> dict[str, float]:
-    """Score the same documents on the unquantized model, in no more memory than its copy takes."""
+    """Score the same documents with the unquantized model, in the memory of its 8-bit copy."""
     from gptj8.model.loading import load_original, pick_device, pick_dtype
     from gptj8.model.scoring.perplexity import score_documents
 
@@ -196,7 +195,7 @@ def evaluate_original(source: Path, converted: Path) -> dict[str, float]:
     seconds = time.perf_counter() - started
     return {
         "perplexity": scores.perplexity,
-        "tokens_a_second": float(scores.tokens.sum()) / seconds,
+        "tokens_per_second": float(scores.tokens.sum()) / seconds,
     }
 
 
@@ -226,7 +225,7 @@ STEPS = {
 
 
 def run(step: str, *folders: Path) -> dict[str, float]:
-    """Run one step in a process of its own; add the process's peak resident set in GB."""
+    """Run one step in a separate process; add the peak resident memory of the process in GB."""
     command = [sys.executable, "-m", "benchmarks.full_size", "--step", step, *map(str, folders)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -243,12 +242,12 @@ def run(step: str, *folders: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", choices=STEPS, help="run one step here; its folders follow")
-    parser.add_argument("--runs", type=int, default=3, help="of copying and converting, in turns")
+    parser.add_argument("--step", choices=STEPS, help="run one step in this process")
+    parser.add_argument("--runs", type=int, default=3, help="alternating copies and conversions")
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.step:
-        # As the stages do.
+        # Use the same settings as the stages.
         if arguments.step in ("make", "copy", "convert"):
             set_defaults()
         else:
@@ -268,7 +267,7 @@ def main() -> None:
     run("evaluate-original", source, converted)
     size = sum(f.stat().st_size for f in converted.glob("*.safetensors")) / 1e9
     print(f"conversion takes {statistics.median(ratios):.2f}x the time of copying")
-    print(f"loading peaks at {loaded['peak_gb'] / size:.2f}x of the file's {size:.3f} GB")
+    print(f"loading peaks at {loaded['peak_gb'] / size:.2f}x the file size of {size:.3f} GB")
 
 
 if __name__ == "__main__":

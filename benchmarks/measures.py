@@ -1,4 +1,4 @@
-"""What `benchmarks.compare` measures of one method, each in a process of its own."""
+"""Measurements of `benchmarks.compare`; each runs in its own process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Figures = dict[str, float | str]
 
 
 class _Clock(BaseStreamer):
-    """Note when each token of a generation is there; the first call brings the prompt."""
+    """Record the time of each generated token; the first call passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -35,8 +35,8 @@ class _Clock(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def seconds_a_token(self) -> float:
-        """Of tokens after the first, which the reading of the prompt is part of."""
+    def seconds_per_token(self) -> float:
+        """Return the median time per token after the first, whose time includes the prompt."""
         times = self.times[1:]
         return statistics.median(b - a for a, b in itertools.pairwise(times))
 
@@ -44,11 +44,11 @@ class _Clock(BaseStreamer):
 def speed(
     method: str, layers: int, tokens: Sequence[int], trains_only: bool, device: torch.device
 ) -> Figures:
-    """Return tokens a second of each kind of work, or why it does not run."""
+    """Return tokens per second for each kind of work, or the reason why it fails."""
     model: Any
     model, seconds = build(method, layers, device, positions=max(2048, *tokens))
     results: Figures = {} if method == BASE else {"conversion, seconds": seconds}
-    reset_peak_memory()  # of both kinds of weights together
+    reset_peak_memory()  # exclude the conversion, which holds two copies of the weights
 
     def attempt(name: str, count: int, work: Callable[[], object]) -> None:
         try:
@@ -91,7 +91,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _decode(model: Any, batch: int, cache: str | None) -> float:
-    """Return seconds a token of `generate`, for all sequences of the batch together."""
+    """Return seconds per token position of `generate`, for the complete batch."""
     prompts = torch.randint(0, 50257, (batch, 8), device=model.device)
     generate = functools.partial(
         model.generate,
@@ -109,15 +109,16 @@ def _decode(model: Any, batch: int, cache: str | None) -> float:
     for _ in range(3):
         clock = _Clock()
         generate(streamer=clock)
-        measured.append(clock.seconds_a_token())
+        measured.append(clock.seconds_per_token())
     return statistics.median(measured)
 
 
 def deviation(method: str, layers: int, device: torch.device) -> Figures:
-    """Return how far logits and the adapter's gradients are from float32 arithmetic.
+    """Return the error of logits and adapter gradients relative to float32 arithmetic.
 
-    Relative root of the summed squares, against the original weights and, for 8-bit weights of
-    ours, against the same weights restored: what the arithmetic alone adds.
+    The error is the relative L2 norm of the difference. The reference uses the original weights.
+    For gptj8, a second reference uses the restored 8-bit weights, which isolates the error of the
+    arithmetic.
     """
     references = {"the original weights": "float32"}
     if method.startswith("gptj8"):
@@ -149,7 +150,7 @@ def _logits_and_gradients(
 
 
 def save_original(folder: Path, layers: int) -> None:
-    """Save the model that all methods start from, as bfloat16."""
+    """Save the original model of all methods in bfloat16."""
     from transformers import GPTJForCausalLM
 
     model = GPTJForCausalLM(config(layers))
@@ -157,7 +158,7 @@ def save_original(folder: Path, layers: int) -> None:
 
 
 def loading(method: str, original: Path, converted: Path, device: torch.device) -> Figures:
-    """Return seconds from a folder to the first logits: weights that are mapped are read then."""
+    """Return the seconds until the first logits, because mapped weights are read only then."""
     ids = torch.zeros((1, 8), dtype=torch.long, device=device)
 
     def work() -> None:
@@ -165,5 +166,5 @@ def loading(method: str, original: Path, converted: Path, device: torch.device) 
         with torch.no_grad():
             model(input_ids=ids)
 
-    work()  # imports, and the files into the page cache
+    work()  # warm up: imports and the page cache
     return {"loading, seconds": statistics.median(_timed(work, device) for _ in range(3))}

@@ -1,9 +1,9 @@
-"""Estimated and measured peak memory of training: `python -m benchmarks.memory FOLDER`.
+"""Compare estimated and measured peak training memory: `python -m benchmarks.memory FOLDER`.
 
-Each configuration is trained for two steps (those that take a minute: one) in a process of its own,
-as the finetune stage does it: the estimate is made before the model is loaded, the peak is the
-process's (VmHWM). Models have random weights, made in the 8-bit format in FOLDER and removed again.
-`--full-size` adds GPT-J-6B's shape: 6 GB of disk, 8 GB of memory, minutes.
+Each configuration is trained for two steps (one step if a step takes a minute) in its own process,
+as in the finetune stage. The estimate is made before the model is loaded, and the measured peak is
+that of the process (VmHWM). The models have random 8-bit weights, are created in FOLDER and are
+removed afterwards. `--full-size` adds GPT-J-6B: 6 GB of disk, 8 GB of memory, several minutes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _named(sizes: dict[str, Any], width: int, layers: int, inner: int) -> dict[s
     }
 
 
-# Name, config, rows, tokens, learned tokens (0: all), method or target, checkpointing.
+# Name, config, rows, tokens, tokens with loss (0: all), method or target, checkpointing.
 CONFIGURATIONS: list[tuple[str, dict[str, Any], int, int, int, str, Kind]] = [
     ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", "full"),
     ("GPT-J 1024 x 4", _gptj(1024, 4), 4, 512, 0, "attention", "none"),
@@ -63,7 +63,7 @@ _COMMON = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
 
 
 def make(folder: Path, sizes: dict[str, Any]) -> None:
-    """Write a model of random 8-bit weights, a shard a block."""
+    """Write a model with random 8-bit weights, one shard per block."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,7 +113,7 @@ def _random(name: str, like: Any) -> Any:
 def measure(
     folder: Path, rows: int, length: int, learned: int, what: str, checkpointing: Kind
 ) -> dict[str, Any]:
-    """Estimate, then train two steps; return both peaks in GiB."""
+    """Estimate the peak, then train one or two steps; return both peaks in GiB."""
     import torch
 
     from gptj8.memory import process_memory
@@ -147,7 +147,7 @@ def measure(
     model = add_adapter(load_model(folder, dtype, device), AdapterSpec(method, target, 8, 16, 0.0))
     settings = TrainingSettings(1e-4, 1, rows, checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(0)
-    steps = 1 if length * config.hidden_size >= _LONG else 2  # a minute each, or more
+    steps = 1 if length * config.hidden_size >= _LONG else 2  # a step takes a minute or more
     ids = torch.randint(0, config.vocab_size, (steps * rows, length), generator=generator).tolist()
     examples = [
         {"input_ids": row, "prompt_length": length - learned, "length": length} for row in ids
@@ -161,14 +161,14 @@ def measure(
 
 
 def run(step: str, *arguments: Any) -> dict[str, Any]:
-    """Run a step in a process of its own."""
+    """Run a step in a separate process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--step", step, json.dumps(arguments)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def compare(number: int, folder: Path) -> dict[str, Any]:
-    """Make, estimate and measure the configuration of that number; -1 is the full size."""
+    """Create, estimate and measure the configuration with an index; -1 is the full size."""
     chosen = FULL_SIZE if number < 0 else CONFIGURATIONS[number]
     _, sizes, *rest = chosen
     model = folder / f"model-{number}"
@@ -182,10 +182,10 @@ def compare(number: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", choices=("make", "measure"), help="run one step here")
-    parser.add_argument("--full-size", action="store_true", help="GPT-J-6B's shape as well")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations")
-    parser.add_argument("folder", help="where to make the models")
+    parser.add_argument("--step", choices=("make", "measure"), help="run one step in this process")
+    parser.add_argument("--full-size", action="store_true", help="also measure GPT-J-6B")
+    parser.add_argument("--only", type=int, nargs="*", help="indices of configurations")
+    parser.add_argument("folder", help="folder for the models")
     arguments = parser.parse_args()
     if arguments.step:
         prepare_to_compute(UNUSED_IN_TRAINING)
@@ -207,7 +207,7 @@ def main() -> None:
         )
         found = compare(number, Path(arguments.folder))
         estimated, measured = found["estimated"], found["measured"]
-        batch = f"{rows} x {length}" + (f", {learned} learned" if learned else "")
+        batch = f"{rows} x {length}" + (f", {learned} with loss" if learned else "")
         print(
             f"| {name} | {batch} | {what} | {checkpointing} | "
             f"{estimated:.2f} | {measured:.2f} | {estimated / measured:.3f} |",

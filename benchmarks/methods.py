@@ -1,14 +1,14 @@
-"""The methods that `benchmarks.compare` puts side by side: one model, its weights kept in each way.
+"""The methods of `benchmarks.compare`: the same model with different storage of its weights.
 
 gptj8                this project: 8-bit weights, its kernels, attention and loss
-gptj8-selective      the same, which computes again what is cheap alone
-bfloat16             transformers and PEFT as they are: what the others are compared with
-jit-bitsandbytes     the original 8-bit GPT-J method, written anew on bitsandbytes' operator
+gptj8-selective      gptj8 with selective checkpointing, which recomputes only cheap operations
+bfloat16             stock transformers and PEFT; the baseline of the comparison
+jit-bitsandbytes     the original 8-bit GPT-J method, reimplemented with bitsandbytes' operators
 llm-int8, nf4        bitsandbytes' own layers
 torchao              int8 weight-only, if the package is installed
 
-Two more are what they are measured against: `float32`, and `restored`, the weights of gptj8 in
-float32.
+Two more are references for the deviation: `float32`, and `restored`, the 8-bit weights of gptj8
+restored to float32.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _restore(codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> t
 
 
 class JustInTimeLinear(nn.Linear):
-    """The layer of the original method: bitsandbytes' codes, restored in forward and backward."""
+    """The layer of the original method: bitsandbytes codes, restored in forward and backward."""
 
     def __init__(self, original: nn.Linear) -> None:
         from bitsandbytes.functional import create_dynamic_map
@@ -72,7 +72,7 @@ class JustInTimeLinear(nn.Linear):
 
 
 def config(layers: int, positions: int = 2048) -> GPTJConfig:
-    """Return the shape of GPT-J-6B with so many layers, and places for so many tokens."""
+    """Return the config of GPT-J-6B with the given numbers of layers and positions."""
     from transformers import GPTJConfig
 
     return GPTJConfig(n_layer=layers, n_positions=positions, tie_word_embeddings=False)
@@ -81,8 +81,10 @@ def config(layers: int, positions: int = 2048) -> GPTJConfig:
 def build(
     method: str, layers: int, device: torch.device, positions: int = 2048
 ) -> tuple[nn.Module, float]:
-    """Return the model with its large weights as the method keeps them, and an adapter; and the
-    seconds that converting the weights took. Always the same weights."""
+    """Return the model converted by a method, with an adapter, and the conversion time in seconds.
+
+    The original weights are always the same.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import GPTJForCausalLM
 
@@ -95,7 +97,7 @@ def build(
     torch.set_default_dtype(DTYPE)
     model = GPTJForCausalLM(config(layers, positions))
     torch.set_default_dtype(torch.float32)
-    finish(device)  # which also begins with a GPU
+    finish(device)  # also initializes a GPU
     begun = time.perf_counter()
     _convert(method, model, device)
     model.to(device)
@@ -116,13 +118,13 @@ def build(
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what a GPU has been given to do."""
+    """Wait for pending GPU operations."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _convert(method: str, model: nn.Module, device: torch.device) -> None:
-    """Convert the weights one by one on the device, which need not hold all of them as they are."""
+    """Convert the weights one by one, so that the device need not hold all original weights."""
     if method == "bfloat16":
         return
     if method == "torchao":
@@ -153,7 +155,7 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
             continue
         elif method == "jit-bitsandbytes":
             twin = JustInTimeLinear(module.to(device))
-        elif name == "lm_head":  # bitsandbytes' layers leave the head as it is
+        elif name == "lm_head":  # bitsandbytes does not convert the head
             continue
         else:
             shape = (module.in_features, module.out_features, module.bias is not None)
@@ -171,7 +173,7 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
 
 
 def _round(model: nn.Module) -> None:
-    """Replace each large weight by what its 8-bit form restores."""
+    """Replace each large weight by its quantized and restored values."""
     from gptj8.quantization.codec import dequantize_blockwise, quantize_blockwise
     from gptj8.quantization.layers import frozen_twin
 
@@ -182,11 +184,13 @@ def _round(model: nn.Module) -> None:
 
 
 def load(method: str, original: Path, converted: Path, device: torch.device) -> nn.Module:
-    """Load a model from a folder as the method's users do.
+    """Load a model from a folder in the usual way of each method.
 
     Args:
-        original: of bfloat16 weights, which the other methods quantize as they load.
-        converted: by `gptj8.convert_checkpoint`.
+        method: one of `METHODS`.
+        original: folder with bfloat16 weights, which the other methods quantize while loading.
+        converted: folder written by `gptj8.convert_checkpoint`.
+        device: device to load the model to.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -215,7 +219,7 @@ def load(method: str, original: Path, converted: Path, device: torch.device) -> 
 
 
 def training_loss(method: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean loss over a sequence; gptj8 as its trainer computes it."""
+    """Return the mean loss over a sequence; for gptj8 it is computed as in its trainer."""
     if not method.startswith("gptj8"):
         return model(input_ids=ids, labels=ids).loss
     from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of

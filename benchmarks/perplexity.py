@@ -1,8 +1,8 @@
-"""What 8 bits cost a model: `python -m benchmarks.perplexity [MODEL [DATASET]]`.
+"""Measure the perplexity cost of 8 bits: `python -m benchmarks.perplexity [MODEL [DATASET]]`.
 
-Perplexity of the model on the test split of what `validate` wrote, in float32, beside that of its
-8-bit twins with the dynamic and the fitted codebook: the ratio, with the 95 % interval of a paired
-bootstrap by document.
+Compares the model in float32 with its 8-bit versions with the dynamic and the fitted codebook, on
+the test split written by `validate`. Prints the ratio of perplexities with its 95 % confidence
+interval from a paired bootstrap over documents.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
     original = scores(None)
     print(f"{len(texts)} documents, {int(original.tokens.sum()):,} tokens\n")
-    print("| weights | perplexity | to float32 | 95 % interval |\n|---|---|---|---|")
+    print("| weights | perplexity | ratio to float32 | 95 % interval |\n|---|---|---|---|")
     print(f"| float32 | {original.perplexity:.4f} | 1 | |")
     for codebook in ("dynamic", "fitted"):
         quantized = scores(codebook)

@@ -1,12 +1,12 @@
-"""What recording costs a training, with a server that answers, is away, hangs or fails.
+"""Measure the cost of recording, with a server that works, is unreachable, hangs or fails.
 
 python -m benchmarks.recording [ROUNDS] [--epochs 0.5] [--places PLACE ...]    after `make repro`
 
-Trains the embedded default's adapter, unrecorded, then with MLflow in a local
-database, on a server on loopback that is well, that nobody runs, that never answers, and that
-answers 500; in rounds, so that what else the machine does meets all of them alike. Prints medians
-of the seconds that the steps took and of those of the whole stage, and their ratios to the
-unrecorded training.
+Trains the adapter of the default project without recording, then with MLflow in a local database,
+on a working server on loopback, and on servers that are unreachable, never respond, and return 500.
+The variants alternate in rounds, so that other load on the machine affects all of them equally.
+Prints the median seconds of the training steps and of the complete stage, and their ratios to the
+training without recording.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", nargs="?", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=0.5)
-    parser.add_argument("--places", nargs="+", help="some of the table's rows, beside the first")
+    parser.add_argument("--places", nargs="+", help="rows to measure in addition to the first")
     arguments = parser.parse_args()
     times: dict[str, list[tuple[float, float]]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="gptj8-recording-") as name,
         _servers(Path(name)) as uri,
     ):
-        places = uri if arguments.places is None else ("nowhere", *arguments.places)
+        places = uri if arguments.places is None else ("not recorded", *arguments.places)
         for number in range(arguments.rounds):
             for place in places:
                 folder = Path(name) / f"{number}-{place.replace(' ', '-')}"
@@ -53,16 +53,16 @@ def main() -> None:
                 print(f"round {number + 1}: {place} {times[place][-1]}", file=sys.stderr)
     steps = {place: statistics.median(t[0] for t in seconds) for place, seconds in times.items()}
     whole = {place: statistics.median(t[1] for t in seconds) for place, seconds in times.items()}
-    print("| recorded | steps, s | ratio | stage, s | ratio |\n|---|---|---|---|---|")
+    print("| place | steps, s | ratio | stage, s | ratio |\n|---|---|---|---|---|")
     for place in times:
         print(
-            f"| {place} | {steps[place]:.1f} | {steps[place] / steps['nowhere']:.3f} "
-            f"| {whole[place]:.1f} | {whole[place] / whole['nowhere']:.3f} |"
+            f"| {place} | {steps[place]:.1f} | {steps[place] / steps['not recorded']:.3f} "
+            f"| {whole[place]:.1f} | {whole[place] / whole['not recorded']:.3f} |"
         )
 
 
 def _train(folder: Path, address: str | None, epochs: float) -> tuple[float, float]:
-    """Return the seconds of the steps and of the stage, in a folder of its own."""
+    """Train in a new folder; return the seconds of the steps and of the stage."""
     params = YAML(typ="safe").load((_PROJECT / "params.yaml").read_text(encoding="utf-8"))
     params["finetune"] |= {"num_train_epochs": epochs, "logging_steps": 1, "eval_steps": 1000}
     params["finetune"]["max_eval_samples"] = 20
@@ -89,7 +89,7 @@ def _train(folder: Path, address: str | None, epochs: float) -> tuple[float, flo
 
 @contextlib.contextmanager
 def _servers(folder: Path) -> Iterator[dict[str, str | None]]:
-    """Yield where to record, by a name for it."""
+    """Start the servers; yield display name -> tracking URI (None: not recorded)."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
@@ -108,12 +108,12 @@ def _servers(folder: Path) -> Iterator[dict[str, str | None]]:
                 sys.exit(f"error: the server did not start, see {folder / 'server.log'}")
             time.sleep(0.2)
         yield {
-            "nowhere": None,
+            "not recorded": None,
             "local database": "sqlite:///mlflow.db",
             "server": f"http://127.0.0.1:{port}",
-            "server away": "http://127.0.0.1:9",
+            "server unreachable": "http://127.0.0.1:9",
             "server hangs": f"http://127.0.0.1:{_answer(b'')}",
-            "server answers 500": f"http://127.0.0.1:{_answer(_FAILURE)}",
+            "server returns 500": f"http://127.0.0.1:{_answer(_FAILURE)}",
         }
     finally:
         server.terminate()
@@ -121,7 +121,10 @@ def _servers(folder: Path) -> Iterator[dict[str, str | None]]:
 
 
 def _answer(content: bytes) -> int:
-    """Listen on loopback, and answer everything alike; nothing at all if `content` is empty."""
+    """Listen on loopback, send `content` to every client and return the port.
+
+    Clients get no response if `content` is empty.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:

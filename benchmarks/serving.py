@@ -1,10 +1,10 @@
-"""Latency and throughput of `gptj8 serve` under concurrent requests, after `make repro`.
+"""Measure latency and throughput of `gptj8 serve` under concurrent requests.
 
-python -m benchmarks.serving [--requests 200] [--dtype float32]
+python -m benchmarks.serving [--requests 200] [--dtype float32]    after `make repro`
 
-Starts servers of its own on loopback: of the tuned model for /classify, of its base for /generate,
-because a model tuned for labels stops after one. Every answer is compared with the one that the
-model gives when it is asked alone, and the server's memory is read before and after.
+Starts its own servers on loopback: the fine-tuned model for /classify, and its base for /generate,
+because a model fine-tuned for labels stops after one label. Every response is compared with the
+model's answer to the same request alone, and the server's memory is read before and after.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ NEW_TOKENS = 32
 
 
 def main() -> None:
-    """Run every load and print a Markdown table."""
+    """Run all loads and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--dtype", default="auto")
     given = parser.parse_args()
     texts = _texts(given.requests)
-    print("| request | at once | answered | as alone | p50 s | p95 s | a second | memory MB |")
+    print("| request | concurrency | answered | equal | p50 s | p95 s | per second | memory MB |")
     print("|---|---|---|---|---|---|---|---|")
     for request, export in (("classify", EXPORT), ("generate", None)):
-        expected = _alone(Predictor.load(BASE, export, given.dtype), request, texts)
+        expected = _single_answers(Predictor.load(BASE, export, given.dtype), request, texts)
         port = _free_port()
         command = [sys.executable, "-m", "gptj8.commands.main", "serve", "--port", str(port)]
         command += ["--adapter", export or "none", "--dtype", given.dtype]
@@ -58,8 +58,8 @@ def _texts(count: int) -> list[str]:
     return [texts[index % len(texts)] for index in range(count)]
 
 
-def _alone(predictor: Predictor, request: str, texts: list[str]) -> dict[str, str]:
-    """Return what is answered to each text where nothing else is asked."""
+def _single_answers(predictor: Predictor, request: str, texts: list[str]) -> dict[str, str]:
+    """Return the answer to each text without other requests."""
     from gptj8.model.generation.batch import generate_greedily
 
     answers = {}
@@ -89,7 +89,7 @@ async def _measure(
 ) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
-        await _until_it_answers(session)
+        await _until_ready(session)
 
         async def classify(text: str) -> tuple[str, int]:
             answer = await _post(session, "/classify", {"row": {"text": text}})
@@ -101,15 +101,15 @@ async def _measure(
             return answer["completion"], answer["new_tokens"]
 
         ask, unit = (classify, "rows") if request == "classify" else (generate, "tokens")
-        await _load(ask, texts, len(texts))  # what is allocated once
-        for at_once in (1, 8, len(texts)):
-            asked = texts if at_once > 1 else texts[: max(1, len(texts) // 4)]
+        await _load(ask, texts, len(texts))  # warm up: one-time allocations
+        for concurrency in (1, 8, len(texts)):
+            asked = texts if concurrency > 1 else texts[: max(1, len(texts) // 4)]
             before = _resident_mb(pid)
-            took, seconds, answers, work = await _load(ask, asked, at_once)
+            took, seconds, answers, work = await _load(ask, asked, concurrency)
             pairs = zip(asked, answers, strict=True)
             same = sum(answer == expected[text] for text, answer in pairs)
             print(
-                f"| {request} | {at_once} | {len(answers)} of {len(asked)} | {same} "
+                f"| {request} | {concurrency} | {len(answers)} of {len(asked)} | {same} "
                 f"| {statistics.median(took):.3f} | {_percentile(took, 0.95):.3f} "
                 f"| {work / seconds:.0f} {unit} | {before:.0f} to {_resident_mb(pid):.0f} |",
                 flush=True,
@@ -117,10 +117,10 @@ async def _measure(
 
 
 async def _load(
-    ask: Callable[[str], Awaitable[tuple[str, int]]], texts: list[str], at_once: int
+    ask: Callable[[str], Awaitable[tuple[str, int]]], texts: list[str], concurrency: int
 ) -> tuple[list[float], float, list[str], int]:
-    """Return seconds of each request and of all, the answers, and rows or tokens altogether."""
-    gate = asyncio.Semaphore(at_once)
+    """Return the seconds per request, total seconds, answers, and total rows or tokens."""
+    gate = asyncio.Semaphore(concurrency)
 
     async def one(text: str) -> tuple[float, str, int]:
         async with gate:
@@ -139,11 +139,11 @@ async def _post(session: aiohttp.ClientSession, path: str, body: dict[str, Any])
     async with session.post(path, json=body) as response:
         content = await response.text()
         if response.status != 200:
-            raise RuntimeError(f"{path} answered {response.status}: {content}")
+            raise RuntimeError(f"{path} returned status {response.status}: {content}")
         return json.loads(content)
 
 
-async def _until_it_answers(session: aiohttp.ClientSession) -> None:
+async def _until_ready(session: aiohttp.ClientSession) -> None:
     for _ in range(600):
         try:
             async with session.get("/health") as response:
@@ -152,7 +152,7 @@ async def _until_it_answers(session: aiohttp.ClientSession) -> None:
         except aiohttp.ClientError:
             pass
         await asyncio.sleep(0.2)
-    raise RuntimeError("the server does not answer")
+    raise RuntimeError("the server does not respond")
 
 
 def _percentile(values: list[float], share: float) -> float:

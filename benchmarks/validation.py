@@ -1,15 +1,17 @@
-"""Leaks found, and time and memory of `validate`: `python -m benchmarks.validation [--rows N]`.
+"""Measure the leak detection, time and memory of `validate`.
 
-Without `--rows` it plants copies of training texts among test texts, as they are and lightly
-edited, and prints what of them is found. The texts are invented and free of near-duplicates to
-begin with: of each pair as alike as the threshold one is left out. Such pairs are found without
-MinHash, by an exact join: of two sets with a fraction t of either in common, the rarest 1 - t of
-one and n elements more share n elements with those of the other (Chaudhuri, Ganti and Kaushik, "A
-primitive operator for similarity joins in data cleaning", 2006).
+python -m benchmarks.validation [--rows N]
 
-With `--rows` it writes rows of 500 bytes, one in a hundred an exact copy of an earlier one and one
-in a hundred an edited copy, and validates them in a process of its own, whose peak resident set is
-what the operating system says it was.
+Without `--rows`, the benchmark plants exact and edited copies of training texts among the test
+texts, and prints how many of them are found. The texts are synthetic and initially free of
+near-duplicates: of each pair with a similarity at or above the threshold, one text is removed.
+These pairs are found by an exact join instead of MinHash: if two sets share a fraction t of each,
+then the rarest 1 - t of their elements plus n more share n elements (Chaudhuri, Ganti and Kaushik,
+"A primitive operator for similarity joins in data cleaning", 2006).
+
+With `--rows N`, it writes N rows of 500 bytes: 1 % are exact copies of earlier rows, 1 % are edited
+copies. It validates them in a separate process and prints the peak resident memory that the
+operating system reports.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ from gptj8.params.sections import Data
 
 THRESHOLD = 0.6
 TEXTS = 20_000
-TEST_SHARE = 4  # one text in so many is in the test file
+TEST_SHARE = 4  # one of four texts is in the test file
 VOCABULARY = 30_000
 BLOCK = 10_000
 
-# "{}" is a word, "{+}" a run of 3 to 9.
+# "{}" is one word, "{+}" is 3 to 9 words.
 TEMPLATES = (
     "Write a short story about a {} and a {} who {+}.",
     "Summarize the following paragraph in two sentences for a {} reader: {+} {+}.",
@@ -54,7 +56,7 @@ TEMPLATES = (
 
 
 class Words:
-    """Invented words, used as often as Zipf's law says, the frequent ones short as in languages."""
+    """Synthetic words with Zipf-distributed frequencies; frequent words are shorter."""
 
     def __init__(self, seed: int = 0) -> None:
         shuffled = random.Random(seed)
@@ -70,12 +72,12 @@ class Words:
         self._cumulative = np.cumsum(weights / weights.sum())
 
     def draw(self, rng: np.random.Generator, shape: int | tuple[int, ...]) -> np.ndarray:
-        """Return numbers of words."""
+        """Return random word indices."""
         found = np.searchsorted(self._cumulative, rng.random(shape))
         return np.minimum(found, VOCABULARY - 1)
 
     def take(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Return words."""
+        """Return random words."""
         return [self.words[number] for number in self.draw(rng, count)]
 
 
@@ -92,14 +94,14 @@ def sentences(words: Words, rng: np.random.Generator, low: int, high: int) -> st
 
 
 def tweet(words: Words, rng: np.random.Generator) -> str:
-    """Return 8 to 20 words; some are addressed to somebody, some end in a link."""
+    """Return 8 to 20 words; some texts start with a mention, some end with a link."""
     who, link = words.words[rng.integers(VOCABULARY)], f"{rng.integers(36**8):x}"
     frame = ["{}"] * 7 + ["@" + who + " {}"] * 2 + ["{} https://t.co/" + link]
     return frame[rng.integers(10)].format(sentences(words, rng, 8, 20))
 
 
 def instruction(words: Words, rng: np.random.Generator) -> str:
-    """Return one of a few instructions, its gaps filled."""
+    """Return one of the templates, filled with random words."""
     text = TEMPLATES[rng.integers(len(TEMPLATES))]
     while "{+}" in text:
         text = text.replace("{+}", " ".join(words.take(rng, int(rng.integers(3, 10)))), 1)
@@ -114,7 +116,7 @@ CORPORA: dict[str, Callable[..., str]] = {
 
 
 def similar_pairs(texts: Sequence[str], threshold: float) -> np.ndarray:
-    """Return all pairs of texts as alike as `threshold`, exactly; (pairs, 2) indices."""
+    """Return all pairs of texts with at least the given similarity, as (pairs, 2) indices."""
     counter = CountVectorizer(
         analyzer="char", ngram_range=(SHINGLE, SHINGLE), binary=True, lowercase=False
     )
@@ -141,7 +143,7 @@ def similar_pairs(texts: Sequence[str], threshold: float) -> np.ndarray:
 
 
 def corpus(make: Callable[..., str], words: Words, count: int) -> list[str]:
-    """Return texts of which no two are as alike as the threshold."""
+    """Return texts without pairs whose similarity reaches the threshold."""
     rng = np.random.default_rng(0)
     texts = [make(words, rng) for _ in range(count + count // 4)]
     gone = set(similar_pairs(texts, THRESHOLD)[:, 1].tolist())
@@ -180,7 +182,14 @@ EDITS: dict[str, Callable[[str, Words, np.random.Generator], str]] = {
 
 
 class Leaks(NamedTuple):
-    """What was planted, and shares: as alike as the threshold, found, and right of those found."""
+    """Result of `find_leaks`.
+
+    Attributes:
+        planted: number of planted copies.
+        alike: fraction of the planted copies whose similarity reaches the threshold.
+        recall: fraction of the planted copies that were found.
+        precision: fraction of the reported leaks that were planted.
+    """
 
     planted: int
     alike: float
@@ -191,7 +200,7 @@ class Leaks(NamedTuple):
 def find_leaks(
     texts: Sequence[str], planted: int, edit: str, words: Words, encoder: TextEncoder, folder: Path
 ) -> Leaks:
-    """Plant edited copies of training texts in the test file and count what `validate` reports."""
+    """Plant edited copies of training texts in the test file and evaluate the reported leaks."""
     rng = np.random.default_rng([planted, *edit.encode()])
     size = len(texts) // TEST_SHARE
     rows = {"train": list(texts[size:]), "test": list(texts[:size])}
@@ -217,9 +226,9 @@ def find_leaks(
 
 
 def report_leaks(folder: Path) -> None:
-    """Print the tables of leaks."""
+    """Print the tables of leak detection."""
     words = Words()
-    print("| corpus | leaks | edit | planted | alike enough | recall | precision |")
+    print("| corpus | leaks | edit | planted | above threshold | recall | precision |")
     print("|---|---|---|---|---|---|---|")
     for name, make in CORPORA.items():
         texts = corpus(make, words, TEXTS)
@@ -230,7 +239,7 @@ def report_leaks(folder: Path) -> None:
             )
             print(f"| {name} | {rate:.0%} | {edit} | {leaks.planted} | {leaks.alike:.1%} ", end="")
             print(f"| {leaks.recall:.1%} | {leaks.precision:.1%} |", flush=True)
-    print("\n| words | one word of them changed, alike enough | recall |\n|---|---|---|")
+    print("\n| words, one changed | above threshold | recall |\n|---|---|---|")
     for length in (5, 8, 12, 20, 40):
         texts = corpus(lambda w, rng, n=length: sentences(w, rng, n, n), words, 4000)
         leaks = find_leaks(texts, 1000, "one word", words, encoder, folder)
@@ -238,7 +247,7 @@ def report_leaks(folder: Path) -> None:
 
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """Return a byte-level BPE of 8,000 tokens."""
+    """Return a byte-level BPE tokenizer with 8,000 tokens."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         texts, vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False
@@ -249,8 +258,8 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
 def write_rows(file: Path, count: int) -> list[str]:
     """Write prompts with labels, 2 % of them copies; return the first texts.
 
-    Of each hundred rows the 51st is the 14th once more and the 76th is the 39th with one other
-    word, in capitals and without its full stop.
+    In each hundred rows, row 51 is a copy of row 14, and row 76 is row 39 with one changed word, in
+    capitals and without the full stop.
     """
     words, rng = Words(), np.random.default_rng(0)
     sample: list[str] = []
@@ -275,7 +284,7 @@ def write_rows(file: Path, count: int) -> list[str]:
 
 
 def report_speed(rows: int, folder: Path) -> None:
-    """Write rows and have another process validate them."""
+    """Write rows and validate them in a separate process."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         sample = write_rows(Path(name) / "rows.jsonl", rows)
         train_tokenizer(sample).save(f"{name}/tokenizer.json")
@@ -284,17 +293,17 @@ def report_speed(rows: int, folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Validate what `report_speed` wrote; print what that took and what was found."""
+    """Validate the rows of `report_speed`; print time, memory and findings."""
     file, prepared = folder / "rows.jsonl", folder / "prepared"
     prepared.mkdir()
     encoder = TextEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), eos_id=0)
     validated = validate(Data(train=str(file), text_column="prompt"), encoder, prepared)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rows, seconds, findings = validated.total_rows.total(), validated.seconds, validated.findings
-    speed = f"{seconds:.0f} s, {rows / seconds:,.0f} rows a second"
+    speed = f"{seconds:.0f} s, {rows / seconds:,.0f} rows per second"
     print(f"{rows:,} rows, {file.stat().st_size / 1e9:.2f} GB: {speed}")
     written = sum(f.stat().st_size for f in prepared.rglob("*") if f.is_file())
-    print(f"peak resident set {peak:.2f} GiB; {written / 1e9:.2f} GB written")
+    print(f"peak resident memory {peak:.2f} GiB; {written / 1e9:.2f} GB written")
     planted = {"duplicate": (rows + 49) // 100, "near_duplicate": (rows + 24) // 100}
     for check in dict.fromkeys([*planted, *findings.checks()]):
         print(f"{check}: {findings.count(check):,} found of {planted.get(check, 0):,} planted")
@@ -303,8 +312,8 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, help="measure time and memory on so many rows")
-    parser.add_argument("--leaks-only", action="store_true", help="the leaks even with --rows")
+    parser.add_argument("--rows", type=int, help="measure time and memory with this many rows")
+    parser.add_argument("--leaks-only", action="store_true", help="ignore --rows")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what 8 bits cost and what fine-tuning brought.
+"""Stage `evaluate`: measure the effects of 8-bit conversion and of fine-tuning.
 
 python -m stages.evaluate
 """
@@ -19,7 +19,7 @@ REPORT = REPORTS / "evaluate"
 
 
 def main() -> None:
-    """Measure the original model, the 8-bit one and the tuned one on the same held-out rows."""
+    """Evaluate the original, the 8-bit and the tuned model on the same held-out rows."""
     params = load_params()
     if launch(params.finetune.launcher, "stages.evaluate"):
         return
@@ -40,7 +40,7 @@ def main() -> None:
         metrics = evaluation.report(REPORT, started)
         write_json(REPORT / "metrics.json", metrics)
     ratio = metrics["quantized/perplexity_ratio"]
-    story.end(f"8-bit perplexity {ratio:.5f} of the original's ({REPORT})")
+    story.end(f"8-bit perplexity is {ratio:.5f} times the original's ({REPORT})")
 
 
 if __name__ == "__main__":

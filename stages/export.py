@@ -1,4 +1,4 @@
-"""Stage `export`: the adapter, ready to hand over, proven equal to what was trained.
+"""Stage `export`: export the adapter and check that it equals the trained model.
 
 python -m stages.export
 """
@@ -15,12 +15,14 @@ from gptj8.tracking.stage_results import measured_by
 
 
 def main() -> None:
-    """Collect, compare what a new process loads with what was trained, and only then put it in
-    place; register it where that is asked for."""
+    """Assemble the export, compare it with the trained model in a new process, and publish it.
+
+    The export is registered in MLflow if `tracking.registered_model_name` is set.
+    """
     story = Story("export")
     params = load_params()
     story.say(
-        f"{ADAPTER} with its evidence, and the answers of a new process beside the trained model's"
+        f"{ADAPTER}, its metrics and model card; answers are compared with the trained model's"
     )
     with stage_run("export", params) as record:
         from gptj8.evaluation.gate import require_all
@@ -33,7 +35,7 @@ def main() -> None:
         device, dtype = pick_arithmetic(params.model.dtype)
         measured = measured_by(STAGES[: STAGES.index("export")])
         require = params.evaluate.require
-        # What is known is asked before a large model is loaded and merged.
+        # Check the metrics that are already known before a large model is loaded and merged.
         require_all([text for text in require if "export/" not in text], measured)
         dataset = bundle.describe_dataset(DATASET, REPORTS / "validate" / "inputs.json")
         with replace_directory(EXPORT) as staging:
@@ -52,7 +54,8 @@ def main() -> None:
             story.say(f"registered as version {version} of {name}")
     story.end(
         f"{metrics['identical_generations']:.0f} of {metrics['compared_prompts']:.0f} prompts "
-        f"answered alike, logits differ by {metrics['max_logit_difference']:.2g} ({EXPORT})"
+        f"answered identically, largest logit difference {metrics['max_logit_difference']:.2g} "
+        f"({EXPORT})"
     )
 
 

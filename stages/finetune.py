@@ -1,4 +1,4 @@
-"""Stage `finetune`: an adapter for the 8-bit base model.
+"""Stage `finetune`: train an adapter for the 8-bit base model.
 
 python -m stages.finetune
 """
@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from gptj8.params.sections import load_params
 from gptj8.runtime.distributed import join, launch, leave, process_count
-from gptj8.runtime.files import replace_directory, require_free_space, write_csv, write_json
+from gptj8.runtime.files import replace_directory, require_free_space, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.manifest import write_manifest
 from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 from gptj8.runtime.project import ADAPTER, BASE, DATASET, REPORTS
 from gptj8.runtime.story import Story
+from gptj8.runtime.tables import write_csv
 from gptj8.tracking.stage import stage_run
 
 REPORT = REPORTS / "finetune"
-_SPARE_BYTES = 100_000_000  # answers to compare exports with, and reports
+_SPARE_BYTES = 100_000_000  # for the reference answers and the reports
 
 
 def main() -> None:
-    """Train as the params' `finetune` section says and save the adapter in PEFT's format."""
+    """Train with the settings of the params' `finetune` section and save a PEFT adapter."""
     params = load_params()
     if launch(params.finetune.launcher, "stages.finetune"):
         return
@@ -49,12 +50,13 @@ def main() -> None:
         spec = AdapterSpec.from_params(params.finetune)
         memory = TrainingMemory(mine, BASE, dtype, device.type, train_set)
         model, encoder = load_model(BASE, dtype, device), TextEncoder.load(BASE)
-        set_seed(params.seed)  # before the adapter is made: its first weights are random
+        set_seed(params.seed)  # before the adapter is added, whose initial weights are random
         adapted = add_adapter(model, spec)
         fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
         settings = TrainingSettings.from_params(mine.finetune, fit, params.seed)
         story.say(f"{spec}, {settings.plan(len(train_set))}")
-        # The adapter, and three states: weights, and at most as much again twice for the optimizer.
+        # The adapter and three checkpoints, each with the weights and at most twice their size for
+        # the optimizer.
         require_free_space(ADAPTER, 10 * adapter_bytes(adapted) + _SPARE_BYTES, "training")
         with SavedStates.of_stage(params.finetune, settings, device, dtype).alone() as states:
             limit, log, pad = mine.finetune.max_eval_samples, record.log_metrics, encoder.eos_id
@@ -67,7 +69,7 @@ def main() -> None:
                 save_reference(staging, adapted, map(prompt_ids, valid_set), encoder.eos_id)
                 write_manifest(staging)
             for curve in ("loss", "eval_loss"):
-                write_csv(REPORT / f"{curve}.csv", result.curve(curve))
+                write_csv(REPORT / f"{curve}.csv", result.curve(curve), ["step", curve])
             peak = peak_memory_gib()
             metrics = {**result.metrics, "peak_memory_gib": peak, **memory.metrics(fit)}
             write_json(REPORT / "metrics.json", metrics)

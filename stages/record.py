@@ -1,8 +1,8 @@
-"""Stage `record`: the experiment's row in MLflow, whole whatever came from DVC's cache.
+"""Stage `record`: complete the experiment's MLflow run.
 
-A stage that DVC takes from its cache starts no process and so records nothing. This one runs
-whenever a param or a report is another than the last time, records what is missing, and has no
-outputs that DVC could take from a cache in its place.
+DVC starts no process for a stage whose outputs come from its cache, so such a stage records
+nothing. This stage runs whenever a param or a report changed and records what is missing. It has no
+outputs, so DVC cannot skip it by using its cache.
 
 python -m stages.record
 """
@@ -16,10 +16,10 @@ from gptj8.tracking.stage import stage_run
 
 
 def main() -> None:
-    """Record what the stages have left in reports/ and artifacts/."""
+    """Record the outputs of the stages in reports/ and artifacts/."""
     story = Story("record")
     with stage_run("record", load_params()) as record:
-        pass  # what lies there is all there is to record
+        pass  # `stage_run` records the existing outputs
     story.end(record.outcome())
 
 

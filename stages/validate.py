@@ -1,8 +1,8 @@
-"""Check the dataset, split it and write what is good: artifacts/dataset and reports/validate.
+"""Stage `validate`: check and split the dataset, and write artifacts/dataset and reports/validate.
 
-Reads the files that `data` in params.yaml names and the tokenizer of `model.path`. A dataset that
-cannot be used ends here, before any model is loaded. If its files could be read, the report shows
-why, also in MLflow; an earlier report, of another dataset, is gone in any case.
+Reads the files named in the params' `data` section and the tokenizer of `model.path`. An unusable
+dataset stops the pipeline here, before any model is loaded. If its files can be read, the report
+shows the reasons, also in MLflow. The report of an earlier dataset is always removed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main() -> None:
     story = Story(STAGE)
     params = load_params()
     if not Path(params.model.path).is_dir():
-        raise UserError(f"model.path: {params.model.path} is not a directory with a model")
+        raise UserError(f"model.path = {params.model.path} is not a model directory")
     story.say(
-        f"{params.data.train}, a {params.data.task} of at most {params.data.max_length} tokens "
-        f"of {params.model.path}"
+        f"{params.data.train}, task {params.data.task}, at most {params.data.max_length} tokens, "
+        f"tokenizer of {params.model.path}"
     )
     encoder = TextEncoder.load(params.model.path)
     check_context(params.model.path, params.data.max_length)
@@ -42,14 +42,12 @@ def main() -> None:
         write_report(REPORT, validated, params.data, staging)
         if validated.problems:
             problems = "\n".join(validated.problems)
-            raise UserError(f"{problems} (everything found: {REPORT}/report.html)")
+            raise UserError(f"{problems} (full report: {REPORT}/report.html)")
     sizes = ", ".join(f"{validated.rows[name]:,} {name}" for name in SPLITS)
-    left_out = validated.findings.dropped_rows
+    dropped = validated.findings.dropped_rows
     ignored = f"; {len(validated.ignored)} files not read" if validated.ignored else ""
     total = validated.total_rows.total()
-    story.end(
-        f"{total:,} rows read: {sizes}; {left_out:,} left out{ignored} ({REPORT}/report.html)"
-    )
+    story.end(f"{total:,} rows read: {sizes}; {dropped:,} dropped{ignored} ({REPORT}/report.html)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small random models and tokenizers, made on the spot in the formats that real ones come in."""
+"""Shared fixtures: small random models and tokenizers in the usual formats, and small projects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-# Before torch is imported, here and in child processes: models this small lose more to threads that
-# wait for each other than they gain.
+# Set this before torch is imported here or in a child process. Models this small run faster on one
+# thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -38,7 +38,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 384) -> None:
 
 
 def gptj_config(**changes):
-    """A GPT-J of 2 layers that trains in seconds."""
+    """Return the config of a 2-layer GPT-J that trains in seconds."""
     from transformers import GPTJConfig
 
     defaults = {
@@ -56,7 +56,7 @@ def gptj_config(**changes):
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-J with its tokenizer, float32, one safetensors file. Not to be changed."""
+    """Return a folder with a random float32 GPT-J and its tokenizer. Tests must not change it."""
     import torch
     from transformers import GPTJForCausalLM
 
@@ -69,7 +69,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_8bit_dir(tiny_model_dir: Path) -> Path:
-    """The same model, converted. Not to be changed."""
+    """Return the same model converted to 8 bits. Tests must not change it."""
     import gptj8
 
     target = tiny_model_dir.parent / "tiny-gptj-8bit"
@@ -79,7 +79,7 @@ def tiny_8bit_dir(tiny_model_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_tracking_database(tmp_path_factory):
-    """MLflow's tables take seconds to make, so they are made once and copied."""
+    """Return a database with MLflow's tables, to be copied: creating them takes seconds."""
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     from mlflow import MlflowClient
 
@@ -89,7 +89,7 @@ def empty_tracking_database(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, empty_tracking_database):
-    """A project folder with inputs, MLflow's database beside them."""
+    """Return a project folder with input files and an MLflow database, as working directory."""
     shutil.copyfile(empty_tracking_database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -102,9 +102,9 @@ def project(tmp_path, monkeypatch, empty_tracking_database):
 
 @pytest.fixture
 def recorded_inline(monkeypatch):
-    """Stages are recorded in the process of the test, and not by one that takes seconds to start.
+    """Record stages in the test's process instead of a recorder process, which starts slowly.
 
-    The process is what tests/tracking/test_faults.py and tests/pipeline are about.
+    tests/tracking/test_faults.py and tests/pipeline test the recorder process.
     """
     from gptj8.tracking import recorder, sending, stage
 
@@ -126,7 +126,7 @@ def recorded_inline(monkeypatch):
 
 @pytest.fixture
 def recorded_beside(recorded_inline, monkeypatch):
-    """As users have it, where a module is recorded inline."""
+    """Use the real recorder process in a module that records inline by default."""
     from gptj8.tracking import recorder, stage
 
     monkeypatch.setattr(stage, "start_recorder", recorder.start_recorder)

@@ -1,4 +1,4 @@
-"""The package's layers: a package imports only from itself and from the layers below it."""
+"""The package's layers: each package imports only from itself and from lower layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS = (
 )
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 FILES = sorted((ROOT / "gptj8").rglob("*.py"))
-# What `gptj8.X` of the package's face gives is resolved when it is asked for.
+# The public names in gptj8/__init__.py are imported lazily.
 FACE = ROOT / "gptj8" / "__init__.py"
 
 
@@ -37,14 +37,14 @@ def imported_packages(file):
                 yield parts[1]
 
 
-def test_every_module_is_in_a_package_of_a_layer():
+def test_every_package_belongs_to_a_layer():
     packages = {path.name for path in (ROOT / "gptj8").iterdir() if path.is_dir()}
     assert packages - {"__pycache__"} == set(LAYER)
     assert [path.name for path in (ROOT / "gptj8").glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("package", LAYER)
-def test_imports_go_down(package):
+def test_packages_import_only_from_lower_layers(package):
     wrong = [
         f"{file.relative_to(ROOT)} imports {other}"
         for file in FILES

@@ -1,4 +1,4 @@
-"""What the audit of the pinned packages makes of pip-audit's results."""
+"""The exit codes of the audit for different results of pip-audit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dependencies(*packages):
         (None, 2, 2),
     ],
 )
-def test_only_a_whole_comparison_is_clean(tmp_path, result, code, lenient_code):
+def test_the_audit_passes_only_if_every_package_was_checked(tmp_path, result, code, lenient_code):
     (tmp_path / "requirements.txt").write_text("sound==1.0\nother==2.0\n")
     if result is not None:
         (tmp_path / "audit.json").write_text(result)

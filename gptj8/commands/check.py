@@ -1,4 +1,4 @@
-"""`gptj8 check`: whether params.yaml is right and what it names is there, before a run."""
+"""`gptj8 check`: check params.yaml and its input files before a run."""
 
 from __future__ import annotations
 

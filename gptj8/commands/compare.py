@@ -1,4 +1,4 @@
-"""`gptj8 compare`: approaches to one task, as DVC experiments and one table."""
+"""`gptj8 compare`: run several approaches as DVC experiments and compare them in one table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gptj8.tracking.approaches import APPROACHES, compare
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 compare`."""
     parser = commands.add_parser(
-        "compare", help="run approaches as DVC experiments and make one table of them"
+        "compare", help="run several approaches as DVC experiments and print a table"
     )
     parser.add_argument(
         "--approaches",
         default=",".join(APPROACHES),
         metavar="NAMES",
-        help="separated by commas (default: %(default)s)",
+        help="comma-separated (default: %(default)s)",
     )
     parser.add_argument(
         "-S",
@@ -24,7 +24,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a param for all of them, as in dvc exp run",
+        help="override a param in all experiments, as in dvc exp run",
     )
     parser.set_defaults(command=_compare)
 

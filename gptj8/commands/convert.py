@@ -1,4 +1,4 @@
-"""`gptj8 convert`: a model with its large weights in 8 bits."""
+"""`gptj8 convert`: convert a model's large weights to 8 bits."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from gptj8.runtime.errors import UserError
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 convert`."""
-    convert = commands.add_parser("convert", help="store a model's large weights in 8 bits")
-    convert.add_argument("source", metavar="SRC", help="model directory, as save_pretrained writes")
-    convert.add_argument("target", metavar="DST", help="directory to make")
+    convert = commands.add_parser("convert", help="convert a model's large weights to 8 bits")
+    convert.add_argument(
+        "source", metavar="SRC", help="model directory, as written by save_pretrained"
+    )
+    convert.add_argument("target", metavar="DST", help="directory to create")
     convert.add_argument("--block-size", type=int, default=4096, help="64 to 4096 (default: 4096)")
     convert.add_argument("--codebook", default="fitted", help="fitted or dynamic (default: fitted)")
     convert.add_argument(
-        "--skip", action="append", default=[], metavar="MODULE", help="leave this module as it is"
+        "--skip", action="append", default=[], metavar="MODULE", help="do not convert this module"
     )
     convert.set_defaults(command=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     if Path(arguments.target).exists():
-        raise UserError(f"{arguments.target} exists already; remove it or choose another name")
+        raise UserError(f"{arguments.target} already exists; remove it or choose another name")
     from gptj8.quantization.conversion import convert_checkpoint, summarize
     from gptj8.quantization.quantizer import Blockwise8bitConfig
 

@@ -1,4 +1,4 @@
-"""`gptj8 estimate`: what training and evaluation will take, before anything is downloaded."""
+"""`gptj8 estimate`: estimate the memory of training and evaluation from a model's config.json."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes
+from gptj8.runtime.tables import format_table
 
-_SHOWN = "peak"
+_PEAK = "peak"
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `gptj8 estimate` to the command line."""
+    """Add `gptj8 estimate`."""
     estimate = commands.add_parser(
-        "estimate", help="tell from a model's config.json whether training it will fit"
+        "estimate", help="estimate from config.json whether training fits into memory"
     )
     estimate.add_argument(
         "-S",
@@ -25,22 +26,22 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a param, as in dvc exp run",
+        help="override a param, as in dvc exp run",
     )
     estimate.add_argument(
         "--model",
         metavar="DIR_OR_CONFIG",
-        help="a model directory or config.json (default: model.path of params.yaml)",
+        help="a model directory or config.json (default: model.path in params.yaml)",
     )
     estimate.add_argument(
         "--memory",
         metavar="SIZE",
-        help="to fit into, such as 8GB (default: nine tenths of what is free here)",
+        help="available memory, such as 8GB (default: 90 %% of the free memory)",
     )
     estimate.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one, else the CPU"
+        "--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu"
     )
-    estimate.add_argument("--json", action="store_true", help="print bytes as JSON, for scripts")
+    estimate.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
     estimate.set_defaults(command=_estimate)
 
 
@@ -55,10 +56,10 @@ def _estimate(arguments: argparse.Namespace) -> None:
 def estimate(
     model: str | None, memory: str | None, device: str | None, overrides: list[str]
 ) -> dict[str, Any]:
-    """Return what `gptj8 estimate --json` prints; sizes are bytes.
+    """Return the output of `gptj8 estimate --json`. Sizes are in bytes.
 
     Raises:
-        UserError: for params, a model or a size that cannot be used.
+        UserError: if the params, the model or the memory size are invalid.
     """
     from gptj8.params.sections import load_params
 
@@ -114,9 +115,9 @@ def estimate(
             "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
             "checkpointing": fit.checkpointing,
             "components": training.components,
-            _SHOWN: training.total,
+            _PEAK: training.total,
         },
-        "evaluation": {"components": evaluation.components, _SHOWN: evaluation.total},
+        "evaluation": {"components": evaluation.components, _PEAK: evaluation.total},
         "memory": limit,
         "fits": max(training.total, evaluation.total) <= limit,
         "largest_per_device_train_batch_size": largest,
@@ -126,59 +127,58 @@ def estimate(
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """Return the estimate for the terminal."""
+    """Return the estimate as lines of text."""
     training, evaluation = found["training"], found["evaluation"]
     names = list(dict.fromkeys([*training["components"], *evaluation["components"]]))
     names = [n for n in names if any(part["components"].get(n) for part in (training, evaluation))]
-    width = max(map(len, names))
     rows, length = training["per_device_train_batch_size"], found["max_length"]
     lines = [
         f"{found['model_type']}, {found['dtype']} on {found['device']}, "
-        f"{found['trainable_parameters']:,} weights to train, "
-        f"{rows} x {length} tokens at a time, checkpointing {training['checkpointing']}",
+        f"{found['trainable_parameters']:,} trainable weights, "
+        f"micro-batch of {rows} x {length} tokens, checkpointing {training['checkpointing']}",
         "",
-        f"  {'GiB':<{width}}  {'training':>10}  {'evaluation':>10}",
     ]
-    for name in [*names, _SHOWN]:
-        if name == _SHOWN:
-            sizes = [training[_SHOWN], evaluation[_SHOWN]]
+    table = []
+    for name in [*names, _PEAK]:
+        if name == _PEAK:
+            sizes = [training[_PEAK], evaluation[_PEAK]]
         else:
             sizes = [part["components"].get(name, 0) for part in (training, evaluation)]
-        shown = "  ".join(f"{size / 2**30:>10.3f}" if size else " " * 10 for size in sizes)
-        lines.append(f"  {name:<{width}}  {shown}".rstrip())
+        table.append([name, *(f"{size / 2**30:.3f}" if size else "" for size in sizes)])
+    lines += [f"  {line}" for line in format_table(table, ["GiB", "training", "evaluation"])]
     memory = format_bytes(found["memory"])
     largest = found["largest_per_device_train_batch_size"]
     verdict = "fits into" if found["fits"] else "does not fit into"
     lines += ["", f"  {verdict} {memory}; "]
     lines[-1] += (
-        f"the largest per_device_train_batch_size that does: {largest}"
+        f"the largest per_device_train_batch_size that fits is {largest}"
         if largest
-        else "not even one sequence at a time does"
+        else "not even a micro-batch of one sequence fits"
     )
     speed = found["tokens_per_second"]
     lines.append(
-        "  training tokens a second: "
+        "  training tokens per second: "
         + (
-            f"about {speed:,.0f}, as fast as the last run here computed"
+            f"about {speed:,.0f}, from the speed of the last run on this device"
             if speed
-            else "not calibrated; a run of the finetune stage on this device does that"
+            else "not calibrated; run the finetune stage on this device"
         )
     )
     return lines
 
 
 def parse_bytes(text: str) -> int:
-    """Return how many bytes `8GB` (10^9 each), `7.5GiB` (2^30) or a plain number are.
+    """Parse a size such as `8GB` (units of 10^9), `7.5GiB` (units of 2^30) or a number of bytes.
 
     Raises:
-        UserError: if it is no size.
+        UserError: if the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or (match[3] and not match[2]):
-        raise UserError(f"--memory {text}: a size is written like 8GB or 7.5GiB")
+        raise UserError(f"--memory {text}: not a size; write it like 8GB or 7.5GiB")
     unit = match[2].upper()
     base = 1 if not unit else (1024 if match[3] else 1000)
     size = int(float(match[1]) * base ** _UNITS[unit])
     if size <= 0:
-        raise UserError(f"--memory {text}: must be more than nothing, such as 8GB")
+        raise UserError(f"--memory {text}: must be greater than 0, such as 8GB")
     return size

@@ -1,4 +1,4 @@
-"""`gptj8 experiments`: `dvc exp show`, short."""
+"""`gptj8 experiments`: print a short `dvc exp show`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 experiments`."""
     experiments = commands.add_parser(
         "experiments",
-        help="dvc exp show, with the params that differ and the metrics that matter",
+        help="dvc exp show, with only the params that differ and the main metrics",
     )
-    experiments.add_argument("-A", "--all-commits", action="store_true", help="of all commits")
-    experiments.add_argument("-n", "--num", type=int, help="of so many commits (default: the last)")
+    experiments.add_argument("-A", "--all-commits", action="store_true", help="show all commits")
+    experiments.add_argument(
+        "-n", "--num", type=int, help="show the last NUM commits (default: the last one)"
+    )
     experiments.set_defaults(command=_experiments)
 
 

@@ -1,4 +1,4 @@
-"""`gptj8 find`: the MLflow run of an experiment or commit."""
+"""`gptj8 find`: find the MLflow run of an experiment or commit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptj8.params.sections import load_params
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 find`."""
-    find = commands.add_parser("find", help="tell which MLflow run an experiment or commit has")
+    find = commands.add_parser("find", help="find the MLflow run of an experiment or commit")
     find.add_argument(
         "what",
         nargs="?",

@@ -1,4 +1,4 @@
-"""`gptj8 gate`: whether the last run meets `evaluate.require`."""
+"""`gptj8 gate`: check the last run against `evaluate.require`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptj8.tracking.stage_results import measured_by_last_run
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 gate`."""
     gate = commands.add_parser(
-        "gate", help="tell whether the last run meets evaluate.require; exits with 2 if not"
+        "gate", help="check the last run against evaluate.require; exit code 2 if it fails"
     )
     gate.set_defaults(command=_gate)
 
@@ -23,7 +23,7 @@ def _gate(arguments: argparse.Namespace) -> None:
 
     require = load_params().evaluate.require
     if not require:
-        raise UserError("evaluate.require is empty; there is nothing to meet")
+        raise UserError("evaluate.require is empty; add a condition to check")
     outcomes = check_requirements(
         [parse_requirement(text) for text in require], measured_by_last_run()
     )

@@ -1,4 +1,4 @@
-"""`gptj8 generate`: a prompt is continued, or a row answered, at the terminal."""
+"""`gptj8 generate`: continue a prompt, or answer a row, on the command line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gptj8.runtime.errors import UserError
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 generate`."""
     generate = commands.add_parser("generate", help="continue a prompt, or answer a row")
-    generate.add_argument("prompt", nargs="?", help="as it is; - or none: standard input")
+    generate.add_argument("prompt", nargs="?", help="the prompt; - or none: read standard input")
     generate.add_argument(
         "--row",
         action="append",
         default=[],
         metavar="COLUMN=TEXT",
-        help="answer a row of the columns that the model was tuned on, instead of a prompt",
+        help="answer a row instead of a prompt; repeat for each column of the training data",
     )
     generate.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    generate.add_argument("--top-p", type=float, default=1.0, help="default: 1")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    generate.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
+    generate.add_argument("--seed", type=int, help="seed of the sampling (default: random)")
     add_model_arguments(generate)
     generate.set_defaults(command=_generate, computes=True)
 
@@ -32,7 +32,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     row = _row_of(arguments.row)
     if row and arguments.prompt is not None:
-        raise UserError("give either a prompt or --row")
+        raise UserError("give either a prompt or --row, not both")
     from pydantic import ValidationError
 
     from gptj8.serving.requests import GenerateRequest, explain
@@ -40,7 +40,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompt = arguments.prompt
     if not row and prompt in (None, "-"):
         try:
-            prompt = sys.stdin.buffer.read().decode()  # UTF-8 whatever the terminal speaks
+            prompt = sys.stdin.buffer.read().decode()  # always UTF-8, regardless of the locale
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: {error}") from None
     try:
@@ -64,7 +64,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if encoded.cut_tokens:
-        print(f"{encoded.cut_tokens} tokens of the row did not fit and were cut", file=sys.stderr)
+        print(f"warning: the row was truncated by {encoded.cut_tokens} tokens", file=sys.stderr)
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
     stream, shown = AnswerStream(encoder, of_row=bool(row)), 0

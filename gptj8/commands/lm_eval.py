@@ -1,11 +1,10 @@
-"""`gptj8 lm-eval`: standard benchmarks at the terminal. What is heavy is imported as it runs."""
+"""`gptj8 lm-eval`: run standard benchmarks. Large packages are imported only when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,19 +17,20 @@ from gptj8.evaluation.harness import (
     stderr_name,
 )
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.tables import format_table
 
 if TYPE_CHECKING:
     from gptj8.evaluation.harness import Model
 
 
 def table_lines(measured: dict[str, dict[str, float]]) -> list[str]:
-    """Return a table for the terminal: a row a metric, a column a model, `value ± error`.
+    """Return a text table with one row per metric, one column per model and cells `value ± error`.
 
     Args:
-        measured: model -> what `run_tasks` returns.
+        measured: the metrics of each model, as returned by `measure_tasks`.
     """
     models = list(measured)
-    rows = [["task", "metric", *models]]
+    rows = []
     for key in dict.fromkeys(key for metrics in measured.values() for key in metrics):
         task, _, metric = key.partition("/")
         name, _, _ = metric.partition(".")
@@ -44,7 +44,8 @@ def table_lines(measured: dict[str, dict[str, float]]) -> list[str]:
                 *(_with_error(measured[m].get(key), measured[m].get(error)) for m in models),
             ]
         )
-    return _aligned(rows)
+    table = format_table(rows, ["task", "metric", *models], align="l")
+    return [f"  {line}" for line in table]
 
 
 def _with_error(value: float | None, error: float | None) -> str:
@@ -53,52 +54,44 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `gptj8 lm-eval`, which measures the 8-bit model and, with its adapter, the tuned one."""
+    """Add `gptj8 lm-eval`, which evaluates the 8-bit model and, given an adapter, the tuned one."""
     parser = commands.add_parser(
-        "lm-eval", help="measure standard benchmarks with EleutherAI's harness"
+        "lm-eval", help="run standard benchmarks with EleutherAI's lm-evaluation-harness"
     )
     parser.add_argument(
-        "--tasks", required=True, help="names, with commas between, such as hellaswag,arc_easy"
+        "--tasks", required=True, help="comma-separated names, such as hellaswag,arc_easy"
     )
     parser.add_argument(
         "--model", default="artifacts/base-8bit", help="default: artifacts/base-8bit"
     )
-    parser.add_argument("--adapter", help="measure the model with this adapter as well")
+    parser.add_argument("--adapter", help="also evaluate the model with this adapter")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="of the arithmetic (default: auto)",
+        help="data type for computation (default: auto)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="rows in one forward pass (default: 8)"
+        "--batch-size", type=int, default=8, help="rows per forward pass (default: 8)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
     parser.add_argument(
-        "--num-fewshot", type=int, metavar="K", help="solved examples (default: the task's)"
+        "--limit", type=int, metavar="N", help="use only the first N rows of each task"
     )
-    parser.add_argument("--include-path", metavar="DIR", help="further task files (YAML)")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="K", help="few-shot examples (default: the task's)"
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="directory of more task files (YAML)")
     parser.add_argument(
         "--output",
         default="reports/harness/metrics.json",
-        help="default: reports/harness/metrics.json",
+        help="metrics file (default: reports/harness/metrics.json)",
     )
     parser.set_defaults(command=_lm_eval, computes=True)
 
 
 def _lm_eval(arguments: argparse.Namespace) -> None:
-    # What can be refused is refused before a model is loaded, and the tuned model's faults before
-    # the 8-bit one has been measured for hours.
+    # Check the arguments, including the adapter, before the hours of evaluating the 8-bit model.
     check_counts(
         batch_size=arguments.batch_size, limit=arguments.limit, num_fewshot=arguments.num_fewshot
     )
@@ -106,8 +99,8 @@ def _lm_eval(arguments: argparse.Namespace) -> None:
     if arguments.adapter and not (Path(arguments.adapter) / "adapter_config.json").is_file():
         raise UserError(f"{arguments.adapter} has no adapter_config.json; is it an adapter?")
     if not sys.stderr.isatty():
-        # In a log every refresh of a bar is one more line: a line every half minute, and none for
-        # what is done sooner. tqdm reads this as it is imported, which is below.
+        # In a log every refresh of a bar adds a line, so refresh only every 30 s and show no bar
+        # for shorter work. tqdm reads these variables when it is imported, which is below.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
         os.environ.setdefault("TQDM_DELAY", "30")
     prepare_harness()
@@ -137,7 +130,7 @@ def _lm_eval(arguments: argparse.Namespace) -> None:
             )
         except torch.OutOfMemoryError:
             raise UserError(
-                f"out of GPU memory at --batch-size {arguments.batch_size}; lower it"
+                f"--batch-size {arguments.batch_size}: out of GPU memory; lower it"
             ) from None
 
     measure("quantized" if is_quantized else "base", arguments.model, model)
@@ -153,4 +146,4 @@ def _lm_eval(arguments: argparse.Namespace) -> None:
         },
     )
     print("\n".join(table_lines(measured)))
-    print(f"\n  all figures: {arguments.output}")
+    print(f"\n  all metrics: {arguments.output}")

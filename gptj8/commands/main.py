@@ -1,4 +1,4 @@
-"""The `gptj8` command. Imports what a subcommand needs when it is chosen: `--help` is instant."""
+"""The `gptj8` command. Each subcommand imports its packages when it runs, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptj8.commands import (
     ui,
     verify,
 )
-from gptj8.runtime.process import run
+from gptj8.runtime.process import flush_output, run
 
 _SUBCOMMANDS = (
     check,
@@ -43,8 +43,12 @@ _SUBCOMMANDS = (
 
 
 def main() -> None:
-    """Entry point; exits 2 with one line a problem on bad input."""
-    arguments = _parser().parse_args()
+    """Run the command line. Invalid input exits with code 2 and one line per problem."""
+    try:
+        arguments = _parser().parse_args()
+    except SystemExit:  # after --help
+        flush_output()
+        raise
     run(lambda: arguments.command(arguments), computes=getattr(arguments, "computes", False))
 
 

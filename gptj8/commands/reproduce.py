@@ -1,4 +1,4 @@
-"""`gptj8 reproduce`: a run done again from its commit."""
+"""`gptj8 reproduce`: repeat a run from its commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj8.runtime.errors import UserError
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 reproduce`."""
     reproduce = commands.add_parser(
-        "reproduce", help="do a run again from its commit and compare the adapter byte for byte"
+        "reproduce", help="repeat a run from its commit and compare the adapter byte for byte"
     )
     reproduce.add_argument("what", metavar="RUN", help="run id, DVC experiment or git revision")
     reproduce.set_defaults(command=_reproduce)
@@ -31,6 +31,6 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         folder = os.path.relpath(result.folder, Path.cwd())
         raise UserError(
             f"run {run.info.run_id} is not reproduced: {', '.join(result.differing)} of the "
-            f"adapter differ (the checkout is kept in {folder})"
+            f"adapter differ; compare the checkout in {folder}"
         )
-    print(f"run {run.info.run_id} is reproduced: the adapter is the same to the byte")
+    print(f"run {run.info.run_id} is reproduced: the adapter is byte-identical")

@@ -1,4 +1,4 @@
-"""`gptj8 summary`: what the last run measured."""
+"""`gptj8 summary`: print the metrics of the last run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptj8.tracking.summary import summary_lines
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 summary`."""
-    summary = commands.add_parser("summary", help="print what the last run measured")
+    summary = commands.add_parser("summary", help="print the metrics of the last run")
     summary.set_defaults(command=_summary)
 
 

@@ -1,4 +1,4 @@
-"""`gptj8 sync`: send MLflow what it has not received."""
+"""`gptj8 sync`: send pending records to MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptj8.runtime.errors import UserError
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 sync`."""
     sync = commands.add_parser(
-        "sync", help="send MLflow what it has not received, and complete this workspace's row"
+        "sync", help="send pending records to MLflow and complete this workspace's run"
     )
     sync.set_defaults(command=_sync)
 
@@ -30,14 +30,12 @@ def _sync(arguments: argparse.Namespace) -> None:
         left = sum(len(journals_of(folder)) for folder in journals_folder().glob("*"))
         reasons = "; ".join(f"{uri}: {reason}" for uri, reason in sent.failed.items())
         raise UserError(
-            f"{reasons}; the record of {left} stages stays in {journals_folder()}, run gptj8 sync "
-            "again once the server answers"
+            f"{reasons}; stages not sent: {left} (kept in {journals_folder()}); rerun gptj8 sync "
+            "when the server responds"
         )
-    print(
-        f"sent: the record of {sent.stages} stages" if sent.stages else "nothing was left to send"
-    )
+    print(f"stages sent: {sent.stages}" if sent.stages else "nothing to send")
     if sent.busy:
-        print(f"{sent.busy} more are being recorded right now")
+        print(f"stages still being recorded: {sent.busy}")
     if _is_up_to_date():
         missing = _missing_stages(params, key_of(params))
         if missing:
@@ -45,7 +43,7 @@ def _sync(arguments: argparse.Namespace) -> None:
 
             with stage_run("record", params):
                 pass
-            print(f"this workspace's row was completed: {', '.join(missing)}")
+            print(f"this workspace's MLflow run was completed: {', '.join(missing)}")
 
 
 def _missing_stages(params: Params, key: str | None) -> list[str]:
@@ -64,7 +62,7 @@ def _missing_stages(params: Params, key: str | None) -> list[str]:
 
 
 def _is_up_to_date() -> bool:
-    """Whether the reports are those of params.yaml as it is: otherwise they are another run's."""
+    """Return whether the reports match the current params.yaml, and not those of another run."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -75,4 +73,4 @@ def _is_up_to_date() -> bool:
             changed = repo.status()
     except DvcException:
         return False
-    return not set(STAGES) & set(changed)  # recipes that no param points at were never run
+    return not set(STAGES) & set(changed)  # ignore recipes that no param uses

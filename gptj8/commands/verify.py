@@ -1,4 +1,4 @@
-"""`gptj8 verify`: whether a folder's files are as they were written."""
+"""`gptj8 verify`: compare a folder's files with its manifest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _verify(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     files = verify_manifest(folder)
     if files is None:
-        raise UserError(f"{folder} has no {MANIFEST}; only what gptj8 writes has one")
-    if (folder / "config.json").exists():  # of a model; other folders hold no 8-bit tensors
+        raise UserError(f"{folder} has no {MANIFEST}; only folders written by gptj8 have one")
+    if (folder / "config.json").exists():  # only a model has a config and 8-bit tensors
         check_model_directory(folder)
         check_tensors(folder)
-    print(f"{folder}: {files} files are as they were written")
+    print(f"{folder}: {files} files are unchanged")

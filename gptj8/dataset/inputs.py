@@ -1,4 +1,4 @@
-"""Whether the files that a run reads are there, or can be made, before anything is started."""
+"""Check that the input files exist, or that a recipe can make them, before a run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptj8.runtime.project import project_root
 
 
 def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
-    """Return a line for each input that is neither there nor made by a recipe under data/."""
+    """Return one line per input that neither exists nor is made by a recipe under data/."""
     root = root or project_root()
     problems = []
     for key, value in params.inputs.items():
@@ -28,7 +28,7 @@ def missing_inputs(params: Params, root: Path | None = None) -> list[str]:
 
 
 def is_made_by_a_recipe(path: Path, root: Path) -> bool:
-    """Whether a dvc.yaml below `root` declares the path, or a folder that holds it, as an out."""
+    """Return whether a dvc.yaml below `root` declares the path, or a parent of it, as an output."""
     from ruamel.yaml import YAML
 
     for folder in path.parents:

@@ -1,4 +1,4 @@
-"""Texts as they are compared: words in a normal form, and what cannot be seen."""
+"""Normalize text for comparison: words in a Unicode normal form, and invisible characters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 _LONGEST_WORD = 1000
 
 INVISIBLE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
-"""What `str.strip` takes away, and what is as wide as nothing."""
+"""White space, as `str.strip` removes it, and zero-width characters."""
 
 
 def canonical_words(text: str, form: Literal["NFC", "NFKC"]) -> list[str]:
-    """Return the words of a text, what stands between white space, in a Unicode normal form."""
+    """Return the words of a text, split at white space, in a Unicode normal form."""
     words = text.split()
     if text.isascii():
         return words
@@ -20,5 +20,5 @@ def canonical_words(text: str, form: Literal["NFC", "NFKC"]) -> list[str]:
 
 
 def _parts(word: str) -> list[str]:
-    """Cut what is no word: the time that normalizing takes is quadratic in a run of accents."""
+    """Cut very long words: normalizing a run of combining marks takes quadratic time."""
     return [word[start : start + _LONGEST_WORD] for start in range(0, len(word), _LONGEST_WORD)]

@@ -1,8 +1,8 @@
-"""Evidence about a model: perplexity, accuracy in three kinds, calibration, intervals, a gate.
+"""Evaluate models: perplexity, accuracy, calibration, confidence intervals and the export gate.
 
-Low to high: `systems` (what is compared, by name), `batching` (rows to padded tensors),
-`perplexity` and `likelihood` (a model's scores), `answers` (what it writes), `statistics`,
-`calibration`, `baseline` and `outside` (numbers and predictions of others), `metrics` (all numbers
-by name), `few_shot` (solved examples), `report` and `plots` (files), `suite` (the same measurements
-on every model compared), `requirements` (what they have to meet). Nothing here reads params.yaml.
+From low to high level: `systems` (names of the compared systems), `statistics`, `calibration`,
+`baseline` (TF-IDF), `other_systems` (predictions from CSV files), `metrics` (all metrics by name),
+`few_shot` (solved examples), `report` and `plots` (files), `suite` (the same measurements on every
+model), `run` (the stage), `gate` (requirements for the export) and `harness` (standard benchmarks).
+No module here reads params.yaml.
 """

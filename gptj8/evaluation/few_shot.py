@@ -1,4 +1,4 @@
-"""Solved examples for few-shot prompts: from the training split only, balanced, seeded."""
+"""Build few-shot prompts with balanced, seeded examples from the training split."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ def select_examples(
     seed: int,
     fits: Callable[[str], bool] = lambda text: True,
 ) -> list[tuple[str, str]]:
-    """Choose `count` solved examples, the labels as evenly as `count` allows.
+    """Choose `count` solved examples, balanced over the labels.
 
     Args:
-        train: with columns `text` and `label`.
-        labels: all labels; where `count` is no multiple of their number, chance decides which get
-            one more.
-        count: examples altogether; fewer only if the training split has no more.
-        seed: of every choice and of the order.
-        fits: whether a text is short enough; one that is not is used only for want of others.
+        train: the training split, with columns `text` and `label`.
+        labels: all labels. If `count` is not a multiple of their number, the labels with one more
+            example are chosen at random.
+        count: total number of examples; fewer are returned only if the training split has fewer.
+        seed: seed of the choice and of the order.
+        fits: returns whether a text is short enough; longer texts are used only if no others are
+            left.
 
     Returns:
-        (text, label) pairs in random order, so that no label is always the last one read.
+        (text, label) pairs in random order, so that the last example does not always have the same
+        label.
     """
     rng = np.random.default_rng(seed)
     candidates = {}
@@ -43,13 +45,13 @@ def select_examples(
             text = candidates[labels[index]].take() if len(chosen) < count else None
             if text is not None:
                 chosen.append((text, labels[index]))
-        if len(chosen) == before:  # every text of every label is taken
+        if len(chosen) == before:  # all texts are used up
             break
     return [chosen[index] for index in rng.permutation(len(chosen))]
 
 
 class _Chooser:
-    """Hands out texts in order: those that fit as they come, then those put aside."""
+    """Return texts one at a time: first those that fit, then the longer ones, each in order."""
 
     def __init__(self, texts: Sequence[str], fits: Callable[[str], bool]) -> None:
         self._texts = iter(texts)
@@ -73,21 +75,21 @@ def few_shot_prompts(
     count: int,
     seed: int,
 ) -> list[list[int]]:
-    """Return the ids of a prompt for each text, the same solved examples before all of them.
+    """Return the token ids of a prompt for each text, with the same solved examples in all prompts.
 
-    Examples are short enough to be shown whole beside the longest text, where the training split
-    has such: a cut example teaches little, and prompts with the same beginning are computed once.
+    If possible, the examples are short enough to fit completely next to the longest text. Truncated
+    examples are less useful, and a common prefix is computed only once for all prompts.
 
     Args:
-        texts: to be classified.
+        texts: texts to classify.
         train: the training split, with columns `text` and `label`.
         labels: all labels.
-        prompts: with the model's context as `max_length`, which examples and text share.
-        count: examples before each text.
-        seed: of the choice.
+        prompts: encoder whose `max_length` is the context of the model.
+        count: number of examples per prompt.
+        seed: seed of the choice.
 
     Raises:
-        UserError: if the context has no room for so many.
+        UserError: if the examples do not fit into the context.
     """
     reserve = max(len(prompts.completion_ids(label)) for label in labels)
     longest = max(labels, key=lambda label: len(prompts.completion_ids(label)))
@@ -95,7 +97,7 @@ def few_shot_prompts(
         overhead = len(prompts.prompt("", reserve, [("", longest)] * count).ids)
     except UserError:
         raise UserError(
-            f"evaluate.few_shot = {count}: so many examples do not fit into the model's context of "
+            f"evaluate.few_shot = {count}: the examples do not fit into the model's context of "
             f"{prompts.max_length} tokens; lower it"
         ) from None
     share = (prompts.max_length - reserve - overhead) // (count + 1)

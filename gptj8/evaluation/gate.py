@@ -1,4 +1,4 @@
-"""The gate before an export: whether the metrics meet `evaluate.require`."""
+"""Check whether the metrics meet `evaluate.require` before a model is exported."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": ope
 
 @dataclass(frozen=True)
 class Outcome:
-    """A requirement with the values of both sides.
+    """The result of checking a requirement.
 
     Attributes:
-        requirement: what was asked for.
+        requirement: the parsed requirement.
         left: value of the left side.
         right: value of the right side.
-        met: whether it holds; with NaN on a side it never does.
-        margin: how far it is from not holding, negative where it does not hold, NaN with NaN.
+        met: whether the requirement is met; False if a side is NaN.
+        margin: difference between the two sides; positive if the requirement is met by this amount,
+            negative if it is missed, NaN if a side is NaN.
     """
 
     requirement: Requirement
@@ -36,7 +37,7 @@ class Outcome:
     def __str__(self) -> str:
         values = f"{self.left:.6g} {self.requirement.comparison} {self.right:.6g}"
         if math.isnan(self.margin):
-            ending = "cannot hold"
+            ending = "cannot be met"
         elif self.met:
             ending = f"holds by {self.margin:.3g}"
         else:
@@ -47,15 +48,15 @@ class Outcome:
 def check_requirements(
     requirements: Sequence[Requirement], metrics: Mapping[str, Mapping[str, float]]
 ) -> list[Outcome]:
-    """Return the outcome of each requirement, in their order.
+    """Return the outcome of each requirement, in the given order.
 
     Args:
-        requirements: as parsed.
-        metrics: stage -> name -> value. A name is looked up in stage `evaluate` as it stands, then
-            in the stage before its first slash: `finetune/eval_loss`.
+        requirements: parsed requirements.
+        metrics: stage -> name -> value. A name is looked up in the stage `evaluate` first, then as
+            `<stage>/<name>`, such as `finetune/eval_loss`.
 
     Raises:
-        UserError: naming every metric that is not there, a line each.
+        UserError: listing all unknown metrics, one per line.
     """
     known = {
         f"{stage}/{name}": v for stage, values in metrics.items() for name, v in values.items()
@@ -72,10 +73,15 @@ def check_requirements(
 
 
 def require_all(texts: Sequence[str], metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Refuse a model that misses one of the requirements.
+    """Raise an error unless all requirements are met.
+
+    Args:
+        texts: requirements, such as `tuned/accuracy > 0.9`.
+        metrics: see `check_requirements`.
 
     Raises:
-        UserError: a line for each that is not met, and by how much; see also `check_requirements`.
+        UserError: listing the requirements that are not met and their margins, one per line; see
+            also `check_requirements`.
     """
     outcomes = check_requirements([parse_requirement(text) for text in texts], metrics)
     missed = [f"evaluate.require: {outcome}" for outcome in outcomes if not outcome.met]
@@ -92,8 +98,8 @@ def _check(requirement: Requirement, known: Mapping[str, float]) -> Outcome:
 
 
 def _explain_unknown(name: str, known: Mapping[str, float]) -> str:
-    whole = f"tuned/{name}"
-    hint = f", did you mean {whole}?" if whole in known else suggest(name, known)
+    full_name = f"tuned/{name}"
+    hint = f", did you mean {full_name}?" if full_name in known else suggest(name, known)
     if not hint:
-        hint = f"; there are {listed(sorted(known), 10)}" if known else "; there are none at all"
+        hint = f"; available: {listed(sorted(known), 10)}" if known else "; no metrics available"
     return f"there is no metric {quote(name)}{hint}"

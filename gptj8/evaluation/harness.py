@@ -1,18 +1,19 @@
-"""Standard benchmarks: EleutherAI's lm-evaluation-harness on models that are already loaded.
+"""Run standard benchmarks: EleutherAI's lm-evaluation-harness on loaded models.
 
-The harness brings the tasks, their prompts and their metrics, and its own Hugging Face model class
-asks our models, so that the figures are those that published tables hold. The model is loaded once,
-by us, and never by the harness: 8-bit weights are read from the file as they are used, and an
-adapter is put on them after they were measured alone. (Rejected: `lm_eval --model hf` with a path,
-which loads a model a run, moves it, and resizes embeddings that have more rows than the tokenizer
-has tokens, as GPT-J's have.)
+The harness provides tasks, prompts and metrics. The models are evaluated through its own Hugging
+Face model class, so results are comparable with published tables. The model is loaded once, and not
+by the harness: 8-bit weights are read from the file on demand, and an adapter is added after the
+base model is measured. Alternative considered: `lm_eval --model hf` with a path; it was rejected
+because it loads the model in every run, moves it, and resizes embeddings that have more rows than
+the tokenizer has tokens, as in GPT-J.
 
-What differs from the harness's defaults: the softmax is in float32 whatever the model computes in;
-a likelihood that is not a number is refused, where an argmax would make an accuracy of it; and
-standard errors that are resampled take 1,000 resamples instead of 100,000, which moves them by 2 %.
+Differences from the defaults of the harness: the softmax is computed in float32 for every model
+dtype; likelihoods that are not finite raise an error, because an argmax would still turn them into
+an accuracy; and bootstrapped standard errors use 1,000 samples instead of 100,000, which changes
+them by 2 %.
 
-The harness is an extra, `pip install 'gptj8[harness]'`, and is imported when it is used. Downloaded
-is a task's dataset and nothing else; no code from the Hub is run.
+The harness is an optional dependency, `pip install 'gptj8[harness]'`, and is imported on demand.
+Only the dataset of a task is downloaded; no code from the Hub is executed.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
 _RESAMPLES = 1000
 _NOT_IN_A_NAME = re.compile(r"[^\w./-]", re.ASCII)
 _DEFAULTS = {
-    # A task may name a metric whose code the `evaluate` library fetches from the Hub and runs.
+    # Some tasks use metrics whose code the `evaluate` library downloads from the Hub and executes.
     "HF_EVALUATE_OFFLINE": "1",
-    # Resampling would fork this process, with the model and its threads in it, once a core.
+    # The bootstrap would fork this process, including the model and its threads, once per core.
     "DISABLE_MULTIPROC": "1",
 }
 
@@ -60,26 +61,28 @@ def run_tasks(
     include_path: str | Path | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """Return what a model reaches in tasks of the harness.
+    """Measure a model on tasks of the harness.
 
     Args:
-        model: on its device; it is put into eval mode.
-        tokenizer: the model's own; it stays as it is.
+        model: loaded model, which is switched to eval mode.
+        tokenizer: tokenizer of the model; it is not modified.
         tasks: names of tasks, groups or tags, or patterns such as `mmlu_*`.
-        batch_size: rows in one forward pass; the logits of all their tokens are held in float32.
-        limit: only the first rows of each task; None: all.
-        num_fewshot: solved examples in each prompt; None, or a task that fixes it at 0: the task's.
-        include_path: a directory of further task files (YAML).
-        seed: of few-shot examples and sampling; None: those of the harness, as in published tables.
+        batch_size: rows per forward pass; the logits of all tokens are held in float32.
+        limit: maximum number of rows per task, from its start; None uses all rows.
+        num_fewshot: number of solved examples per prompt. With None, or if a task fixes the number
+            at 0, the setting of the task applies.
+        include_path: a directory with additional task files (YAML).
+        seed: seed of few-shot examples and sampling; None uses the seeds of the harness, as in
+            published tables.
 
     Returns:
-        `<task>/<metric>`, its standard error `<task>/<metric>_stderr` where there is one, and
-        `<task>/samples`, the rows measured. A metric behind a filter is `<metric>.<filter>`. What
-        is undefined, such as the standard error of one row, is left out.
+        `<task>/<metric>`, its standard error `<task>/<metric>_stderr` if there is one, and
+        `<task>/samples`, the number of measured rows. A metric with a filter is named
+        `<metric>.<filter>`. Undefined values, such as the standard error of one row, are omitted.
 
     Raises:
-        UserError: if the extra is not installed, a task is unknown, its dataset cannot be had, or
-            a likelihood is not finite.
+        UserError: if the harness is not installed, a task is unknown, its dataset is not available,
+            or a likelihood is not finite.
     """
     loaded = load_tasks(tasks, include_path, seed)
     return measure_tasks(
@@ -96,12 +99,16 @@ def run_tasks(
 def load_tasks(
     names: Sequence[str], include_path: str | Path | None = None, seed: int | None = None
 ) -> list[Any]:
-    """Return the harness's tasks and groups with their datasets, for `measure_tasks`.
+    """Return tasks and groups of the harness with their datasets, for `measure_tasks`.
 
-    Apart from measuring, so that a misspelled name costs seconds and not the loading of a model.
+    Loading tasks is separate from measuring, so a misspelled name is reported before a model is
+    loaded.
+
+    Args:
+        names, include_path, seed: see `run_tasks`.
 
     Raises:
-        UserError: as in `run_tasks`, a line for each unknown name.
+        UserError: see `run_tasks`; unknown names are listed one per line.
     """
     prepare_harness()
     if include_path is not None and not Path(include_path).is_dir():
@@ -113,31 +120,31 @@ def load_tasks(
         known = manager.all_tasks
         raise UserError(
             "\n".join(
-                f"the harness has no task {quote(name)}{suggest(name, known)}; "
-                "`lm-eval ls tasks` lists them"
+                f"lm-evaluation-harness has no task {quote(name)}{suggest(name, known)}; "
+                "`lm-eval ls tasks` lists all tasks"
                 for name in unknown
             )
         )
-    random.seed(seed or 0)  # as the harness does; some tasks shuffle their answers as they load
+    random.seed(seed or 0)  # as in the harness; some tasks shuffle their answers during loading
     loaded: list[Any] = []
     for name in dict.fromkeys(match for matches in found.values() for match in matches):
         try:
             built = manager.load([name])
-        except Exception as error:  # of the network, the dataset or the code of the task
+        except Exception as error:  # from the network, the dataset or the code of the task
             raise UserError(_explain_load(name, error)) from error
         group = built["groups"].get(name)
         loaded += built["tasks"].values() if group is None else [group]
     if not loaded:
-        raise UserError("no task was named, or none of those named has rows")
+        raise UserError("no tasks to run: no names were given, or the tasks have no rows")
     try:
         leaves = manager.load(loaded)["tasks"]
-    except ValueError as error:  # a task that is named twice, as itself and in a group
-        raise UserError(f"{one_line(error)}; name it once") from error
+    except ValueError as error:  # a task is listed twice, by its name and as part of a group
+        raise UserError(f"{one_line(error)}; list it only once") from error
     for name, task in leaves.items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"task {name} runs code that the model writes; that is not done here")
+            raise UserError(f"task {name} executes code written by the model: not supported")
         if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} asks about images, and the model reads text only")
+            raise UserError(f"task {name} uses images: only text tasks are supported")
     return loaded
 
 
@@ -151,7 +158,7 @@ def measure_tasks(
     num_fewshot: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """Return what `run_tasks` does, for tasks that are loaded; they may be measured repeatedly."""
+    """Return the result of `run_tasks` for loaded tasks; tasks can be reused for several models."""
     prepare_harness()
     check_counts(batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
     from lm_eval import simple_evaluate
@@ -161,11 +168,11 @@ def measure_tasks(
     kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     seeds = {} if seed is None else dict.fromkeys(kinds, seed)
     try:
-        with redirect_stdout(sys.stderr):  # its notes on progress; stdout is for results
+        with redirect_stdout(sys.stderr):  # the harness prints progress; stdout is for results
             results = simple_evaluate(
                 harness_model,
                 tasks=list(tasks),
-                # Nothing is left to be found by its name, and an index of all names takes seconds.
+                # The tasks are loaded already, and indexing all task names takes seconds.
                 task_manager=TaskManager(include_defaults=False),
                 num_fewshot=num_fewshot,
                 limit=limit,
@@ -176,59 +183,60 @@ def measure_tasks(
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"a task needs more than its dataset from the Hub: {one_line(error)}; "
-            "HF_EVALUATE_OFFLINE=0 lets it fetch and run a metric's code"
+            "set HF_EVALUATE_OFFLINE=0 to download and execute the code of a metric"
         ) from error
-    except AssertionError as error:  # how the harness says that a request is too long
+    except AssertionError as error:  # raised by the harness if a request is too long
         raise UserError(
-            f"a task does not fit into the model's {harness_model.max_length} positions: "
+            f"a task does not fit into the model's context of {harness_model.max_length} tokens: "
             f"{one_line(error)}"
         ) from error
-    if harness_model.cut:
+    if harness_model.truncated:
         print(
-            f"lm-eval: {harness_model.cut} of {harness_model.asked} requests were longer than the "
-            f"model's {harness_model.max_length} positions and lost their beginning",
+            f"lm-eval: {harness_model.truncated} of {harness_model.requested} requests were longer "
+            f"than the model's context of {harness_model.max_length} tokens and were truncated at "
+            "the start",
             file=sys.stderr,
         )
     return _flatten(results)
 
 
 def wrap_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """Return the harness's `HFLM` for a loaded model; the model stays where and what it is."""
+    """Return an `HFLM` of the harness for a loaded model, which is not moved or converted."""
     from lm_eval.models.huggingface import HFLM
 
     from gptj8.model.scoring.perplexity import context_length
 
     class LoadedModel(HFLM):  # type: ignore[misc]
-        """Refuses likelihoods that are not finite.
+        """An `HFLM` that raises an error if a likelihood is not finite.
 
         Attributes:
-            asked: likelihoods that tasks asked for.
-            cut: those of them whose prompt lost its beginning.
+            requested: number of requested likelihoods.
+            truncated: number of requests whose prompt was truncated at the start.
         """
 
-        asked = 0
-        cut = 0
+        requested = 0
+        truncated = 0
 
         def _loglikelihood_tokens(
             self, requests: list[Any], *args: Any, **kwargs: Any
         ) -> list[tuple[float, bool]]:
-            # The last token is predicted and never read.
+            # The last token is only a target, so a request may have one more token.
             longest = self.max_length + 1
-            self.asked += len(requests)
-            self.cut += sum(len(context) + len(end) > longest for _, context, end in requests)
+            self.requested += len(requests)
+            self.truncated += sum(len(context) + len(end) > longest for _, context, end in requests)
             answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
             if not all(math.isfinite(likelihood) for likelihood, _ in answers):
                 raise UserError("the model's likelihoods are not finite; try --dtype float32")
             return answers
 
         def get_model_info(self) -> dict[str, Any]:
-            """Return nothing: the harness would ask the Hub for the model's revision."""
+            """Return nothing, because the harness would query the Hub for the model revision."""
             return {}
 
     return LoadedModel(
         pretrained=model,
         backend="causal",
-        tokenizer=copy.deepcopy(tokenizer),  # the harness gives it a padding token
+        tokenizer=copy.deepcopy(tokenizer),  # the harness adds a padding token
         batch_size=batch_size,
         max_length=context_length(model.config),
         softmax_dtype="float32",
@@ -237,10 +245,10 @@ def wrap_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int
 
 
 def prepare_harness() -> None:
-    """Import the harness with its own messages off, unless the user has set their level.
+    """Import the harness and show only its errors, unless the user has set its log level.
 
     Raises:
-        UserError: if it is not installed.
+        UserError: if the harness is not installed.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -251,27 +259,27 @@ def prepare_harness() -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise UserError(
-            "lm-evaluation-harness is not installed; pip install 'gptj8[harness]'"
+            "lm-evaluation-harness is not installed; run pip install 'gptj8[harness]'"
         ) from None
 
 
 @functools.cache
 def _task_manager(include_path: str | None) -> Any:
-    """Return the index of all tasks; 14,000 files are read for it, which takes 7 seconds."""
+    """Return the index of all tasks. This reads 14,000 files and takes 7 seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def _explain_load(name: str, error: BaseException) -> str:
-    """Return one line on why a task could not be loaded."""
+    """Return a one-line message that explains why a task could not be loaded."""
     reason = one_line(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConnectionError | TimeoutError) or "httpx" in type(cause).__module__:
             return (
-                f"task {name}: its dataset could not be downloaded: {reason}; "
-                "it needs a network once, and is then kept in the Hugging Face cache"
+                f"task {name}: the dataset could not be downloaded: {reason}; check the network "
+                "connection (later runs use the Hugging Face cache)"
             )
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, ImportError):
@@ -280,11 +288,12 @@ def _explain_load(name: str, error: BaseException) -> str:
 
 
 def check_counts(*, batch_size: int, limit: int | None, num_fewshot: int | None) -> None:
+    """Raise `UserError` if a count is out of range; all problems are listed, one per line."""
     problems = []
     if batch_size < 1:
         problems.append(f"batch size = {batch_size} is less than 1")
     if limit is not None and limit < 1:
-        problems.append(f"limit = {limit} is less than 1; leave it out for all rows")
+        problems.append(f"limit = {limit} is less than 1; omit it to use all rows")
     if num_fewshot is not None and num_fewshot < 0:
         problems.append(f"number of few-shot examples = {num_fewshot} is negative")
     if problems:
@@ -292,10 +301,10 @@ def check_counts(*, batch_size: int, limit: int | None, num_fewshot: int | None)
 
 
 def _flatten(results: dict[str, Any]) -> dict[str, float]:
-    """Return the harness's results under names that MLflow takes.
+    """Return the results of the harness under names that are valid in MLflow.
 
-    `acc,none` becomes `acc` and `exact_match,strict-match` becomes `exact_match.strict-match`: a
-    slash there would be a metric inside a metric, which MLflow's file store has no place for.
+    `acc,none` becomes `acc`, and `exact_match,strict-match` becomes `exact_match.strict-match`. A
+    slash instead of the dot would nest metrics, which MLflow's file store does not support.
     """
     metrics: dict[str, float] = {}
     for task, values in results["results"].items():
@@ -304,26 +313,27 @@ def _flatten(results: dict[str, Any]) -> dict[str, float]:
             if not comma or isinstance(value, bool | str) or not math.isfinite(value):
                 continue
             metric += "" if filter_name == "none" else f".{filter_name}"
-            metrics[f"{_plain(task)}/{_plain(metric)}"] = float(value)
+            metrics[f"{_sanitize(task)}/{_sanitize(metric)}"] = float(value)
     for task, counts in results["n-samples"].items():
-        metrics[f"{_plain(task)}/samples"] = float(counts["effective"])
+        metrics[f"{_sanitize(task)}/samples"] = float(counts["effective"])
     return metrics
 
 
-def _plain(name: str) -> str:
+def _sanitize(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name).replace("/", "_")
 
 
 def stderr_name(metric: str) -> str:
+    """Return the name of the standard error of a metric; a filter suffix stays at the end."""
     name, dot, filter_name = metric.partition(".")
     return f"{name}_stderr{dot}{filter_name}"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Return a model directory's tokenizer, which knows the token that ends a text.
+    """Return the tokenizer of a model directory, with an end-of-text token.
 
     Raises:
-        UserError: if there is none, or it has more tokens than the model.
+        UserError: if there is no tokenizer, or it has more tokens than the model.
     """
     from transformers import AutoTokenizer
 
@@ -332,6 +342,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     eos_id = TextEncoder.load(path).eos_id
     tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        # The harness would add a padding token of its own, which the embedding has no row for.
+        # Otherwise the harness adds a padding token, for which the embedding has no row.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
     return tokenizer

@@ -1,9 +1,9 @@
-"""From scores to the numbers of metrics.json: `<system>/<metric>`, every one a float.
+"""Compute the entries of metrics.json from scores: `<system>/<metric>`, all floats.
 
-Accuracy comes in three kinds, because each of them alone has flattered somebody: of the likeliest
-label (`accuracy`), of the label that is likeliest a token, which takes away what a long label has
-against it (`accuracy_normalized`; Brown et al., Language Models are Few-Shot Learners, 2020), and
-of what the model writes when nothing holds it to the labels (`exact_match`).
+There are three kinds of accuracy, because a single one can be misleading: `accuracy` of the most
+likely label; `accuracy_normalized` of the label with the highest log-likelihood per token, which
+removes the disadvantage of long labels (Brown et al., Language Models are Few-Shot Learners, 2020);
+and `exact_match` of free-form answers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ from gptj8.model.scoring.perplexity import DocumentScores
 def perplexity_metrics(
     scores: Mapping[str, DocumentScores], *, resamples: int, seed: int
 ) -> dict[str, float]:
-    """Return `perplexity` of each system and, of those beside the original, `perplexity_ratio` to
-    it, `_low` and `_high` (95 %, paired bootstrap by document)."""
+    """Return `perplexity` of each system, and `perplexity_ratio` to the original model.
+
+    The ratio has a 95 % confidence interval, `_low` and `_high`, from a paired bootstrap over
+    documents.
+
+    Args:
+        scores: system -> scores of the documents.
+        resamples: number of bootstrap samples.
+        seed: seed of the bootstrap.
+    """
     metrics = {f"{system}/perplexity": score.perplexity for system, score in scores.items()}
     original = scores.get(ORIGINAL)
     if original is None:
@@ -55,16 +63,19 @@ def classification_metrics(
     resamples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Return `accuracy` with its interval (Wilson) and `macro_f1` of each system, `not_a_label` (a
-    share of the rows) where another system predicts what is none, and by how much
-    the tuned one differs from each other: `tuned/accuracy_minus_<system>` with its interval and
-    `tuned/p_value_against_<system>` (McNemar).
+    """Return the classification metrics of each system.
+
+    `accuracy` has a Wilson confidence interval. `macro_f1` is the macro-averaged F1. `not_a_label`,
+    the share of predictions that are not a label, is present only if it is not 0. The tuned model
+    is compared with every other system: `tuned/accuracy_minus_<system>` has a bootstrap confidence
+    interval, and `tuned/p_value_against_<system>` is from McNemar's test.
 
     Args:
-        labels: all of them.
+        labels: all labels.
         actual: (test rows,) true labels.
-        predictions: system -> (test rows,) labels, or anything else, which is wrong.
-        resamples, seed: of the paired bootstrap.
+        predictions: system -> (test rows,) predictions; any value that is not a label counts as
+            wrong.
+        resamples, seed: settings of the paired bootstrap.
     """
     from sklearn.metrics import f1_score
 
@@ -74,9 +85,9 @@ def classification_metrics(
     known = set(labels)
     for system, predicted in predictions.items():
         metrics |= _interval(f"{system}/accuracy", accuracy_interval(correct[system]))
-        # Of systems that are free in what they say: a share that explains a low accuracy.
-        if strangers := np.mean([name not in known for name in predicted]):
-            metrics[f"{system}/not_a_label"] = float(strangers)
+        # External systems can predict any text; this share explains a low accuracy.
+        if unknown := np.mean([name not in known for name in predicted]):
+            metrics[f"{system}/not_a_label"] = float(unknown)
         metrics[f"{system}/macro_f1"] = float(
             f1_score(
                 list(actual), list(predicted), labels=list(labels), average="macro", zero_division=0
@@ -102,10 +113,10 @@ def likelihood_metrics(
     """Return `accuracy_normalized` and `ece` (expected calibration error) of each system.
 
     Args:
-        labels: all of them.
-        label_tokens: how many tokens each has, its end included.
+        labels: all labels.
+        label_tokens: number of tokens of each label, including its end token.
         actual: (test rows,) true labels.
-        likelihoods: system -> (test rows, labels), in nats.
+        likelihoods: system -> (test rows, labels) log-likelihoods, in nats.
     """
     names, truth = np.array(labels, dtype=object), np.array(actual, dtype=object)
     metrics = {
@@ -121,11 +132,11 @@ def likelihood_metrics(
 def generation_metrics(
     answers: Sequence[str], generated: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Return `exact_match` of each system with its interval (Wilson).
+    """Return `exact_match` of each system with a Wilson confidence interval.
 
     Args:
-        answers: of each row, what is right.
-        generated: system -> what it wrote for the first rows; white space around it is no error.
+        answers: correct answer of each row.
+        generated: system -> generated texts for the first rows; surrounding white space is ignored.
     """
     metrics: dict[str, float] = {}
     for system, texts in generated.items():

@@ -1,6 +1,6 @@
-"""What systems outside this project predict for the test split, read from CSV files.
+"""Read predictions of external systems for the test split from CSV files.
 
-So any model can be compared on the same rows: a classifier of another library, an API, or people.
+Any system can be compared on the same rows: a classifier from another library, an API, or humans.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def read_predictions(
 ) -> dict[str, np.ndarray]:
     """Read the predictions of one system, or of each CSV file in a directory.
 
-    A system is named as its file is, without the suffix. The file has the columns `file` and `row`,
-    which name a row of the test split, and `prediction`; their order is free, other columns are
-    allowed, and `file` may be missing where the test split is of one file. Predictions are read as
-    text, without white space around them. One that is no label is a wrong one, as a model's may be;
-    a file without any label is refused, because it rather holds numbers of labels or other names.
+    The name of a system is its file name without the suffix. A file needs the columns `file` and
+    `row`, which identify a row of the test split, and `prediction`. The order is arbitrary, other
+    columns are ignored, and `file` may be omitted if all test rows are from one file. Predictions
+    are read as text and stripped of surrounding white space. A prediction that is not a label
+    counts as wrong. A file in which no prediction is a label raises an error, because it probably
+    contains label indices or other label names.
 
     Args:
-        path: a CSV file, or a directory with such.
+        path: a CSV file, or a directory of CSV files.
         test: the test split, with `file` and `row`.
         labels: all labels.
 
@@ -45,19 +46,19 @@ def read_predictions(
         system -> (test rows,) predictions, dtype object.
 
     Raises:
-        UserError: with every problem of every file, a line each: a row without a prediction, or
-            with two, a record for no row, a column that is not there, a file that is not CSV.
+        UserError: listing the problems of all files, one per line: rows without a prediction or
+            with several, records that match no row, missing columns, invalid CSV files.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(explain_missing_file(path))
     if not labels:
-        raise UserError(f"{path}: predictions are compared only where there are labels")
+        raise UserError(f"{path}: predictions can be compared only for a task with labels")
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".csv" and f.is_file())
         if not files:
-            raise UserError(f"{path} has no CSV file of predictions")
+            raise UserError(f"{path} has no CSV files")
     places = {
         (str(file), int(row)): place
         for place, (file, row) in enumerate(zip(test["file"], test["row"], strict=True))
@@ -75,18 +76,18 @@ def read_predictions(
 
 def _check_name(path: Path) -> list[str]:
     if path.suffix.lower() != ".csv":
-        return [f"{path}: predictions are read from a file that ends in .csv"]
+        return [f"{path}: predictions must be in a .csv file"]
     if not _NAME.fullmatch(path.stem):
-        return [f"{path}: a system's name has only letters, digits, _ and -; rename the file"]
+        return [f"{path}: a system name can have only letters, digits, _ and -; rename the file"]
     if path.stem in OWN_SYSTEMS:
-        return [f"{path}: {path.stem} is the name of a system measured here; rename the file"]
+        return [f"{path}: {path.stem} is the name of a built-in system; rename the file"]
     return []
 
 
 def _read_system(
     path: Path, places: Mapping[_Key, int], labels: Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """Return the predictions in the order of the test split, and what is wrong with the file."""
+    """Return the predictions in the order of the test split, and the problems of the file."""
     predictions = np.full(len(places), None, dtype=object)
     files = {file for file, _ in places}
     only_file = next(iter(files)) if len(files) == 1 else ""
@@ -101,13 +102,13 @@ def _read_system(
         for record in parse_file(path, {}, "line", lambda size: None):
             where = f"record {record.number}"
             if record.problem:
-                add("records that cannot be read", f"{where} {record.problem}")
+                add("unreadable records", f"{where} {record.problem}")
                 continue
             cells = record.cells
             missing = [name for name in required if name not in cells]
             if missing:
                 other = next((c for c in ";\t|" if any(c in name for name in cells)), None)
-                hint = f"; its columns are separated by {other!r}, write commas" if other else None
+                hint = f"; the columns are separated by {other!r}, use commas" if other else None
                 return predictions, [
                     f"{path} has no column {name}{hint or suggest(name, cells)}" for name in missing
                 ]
@@ -117,14 +118,14 @@ def _read_system(
                 add("records that are not UTF-8", where)
                 continue
             if not _ROW.fullmatch(text):
-                add("records whose row is no whole number", f"{where} has {quote(text)}")
+                add("records whose row is not an integer", f"{where} has {quote(text)}")
                 continue
             if not prediction:
-                add("records whose prediction is empty", where)
+                add("records with an empty prediction", where)
                 continue
             key = file, int(text)
             if key not in places:
-                add("records of no test row", f"{where} has {_shown(key)}")
+                add("records that match no test row", f"{where} has {_format_key(key)}")
             elif predictions[places[key]] is not None:
                 repeated[key] = None
             else:
@@ -132,29 +133,33 @@ def _read_system(
     except UserError as error:
         return predictions, [str(error)]
     absent = [key for key, place in places.items() if predictions[place] is None]
-    found["test rows with more than one prediction"] = [_shown(key) for key in repeated]
-    found["test rows without a prediction"] = [_shown(key) for key in absent]
+    found["test rows with more than one prediction"] = [_format_key(key) for key in repeated]
+    found["test rows without a prediction"] = [_format_key(key) for key in absent]
     problems = [
-        f"{path}: {problem}: {_first(examples)}" for problem, examples in found.items() if examples
+        f"{path}: {problem}: {_count_with_examples(examples)}"
+        for problem, examples in found.items()
+        if examples
     ]
     if not problems and not set(predictions) & set(labels):
         unknown = listed(sorted(set(predictions)), _EXAMPLES)
         known = listed(labels, _EXAMPLES)
-        problems = [f"{path}: no prediction is a label: {unknown}; the labels are {known}"]
+        problems = [f"{path}: no prediction is a known label: {unknown}; the labels are {known}"]
     return predictions, problems
 
 
-def _shown(key: _Key) -> str:
+def _format_key(key: _Key) -> str:
     return f"{quote(key[0])} row {key[1]}"
 
 
-def _first(examples: Sequence[str]) -> str:
-    """Return how many there are, with the first few."""
+def _count_with_examples(examples: Sequence[str]) -> str:
+    """Return the number of examples, followed by the first few."""
     more = ", ..." if len(examples) > _EXAMPLES else ""
     return f"{len(examples):,} ({', '.join(examples[:_EXAMPLES])}{more})"
 
 
 def _is_text(cell: str) -> bool:
-    """Return whether no byte of a cell had to be kept as a surrogate
-    (`gptj8.dataset.readers.parsers`)."""
+    """Return whether a cell is valid UTF-8.
+
+    `gptj8.dataset.readers.parsers` decodes invalid bytes to surrogates.
+    """
     return not any("\ud800" <= character <= "\udfff" for character in cell)

@@ -1,6 +1,6 @@
-"""The plots of the evaluation's report: the same scores give the same bytes.
+"""Plots of the evaluation report. The same scores give byte-identical files.
 
-An image carries neither a date nor a version.
+Images contain neither a date nor a version.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ANNOTATED_LABELS = 30
-_LARGEST_POINT = 400  # square points, of a bin that has every row
+_LARGEST_POINT = 400  # area in square points, for a bin that contains all rows
 _SMALLEST_POINT = 9
 
 
 def plot_confusion(
     path: Path, labels: Sequence[str], actual: Sequence[str], predicted: Sequence[str]
 ) -> None:
-    """Draw counts, shaded by their share of the actual label's rows, as a PNG."""
+    """Draw the confusion matrix as a PNG; cells are shaded by their share of the row."""
     figure, axes = _new_figure(min(4 + 0.4 * len(labels), 16))
     if labels:
         from sklearn.metrics import confusion_matrix
@@ -34,7 +34,7 @@ def plot_confusion(
         counts = confusion_matrix(actual, predicted, labels=list(labels))
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        # A label is data: a dollar sign in it is no formula.
+        # Matplotlib would parse text between dollar signs as a formula.
         names = [str(label).replace("$", r"\$")[:40] for label in labels]
         axes.set_xticks(range(len(labels)), names, rotation=90)
         axes.set_yticks(range(len(labels)), names)
@@ -47,16 +47,16 @@ def plot_confusion(
                 text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=color)
     else:
-        _say_nothing_to_classify(axes)
+        _draw_nothing_to_classify(axes)
     _save(figure, path)
 
 
 def plot_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]]) -> None:
-    """Draw accuracy over confidence as a PNG; a point's area is its bin's share of the rows.
+    """Draw accuracy over confidence as a PNG; the area of a point is proportional to its rows.
 
     Args:
-        path: of the image.
-        curves: system -> its bins; on the diagonal a system is right as often as it is sure.
+        path: path of the image.
+        curves: system -> bins; a calibrated system is on the diagonal.
     """
     figure, axes = _new_figure(6)
     if any(curves.values()):
@@ -66,7 +66,7 @@ def plot_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]])
             confidence = [part.confidence for part in bins]
             accuracy = [part.accuracy for part in bins]
             name = f"{system}, expected calibration error {expected_calibration_error(bins):.3f}"
-            # Faint: between bins of a few rows it says little.
+            # Drawn faint, because the line is unreliable between bins with few rows.
             (line,) = axes.plot(confidence, accuracy, linewidth=1, alpha=0.4, label=name)
             areas = np.maximum(_LARGEST_POINT * rows / rows.sum(), _SMALLEST_POINT)
             axes.scatter(confidence, accuracy, s=areas, color=line.get_color(), alpha=0.6)
@@ -76,9 +76,9 @@ def plot_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]])
         axes.set_xlabel("confidence in the predicted label")
         axes.set_ylabel("accuracy")
         axes.set_title("Reliability, test split")
-        figure.legend(loc="outside lower center")  # inside it would hide points
+        figure.legend(loc="outside lower center")  # a legend inside the axes would hide points
     else:
-        _say_nothing_to_classify(axes)
+        _draw_nothing_to_classify(axes)
     _save(figure, path)
 
 
@@ -91,7 +91,7 @@ def _new_figure(side: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _say_nothing_to_classify(axes: Axes) -> None:
+def _draw_nothing_to_classify(axes: Axes) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, "nothing to classify", ha="center", va="center")
 

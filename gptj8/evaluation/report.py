@@ -1,11 +1,11 @@
-"""The files of the evaluation's report: tables for people and spreadsheets, and plots.
+"""Write the files of the evaluation report: CSV tables and plots.
 
-The same scores give the same bytes: rows keep the dataset's order and numbers have six decimals.
+The same scores give byte-identical files: rows keep the order of the dataset, and numbers have six
+decimals.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from gptj8.evaluation.plots import plot_confusion, plot_reliability
 from gptj8.evaluation.statistics import accuracy_difference, mcnemar
 from gptj8.evaluation.systems import ORIGINAL, TUNED
 from gptj8.model.scoring.perplexity import DocumentScores
-from gptj8.runtime.files import replace_file
+from gptj8.runtime.tables import write_csv
 
 _TEXT_START = 120  # characters
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
@@ -38,17 +38,17 @@ def write_reports(
 ) -> None:
     """Write predictions.csv, perplexity.csv, confusion_matrix.csv and confusion_matrix.png.
 
-    All four are always written, because DVC misses an output that is not: where there is nothing to
-    classify, a table has no rows and the plot says so.
+    All four files are always written, because DVC requires every declared output. Without labels,
+    the tables have no rows and the plot contains a note.
 
     Args:
-        directory: created if need be.
-        test: the test split, with `file` and `row`, and `text` and `label` for a classification.
+        directory: output directory; created if it does not exist.
+        test: the test split, with `file` and `row`, and with `text` and `label` for classification.
         documents: `file` and `row` of each document that perplexity was measured on.
-        labels: all labels, in the order of the plot's axes; empty: nothing was classified.
-        predictions: system -> (test rows,) labels; the confusion matrix is that of `tuned`.
-        scores: system -> scores of the documents, the same tokens for all.
-        generated: system -> what it wrote for the first rows.
+        labels: all labels, in the order of the plot axes; empty if nothing was classified.
+        predictions: system -> (test rows,) labels; the confusion matrix is for `tuned`.
+        scores: system -> scores of the documents; all systems have the same tokens.
+        generated: system -> generated texts for the first rows.
     """
     actual = list(test["label"]) if labels else []
     predicted = list(predictions[TUNED]) if labels else []
@@ -71,18 +71,18 @@ def write_classification_reports(
 ) -> None:
     """Write per_class.csv, comparisons.csv, reliability.csv and reliability.png.
 
-    All four are always written, as by `write_reports`: without labels the tables have no rows and
-    the plot says so.
+    All four files are always written. Without labels, the tables have no rows and the plot contains
+    a note.
 
     Args:
-        directory: created if need be.
-        labels: all labels; empty: nothing was classified.
+        directory: output directory; created if it does not exist.
+        labels: all labels; empty if nothing was classified.
         actual: (test rows,) true labels, each one of `labels`.
-        predictions: system -> (test rows,) labels; what is not one of `labels` is wrong.
-        likelihoods: system -> (test rows, labels) log-likelihoods, of the systems that have them;
+        predictions: system -> (test rows,) predictions; values that are not in `labels` are wrong.
+        likelihoods: system -> (test rows, labels) log-likelihoods, for the systems that have them;
             the plot shows `tuned` and `base`.
-        resamples: of the bootstrap that compares two systems.
-        seed: of the bootstrap.
+        resamples: number of bootstrap samples for the comparison of two systems.
+        seed: seed of the bootstrap.
     """
     if not labels:
         predictions, likelihoods = {}, {}
@@ -97,9 +97,10 @@ def write_classification_reports(
 def write_per_class(
     path: Path, labels: Sequence[str], actual: Sequence[str], predictions: Mapping[str, np.ndarray]
 ) -> None:
-    """Write precision, recall, F1 and the number of actual rows of each label by each system.
+    """Write precision, recall, F1 and the number of actual rows per system and label.
 
-    Precision is 0 for a label never predicted, recall for one without rows, F1 for want of either.
+    Precision is 0 for labels that are never predicted, recall is 0 for labels without rows, and F1
+    is 0 in both cases.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -119,10 +120,11 @@ def write_comparisons(
     resamples: int,
     seed: int,
 ) -> None:
-    """Write for each two systems the difference of their accuracies, first - second, and its test.
+    """Write the difference of accuracies, first - second, and its significance for each pair.
 
-    `low` and `high` bound it with 95 % confidence (`accuracy_difference`), `p_value` is that of
-    `mcnemar`. Every pair starts from the same seed: another system changes no other's interval.
+    `low` and `high` are the 95 % confidence interval from `accuracy_difference`, and `p_value` is
+    from `mcnemar`. Every pair uses the same seed, so adding a system does not change the intervals
+    of other pairs.
     """
     truth = np.array(actual, dtype=object)
     correct = {s: (np.asarray(p, dtype=object) == truth) for s, p in predictions.items()}
@@ -141,7 +143,7 @@ def write_comparisons(
 
 
 def write_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]]) -> None:
-    """Write the bins of each system."""
+    """Write the reliability bins of each system."""
     rows = (
         (system, part.low, part.high, part.rows, part.confidence, part.accuracy)
         for system, bins in curves.items()
@@ -151,26 +153,8 @@ def write_reliability(path: Path, curves: Mapping[str, Sequence[ReliabilityBin]]
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV whose cells no spreadsheet takes for a formula."""
-    with (
-        replace_file(path) as staging,
-        open(staging, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_inert(cell) for cell in row] for row in rows)
-
-
-def _inert(cell: Any) -> Any:
-    """Quote text that a spreadsheet would run: it then shows an apostrophe, or nothing."""
-    if isinstance(cell, float):
-        return f"{cell:.6f}"
-    if not isinstance(cell, str):
-        return cell
-    # The csv module leaves a lone carriage return unquoted, and readers take it for a row's end.
-    cell = cell.replace("\r\n", "\n").replace("\r", "\n")
-    runs = cell[:1] in tuple("=+-@\t\n") and not _NUMBER.fullmatch(cell)
-    return f"'{cell}" if runs else cell
+    """Write a CSV with six decimals; see `gptj8.runtime.tables.write_csv`."""
+    write_csv(path, (dict(zip(header, row, strict=True)) for row in rows), header, decimals=6)
 
 
 def _write_predictions(
@@ -179,8 +163,11 @@ def _write_predictions(
     predictions: Mapping[str, np.ndarray],
     generated: Mapping[str, Sequence[str]],
 ) -> None:
-    """Write a row for each that was answered: the beginning of its text, what is right, and each
-    system's label and, where it wrote one, its own words."""
+    """Write one row per answered test row.
+
+    A row has the start of its text, the correct answer, and the predicted label and generated text
+    of each system.
+    """
     question, answer = ("prompt", "completion") if "completion" in test else ("text", "label")
     header = ["file", "row", question, answer]
     written = max((len(texts) for texts in generated.values()), default=0)

@@ -1,7 +1,6 @@
-"""The stage `evaluate`: the original model, its 8-bit copy, few-shot and the tuned model.
+"""The stage `evaluate`: baseline, original model, 8-bit copy, few-shot and tuned model.
 
-Everything that can be refused is refused before the first model is loaded, and memory holds a
-single model at a time.
+All inputs are checked before the first model is loaded, and only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from gptj8.runtime.progress import format_seconds
 
 @dataclass
 class Evaluation:
-    """What is measured, on which rows.
+    """An evaluation run: the rows and the systems to measure.
 
     Attributes:
-        params: of the run.
-        comparison: the systems and what they reached.
+        params: params of the run.
+        comparison: results of all systems.
         train, test: splits of the dataset.
         documents: rows that perplexity is measured on.
-        solved: few-shot prompts of the test rows; empty where there are none.
+        solved: few-shot prompts of the test rows; empty if few-shot is disabled.
     """
 
     params: Params
@@ -48,17 +47,19 @@ class Evaluation:
 
     @classmethod
     def prepare(cls, params: Params, dataset: PreparedDataset, base: Path) -> Evaluation:
-        """Encode all rows, and refuse what cannot be measured.
+        """Encode all rows and check all inputs.
 
         Args:
-            base: the converted model, for its tokenizer and context.
+            params: params of the run.
+            dataset: the prepared dataset.
+            base: directory of the converted model, for its tokenizer and context length.
 
         Raises:
-            UserError: naming the param or the file.
+            UserError: naming the invalid param or file.
         """
         settings, labels = params.evaluate, dataset.labels
         train, test = dataset.split("train"), dataset.split("test")
-        prompts, whole = _prompt_encoders(params, dataset, base)
+        prompts, full_context = _prompt_encoders(params, dataset, base)
         rows, documents = held_out_documents(
             dataset.task,
             test,
@@ -81,19 +82,21 @@ class Evaluation:
         solved: list[list[int]] = []
         if labels and settings.few_shot:
             shots, seed = settings.few_shot, params.seed
-            solved = few_shot_prompts(test["text"], train, labels, whole, count=shots, seed=seed)
+            solved = few_shot_prompts(
+                test["text"], train, labels, full_context, count=shots, seed=seed
+            )
         return cls(params, comparison, train, test, rows, solved)
 
     def __str__(self) -> str:
         labels = self.comparison.questions.labels
-        asked = f", {len(labels)} labels" if labels else ""
+        label_count = f", {len(labels)} labels" if labels else ""
         return (
             f"{self.params.model.path}, its 8-bit copy and the tuned model, "
-            f"{len(self.test):,} test rows{asked}"
+            f"{len(self.test):,} test rows{label_count}"
         )
 
     def measure_baseline(self) -> Iterator[str]:
-        """Measure what needs no model; yield a line for it, if there are labels."""
+        """Measure the TF-IDF baseline and yield a line of results, if the task has labels."""
         if not self.comparison.questions.labels:
             return
         with self.comparison.costing(BASELINE):
@@ -103,10 +106,10 @@ class Evaluation:
         yield self._result(BASELINE)
 
     def measure_models(self, base: Path, adapter: Path) -> Iterator[str]:
-        """Measure one system after another, and yield a line for each as it is done."""
+        """Measure the models one after another and yield a line of results for each."""
         comparison, original = self.comparison, self.params.model.path
         device, dtype = pick_arithmetic(self.params.model.dtype)
-        with comparison.costing(ORIGINAL):  # not kept: memory holds a single model at a time
+        with comparison.costing(ORIGINAL):  # not assigned, so it is freed before the next model
             comparison.measure(ORIGINAL, load_original(original, base, dtype, device))
         yield self._result(ORIGINAL)
         with comparison.costing(QUANTIZED):
@@ -125,8 +128,8 @@ class Evaluation:
         """Write tables and plots, and return all metrics.
 
         Args:
-            folder: of the report.
-            started: `time.perf_counter` at the beginning.
+            folder: directory of the report.
+            started: value of `time.perf_counter` at the start of the stage.
         """
         comparison, questions = self.comparison, self.comparison.questions
         resamples, seed = self.params.evaluate.bootstrap_resamples, self.params.seed
@@ -155,7 +158,7 @@ class Evaluation:
         return metrics
 
     def _result(self, system: str) -> str:
-        """Return in a line what was measured of one system."""
+        """Return a line with the results of one system."""
         comparison, parts = self.comparison, []
         if system in comparison.scores:
             parts.append(f"perplexity {comparison.scores[system].perplexity:.3f}")
@@ -172,7 +175,7 @@ class Evaluation:
 def _prompt_encoders(
     params: Params, dataset: PreparedDataset, base: Path
 ) -> tuple[PromptEncoder, PromptEncoder]:
-    """Return an encoder of prompts as they were trained on, and one with all of the context."""
+    """Return a prompt encoder with the training length, and one with the full context length."""
     from transformers import AutoConfig
 
     context = context_length(AutoConfig.from_pretrained(str(base)))

@@ -1,10 +1,10 @@
-"""Intervals for what was measured on a sample.
+"""Confidence intervals and tests for metrics that are measured on a sample.
 
-Two models are compared on the same documents, so the documents are what is resampled, both models'
-scores of one together (a paired bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap,
-1993; Koehn, Statistical Significance Tests for Machine Translation Evaluation, 2004). What makes a
-document hard for both cancels out, and the interval is as narrow as the difference deserves. Rows
-that are classified are compared in the same way.
+Two models are compared on the same documents, so the bootstrap resamples documents and keeps the
+two scores of a document together (paired bootstrap: Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993; Koehn, Statistical Significance Tests for Machine Translation Evaluation, 2004).
+The difficulty that a document has for both models cancels out, which makes the interval narrower.
+Classified rows are compared in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COUNTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that holds the true one with the stated confidence."""
+    """An estimate and its confidence interval."""
 
     value: float
     low: float
@@ -28,12 +28,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class McNemar:
-    """On how many rows only one of two systems is right, and how likely chance is to do that.
+    """Result of McNemar's test.
 
     Attributes:
-        only_first: rows that the first system alone has right.
-        only_second: rows that the second system alone has right.
-        p_value: two-sided; of a split at least as uneven if neither system were the better one.
+        only_first: number of rows that only the first system predicts correctly.
+        only_second: number of rows that only the second system predicts correctly.
+        p_value: two-sided probability of a split at least as uneven if both systems are equally
+            good.
     """
 
     only_first: int
@@ -55,21 +56,25 @@ def perplexity_ratio(
     Args:
         nll: (documents,) summed negative log-likelihood under the model, in nats.
         reference_nll: (documents,) the same under the reference model.
-        tokens: (documents,) tokens of each document, the same for both.
-        resamples: bootstrap samples; each draws as many documents as there are, with replacement.
-        rng: the only source of chance.
-        confidence: of the interval, two-sided.
+        tokens: (documents,) number of tokens of each document, equal for both models.
+        resamples: number of bootstrap samples. A sample draws as many documents as `nll` has, with
+            replacement.
+        rng: random number generator.
+        confidence: two-sided confidence level of the interval.
 
     Raises:
-        ValueError: if the arrays do not match or no document has a token.
+        ValueError: if the shapes do not match or no document has tokens.
     """
     difference = np.asarray(nll, dtype=np.float64) - np.asarray(reference_nll, dtype=np.float64)
     tokens = np.asarray(tokens, dtype=np.float64)
     if difference.shape != tokens.shape or tokens.ndim != 1:
-        raise ValueError(f"shapes {difference.shape} and {tokens.shape} are not of one list")
+        raise ValueError(
+            f"nll and tokens must be 1-D and of equal length, not {difference.shape} and "
+            f"{tokens.shape}"
+        )
     difference, tokens = difference[tokens > 0], tokens[tokens > 0]
     if not len(tokens):
-        raise ValueError("no document has a token")
+        raise ValueError("no document has tokens")
     log_ratios = _resampled_ratios(difference, tokens, resamples, rng)
     tail = (1 - confidence) / 2
     low, high = np.exp(np.quantile(log_ratios, [tail, 1 - tail]))
@@ -79,14 +84,14 @@ def perplexity_ratio(
 def _resampled_ratios(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return sum(numerator) / sum(denominator) of each resample: (resamples,) float64."""
+    """Return sum(numerator) / sum(denominator) per bootstrap sample: (resamples,) float64."""
     documents = len(numerator)
     pair = np.stack([numerator, denominator], axis=1)
     rows = max(1, _COUNTS_AT_ONCE // documents)
     ratios = []
     for begin in range(0, resamples, rows):
         size = min(rows, resamples - begin)
-        # How often each document is drawn says all: a product replaces gathering the draws.
+        # Only the number of draws of each document matters, so a matrix product is sufficient.
         drawn = rng.integers(documents, size=(size, documents))
         drawn += np.arange(size)[:, None] * documents
         counts = np.bincount(drawn.ravel(), minlength=size * documents).reshape(size, documents)
@@ -98,15 +103,15 @@ def _resampled_ratios(
 def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> Estimate:
     """Return the share of correct rows with Wilson's score interval.
 
-    The interval is never empty and stays within 0 and 1, also where every row is correct, or none
-    (Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927).
+    The interval has a positive width and stays between 0 and 1, even if all rows or no rows are
+    correct (Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927).
 
     Args:
         correct: (rows,) bool.
-        confidence: of the interval, two-sided.
+        confidence: two-sided confidence level of the interval.
 
     Raises:
-        ValueError: if there are no rows, or if they are not bool.
+        ValueError: if `correct` is empty or not bool.
     """
     _require_outcomes(correct)
     right = int(np.count_nonzero(correct))
@@ -124,21 +129,21 @@ def accuracy_difference(
 ) -> Estimate:
     """Return accuracy - reference accuracy with a paired percentile bootstrap interval.
 
-    Only rows that one system alone has right tell the two apart. Where they are few, resampling
-    them as they are is overconfident: without any, the interval would be a point, and with one its
-    end would be 0. So two rows are added, one in favour of each system, as Bonett and Price do
-    (Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
-    Data, 2012). Two systems that agree on all of n rows then differ by 0 within about 3/n.
+    Only rows that exactly one system predicts correctly contribute to the difference. If there are
+    few of them, a plain bootstrap is overconfident: with none, the interval is a single point, and
+    with one, it ends at 0. Therefore two rows are added, one in favor of each system, as in Bonett
+    and Price (Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on
+    Paired Data, 2012). For two systems that agree on all of n rows, the interval is about 0 ± 3/n.
 
     Args:
-        correct: (rows,) bool: what the system has right.
-        reference_correct: (rows,) bool: what the reference has right, of the same rows.
-        resamples: bootstrap samples, drawn from the table of four counts and not from the rows.
-        rng: the only source of chance.
-        confidence: of the interval, two-sided.
+        correct: (rows,) bool, whether the system is correct.
+        reference_correct: (rows,) bool, whether the reference is correct on the same rows.
+        resamples: number of bootstrap samples, drawn from the counts instead of from the rows.
+        rng: random number generator.
+        confidence: two-sided confidence level of the interval.
 
     Raises:
-        ValueError: if there are no rows, or if they do not match or are not bool.
+        ValueError: if an array is empty or not bool, or their lengths differ.
     """
     only_first, only_second = _discordant(correct, reference_correct)
     rows = len(correct)
@@ -151,18 +156,19 @@ def accuracy_difference(
 
 
 def mcnemar(correct: np.ndarray, reference_correct: np.ndarray) -> McNemar:
-    """Return McNemar's test of two systems on the same rows, in its exact form.
+    """Return the exact McNemar test of two systems on the same rows.
 
-    Rows that both have right or both have wrong say nothing. Of the others each system is right on
-    about half if neither is the better one: a binomial test, two-sided (McNemar, Note on the
-    Sampling Error of the Difference Between Correlated Proportions or Percentages, 1947).
+    Rows on which both systems are correct or both are wrong are ignored. If the systems are equally
+    good, each is correct on about half of the other rows. This is a two-sided binomial test
+    (McNemar, Note on the Sampling Error of the Difference Between Correlated Proportions or
+    Percentages, 1947).
 
     Args:
-        correct: (rows,) bool: what the first system has right.
-        reference_correct: (rows,) bool: what the second system has right.
+        correct: (rows,) bool, whether the first system is correct.
+        reference_correct: (rows,) bool, whether the second system is correct.
 
     Raises:
-        ValueError: if there are no rows, or if they do not match or are not bool.
+        ValueError: if an array is empty or not bool, or their lengths differ.
     """
     only_first, only_second = _discordant(correct, reference_correct)
     discordant = only_first + only_second
@@ -171,11 +177,13 @@ def mcnemar(correct: np.ndarray, reference_correct: np.ndarray) -> McNemar:
 
 
 def _discordant(correct: np.ndarray, reference_correct: np.ndarray) -> tuple[int, int]:
-    """Return how many rows only the first and only the second has right."""
+    """Return the numbers of rows that only the first or only the second system has correct."""
     _require_outcomes(correct)
     _require_outcomes(reference_correct)
     if len(correct) != len(reference_correct):
-        raise ValueError(f"{len(correct)} and {len(reference_correct)} rows are not the same ones")
+        raise ValueError(
+            f"{len(correct)} and {len(reference_correct)} rows: the two lengths must be equal"
+        )
     first, second = np.asarray(correct), np.asarray(reference_correct)
     return int(np.count_nonzero(first & ~second)), int(np.count_nonzero(second & ~first))
 

@@ -1,4 +1,4 @@
-"""The same held-out rows put before one model after another."""
+"""Run the same measurements on several models with the same held-out rows."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Documents:
-    """What perplexity is measured on.
+    """Tokenized documents that perplexity is measured on.
 
     Attributes:
-        ids: token ids of each document, with what comes before its first scored token.
-        starts: the first position to score in each.
+        ids: token ids of each document, including the tokens before the first scored one.
+        starts: first position to score in each document.
     """
 
     ids: list[list[int]]
@@ -49,16 +49,21 @@ class Documents:
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], encoder: TextEncoder) -> Documents:
-        """Score every token of each text; the first one follows BOS, or else end-of-text."""
+        """Return documents with every token scored, after a BOS or end-of-text token."""
         begin = encoder.prefix_ids or [encoder.eos_id]
         ids = [begin + ids for ids in encoder.encode_batch(list(texts))]
         return cls(ids, [len(begin)] * len(ids))
 
     @classmethod
     def of_completions(cls, rows: Sequence[tuple[str, str]], prompts: PromptEncoder) -> Documents:
-        """Score each completion, its end included, given its prompt, as in training."""
+        """Return documents with only the completions and their end tokens scored, as in training.
+
+        Args:
+            rows: (prompt, completion) pairs.
+            prompts: encoder of the prompts.
+        """
         examples = [prompts.example(prompt, completion) for prompt, completion in rows]
-        begin = [prompts.encoder.eos_id]  # for a prompt without a single token
+        begin = [prompts.encoder.eos_id]  # for prompts without tokens
         return cls(
             [e.ids if e.prompt_length else begin + e.ids for e in examples],
             [max(1, e.prompt_length) for e in examples],
@@ -74,14 +79,15 @@ def held_out_documents(
     text_column: str = "text",
     limit: int | None = None,
 ) -> tuple[pd.DataFrame, Documents]:
-    """Return the rows that perplexity is measured on, with `file` and `row`, and their tokens.
+    """Return the rows that perplexity is measured on, with `file` and `row`, and their documents.
 
     Args:
         task: `classification`, `completion` or `text`.
-        test: the test split, which is read unless `path` is given.
-        prompts: for the prompts of completions.
-        path: a file of held-out text, in `text_column`.
-        limit: take the first so many rows.
+        test: the test split, which is used unless `path` is given.
+        prompts: encoder of the prompts of completions.
+        path: a file of held-out text.
+        text_column: column of the text in `path`.
+        limit: maximum number of rows, from the start; None uses all rows.
 
     Raises:
         UserError: if there is no text.
@@ -93,22 +99,23 @@ def held_out_documents(
     rows = test if path is None else read_rows(path, {"text": text_column})
     rows = rows[rows["text"].fillna("").str.strip() != ""].head(limit or len(rows))
     if rows.empty:
-        raise UserError(f"evaluate.perplexity_text = {path} has no text")
+        source = "the test split" if path is None else f"evaluate.perplexity_text = {path}"
+        raise UserError(f"{source}: no text found")
     return rows, Documents.of_texts(rows["text"], prompts.encoder)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What every system is asked about the test rows.
+    """Encoded prompts and correct answers of the test rows, used for every system.
 
     Attributes:
-        encoder: reads what a model writes.
-        prompts: (rows) token ids; none for running text.
-        answers: (rows,) what is right, a label or a completion.
-        labels: empty unless the task is a classification.
-        label_ids: token ids of each label with its end.
-        max_new_tokens: of a generated answer, its end included.
-        generated_rows: answers are generated for the first so many rows.
+        encoder: decodes generated answers.
+        prompts: token ids of each prompt; empty for the task `text`.
+        answers: (rows,) correct answers, labels or completions.
+        labels: all labels; empty unless the task is `classification`.
+        label_ids: token ids of each label, including its end token.
+        max_new_tokens: maximum length of a generated answer, including its end token.
+        generated_rows: number of rows, from the start, for which answers are generated.
     """
 
     encoder: TextEncoder
@@ -130,12 +137,16 @@ class Questions:
         max_new_tokens: int,
         max_generated_rows: int | None = None,
     ) -> Questions:
-        """Encode the test rows once, for all systems; prompts leave room for any label.
+        """Encode the test rows once for all systems; prompts leave room for every label.
 
         Args:
-            max_new_tokens: for completions, which leave a prompt half of the room at the least; a
-                label has as many as the longest takes.
-            max_generated_rows: None: all.
+            task: `classification`, `completion` or `text`.
+            test: the test split.
+            labels: all labels.
+            prompts: encoder of the prompts.
+            max_new_tokens: maximum length of a completion, limited to half of the maximum length of
+                `prompts`. For a classification, the length of the longest label is used instead.
+            max_generated_rows: maximum number of generated answers; None uses all rows.
         """
         label_ids = [prompts.completion_ids(label) for label in labels]
         texts, answers = {
@@ -147,7 +158,7 @@ class Questions:
         tokens = min(max_new_tokens, prompts.max_length // 2)
         tokens = max(map(len, label_ids), default=tokens)
         ids = [prompts.prompt(text, tokens).ids for text in test[texts]]
-        # A prompt of nothing follows the end of the text before.
+        # An empty prompt is replaced by the end-of-text token.
         ids = [prompt or [prompts.encoder.eos_id] for prompt in ids]
         rows = len(ids) if max_generated_rows is None else min(max_generated_rows, len(ids))
         return cls(prompts.encoder, ids, list(test[answers]), labels, label_ids, tokens, rows)
@@ -155,17 +166,18 @@ class Questions:
 
 @dataclass
 class Comparison:
-    """Scores and answers of each system measured, by its name.
+    """Scores and answers of all measured systems, by system name.
 
     Attributes:
-        documents: for perplexity.
-        questions: for accuracy.
-        batch_size: most rows in one forward pass.
-        scores: system -> what it makes of each document.
-        likelihoods: system -> (test rows, labels) float64, in nats.
+        documents: documents for perplexity.
+        questions: prompts and answers for accuracy.
+        batch_size: maximum number of rows per forward pass.
+        scores: system -> scores of the documents.
+        likelihoods: system -> (test rows, labels) float64, log-likelihoods in nats.
         predictions: system -> (test rows,) labels.
-        generated: system -> what it wrote for the first rows.
-        costs: `<system>/seconds`, `/tokens_per_second` (of perplexity) and `/peak_memory_gib`.
+        generated: system -> generated texts for the first rows.
+        costs: `<system>/seconds`, `<system>/tokens_per_second` (for perplexity) and
+            `<system>/peak_memory_gib`.
     """
 
     documents: Documents
@@ -180,19 +192,19 @@ class Comparison:
 
     @contextmanager
     def costing(self, system: str) -> Iterator[None]:
-        """Measure the time and the peak memory of a block, loading the model included."""
+        """Measure time and peak memory of a `with` block, which includes loading the model."""
         reset_peak_memory()
         started = time.perf_counter()
         yield
         self.costs[f"{system}/seconds"] = time.perf_counter() - started
         self.costs[f"{system}/peak_memory_gib"] = peak_memory_gib()
-        # What reads a model's layers from the disk holds on to it in cycles.
+        # The hooks that read layers from disk keep a model alive through reference cycles.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def measure(self, system: str, model: Model) -> None:
-        """Measure perplexity, and accuracy where there is something to answer."""
+        """Measure perplexity and, if there are prompts, accuracy."""
         started = time.perf_counter()
         ids, starts = self.documents.ids, self.documents.starts
 
@@ -216,7 +228,7 @@ class Comparison:
             self.ask(system, model, self.questions.prompts)
 
     def ask(self, system: str, model: Model, prompts: Sequence[Sequence[int]]) -> None:
-        """Predict the likeliest label after each prompt, and write answers to the first ones."""
+        """Predict the most likely label for each prompt, and generate answers to the first ones."""
         questions = self.questions
         if questions.labels:
             likelihoods = score_labels_in_shares(
@@ -244,11 +256,11 @@ class Comparison:
             self.generated[system] = each_a_share(write, questions.generated_rows)
 
     def metrics(self, resamples: int, seed: int) -> dict[str, float]:
-        """Return everything as `<system>/<metric>`; see `gptj8.evaluation.metrics`.
+        """Return all metrics as `<system>/<metric>`; see `gptj8.evaluation.metrics`.
 
         Args:
-            resamples: of the bootstraps.
-            seed: of the bootstraps.
+            resamples: number of bootstrap samples.
+            seed: seed of the bootstraps.
         """
         labels, answers = self.questions.labels, self.questions.answers
         metrics = perplexity_metrics(self.scores, resamples=resamples, seed=seed)

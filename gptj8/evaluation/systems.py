@@ -1,6 +1,6 @@
-"""The systems that are measured here, by the names that metrics, tables and reports have for them.
+"""Names of the evaluated systems in metrics, tables and reports.
 
-Needs no library: a command that shows a table asks it too.
+This module imports no third-party packages, because commands that only show tables import it.
 """
 
 from __future__ import annotations
@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 ORIGINAL = "base"
-"""The original model, unquantized. Perplexities are compared with its."""
+"""The original, unquantized model. The perplexity of other systems is compared with it."""
 
 QUANTIZED = "quantized"
-"""Its 8-bit copy."""
+"""The 8-bit copy of the original model."""
 
 FEW_SHOT = "few_shot"
-"""The 8-bit copy with solved examples before each prompt."""
+"""The 8-bit copy with solved examples in each prompt."""
 
 BASELINE = "baseline"
-"""No language model at all."""
+"""The TF-IDF classifier, which uses no language model."""
 
 TUNED = "tuned"
-"""The 8-bit copy with the adapter. Accuracies of the others are compared with its."""
+"""The 8-bit copy with the adapter. The accuracy of other systems is compared with it."""
 
 OWN_SYSTEMS = (ORIGINAL, QUANTIZED, FEW_SHOT, BASELINE, TUNED)
-"""No system from outside may have one of these names."""
+"""Reserved names, which external systems cannot use."""
 
 
 def own_first(systems: Iterable[str], order: Sequence[str] = OWN_SYSTEMS) -> list[str]:
-    """Return the systems in `order`, those that it does not name behind, as they come."""
+    """Return the systems sorted by `order`, followed by all others in their given order."""
     found = list(systems)
     return [*(s for s in order if s in found), *(s for s in found if s not in order)]

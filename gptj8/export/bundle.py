@@ -1,4 +1,4 @@
-"""The deliverable: an adapter with everything that someone else needs to use and to judge it."""
+"""Assemble the export: the adapter and everything needed to use and evaluate it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _IDENTICAL = 0.9
 
 
 def collect(adapter: Path, base: Path, folder: Path) -> None:
-    """Fill `folder` with what answers: the adapter and the tokenizer.
+    """Copy the adapter and the tokenizer to `folder`.
 
     Args:
-        adapter: as the stage `finetune` leaves it.
-        base: the converted base model, for its tokenizer.
+        adapter: Output folder of stage `finetune`.
+        base: Folder of the converted base model, with its tokenizer.
+        folder: Existing folder to copy to.
 
     Raises:
-        UserError: if the adapter is incomplete, or is not the one that was trained.
+        UserError: If the adapter is incomplete or was changed after training.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_FILE):
         if not (adapter / name).is_file():
@@ -53,13 +54,13 @@ def describe(
     metrics: Mapping[str, Mapping[str, float]],
     dataset: Mapping[str, Any],
 ) -> None:
-    """Put into `folder` what tells of it: params, metrics, the dataset's description, a model card,
-    and then the manifest of all that is there.
+    """Write params, metrics, dataset description, model card and the manifest to `folder`.
 
     Args:
-        params: resolved.
-        metrics: stage -> flat name -> value, the export's own among them.
-        dataset: task, labels, template and the digests of the files that were read.
+        folder: Folder of the export.
+        params: Resolved params.
+        metrics: Stage -> flat name -> value, including the export's own metrics.
+        dataset: Task, labels, template and digests of the dataset files.
     """
     write_json(folder / "params.json", params)
     write_json(folder / "metrics.json", metrics)
@@ -69,39 +70,39 @@ def describe(
 
 
 def describe_dataset(prepared: Path, inputs: Path) -> dict[str, Any]:
-    """Return what is known of a prepared dataset: its own description, and the digests of the files
-    it was made of and of itself, as DVC knows them."""
+    """Return the description of a prepared dataset, with DVC's digests of its input files and of
+    itself."""
     digests = read_json(inputs)
     return {**read_json(prepared / "dataset.json"), **digests}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy whichever files of a tokenizer there are."""
+    """Copy the tokenizer files that exist."""
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Return the size of what a user of the adapter downloads, without a merged model."""
+    """Return the size of the export in bytes, without a merged model."""
     return sum(f.stat().st_size for f in list_files(folder) if MERGED not in f.parts)
 
 
 def require_same_answers(compared: Mapping[str, float], what: str) -> None:
-    """Refuse a copy that does not answer as the trained model did.
+    """Raise an error if a copy does not give the same answers as the trained model.
 
     Args:
-        compared: from `reference.compare_in_fresh_process`.
-        what: is compared, for people.
+        compared: From `reference_answers.compare_in_fresh_process`.
+        what: Name of the copy in the error message.
 
     Raises:
-        UserError: if more than a tenth of the prompts is continued by other tokens; rounding alone,
-            as on another machine, turns a near tie here and there.
+        UserError: If the tokens differ for more than a tenth of the prompts. Some differences are
+            allowed, because rounding on another machine can change the token in a near tie.
     """
     same, of = compared["identical_generations"], compared["compared_prompts"]
     if same < _IDENTICAL * of:
         raise UserError(
             f"{what} answers only {same:.0f} of {of:.0f} prompts as the trained model did (logits "
-            f"differ by up to {compared['max_logit_difference']:.3g}); it was not exported. Rerun "
-            "finetune on this machine"
+            f"differ by up to {compared['max_logit_difference']:.3g}), so it was not exported; "
+            "rerun finetune on this machine"
         )

@@ -1,4 +1,4 @@
-"""A 16-bit model with the adapter merged into it, shown to answer as the trained model does."""
+"""Merge the adapter into a 16-bit model and check that it matches the trained model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 def export_merged(
     params: Params, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Write the merged model, prove it and return what it differs by.
+    """Write the merged model, compare it with the trained model and return the differences.
 
     Args:
-        folder: to make.
-        device, dtype: of the arithmetic that it is compared in.
+        params: All params.
+        folder: Folder to create.
+        device: Device of the comparison.
+        dtype: Compute dtype of the comparison.
+
+    Returns:
+        The `merged_*` metrics.
 
     Raises:
-        UserError: if it does not answer as the trained model did.
+        UserError: If its answers differ from the trained model's.
     """
     merge(BASE, ADAPTER, folder, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     compared = compare_in_fresh_process(ADAPTER, folder, None, dtype, device)
@@ -67,24 +72,24 @@ def export_merged(
 
 
 def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write a 16-bit model with the adapter merged into it, which needs nothing but transformers.
+    """Write a 16-bit model with the adapter merged into its weights; it needs only transformers.
 
-    Each adapted matrix is restored to float32 and merged there, because a merge into 8 bits would
-    round the adapter away, and rounded to 16 bits once; so memory holds the 16-bit model and one
-    matrix more.
+    Each adapted matrix is dequantized to float32, merged and rounded once to 16 bits, because a
+    merge in 8 bits would lose the adapter to rounding. Memory holds the 16-bit model and one
+    float32 matrix.
 
     Args:
-        base: the converted base model, with its tokenizer.
-        adapter: not changed.
-        target: folder to make.
-        dtype: of the weights.
+        base: Folder of the converted base model, with its tokenizer.
+        adapter: Folder of the adapter; not changed.
+        target: Folder to create.
+        dtype: Dtype of the weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from gptj8.quantization.layers import Frozen8bitModule, full_precision_twin
     from gptj8.quantization.quantizer import restore_modules
 
-    # On the CPU: 16-bit weights are twice what the GPU was chosen for.
+    # On the CPU, because 16-bit weights are twice the size that the GPU has to hold in training.
     adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)
     for module in list(adapted.modules()):
         if not isinstance(module, BaseTunerLayer):
@@ -108,14 +113,15 @@ def perplexity_against_tuned(
     resamples: int,
     seed: int,
 ) -> Estimate:
-    """Return a model's perplexity to the tuned one's, which `evaluate` has measured.
+    """Return the ratio of a model's perplexity to the tuned model's, which `evaluate` measured.
 
     Args:
-        model: in eval mode.
-        documents: the same that were measured then.
-        tuned_nll: (documents,) what the tuned model made of them, in nats.
-        batch_size: most windows in one forward pass.
-        resamples, seed: of the paired bootstrap.
+        model: A model in eval mode.
+        documents: The documents that `evaluate` scored.
+        tuned_nll: (documents,) negative log-likelihood under the tuned model, in nats.
+        batch_size: Maximum windows per forward pass.
+        resamples: Resamples of the paired bootstrap.
+        seed: Seed of the paired bootstrap.
     """
     scores = score_documents(
         model,

@@ -1,4 +1,4 @@
-"""The export's README: a model card in the Hub's format, with what was measured."""
+"""Write the export's README: a model card in the Hugging Face Hub's format, with the metrics."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from typing import Any
 
 from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
 
-_METRICS = {  # of evaluate: what the Hub calls it
+_METRICS = {  # metric of stage evaluate -> the Hub's metric type
     f"{TUNED}/accuracy": "accuracy",
     f"{TUNED}/macro_f1": "f1",
     f"{TUNED}/exact_match": "exact_match",
     f"{TUNED}/perplexity": "perplexity",
 }
 _COLUMNS = {
-    "accuracy": "the share of rows whose likeliest label is the right one, with its 95 % interval",
-    "macro_f1": "the mean of all labels' F1",
-    "exact_match": "the share of answers that are right as the model wrote them",
-    "perplexity": "per token of held-out text",
+    "accuracy": "the fraction of rows whose most likely label is correct, with its 95% confidence "
+    "interval",
+    "macro_f1": "the mean F1 score over all labels",
+    "exact_match": "the fraction of generated answers that equal the expected answer",
+    "perplexity": "measured per token of held-out text",
 }
 _TASKS = {"classification": "text-classification"}
 _SYSTEMS = {
-    ORIGINAL: "the original model, unquantized",
-    QUANTIZED: "its 8-bit copy",
-    FEW_SHOT: "the 8-bit copy with solved examples before each prompt",
-    BASELINE: "TF-IDF and logistic regression, fitted on the same rows",
-    TUNED: "the 8-bit copy with this adapter",
+    ORIGINAL: "the original model, not quantized",
+    QUANTIZED: "the 8-bit base model",
+    FEW_SHOT: "the 8-bit base model with solved examples before each prompt",
+    BASELINE: "TF-IDF with logistic regression, fitted on the same rows",
+    TUNED: "the 8-bit base model with this adapter",
 }
 
 
 def model_card(
     params: Mapping[str, Any], metrics: Mapping[str, Any], dataset: Mapping[str, Any]
 ) -> str:
-    """Return the card.
+    """Return the text of the model card.
 
     Args:
-        params: resolved.
-        metrics: stage -> flat name -> value.
-        dataset: as it lies beside the card, with `files` and `prepared` (digests) where known.
+        params: Resolved params.
+        metrics: Stage -> flat name -> value.
+        dataset: Content of the export's dataset.json; `files` and `prepared` (digests) are
+            optional.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -73,14 +75,14 @@ def model_card(
     body = f"""
 # {name}
 
-Trained with gptj8 on `{data["train"]}` ({data["task"]}), on a base whose large weights are frozen
-in 8 bits (block-wise, block size {quantization["block_size"]}, codebook
+Trained with gptj8 on `{data["train"]}` (task: {data["task"]}). The large weights of the base model
+are frozen and quantized to 8 bits (block-wise, block size {quantization["block_size"]}, codebook
 {quantization["codebook"]}).
 
 ## Use
 
 ```python
-import gptj8  # lets transformers read the 8-bit base
+import gptj8  # registers the 8-bit format with transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -88,11 +90,11 @@ base = AutoModelForCausalLM.from_pretrained("artifacts/base-8bit")
 model = PeftModel.from_pretrained(base, "artifacts/export")
 ```
 
-A prompt is {json.dumps(data["prompt_template"])}, and the answer follows after a space.
+The prompt template is {json.dumps(data["prompt_template"])}. The answer follows after a space.
 
 ## Evaluation
 
-On the {_count(dataset)} rows of the test split:
+Results on the {_count(dataset)} rows of the test split:
 
 {_systems_table(evaluation)}
 
@@ -108,8 +110,8 @@ On the {_count(dataset)} rows of the test split:
 
 Seed {params["seed"]}. {_digests(dataset)}
 
-The adapter knows what its training rows said and repeats their errors and biases; it was measured
-on held-out rows of the same source only.
+The adapter repeats the errors and biases of its training rows. It was evaluated only on held-out
+rows from the same source.
 """
     return f"---\n{card_data.to_yaml()}\n---\n{body}"
 
@@ -145,17 +147,18 @@ def _equality(export: Mapping[str, float]) -> str:
         return ""
     same, prompts = export["identical_generations"], export["compared_prompts"]
     text = (
-        f"Loaded by a new process with transformers and PEFT alone, it continues {same:.0f} of "
-        f"{prompts:.0f} prompts by the tokens of the trained model; logits differ by at most "
+        "Loaded with transformers and PEFT in a new process, the adapter generates the same tokens "
+        f"as the trained model for {same:.0f} of {prompts:.0f} prompts. Logits differ by at most "
         f"{export['max_logit_difference']:.3g}."
     )
     if "merged_perplexity_ratio" not in export:
         return text
     ratio = f"{export['merged_perplexity_ratio']:.5f}"
     return (
-        f"{text} `merged/` is a 16-bit model with the adapter in it, which needs transformers "
-        f"alone: {export['merged_identical_generations']:.0f} of {prompts:.0f} prompts, perplexity "
-        f"{ratio} times the unmerged one's."
+        f"{text} `merged/` is a 16-bit model with the adapter merged into its weights, and needs "
+        "only transformers. It generates the same tokens for "
+        f"{export['merged_identical_generations']:.0f} of {prompts:.0f} prompts, and its "
+        f"perplexity is {ratio} times that of the unmerged model."
     )
 
 

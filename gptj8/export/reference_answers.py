@@ -1,8 +1,8 @@
-"""What the trained model answered before it was saved, so that a copy can be proven equal.
+"""Save reference answers of the trained model, and compare copies of the model with them.
 
-Adapters have been exported that differ from what was trained. So the training process itself writes
-logits and continuations of real prompts beside the adapter, and a process that knows nothing of it
-loads the export and computes them again (`gptj8.export.replay`).
+An exported adapter can differ from the trained one. So the training process writes logits and
+continuations of real prompts next to the adapter, and a new process loads the export and recomputes
+them (`gptj8.export.replay`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gptj8.runtime.progress import Progress, each
 REFERENCE_FILE = "reference_answers.safetensors"
 
 PROMPTS = 100
-"""At most so many prompts are compared."""
+"""Maximum number of prompts to compare."""
 
 _DIGEST = "adapter_sha256"
-_TOKENS = 1 << 14  # of all prompts together: a minute or ten of a large model on a CPU
+_TOKENS = 1 << 14  # of all prompts together; takes 1 to 10 minutes with a large model on a CPU
 
 
 def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
-    """Return the first prompts, as many as are compared."""
+    """Return the first prompts, limited to `PROMPTS` prompts and 16,384 tokens."""
     chosen: list[Sequence[int]] = []
     tokens = 0
     for prompt in prompts:
@@ -50,18 +50,17 @@ def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
 def save_reference(
     folder: str | Path, model: torch.nn.Module, prompts: Iterable[Sequence[int]], eos_id: int
 ) -> None:
-    """Write prompts and the model's answers into the folder in which its adapter was saved, with
-    the adapter's digest.
+    """Write prompts, the model's answers and the adapter's digest to the folder of the adapter.
 
     Args:
-        folder: of the adapter.
-        model: with the adapter, as it was trained.
-        prompts: token ids; the first ones are taken, as `choose_prompts` says.
-        eos_id: ends an answer.
+        folder: Folder of the saved adapter.
+        model: The trained model with its adapter.
+        prompts: Token ids; only the first are used, see `choose_prompts`.
+        eos_id: End token of an answer.
     """
     prompts = choose_prompts(prompts)
     model.eval()
-    shown = each(prompts, len(prompts), "answers to compare exports with", "prompts")
+    shown = each(prompts, len(prompts), "reference answers", "prompts")
     answers = [replay.answer(model, prompt, eos_id) for prompt in shown]
     tensors = {
         "logits": torch.stack([logits for logits, _ in answers]),
@@ -75,10 +74,10 @@ def save_reference(
 
 
 def require_unchanged(folder: str | Path) -> None:
-    """Refuse an adapter that is not, byte for byte, the one whose answers were written down.
+    """Raise an error if an adapter is not byte-identical to the one with the reference answers.
 
     Raises:
-        UserError: also if nothing was written down.
+        UserError: If the adapter was changed, or there are no reference answers.
     """
     file = Path(folder) / REFERENCE_FILE
     if not file.is_file():
@@ -89,7 +88,7 @@ def require_unchanged(folder: str | Path) -> None:
     if found != expected:
         raise UserError(
             f"{Path(folder) / ADAPTER_FILE} was changed after training: its SHA-256 is {found}, "
-            f"not {expected}; `dvc checkout` brings it back, or rerun finetune"
+            f"not {expected}; restore it with `dvc checkout`, or rerun finetune"
         )
 
 
@@ -100,22 +99,22 @@ def compare_in_fresh_process(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, float]:
-    """Load a model from the disk in a process of its own and compare what it answers.
+    """Load a saved model in a new process and compare its answers with the reference answers.
 
     Args:
-        reference: the adapter's folder, in which `save_reference` wrote.
-        model: a model directory, converted or merged.
-        adapter: to put on it.
-        dtype: of the arithmetic.
+        reference: Folder of the adapter, with the output of `save_reference`.
+        model: Directory of a converted or merged model.
+        adapter: Adapter to load onto the model, or None.
+        dtype: Compute dtype.
         device: CPU or GPU.
 
     Returns:
-        `max_logit_difference`, absolute, over the first new token of all prompts: 0.0 where
-        nothing was lost and the machine is the one that trained; `compared_prompts`, and
-        `identical_generations`: how many of them are continued by the same tokens.
+        `max_logit_difference`: maximum absolute difference at the first new token over all prompts;
+        0.0 if the model is unchanged and was trained on the same machine. `compared_prompts`:
+        number of prompts. `identical_generations`: number of prompts with the same new tokens.
 
     Raises:
-        UserError: if there is no reference, or the model cannot be loaded.
+        UserError: If there are no reference answers, or the model cannot be loaded.
     """
     file = Path(reference) / REFERENCE_FILE
     if not file.is_file():
@@ -124,23 +123,26 @@ def compare_in_fresh_process(
     command += ["--dtype", str(dtype).removeprefix("torch."), "--device", device.type]
     if adapter is not None:
         command += ["--adapter", str(adapter)]
-    # With another number of threads, or other kernels, sums round differently.
+    # Sums round differently with another number of threads.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if adapter is not None:  # a merged model has to do without this package
+    if adapter is not None:  # a merged model must load without this package
         paths = [str(Path(replay.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     code, last, errors = _run(command, environment)
     if code:
         reason = (errors.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{adapter or model} cannot be loaded by a new process: {reason[:300]}")
+        raise UserError(f"cannot load {adapter or model} in a new process: {reason[:300]}")
     return json.loads(last)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
-    """Run `gptj8.export.replay`, show how far it is, and return its exit code, its last line and
-    what it wrote to stderr."""
+    """Run `gptj8.export.replay` and show its progress.
+
+    Returns:
+        Exit code, last line of stdout, and stderr.
+    """
     shown, last = None, ""
-    # stderr in a file: a second pipe would fill up while nobody reads it.
+    # stderr goes to a file, because a second pipe would fill up while it is not read.
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -153,7 +155,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, s
                 if counted is None:
                     last = line
                     continue
-                shown = shown or Progress(int(counted[2]), "answers of a new process", "prompts")
+                shown = shown or Progress(int(counted[2]), "answers in a new process", "prompts")
                 shown()
         except BaseException:
             process.kill()

@@ -1,12 +1,12 @@
-"""What a model answers to a few prompts, with transformers and PEFT alone.
+"""Compare a saved model's answers with the reference answers, using only transformers and PEFT.
 
     python -P replay.py MODEL REFERENCE [--adapter DIR] [--dtype NAME] [--device NAME]
 
-prints `<prompts done> of <prompts>` after each prompt, and last, as JSON, how the answers of a
-saved model, loaded by this process, differ from those that the trained one gave before it was
-saved. Nothing here is of this package but the line that lets transformers read an 8-bit base: a
-merged model must load where the package is not installed, so this file is run by its path and
-imports no neighbour.
+prints `<prompts done> of <prompts>` after each prompt. The last line is JSON: the differences
+between the answers of the saved model, loaded by this process, and those of the trained model
+before it was saved. This file is run by its path and imports no other module of this package,
+because a merged model must load where the package is not installed. The only exception is the
+import that registers the 8-bit format.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from typing import Any
 import torch
 
 NEW_TOKENS = 16
-"""At most so many tokens of an answer are compared."""
+"""Maximum number of tokens to compare per answer."""
 
 
 @torch.inference_mode()
 def answer(model: Any, prompt: Sequence[int], eos_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits behind the prompt, float32 (vocabulary,), and the likeliest continuation,
-    int64 (at most `NEW_TOKENS`,), the end token included.
+    """Return the logits after the prompt and the greedy continuation.
 
-    One prompt at a time, without padding, so that the numbers do not depend on their company.
+    Prompts are not batched or padded, so the numbers do not depend on other prompts.
+
+    Returns:
+        Logits, float32 (vocabulary,), and new tokens, int64 (at most `NEW_TOKENS`,), including the
+        end token.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], device=device)
@@ -48,7 +51,7 @@ def answer(model: Any, prompt: Sequence[int], eos_id: int) -> tuple[torch.Tensor
 
 
 def read_reference(file: Path) -> tuple[list[list[int]], torch.Tensor, list[list[int]], int]:
-    """Return prompts, logits float32 (prompts, vocabulary), continuations and the end token."""
+    """Return prompts, logits (float32, (prompts, vocabulary)), continuations and the end token."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
@@ -64,7 +67,9 @@ def compare(
     """Return `max_logit_difference`, `compared_prompts` and `identical_generations`.
 
     Args:
-        tell: called with the number of prompts that are done, and of all.
+        model: The loaded model.
+        reference: File with the reference answers.
+        tell: Called with the number of prompts done and the total number.
     """
     prompts, logits, continuations, eos_id = read_reference(reference)
     model.eval()
@@ -85,12 +90,12 @@ def compare(
 
 
 def load(model: str, adapter: str | None, dtype: str, device: str) -> Any:
-    """Load as a stranger would: by `from_pretrained` and nothing else."""
+    """Load a model as any user would, with only `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        import gptj8  # noqa: F401  # lets transformers read 8-bit models
+        import gptj8  # noqa: F401  # registers the 8-bit format with transformers
     placement = {"device_map": "auto"} if device == "cuda" else {}
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **placement)
     if adapter is None:
@@ -101,7 +106,7 @@ def load(model: str, adapter: str | None, dtype: str, device: str) -> Any:
 
 
 def main() -> None:
-    """Compare and print."""
+    """Compare a saved model with the reference answers and print the result as JSON."""
     parser = argparse.ArgumentParser(description="compare a saved model with the trained one")
     parser.add_argument("model")
     parser.add_argument("reference")

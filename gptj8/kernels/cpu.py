@@ -1,9 +1,9 @@
-"""`gptj8.kernels.reference` in C for CPUs, from `cpu_kernels.c`; absent where it was not compiled.
+"""Compiled CPU version of `gptj8.kernels.reference`, written in C (`cpu_kernels.c`).
 
-Installing the package compiles the file if there is a compiler. It needs no headers of torch or
-Python: tensors are handed over as addresses, by ctypes, which lets other threads run meanwhile. So
-every tensor is compared with the size and dtype that the kernel takes it for (`_Array`) before its
-address is. The library uses OpenMP as torch does, and so the threads that torch already has.
+The file is compiled when the package is installed, if a C compiler is available. It needs no torch
+or Python headers: tensors are passed as addresses through ctypes, which releases the GIL during the
+call. Because C cannot check an address, `_Array` checks each tensor's dtype and size first. The
+library uses OpenMP, like torch, and reuses torch's threads.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import torch
 from gptj8.runtime.errors import QuantizationError
 from gptj8.runtime.project import copied_project
 
-# Must equal INTERFACE in cpu_kernels.c: a library of an older source tree is not used.
+# Must equal INTERFACE in cpu_kernels.c. A library built from another version is not used.
 _INTERFACE = 2
 _CELLS = 4096
 _ENTRIES = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 8
-# Waking a thread takes longer than handling fewer.
-_WEIGHTS_A_THREAD = 1 << 18
+# Waking a thread takes longer than processing fewer weights than this.
+_WEIGHTS_PER_THREAD = 1 << 18
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library; None if there is none for this machine and source."""
+    """Return the compiled library, or None if there is none for this machine and source version."""
     names = [f"_cpu_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     here = Path(__file__).resolve().parent
-    # DVC's copies of the project, in which queued experiments run, hold what git knows: the source.
-    # Never from the working folder: what lies there is not part of this package.
+    # Queued DVC experiments run in copies of the project that hold only files tracked by git, so
+    # the library is then loaded from the original. The working directory is never searched: files
+    # there are not part of this package.
     original = copied_project(here)
     folders = [here, *([original / "gptj8" / "kernels"] if original else [])]
     for file in (folder / name for folder in folders for name in names):
@@ -43,13 +44,13 @@ def library() -> ctypes.CDLL | None:
                 loaded = ctypes.CDLL(str(file))
                 if loaded.gptj8_interface() == _INTERFACE:
                     return loaded
-            except (OSError, AttributeError):  # of another machine, or something else of that name
+            except (OSError, AttributeError):  # built for another machine, or an unrelated library
                 continue
     return None
 
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    """See `reference.absmax`."""
+    """Return the largest magnitude of each block; see `reference.absmax`."""
     n = flat.numel()
     found = torch.empty(_blocks(n, block_size), dtype=torch.float32, device="cpu")
     _call("absmax", n, _weights(flat), DTYPES[flat.dtype], n, block_size, _Array(found))
@@ -63,7 +64,7 @@ def histogram(
     block_size: int,
     bins: int,
 ) -> torch.Tensor:
-    """See `reference.histogram`."""
+    """Return a histogram of weights / absmax; see `reference.histogram`."""
     n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
     mass = torch.zeros(torch.get_num_threads(), bins, dtype=torch.float64, device="cpu")
     _call(
@@ -84,11 +85,11 @@ def histogram(
 def encode(
     flat: torch.Tensor, absmax: torch.Tensor, boundaries: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """See `reference.encode`."""
+    """Return the codes; see `reference.encode`."""
     n = flat.numel()
     codes = torch.empty(n, dtype=torch.uint8, device="cpu")
-    # In which of equal cells over [-1, 1] each boundary lies, computed as the kernel computes it
-    # for a weight; that is monotone, so boundaries in lower cells are below the weight.
+    # Divide [-1, 1] into equal cells and find the cell of each boundary with the kernel's formula
+    # for weights. The formula is monotonic, so boundaries in lower cells are below the weight.
     cells = ((boundaries + 1.0) * (_CELLS / 2)).clamp(0, _CELLS + 1).to(torch.int32)
     every = torch.arange(_CELLS + 1, dtype=torch.int32, device="cpu")
     first = torch.searchsorted(cells, every, out_int32=True)
@@ -116,7 +117,7 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `dispatch.dequantize`."""
+    """Return codebook[codes] * absmax; see `dispatch.dequantize`."""
     n = codes.numel()
     if out is None:
         out = torch.empty(codes.shape, dtype=dtype, device="cpu")
@@ -141,7 +142,7 @@ def squared_errors(
     codebook: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.squared_errors`."""
+    """Return squared errors and squared norms per block; see `reference.squared_errors`."""
     n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
     errors, norms = torch.empty(2, blocks, dtype=torch.float64, device="cpu")
     _call(
@@ -167,7 +168,7 @@ def linear(
     codebook: torch.Tensor,
     block_size: int,
 ) -> torch.Tensor:
-    """See `dispatch.linear`."""
+    """Return x W^T computed directly from the codes; see `dispatch.linear`."""
     rows, n, (out, columns) = x.numel() // x.shape[-1], codes.numel(), codes.shape
     in_bfloat16 = x.dtype == torch.bfloat16 and columns % 64 == 0 and _multiplies_bfloat16()
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
@@ -197,26 +198,27 @@ def linear(
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
+    """Return whether this machine supports the bfloat16 product."""
     loaded = library()
     return loaded is not None and bool(loaded.gptj8_multiplies_bfloat16())
 
 
 class _Array:
-    """A tensor on its way to a kernel: on the CPU, contiguous, of the dtype and size expected."""
+    """A tensor argument of a kernel: contiguous, on the CPU, with the expected dtype and size."""
 
     def __init__(
         self, tensor: torch.Tensor, dtype: torch.dtype | None = None, size: int | None = None
     ) -> None:
         if tensor.device.type != "cpu" or (dtype is not None and tensor.dtype != dtype):
             raise QuantizationError(
-                f"a tensor is {tensor.dtype} on {tensor.device}, and a CPU kernel takes {dtype}"
+                f"a tensor is {tensor.dtype} on {tensor.device}; the CPU kernel expects {dtype}"
             )
         if size is not None and tensor.numel() != size:
             raise QuantizationError(
-                f"a tensor has {tensor.numel()} values ({tuple(tensor.shape)}), where a CPU kernel "
-                f"takes {size}"
+                f"a tensor has {tensor.numel()} values (shape {tuple(tensor.shape)}); "
+                f"the CPU kernel expects {size}"
             )
-        self.tensor = tensor.contiguous()  # keeps a copy alive as long as it is needed
+        self.tensor = tensor.contiguous()  # keeps a copy alive until the call returns
 
 
 def _weights(flat: torch.Tensor) -> _Array:
@@ -230,11 +232,16 @@ def _blocks(n: int, block_size: int) -> int:
 
 
 def _call(name: str, weights: int, *arguments: _Array | int) -> None:
-    """Call a function of the library: tensors as addresses, the number of threads for so many
-    weights last."""
+    """Call a library function with tensors as addresses, and the number of threads as last
+    argument.
+
+    Args:
+        name: the function's name without the prefix `gptj8_`.
+        weights: number of weights to process; small tensors get fewer threads.
+    """
     loaded = library()
     assert loaded is not None
-    threads = min(torch.get_num_threads(), 1 + weights // _WEIGHTS_A_THREAD)
+    threads = min(torch.get_num_threads(), 1 + weights // _WEIGHTS_PER_THREAD)
     getattr(loaded, f"gptj8_{name}")(
         *(
             ctypes.c_void_p(argument.tensor.data_ptr())

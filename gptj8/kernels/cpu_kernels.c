@@ -1,13 +1,13 @@
-/* Block-wise 8-bit quantization on a CPU: the operations of gptj8/kernels/reference.py, bit for bit.
+/* Block-wise 8-bit quantization on a CPU; results are bit-identical to gptj8/kernels/reference.py.
 
-   Plain C for any compiler with OpenMP; gptj8/kernels/cpu.py loads it and describes the arguments. Each
-   function takes a whole tensor as one row of `n` numbers in blocks of `block_size` (the last may be
-   shorter) and splits the blocks over `threads`.
+   Plain C for any compiler with OpenMP. gptj8/kernels/cpu.py loads the library and documents the
+   arguments. Each function takes a complete tensor as a flat row of `n` numbers in blocks of
+   `block_size` (the last block may be shorter) and distributes the blocks over `threads`.
 
-   Compiled without contraction into fused multiply-adds and without relaxed arithmetic: division,
-   multiplication and rounding are IEEE 754's, so the bytes are those of the torch reference. Where
-   the compiler can, each function is built for several instruction sets and the machine picks one
-   when the library is loaded. */
+   The file must be compiled without contraction into fused multiply-adds and without relaxed math.
+   Division, multiplication and rounding then follow IEEE 754, so the results are byte-identical to
+   the torch reference. If the compiler supports it, each function is built for several instruction
+   sets, and one is selected when the library is loaded. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,17 +17,17 @@
 #include <immintrin.h>
 #endif
 
-/* Raised whenever the meaning of a function or argument changes; native.py asks for its own. */
+/* Increase it whenever a function or the meaning of an argument changes; cpu.py compares it. */
 #define INTERFACE 2
 
 #define MAX_BLOCK 4096
-/* Blocks at least this long get a table of all 256 products with their absmax. */
+/* Blocks of at least this length use a table of all 256 products with their absmax. */
 #define TABLE_BLOCK 1024
 #define CELLS 4096
-/* Restored weights that no cache holds until they are used: 32 MB and more. */
+/* Number of weights from which the restored tensor (32 MB) no longer fits into the caches. */
 #define STREAMED (1 << 24)
-/* Codes are asked for a page ahead: what a processor fetches by itself ends with each page of 4 KB,
-   and starting over took half the time of a product with one row. */
+/* Codes are prefetched one page ahead. The hardware prefetcher stops at the end of each 4 KB page,
+   and its restarts took half the time of a product with one row. */
 #define AHEAD 4096
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -52,7 +52,7 @@ static inline uint32_t as_bits(float value) {
   return bits;
 }
 
-/* Finite values only; an infinity would come out as 65536. */
+/* Valid for finite values only; infinity would become 65536. */
 static inline float from_half(uint16_t half) {
   float magnitude = as_float((uint32_t)(half & 0x7fff) << 13) * 0x1p112f;
   return as_float(as_bits(magnitude) | (uint32_t)(half & 0x8000) << 16);
@@ -64,11 +64,11 @@ static inline uint16_t to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Round to nearest, ties to even; what is too large becomes infinite. */
+/* Round to nearest, ties to even; values that are too large become infinite. */
 static inline uint16_t to_half(float value) {
   uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);
-  if (magnitude < 0x38800000) /* subnormal: let an addition do the rounding */
+  if (magnitude < 0x38800000) /* subnormal: the addition does the rounding */
     return (uint16_t)(sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f)));
   magnitude += 0xfff + (magnitude >> 13 & 1);
   return (uint16_t)(sign | (magnitude - 0x38000000) >> 13);
@@ -79,7 +79,7 @@ static inline int64_t length_of(int64_t block, int64_t n, int64_t block_size) {
   return left < block_size ? left : block_size;
 }
 
-/* Return a block as float32, in `buffer` unless it is float32 already. */
+/* Return a block as float32, converted in `buffer` unless it is float32 already. */
 FOR_EACH_MACHINE
 static const float *widen(const void *source, int dtype, int64_t start, int64_t length,
                           float *buffer) {
@@ -92,8 +92,8 @@ static const float *widen(const void *source, int dtype, int64_t start, int64_t 
   return buffer;
 }
 
-/* absmax[block] = the largest magnitude; NaN or infinite if any weight is.
-   Magnitudes are compared as integers, whose order is that of the floats, NaN last. */
+/* Return the largest magnitude of a block; NaN or infinite if any weight in it is.
+   Magnitudes are compared as integers, which have the same order as the floats, with NaN last. */
 FOR_EACH_MACHINE
 static float absmax_of(const void *weight, int dtype, int64_t start, int64_t length) {
   if (dtype == FLOAT32) {
@@ -125,16 +125,16 @@ void gptj8_absmax(const void *weight, int64_t dtype, int64_t n, int64_t block_si
         absmax_of(weight, dtype, block * block_size, length_of(block, n, block_size));
 }
 
-/* Bins of [-1, 1] that the weights of a block, divided by its absmax, fall into. */
+/* Compute the histogram bins over [-1, 1] of the weights of a block divided by its absmax. */
 FOR_EACH_MACHINE
 static void bins_of(const float *values, int64_t length, float absmax, float half_bins, int32_t *bin) {
   float divisor = absmax > 0 ? absmax : 1.0f;
   for (int64_t i = 0; i < length; i++) bin[i] = (int32_t)((values[i] / divisor + 1.0f) * half_bins);
 }
 
-/* mass[bin] += block_mass[block] for each weight. The masses are whole numbers whose sums stay below
-   2^53, so that no order of adding them can change a sum. `mass` has `threads` rows of `bins`, all
-   zero; their sum is the histogram. */
+/* mass[bin] += block_mass[block] for each weight. The masses are integers whose sums stay below 2^53,
+   so the order of addition does not change the result. `mass` has `threads` rows of `bins` zeros; the
+   sum of the rows is the histogram. */
 void gptj8_histogram(const void *weight, int64_t dtype, int64_t n, int64_t block_size,
                      const float *absmax, const double *block_mass, double *mass, int64_t bins,
                      int64_t threads) {
@@ -153,9 +153,10 @@ void gptj8_histogram(const void *weight, int64_t dtype, int64_t n, int64_t block
   }
 }
 
-/* codes[i] = how many boundaries are below values[i] / absmax.
-   first[cell] counts the boundaries in lower cells of [-1, 1]; from there, walk up. Most cells hold
-   one boundary at most, so one step is taken for all and the rest is done where it is missed. */
+/* codes[i] = number of boundaries below values[i] / absmax.
+   The search starts at first[cell], the number of boundaries in lower cells of [-1, 1]. Most cells
+   hold at most one boundary, so every weight takes one step, and a second loop runs only if a weight
+   needs more. */
 FOR_EACH_MACHINE
 static void encode_block(const float *values, int64_t length, float absmax, const float *boundaries,
                          const int32_t *first, uint8_t *codes) {
@@ -179,7 +180,7 @@ static void encode_block(const float *values, int64_t length, float absmax, cons
   }
 }
 
-/* `boundaries` has 256 values, the last infinite; `first` CELLS + 1. */
+/* `boundaries` has 256 values, the last of which is infinite; `first` has CELLS + 1. */
 void gptj8_encode(const void *weight, int64_t dtype, int64_t n, int64_t block_size, const float *absmax,
                   const float *boundaries, const int32_t *first, uint8_t *codes, int64_t threads) {
   int64_t blocks = (n + block_size - 1) / block_size;
@@ -198,7 +199,7 @@ static void restore_block(const uint8_t *codes, int64_t length, float absmax, co
   for (int64_t i = 0; i < length; i++) restored[i] = codebook[codes[i]] * absmax;
 }
 
-/* The sum of squares of a block and of its errors, in double. */
+/* Sum the squares of a block and of its errors in double. */
 FOR_EACH_MACHINE
 static void squares_of(const float *values, const float *restored, int64_t length, double *error,
                        double *norm) {
@@ -219,7 +220,7 @@ static void squares_of(const float *values, const float *restored, int64_t lengt
   for (int lane = 0; lane < 8; lane++) *error += errors[lane], *norm += norms[lane];
 }
 
-/* error and norm: one sum a block. */
+/* `error` and `norm` receive one sum per block. */
 void gptj8_squared_errors(const void *weight, int64_t dtype, int64_t n, int64_t block_size,
                           const uint8_t *codes, const float *absmax, const float *codebook,
                           double *error, double *norm, int64_t threads) {
@@ -234,14 +235,15 @@ void gptj8_squared_errors(const void *weight, int64_t dtype, int64_t n, int64_t 
   }
 }
 
-/* A 256-entry table of 16-bit values, looked up for each code. */
+/* Look up each code in a table of 256 16-bit values. */
 static void look_up_16(const uint8_t *codes, int64_t length, const uint16_t *table, uint16_t *out) {
   for (int64_t i = 0; i < length; i++) out[i] = table[codes[i]];
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-/* 64 codes at a time: the table's low and high bytes fill four registers each, a permutation of two
-   registers looks up 128 entries, and the code's top bit chooses between two of them. */
+/* Look up 64 codes per iteration. The low and high bytes of the table fill four registers each. One
+   permutation of two registers looks up 128 entries, and the top bit of the code selects one of two
+   permutations. */
 #define WITH_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 
 WITH_VBMI static inline __attribute__((always_inline)) void look_up_16_vbmi(
@@ -256,7 +258,7 @@ WITH_VBMI static inline __attribute__((always_inline)) void look_up_16_vbmi(
     low[part] = _mm512_loadu_si512(low_bytes + 64 * part);
     high[part] = _mm512_loadu_si512(high_bytes + 64 * part);
   }
-  /* unpacklo and unpackhi work within 128-bit lanes; this order of codes undoes that. */
+  /* unpacklo and unpackhi work within 128-bit lanes; this order of the codes compensates for it. */
   const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
   for (; i + 64 <= length; i += 64) {
@@ -287,8 +289,8 @@ WITH_VBMI static void look_up_16_stored(const uint8_t *codes, int64_t length, co
   look_up_16_vbmi(codes, length, table, out, 0);
 }
 
-/* Past the caches, which do not hold what is restored anyway: nothing is read to be overwritten.
-   `out` is aligned to 64 bytes. */
+/* Bypass the caches, which are too small for the output anyway. This avoids reading memory that is
+   about to be overwritten. `out` must be aligned to 64 bytes. */
 WITH_VBMI static void look_up_16_streamed(const uint8_t *codes, int64_t length,
                                           const uint16_t *table, uint16_t *out) {
   look_up_16_vbmi(codes, length, table, out, 1);
@@ -333,12 +335,13 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
   }
 }
 
-/* Products with few rows of x, straight from the codes.
+/* Products with few rows of x, computed directly from the codes.
 
    y[t][r] = sum over the blocks of row r of absmax * sum of codebook[codes[r][c]] * x[t][c]
 
-   A block may begin or end inside a row. One byte a weight is read and no restored weight is
-   written: memory, which bounds a product with few rows, moves a fifth of what restoring takes. */
+   A block may begin or end inside a row. A product with few rows is limited by memory bandwidth. This
+   one reads one byte per weight and writes no restored weights, which moves a fifth of the bytes that
+   restoring needs. */
 
 #define MAX_ROWS 8
 
@@ -347,7 +350,7 @@ static inline int64_t segment_end(int64_t at, int64_t row_end, int64_t block_siz
   return end < row_end ? end : row_end;
 }
 
-/* sums[t] += codebook[codes[i]] * x[t][i], in 16 running sums each. */
+/* sums[t] += scale * sum of codebook[codes[i]] * x[t][i], using 16 partial sums per row. */
 FOR_EACH_MACHINE
 static void multiply_add(const uint8_t *codes, int64_t length, const float *codebook, const float *x,
                          int64_t stride, int64_t rows, float scale, float *sums) {
@@ -368,7 +371,7 @@ static void multiply_add(const uint8_t *codes, int64_t length, const float *code
   }
 }
 
-/* x float32 (rows, in), y float32 (rows, out); rows at most MAX_ROWS. */
+/* x is float32 (rows, in), y is float32 (rows, out); at most MAX_ROWS rows. */
 void gptj8_linear_float32(const float *x, int64_t rows, const uint8_t *codes, int64_t out,
                           int64_t in, int64_t block_size, const float *absmax,
                           const float *codebook, float *y, int64_t threads) {
@@ -389,8 +392,8 @@ void gptj8_linear_float32(const float *x, int64_t rows, const uint8_t *codes, in
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")))
 
-/* 64 codes -> 64 bfloat16 values in the order that unpacking bytes leaves them in: `x` is brought
-   into the same order once, a dot product does not mind. */
+/* Look up 64 codes as bfloat16 values, in the order that results from unpacking bytes. `x` is
+   reordered in the same way once, so dot products do not change. */
 typedef struct {
   __m512i low[4], high[4];
 } byte_tables;
@@ -409,7 +412,7 @@ WITH_BFLOAT16 static inline void look_up_64(const uint8_t *codes, const byte_tab
   *second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
 
-/* One row of codes with ROWS rows of x; a constant, so that the sums stay in registers. */
+/* Multiply one row of codes by ROWS rows of x. ROWS is a constant, so the sums stay in registers. */
 #define DEFINE_ROW(ROWS)                                                                          \
   WITH_BFLOAT16 static void row_##ROWS(const uint8_t *codes, int64_t row, int64_t in,             \
                                        int64_t block_size, const float *absmax,                   \
@@ -476,7 +479,7 @@ WITH_BFLOAT16 static void linear_bfloat16(const uint16_t *x, int64_t rows, const
 }
 #endif
 
-/* Whether this machine has what `gptj8_linear_bfloat16` takes; elsewhere that does nothing. */
+/* Return whether this machine supports gptj8_linear_bfloat16. If not, it must not be called. */
 int gptj8_multiplies_bfloat16(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
   return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
@@ -485,7 +488,7 @@ int gptj8_multiplies_bfloat16(void) {
 #endif
 }
 
-/* x and y bfloat16; `in` a multiple of 64; `ordered` has room for a copy of x. */
+/* x and y are bfloat16; `in` is a multiple of 64; `ordered` has room for a copy of x. */
 void gptj8_linear_bfloat16(const uint16_t *x, int64_t rows, const uint8_t *codes, int64_t out,
                            int64_t in, int64_t block_size, const float *absmax,
                            const float *codebook, uint16_t *y, uint16_t *ordered, int64_t threads) {

@@ -1,9 +1,13 @@
-"""The fastest way at hand to do what `gptj8.kernels.reference` does, bit for bit.
+"""Choose the fastest available implementation of `gptj8.kernels.reference` for each call.
 
-On a CPU the compiled kernels of `gptj8.kernels.cpu`. On CUDA, and on a CPU without those,
-bitsandbytes' operator restores weights; where that is absent, Triton does on CUDA, which also
-multiplies few rows (`gptj8.kernels.gpu`). The torch reference does everything else. Chosen per call
-by device; `describe` says what was chosen.
+All of them restore weights bit for bit like the reference. The choice depends on the device:
+
+- CPU: the compiled kernels of `gptj8.kernels.cpu` do everything. Without them, bitsandbytes'
+  operator restores weights.
+- CUDA: bitsandbytes' operator restores weights, or Triton if bitsandbytes is not installed. Triton
+  also multiplies inputs of few rows (`gptj8.kernels.gpu`).
+
+The torch reference does the rest. `describe` returns the name of the chosen implementation.
 """
 
 from __future__ import annotations
@@ -26,8 +30,11 @@ _scratch = threading.local()
 
 
 def backend(tensor: torch.Tensor) -> ModuleType:
-    """Return the module whose `absmax`, `histogram`, `encode` and `squared_errors` serve a tensor:
-    `reference`, or its twin `cpu`, whose sums of errors may differ in their last bits."""
+    """Return the module to call `absmax`, `histogram`, `encode` and `squared_errors` from.
+
+    Either `reference` or `cpu`. Only the sums of `squared_errors` may differ between them, in the
+    last bits.
+    """
     return cpu if tensor.device.type == "cpu" and _compiled_works() else reference
 
 
@@ -39,10 +46,11 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `reference.dequantize`.
+    """Return codebook[codes] * absmax; see `reference.dequantize`.
 
     Args:
-        out: where to put the result: contiguous, of `dtype`, the codes' shape and device.
+        out: tensor to write the result to; contiguous, with `dtype` and the shape and device of
+            the codes.
     """
     if backend(codes) is cpu and dtype in cpu.DTYPES:
         return cpu.dequantize(codes, absmax, codebook, block_size, dtype, out)
@@ -59,7 +67,7 @@ def dequantize(
 
 
 def few_rows(x: torch.Tensor) -> int:
-    """Return up to how many rows of x a product straight from the codes (`linear`) is faster."""
+    """Return up to how many rows of x `linear` is faster than restoring; 0 if it is unavailable."""
     if x.dtype not in cpu.DTYPES:
         return 0
     if x.device.type == "cuda":
@@ -74,15 +82,16 @@ def linear(
     codebook: torch.Tensor,
     block_size: int,
 ) -> torch.Tensor:
-    """Return x W^T without restoring W, summed in float32.
+    """Return x W^T computed directly from the codes, without restoring W, summed in float32.
 
     Args:
-        x: (..., in), of at most `few_rows` rows.
+        x: (..., in), at most `few_rows` rows.
         codes: uint8 (out, in).
 
     Returns:
-        (..., out) in the dtype of x. In bfloat16 the codebook is rounded, where restoring rounds
-        its products with absmax: the same error, not the same bits.
+        (..., out) in the dtype of x. In bfloat16 on a CPU, the codebook is rounded to bfloat16,
+        whereas restoring W rounds the products with absmax. The results have the same error but
+        are not bit-identical.
     """
     if x.device.type == "cuda":
         return gpu.linear(x, codes, absmax, codebook, None, block_size)
@@ -90,24 +99,24 @@ def linear(
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return memory for a restored weight, valid until this thread asks again.
+    """Return memory for a restored weight, valid until the next call in the same thread.
 
-    New memory costs more than the restoring itself on a CPU: the system clears each page. CUDA's
-    allocator of torch reuses memory by itself.
+    Reusing one buffer matters on a CPU: the operating system clears each page of new memory, which
+    takes longer than restoring the weight. torch's CUDA allocator already reuses memory.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):  # or only inference could use it from then on
+        with torch.inference_mode(False):  # an inference tensor could not be used in training later
             buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         _scratch.buffer = buffer
     return buffer[:size].view(dtype).view(*shape)
 
 
 def describe(device: torch.device) -> str:
-    """Return in words how weights are restored on a device."""
+    """Return the name of the implementation that restores weights on a device."""
     if device.type == "cpu" and _compiled_works():
         return "compiled kernels"
     if device.type in ("cpu", "cuda") and _bitsandbytes():
@@ -117,7 +126,7 @@ def describe(device: torch.device) -> str:
 
 @functools.cache
 def _compiled_works() -> bool:
-    """Whether the compiled kernels are there and agree with the reference on a small tensor."""
+    """Return whether the compiled kernels exist and match the reference on a small tensor."""
     if cpu.library() is None:
         return False
     weights = torch.linspace(-3.0, 2.0, 5001, device="cpu").sin()
@@ -141,8 +150,10 @@ def _compiled_works() -> bool:
 
 @functools.cache
 def _bitsandbytes() -> Any:
-    """Return bitsandbytes' operator, whose form that fills a given tensor CUDA alone has; None
-    where it is not installed."""
+    """Return bitsandbytes' operator, or None if bitsandbytes is not installed.
+
+    Its `out` overload, which writes to a given tensor, exists for CUDA only.
+    """
     try:
         import bitsandbytes  # noqa: F401 (defines the operator)
     except ImportError:

@@ -1,15 +1,15 @@
-"""Operations of a block in one piece each: GPT-J's attention, and GELU.
+"""Fused attention and GELU for GPT-J.
 
-transformers has no fused attention for GPT-J. Its own attention writes the scores of all pairs of
-tokens in float32, several times over: 268 MB a copy at 2,048 tokens.
-`torch.nn.functional.scaled_dot_product_attention` keeps a tile of them and sums in float32 as well.
-Registered under the name that transformers looks for, "sdpa", it becomes GPT-J's default, and
-`attn_implementation="eager"` still gives the original.
+transformers has no fused attention for GPT-J. Its eager attention stores the scores of all token
+pairs in float32 several times; one copy takes 268 MB at 2,048 tokens.
+`torch.nn.functional.scaled_dot_product_attention` holds only a tile of the scores and also sums in
+float32. It is registered as "sdpa", which makes it the default for GPT-J;
+`attn_implementation="eager"` still selects the original.
 
-transformers writes GPT-J's GELU as eight operations on the widest tensor of a block, each of which
-reads and writes it whole, and keeps five of their results for backward. torch has the same function
-(Hendrycks and Gimpel's tanh form, arXiv:1606.08415) in one, which keeps its input alone; in 16 bits
-it rounds once.
+transformers computes GPT-J's GELU with eight operations on the widest tensor of a block. Each of
+them reads and writes the complete tensor, and five results are saved for backward. torch has the
+same function (the tanh approximation of Hendrycks and Gimpel, arXiv:1606.08415) as one operation,
+which saves only its input and, in 16 bits, rounds once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TANH_GELUS = (NewGELUActivation, FastGELUActivation)
 
 
 class GPTJFusedAttention(modeling_gptj.GPTJAttention):
-    """GPT-J's attention with its scores computed in tiles; everything else is inherited."""
+    """GPT-J's attention with scores computed in tiles; everything else is inherited."""
 
     def _attn(
         self,
@@ -33,9 +33,9 @@ class GPTJFusedAttention(modeling_gptj.GPTJAttention):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """Return (batch, heads, queries, head_dim) and, in place of scores, None."""
-        # transformers leaves the mask out where it would be causal and nothing else. A single query
-        # sees all keys: torch would let it see the first one only.
+        """Return the output (batch, heads, queries, head_dim), and None instead of the scores."""
+        # transformers passes no mask if attention is only causal. A single query must see all keys,
+        # but with is_causal torch would let it see only the first one.
         is_causal = attention_mask is None and query.shape[2] > 1
         output = functional.scaled_dot_product_attention(
             query.to(value.dtype),
@@ -50,13 +50,13 @@ class GPTJFusedAttention(modeling_gptj.GPTJAttention):
 
 
 def register_fused_attention() -> None:
-    """Make fused attention the default of every GPT-J that transformers builds from now on."""
+    """Make fused attention the default for every GPT-J model that transformers builds."""
     modeling_gptj.GPTJ_ATTENTION_CLASSES["sdpa"] = GPTJFusedAttention
     modeling_gptj.GPTJPreTrainedModel._supports_sdpa = True
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Replace what torch has in one piece, in place."""
+    """Replace tanh GELU modules by torch's fused operation, in place."""
     for name, module in list(model.named_modules()):
         if type(module) in _TANH_GELUS:
             model.set_submodule(name, nn.GELU(approximate="tanh").train(module.training))

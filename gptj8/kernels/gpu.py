@@ -1,26 +1,29 @@
-"""Triton kernels for NVIDIA GPUs: restored weights, and a linear layer that restores none.
+"""Triton kernels for NVIDIA GPUs that restore weights or multiply directly from the codes.
 
-    dequantize  w = codebook[codes] * absmax, rounded to the nearest number of the output's dtype
-    linear      y = x W^T + b for a few rows x, as in decoding: one byte is read a weight, looked up
-                and multiplied in registers, and only y is written
+    dequantize  w = codebook[codes] * absmax, rounded to nearest in the output dtype
+    linear      y = x W^T + b for few rows of x, as in decoding: reads one byte per weight, looks it
+                up and multiplies it in registers, and writes only y
 
-Writing W in 16 bits and reading it again would move five bytes a weight instead of one, and moving
-bytes is what few rows cost. With more rows the multiplications cost more than that, and torch's
-product of the restored matrix wins: `linear` takes at most `MAX_ROWS`.
+Writing W in 16 bits and reading it back would move five bytes per weight instead of one, and with
+few rows memory traffic is the bottleneck. With more rows the multiplications dominate, and torch's
+product with the restored matrix is faster. `linear` therefore accepts at most `MAX_ROWS` rows.
 
-A matrix (out, in) is one row of out * in numbers to the codec, so a block may span several of its
-rows or end inside one. `linear` walks along the rows in tiles. Where no block can end inside a row
-of a tile, one absmax serves all of it; any other shape looks an absmax up for each weight.
+The codec treats a matrix (out, in) as one row of out * in numbers, so a block may span several
+matrix rows or end inside one. `linear` processes the rows in tiles. If no block can end inside a
+row of a tile, one absmax is loaded per tile row; otherwise one is loaded per weight.
 
-Products are summed in float32, in registers: one sum for each row of x and each weight of a tile,
-added up at the end. (Rejected: tensor cores for two rows and more. They multiply 16 rows whether
-these are there or not; Triton's pipeline for them sends every lookup through shared memory, and
-without it a matrix of 4096 rows gives too few programs to keep a large GPU's memory busy; they need
-weights rounded to 16 bits, and capability 8.0. This was judged by compiled code, not by a clock.)
+Products are summed in float32 registers, with one partial sum per row of x and weight of a tile,
+and the partial sums are reduced at the end.
 
-The module imports without Triton, and nothing is compiled before the first call. With
-TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, which is how they are tested where
-there is no GPU.
+Alternative considered: tensor cores for two or more rows; they were rejected because they always
+multiply 16 rows, and need weights rounded to 16 bits and compute capability 8.0. Triton's pipeline
+for them moves every lookup through shared memory; without it, a matrix of 4096 rows gives too few
+programs to saturate the memory of a large GPU. This judgement is based on the compiled code, not on
+timings.
+
+The module can be imported without Triton, and nothing is compiled before the first call. With
+TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly; they are tested this way on machines
+without a GPU.
 """
 
 from __future__ import annotations
@@ -43,26 +46,26 @@ else:
 MAX_ROWS = 16
 
 _OLDEST_CAPABILITY = (7, 0)
-_DEQUANTIZE_TILE = 1024  # weights a program; one absmax serves them all where blocks are as large
+_DEQUANTIZE_TILE = 1024  # weights per program; they share one absmax if blocks are at least as long
 
-# Columns of a tile: at most 16 bytes for each thread of a warp, and at least what is worth a load.
+# Columns per tile: at most 16 bytes per thread of a warp, and enough to make a load worthwhile.
 _WIDEST, _NARROWEST = 512, 64
 
-# (weights a tile, warps a program). Few, because each is compiled and timed at the first call for a
-# shape.
+# (weights per tile, warps per program). The list is short because each entry is compiled and timed
+# at the first call with a new shape.
 _TILES = ((4096, 4), (4096, 8), (2048, 4), (2048, 8), (1024, 4))
-_SUMS_A_THREAD = 128  # of 255 registers
+_SUMS_PER_THREAD = 128  # of 255 registers
 
-# Set by `_load`, like `tl`: Triton looks up the names in a kernel among the module's own.
+# Set by `_load`, like `tl`: Triton resolves the names in a kernel in the globals of its module.
 _store_rounded: Any = None
 
 _logger = logging.getLogger(__name__)
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether the kernels work on a device: found out once, by a small tensor.
+    """Return whether the kernels work on a device; tested once per device, on a small tensor.
 
-    True for CUDA of compute capability 7.0 or newer, and with TRITON_INTERPRET=1 for the CPU.
+    They require compute capability 7.0 or newer, or a CPU with TRITON_INTERPRET=1.
     """
     if device.type == "cpu":
         return _interpreter_wanted() and _works("cpu", None)
@@ -79,18 +82,19 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return codebook[codes] * absmax, bit for bit as `reference.dequantize`.
+    """Return codebook[codes] * absmax, bit-identical to `reference.dequantize`.
 
     Args:
         codes: uint8, contiguous, any shape.
         absmax: float32 (blocks,).
         codebook: float32 (256,).
-        block_size: weights a block.
+        block_size: weights per block.
         dtype: float32, float16 or bfloat16.
-        out: where to put the result: contiguous, of `dtype`, the codes' shape and device.
+        out: tensor to write the result to; contiguous, with `dtype` and the shape and device of
+            the codes.
 
     Returns:
-        `out`, or a new tensor of `dtype`, the codes' shape and device.
+        `out`, or a new tensor with `dtype` and the shape and device of the codes.
     """
     out = torch.empty_like(codes, dtype=dtype) if out is None else out
     _check(codes, absmax, codebook, block_size)
@@ -112,32 +116,33 @@ def linear(
     bias: torch.Tensor | None,
     block_size: int,
 ) -> torch.Tensor:
-    """Return x W^T + bias for the W that codes stand for, without restoring it.
+    """Return x W^T + bias for the quantized matrix W, without restoring it.
 
     Args:
         x: (rows, in), float32, float16 or bfloat16; at most `MAX_ROWS` rows.
         codes: uint8 (out, in), contiguous.
         absmax: float32 (blocks,).
         codebook: float32 (256,).
-        bias: (out,), of any of these dtypes, or None.
-        block_size: weights a block of the flattened codes.
+        bias: (out,), with one of the dtypes of x, or None.
+        block_size: weights per block of the flattened codes.
 
     Returns:
-        (rows, out) in the dtype of x: float32 products and sums of weights that are not rounded to
-        the dtype of x before, unlike those of a restored matrix.
+        (rows, out) in the dtype of x. Products and sums are float32, and the weights are not
+        rounded to the dtype of x first, unlike those of a restored matrix.
 
     Raises:
-        ValueError: for more than `MAX_ROWS` rows, or shapes that do not fit each other.
+        ValueError: if x has more than `MAX_ROWS` rows or the shapes do not match.
     """
     out_features, in_features = codes.shape
     rows = x.shape[0]
     if x.shape != (rows, in_features) or (bias is not None and bias.shape != (out_features,)):
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, bias {bias if bias is None else tuple(bias.shape)}; "
-            f"a weight of {out_features} x {in_features} does not fit them"
+            f"shapes do not match: x {tuple(x.shape)}, "
+            f"bias {bias if bias is None else tuple(bias.shape)}, "
+            f"weight ({out_features}, {in_features})"
         )
     if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows; at most {MAX_ROWS} are multiplied without restoring")
+        raise ValueError(f"x has {rows} rows; at most {MAX_ROWS} can be multiplied from the codes")
     _check(codes, absmax, codebook, block_size)
     out = x.new_empty(rows, out_features)
     if not out.numel():
@@ -150,7 +155,7 @@ def linear(
             codes,
             absmax,
             codebook,
-            # An address is needed even where nothing is read from it.
+            # The kernel needs an address even if it reads nothing from it.
             codebook if bias is None else bias.contiguous(),
             _as_bits(out),
             rows,
@@ -167,19 +172,21 @@ def linear(
 
 
 # --------------------------------------------------------------------------------------------------
-# The kernels. `_load` hands them to Triton; until then they are plain functions. Their arguments
-# are addresses, and numbers known when they are compiled in capitals.
+# The kernels. They are plain functions until `_load` passes them to Triton. Tensor arguments are
+# addresses; arguments in capitals are compile-time constants.
 
 
 def _rounding_store(address, values, mask):  # type: ignore[no-untyped-def]
-    """Store float32 values, rounded to nearest even, in float32 or float16, or, where the address
-    is of int16, as the bits of bfloat16."""
+    """Store float32 values, rounded to nearest even, as float32 or float16.
+
+    If the address is int16, the bits of bfloat16 are stored.
+    """
     if address.dtype.element_ty == tl.int16:
-        # By hand: GPUs before capability 8.0 have no instruction for it, and Triton's interpreter
-        # cuts bits off where it should round. Exact for all but NaN, which no weight is.
+        # bfloat16 is rounded with integers: GPUs before capability 8.0 have no instruction for it,
+        # and Triton's interpreter truncates instead of rounding.
         bits = values.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # NaN of a sum with an infinite x: rounded up, its bits could become those of zero.
+        # A sum with an infinite x may be NaN, and rounding up can turn the bits of NaN into zero.
         nearest = tl.where(values == values, nearest, 0x7FC0)
         tl.store(address, nearest.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
     else:
@@ -189,7 +196,7 @@ def _rounding_store(address, values, mask):  # type: ignore[no-untyped-def]
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
     codes, absmax, codebook, out, n, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):
-    """A program restores TILE weights in a row."""
+    """Restore TILE consecutive weights per program."""
     first = tl.program_id(0).to(tl.int64) * TILE
     offset = tl.arange(0, TILE)
     valid = first + offset < n
@@ -220,11 +227,11 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """x (rows, IN), padded to ROWS; a program computes TILE / WIDTH columns of out (rows, out).
+    """Multiply x (rows, IN), padded to ROWS; a program computes TILE / WIDTH columns of the output.
 
-    All that has a number for each weight has shape (1, HEIGHT, WIDTH) from its load on: threads
-    then hold weights where they hold their sums (ROWS, HEIGHT, WIDTH), and nothing but codes has to
-    change places.
+    Every tensor with one value per weight is loaded with shape (1, HEIGHT, WIDTH). Each thread then
+    holds the weights that belong to its sums (ROWS, HEIGHT, WIDTH), and only codes have to be
+    exchanged between threads.
     """
     HEIGHT: tl.constexpr = TILE // WIDTH
     output = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
@@ -235,7 +242,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, IN, WIDTH):
         column = start + tl.arange(0, WIDTH)[None, None, :]
         valid = real[None, :, None] & (column < IN)
-        # Codes pass through the caches once; the codebook must not be evicted by them.
+        # Each code is used once, so codes must not evict the codebook from the caches.
         code = tl.load(
             codes + first[None, :, None] + column,
             mask=valid,
@@ -247,7 +254,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
             scale = tl.load(absmax + (first + start) // BLOCK_SIZE, mask=real, other=0.0)
             value *= scale[None, :, None]
         else:
-            # (first + column) // BLOCK_SIZE, with a division in 32 bits for each weight.
+            # (first + column) // BLOCK_SIZE, but with a 32-bit division per weight.
             within = (first % BLOCK_SIZE).to(tl.int32)[None, :, None] + column
             block = absmax + (first // BLOCK_SIZE)[None, :, None] + within // BLOCK_SIZE
             value *= tl.load(block, mask=valid, other=0.0)
@@ -268,10 +275,10 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 class _Loaded(NamedTuple):
-    """The kernels as Triton launches them.
+    """The kernels in a form that Triton can launch.
 
     Attributes:
-        untuned: for `linear`, what its tuner chooses, where there is no tuner.
+        untuned: extra arguments of `linear` that the autotuner would otherwise choose.
     """
 
     dequantize: Any
@@ -281,7 +288,7 @@ class _Loaded(NamedTuple):
 
 @functools.cache
 def _load() -> _Loaded:
-    """Import Triton and hand the kernels over, compiled or interpreted as TRITON_INTERPRET says."""
+    """Import Triton and pass it the kernels; TRITON_INTERPRET selects the interpreter."""
     global tl, _store_rounded
     import triton
     import triton.language
@@ -295,26 +302,27 @@ def _load() -> _Loaded:
     tuned = triton.autotune(
         [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in _TILES],
         key=["out_features", "IN", "BLOCK_SIZE", "ROWS"],
-        prune_configs_by={"early_config_prune": _that_fit},
+        prune_configs_by={"early_config_prune": _prune_configs},
     )
     return _Loaded(restore, tuned(multiply), {})
 
 
-def _that_fit(configs: list[Any], given: dict[str, Any], **others: Any) -> list[Any]:
-    """Return the configurations whose sums leave a thread registers for something else."""
+def _prune_configs(configs: list[Any], given: dict[str, Any], **others: Any) -> list[Any]:
+    """Return the configurations whose sums leave enough registers free in each thread."""
     rows = {**given, **others}["ROWS"]
     return [
         config
         for config in configs
-        if rows * config.kwargs["TILE"] // (32 * config.num_warps) <= _SUMS_A_THREAD
+        if rows * config.kwargs["TILE"] // (32 * config.num_warps) <= _SUMS_PER_THREAD
     ]
 
 
 @functools.cache
 def _works(kind: str, index: int | None) -> bool:
-    """Whether Triton is there, can compile for the device, and restores a small tensor rightly.
+    """Return whether Triton is installed and restores a small tensor correctly on the device.
 
-    It needs a C compiler when it first launches a kernel, and new versions drop old GPUs.
+    This can fail because Triton needs a C compiler at its first launch, and because new versions
+    drop support for old GPUs.
     """
     if kind == "cuda" and torch.cuda.get_device_capability(index) < _OLDEST_CAPABILITY:
         return False
@@ -323,9 +331,12 @@ def _works(kind: str, index: int | None) -> bool:
         import triton.language
     except ImportError:
         return False
-    # Triton's own functions were interpreted or not when it was imported; kernels must match them.
+    # Triton reads TRITON_INTERPRET for its own functions at import time. These kernels must use the
+    # same mode.
     if _interpreter_wanted() == isinstance(triton.language.sum, triton.runtime.JITFunction):
-        _logger.warning("TRITON_INTERPRET was changed after Triton was imported; it is not used")
+        _logger.warning(
+            "Triton's kernels are not used: TRITON_INTERPRET was changed after Triton was imported"
+        )
         return False
     device = torch.device(kind if index is None else f"{kind}:{index}")
     codes = (torch.arange(3000, device=device) % 256).to(torch.uint8)
@@ -333,11 +344,13 @@ def _works(kind: str, index: int | None) -> bool:
     arguments = (codes, absmax, torch.linspace(-1.0, 1.0, 256, device=device), 64, torch.bfloat16)
     try:
         agree = torch.equal(dequantize(*arguments), reference.dequantize(*arguments))
-    except Exception as error:  # whatever a compiler, a linker or a driver may raise
+    except Exception as error:  # compilers, linkers and drivers may raise anything
         _logger.warning("Triton's kernels do not work on %s and are not used: %s", device, error)
         return False
     if not agree:
-        _logger.warning("Triton's kernels disagree with the reference on %s, not used", device)
+        _logger.warning(
+            "Triton's kernels disagree with the reference on %s and are not used", device
+        )
     return agree
 
 
@@ -346,9 +359,9 @@ def _interpreter_wanted() -> bool:
 
 
 def _tile_width(in_features: int, block_size: int) -> tuple[int, bool]:
-    """Return a power of two, and whether no block ends inside a tile of that many columns.
+    """Return the columns per tile, a power of two, and whether no block ends inside a tile.
 
-    Blocks begin and end, in any row, at multiples of gcd(in, block_size) only.
+    In every row, blocks can only begin and end at multiples of gcd(in, block_size).
     """
     run = math.gcd(in_features, block_size)
     width = min(run & -run, _WIDEST)
@@ -358,14 +371,14 @@ def _tile_width(in_features: int, block_size: int) -> tuple[int, bool]:
 
 
 def _as_bits(out: torch.Tensor) -> torch.Tensor:
-    """bfloat16 is stored as integers; see `_rounding_store`."""
+    """Return `out`, viewed as int16 if it is bfloat16; see `_rounding_store`."""
     return out.view(torch.int16) if out.dtype == torch.bfloat16 else out
 
 
 def _check(
     codes: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, block_size: int
 ) -> None:
-    """A kernel reads what it is told to: what follows would be wrong numbers, or a crash."""
+    """Check the arguments: a kernel reads memory unchecked and would return garbage or crash."""
     assert codes.is_contiguous() and codes.dtype == torch.uint8
     assert absmax.is_contiguous() and absmax.dtype == torch.float32
     assert absmax.numel() == -(-codes.numel() // block_size)

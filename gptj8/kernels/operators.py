@@ -1,14 +1,15 @@
-"""The product with a frozen 8-bit matrix, as an operator of torch.
+"""The product with a frozen 8-bit matrix, as a torch operator.
 
-    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored and dropped again
-    backward    dx = dy W,         W restored once more; there is no dW
+    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored temporarily
+    backward    dx = dy W,         W restored again; there is no dW
 
-Between the two only the 8-bit tensors are kept, which the module holds anyway. With few rows of x
-W is never restored: the kernel multiplies from the codes, which is what makes generating a token
-faster than in 16 bits (`dispatch.few_rows`).
+Between forward and backward only the 8-bit tensors are kept, which the module holds anyway. If x
+has few rows, W is not restored: the kernel multiplies directly from the codes, which makes
+generating a token faster than in 16 bits (`dispatch.few_rows`).
 
-An operator and not a `torch.autograd.Function`: torch.compile and meta tensors see one opaque step
-with a known shape, where they would look into a Function and stop at the first native call.
+Alternative considered: `torch.autograd.Function`; it was rejected because torch.compile and meta
+tensors trace into it and fail at the first native call. They treat an operator as one opaque step
+with a known output shape.
 """
 
 from __future__ import annotations
@@ -23,31 +24,35 @@ from torch.nn import functional
 
 from gptj8.kernels import dispatch
 
-# Weights restored at a time: an MLP matrix of GPT-J-6B; with few rows of x on a CPU, what its
-# caches hold until it is multiplied. With many rows the product is as fast in one piece.
+# Weights restored per piece. The default is the size of an MLP matrix of GPT-J-6B. On a CPU, if x
+# has at most `_CACHED_ROWS` rows, pieces are small enough to stay in the caches until they are
+# multiplied. With more rows, small pieces are no faster.
 _PIECE = 1 << 26
 _CACHED_PIECE = 1 << 21
 _CACHED_ROWS = 64
 
 
 class _Keeping(threading.local):
-    """Whether this thread's products keep what they restore in whole, and what the last one did."""
+    """Per-thread state: whether products keep their matrices, and the matrix of the last one."""
 
     wanted = False
     latest: torch.Tensor | None = None
 
 
 _keeping = _Keeping()
-# By where codes are; these are held too, so that no others can come to lie there.
+# Keyed by the memory location of the codes. The codes are held too, so that their memory cannot be
+# reused for other codes.
 _kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 class KeepingMatrices:
-    """Context: keep each matrix that a product restores in whole until its gradient has used it.
+    """Context manager that keeps restored matrices until the backward pass has used them.
 
-    For a checkpointed block's second computation, right before its gradients: what is restored
-    there is not restored once more. It takes one block's matrices in 16 bits; what another block
-    left is dropped. May be entered again, as a graph that is kept is computed again.
+    Meant for the recomputation of a checkpointed block, right before its gradients, so that each
+    matrix is restored only once for both. Only matrices restored in one piece are kept. This needs
+    memory for the matrices of one block in 16 bits, because matrices left over from another block
+    are dropped on entry. The context can be entered repeatedly, because a retained graph can be
+    computed again.
     """
 
     def __enter__(self) -> None:
@@ -59,12 +64,12 @@ class KeepingMatrices:
 
 
 def drop_kept() -> None:
-    """Drop what no gradient came to use."""
+    """Drop the matrices that no gradient has used."""
     _kept.clear()
 
 
 def kept_bytes() -> int:
-    """Return the bytes of the matrices that are kept."""
+    """Return the total size of the kept matrices in bytes."""
     return sum(matrix.nbytes for _, matrix in _kept.values())
 
 
@@ -80,13 +85,13 @@ def frozen_linear(
     """Return x W^T + bias.
 
     Args:
-        x: (..., in) float32, float16 or bfloat16; the arithmetic's dtype.
-        codes: uint8 (out, in) or, transposed, (in, out).
+        x: (..., in) float32, float16 or bfloat16; its dtype is the compute dtype.
+        codes: uint8 (out, in), or (in, out) if transposed.
         absmax: float32 (blocks,).
         codebook: float32 (256,).
         bias: (out,) or None, any floating dtype.
-        block_size: weights a block, in the order of the codes.
-        transposed: whether codes are (in, out), as in GPT-2.
+        block_size: weights per block, in the order of the codes.
+        transposed: whether the codes are (in, out), as in GPT-2.
 
     Returns:
         (..., out) in the dtype of x.
@@ -95,7 +100,7 @@ def frozen_linear(
     bias = None if bias is None else bias.to(x.dtype)
     columns = codes.shape[0 if transposed else 1]
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise RuntimeError(f"x of shape {tuple(x.shape)} does not end in {columns} features")
+        raise RuntimeError(f"x has shape {tuple(x.shape)}; its last dimension must be {columns}")
     if not transposed and 0 < x.numel() <= dispatch.few_rows(x) * columns:
         y = dispatch.linear(x, codes, absmax, codebook, block_size)
         return y if bias is None else y.add_(bias)
@@ -124,7 +129,7 @@ def frozen_linear_backward(
     block_size: int,
     transposed: bool,
 ) -> torch.Tensor:
-    """Return the gradient of x, (..., in), given that of y, (..., out)."""
+    """Return the gradient of x (..., in), given the gradient of y (..., out)."""
     grad_x = None
     step = piece_rows(grad, codes.shape, block_size, transposed)
     pieces = _restored_pieces(codes, absmax, codebook, block_size, grad.dtype, step)
@@ -136,9 +141,9 @@ def frozen_linear_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    # Kept by hand and not saved for backward, which is for what a step computes: checkpointing
-    # computes a block again up to the last tensor that was saved in it. So the block's last
-    # product, a third of GPT-J's, is not repeated: its gradient needs these constants only.
+    # Stored on ctx instead of with save_for_backward: activation checkpointing recomputes a block
+    # up to its last saved tensor. The gradient needs only these constants, so the last product of a
+    # block, a third of the work in GPT-J, is not recomputed.
     _, *quantized, _, ctx.block_size, ctx.transposed = inputs
     ctx.quantized = quantized
     if _keeping.latest is not None and ctx.needs_input_grad[0]:
@@ -176,7 +181,7 @@ def _restored_pieces(
     dtype: torch.dtype,
     step: int,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield a matrix in pieces of `step` rows, each valid until the next is asked."""
+    """Yield a restored matrix in pieces of `step` rows, each valid until the next one."""
     rows, columns = codes.shape
     for start in range(0, rows, step):
         part = codes[start : start + step]
@@ -193,14 +198,20 @@ def _restored_pieces(
 
 
 def piece_rows(x: torch.Tensor, shape: Sequence[int], block_size: int, whole: bool) -> int:
-    """Return how many rows of a matrix (rows, columns) are restored at a time; see
-    `frozen_linear`."""
+    """Return how many rows of a matrix are restored per piece.
+
+    Args:
+        x: the input of the product.
+        shape: (rows, columns) of the codes.
+        block_size: weights per block.
+        whole: whether the matrix must be restored in one piece.
+    """
     rows, columns = shape
     is_small = x.device.type == "cpu" and x.numel() <= _CACHED_ROWS * x.shape[-1]
     piece = _CACHED_PIECE if is_small else _PIECE
     if whole or rows * columns <= piece:
         return rows
-    aligned = block_size // math.gcd(block_size, columns)  # rows that end where a block ends
+    aligned = block_size // math.gcd(block_size, columns)  # fewest rows that end at a block's end
     return min(rows, max(aligned, piece // columns // aligned * aligned))
 
 
@@ -209,13 +220,16 @@ def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tenso
 
 
 def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """dx = dy W is linear in dy: its gradient is the forward product, without a bias."""
+    """Return the gradients of the backward product.
+
+    dx = dy W is linear in dy, so its gradient is the forward product without a bias.
+    """
     forward = torch.ops.gptj8.frozen_linear
     grad_grad = forward(grad, *ctx.quantized, None, ctx.block_size, ctx.transposed)
     return grad_grad, None, None, None, None, None
 
 
-# By hand and not with `torch.library.custom_op`, whose wrapper takes as long as a small product.
+# Not defined with `torch.library.custom_op`: its wrapper takes as long as a small product.
 _LIBRARY = torch.library.Library("gptj8", "DEF")
 _LIBRARY.define(
     "frozen_linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "

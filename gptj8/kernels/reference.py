@@ -1,9 +1,9 @@
-"""The arithmetic of block-wise quantization in plain torch, on any device: the reference.
+"""Reference implementation of block-wise quantization in plain torch, for any device.
 
-Every faster way (`gptj8.kernels.dispatch`) gives the same bytes as these functions. Arguments are
-checked by `gptj8.quantization.codec`. A tensor is one row of `n` numbers (float32, float16 or
-bfloat16) in blocks of `block_size`, the last of which may be shorter; `absmax` is float32
-(blocks,), `codebook` float32 (256,), `codes` uint8 (n,).
+The faster implementations chosen by `gptj8.kernels.dispatch` return byte-identical results.
+`gptj8.quantization.codec` checks the arguments. A weight tensor is a flat row of `n` numbers
+(float32, float16 or bfloat16), split into blocks of `block_size`; the last block may be shorter.
+`absmax` is float32 (blocks,), `codebook` float32 (256,) and `codes` uint8 (n,).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 import torch
 
-# Weights handled at a time: the float32 copies of a piece stay near the CPU's caches, and an
-# embedding of 206 million weights never has a float32 copy of its own.
+# Weights per piece. The float32 copies of one piece roughly fit into the CPU caches, and an
+# embedding of 206 million weights is never copied to float32 as a whole.
 _PIECE = 1 << 22
 
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return each block's largest magnitude; NaN or infinite if any of its weights is."""
+    """Return the largest magnitude of each block; NaN or infinite if any weight in it is."""
     pieces = []
     for start in range(0, flat.numel(), _PIECE):
         piece = _in_blocks(flat[start : start + _PIECE].abs(), block_size)
@@ -34,11 +34,11 @@ def histogram(
     block_size: int,
     bins: int,
 ) -> torch.Tensor:
-    """Count weights / absmax in equal bins over [-1, 1], each block by its own mass.
+    """Return a histogram of weights / absmax with equal bins over [-1, 1], weighted per block.
 
     Args:
-        block_mass: float64 (blocks,), whole numbers, so small that the sum over all weights is
-            below 2^53: then no order of adding them changes a sum.
+        block_mass: float64 (blocks,), what each weight of a block counts. Integers whose sum over
+            all weights is below 2^53, so that the order of addition does not change the result.
 
     Returns:
         float64 (bins,).
@@ -58,7 +58,7 @@ def histogram(
 def encode(
     flat: torch.Tensor, absmax: torch.Tensor, boundaries: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """Return how many of the 255 ascending float32 boundaries are below each weight / absmax."""
+    """Return the codes: the number of the 255 ascending boundaries below each weight / absmax."""
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     for start, normalized in _normalized_pieces(flat, absmax, block_size):
         found = torch.bucketize(normalized, boundaries, out_int32=True)
@@ -73,7 +73,8 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return codebook[codes] * absmax, a float32 product rounded to `dtype`; the codes' shape."""
+    """Return codebook[codes] * absmax in the shape of the codes, a float32 product cast to
+    `dtype`."""
     values = torch.index_select(codebook, 0, codes.reshape(-1).int())
     whole = codes.numel() // block_size * block_size
     blocks = values[:whole].view(-1, block_size)
@@ -90,7 +91,8 @@ def squared_errors(
     codebook: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float64 (blocks,) twice: the sums of (restored - weight)^2 and of weight^2."""
+    """Return the sums of (restored - weight)^2 and of weight^2 per block, each float64
+    (blocks,)."""
     errors, norms = [], []
     for start in range(0, flat.numel(), _PIECE):
         original = flat[start : start + _PIECE].float()
@@ -99,7 +101,7 @@ def squared_errors(
         restored = dequantize(
             codes[start : start + _PIECE], scales, codebook, block_size, torch.float32
         )
-        # A difference of near-equal float32 numbers is exact; its square is summed in float64.
+        # The difference of two nearly equal float32 numbers is exact; its square needs float64.
         difference = _in_blocks(restored - original, block_size).double()
         errors.append(difference.square_().sum(1))
         norms.append(_in_blocks(original, block_size).double().square_().sum(1))
@@ -108,7 +110,8 @@ def squared_errors(
 
 
 def exact_midpoints(codebook: torch.Tensor) -> torch.Tensor:
-    """Return float32 (255,): for a float32 x, x > midpoint exactly if x > the value returned."""
+    """Return float32 (255,) boundaries: a float32 x exceeds one if and only if it exceeds the exact
+    midpoint of the two neighboring codebook values."""
     exact = (codebook[1:].double() + codebook[:-1].double()) / 2
     rounded = exact.float()
     below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
@@ -116,7 +119,7 @@ def exact_midpoints(codebook: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(values: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return (blocks, block_size), the last block padded with zeros."""
+    """Return the values as (blocks, block_size), the last block padded with zeros."""
     if short := -values.numel() % block_size:
         values = torch.nn.functional.pad(values, (0, short))
     return values.view(-1, block_size)
@@ -125,9 +128,11 @@ def _in_blocks(values: torch.Tensor, block_size: int) -> torch.Tensor:
 def _normalized_pieces(
     flat: torch.Tensor, absmax: torch.Tensor, block_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (start, weights / absmax as float32 (blocks, block_size)); a short last block is padded
-    with zeros."""
-    # A block of zeros would divide 0 by 0.
+    """Yield (start, weights / absmax) per piece, the quotients as float32 (blocks, block_size).
+
+    A short last block is padded with zeros.
+    """
+    # Avoid 0 / 0 in a block of zeros.
     divisor = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
     for start in range(0, flat.numel(), _PIECE):
         piece = _in_blocks(flat[start : start + _PIECE].float(), block_size)

@@ -1,7 +1,7 @@
-"""Will it fit? Peak memory of training and evaluation, told from a model's config.json alone.
+"""Estimate the peak memory of training and evaluation from only a model's config.json.
 
-The model is built without weights (`skeleton`), and the step that training takes is run on tensors
-that have shapes and no memory (`trace`): whatever the layers, the adapter, checkpointing and the
-loss really allocate is counted as they allocate it, in every architecture alike. (Rejected:
-formulas for each architecture, which are wrong as soon as the code that they describe changes.)
+The model is built without weights (`skeleton`), and a training step is run on tensors that have
+shapes but no memory (`trace`). This counts what the layers, the adapter, checkpointing and the loss
+actually allocate, for every architecture. (Alternative considered: formulas per architecture; it
+was rejected because they become wrong as soon as the code that they describe changes.)
 """

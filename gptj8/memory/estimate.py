@@ -1,12 +1,12 @@
-"""Peak memory of training and of evaluation, by component.
+"""Estimate the peak memory of training and evaluation by component.
 
-    training    = process + weights + adapter + optimizer + what one micro-batch allocates
-    evaluation  = process + weights + adapter             + what one forward pass allocates
+    training    = process + weights + adapter + optimizer + allocations of one micro-batch
+    evaluation  = process + weights + adapter             + allocations of one forward pass
 
-Weights, adapter and optimizer are counted on the model itself, built without weights; what a step
-allocates is recorded as it runs on tensors without memory (`gptj8.memory.trace`). All blocks of a
-model allocate alike, so that a model of many is recorded with a few of them, twice, and each
-component goes on in a straight line.
+Weights, adapter and optimizer are counted on the model, built without weights. The allocations of a
+step are recorded while it runs on tensors without memory (`gptj8.memory.trace`). All blocks of a
+model allocate the same amounts, so a deep model is recorded at two small depths and each component
+is extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
     from gptj8.params.sections import Params
 
-_LABEL_TOKENS = 8  # of a label with its end, where the labels are not known yet
-# Recorded depths of a deeper model; both even, because some architectures alternate two kinds.
+_LABEL_TOKENS = 8  # assumed for a label and its end token before the labels are known
+# Depths recorded for deeper models; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
-# What glibc's heap has and cannot use, between the tensors that live in it: of a small model a
-# multiple of these, of others 140 to 350 MiB, of which this is about the middle (measured, for a
-# process of `restart_with_malloc_settings`).
+# Unusable memory of glibc's heap between live tensors: for a small model a multiple of their size,
+# for others 140 to 350 MiB, of which this is about the middle (measured for processes started by
+# `restart_with_malloc_settings`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
-# Where large blocks are trained with their inputs kept alone (`gptj8.training.heap`; GPT-J-6B's
+# Same for large blocks that keep only their inputs (`gptj8.training.heap`; measured for GPT-J-6B's
 # shape).
 _MOST_UNUSED_TRIMMED = 64 << 20
-# What oneDNN keeps for a compiled product (measured with torch 2.13): its code, and working memory
-# that grows with the matrix.
+# Memory that oneDNN keeps per compiled matrix product (measured with torch 2.13): code, and
+# workspace that grows with the matrix.
 _COMPILED = 700 << 10
 _COMPILED_OF_LARGE = 4 << 20
 _LARGE_MATRIX = 1 << 24
@@ -55,18 +55,20 @@ _LARGE_MATRIX = 1 << 24
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """Model and settings to estimate.
 
     Attributes:
         config: transformers' config of the model (`skeleton.read_config`).
-        dtype: of the arithmetic.
+        quantization: How the model is quantized.
+        adapter: The adapter to train.
+        dtype: Compute dtype.
         device: "cpu" or "cuda".
-        length: tokens of the longest row.
-        learned: positions of a row that get logits in training.
-        checkpointing: where not asked otherwise.
-        optim: as in params.
-        eval_rows: rows of an evaluation's forward pass, at most.
-        padded: whether rows of a batch differ in length.
+        length: Tokens of the longest row.
+        learned: Positions per row that get logits in training.
+        checkpointing: Default kind of activation checkpointing.
+        optim: As in params.
+        eval_rows: Maximum rows per forward pass of an evaluation.
+        padded: Whether the rows of a batch differ in length.
     """
 
     config: Any
@@ -84,26 +86,26 @@ class Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by component, and their sum; each in the order in which it is shown."""
+    """Bytes by component, in display order, and their sum."""
 
     components: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """All components together."""
+        """Sum of all components in bytes."""
         return sum(self.components.values())
 
 
 class Estimator:
-    """Estimates for one plan and any micro-batch.
+    """Estimate memory for one plan and any micro-batch size.
 
     Args:
-        plan: what is trained.
-        process: bytes that Python and its libraries take before a model is loaded; 0 on a GPU,
-            whose own memory is counted.
+        plan: What is trained.
+        process: Bytes that Python and the libraries use before a model is loaded. Ignored on a GPU,
+            where only GPU memory is counted.
 
     Attributes:
-        weights: what the model holds.
+        weights: Sizes of the model's tensors.
     """
 
     def __init__(self, plan: Plan, process: int = 0) -> None:
@@ -115,25 +117,25 @@ class Estimator:
         self._training = functools.cache(self._trace_training)
 
     def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
-        """Return the peak of training with so many rows at a time."""
+        """Return the peak memory of training with the given micro-batch size."""
         step = dict(self._training(micro_batch, checkpointing or self.plan.checkpointing))
-        fixed = self._held()
+        fixed = self._fixed()
         fixed["optimizer"] = self.weights.optimizer
-        # What training compares its result with, to tell whether anything was learned.
+        # Training keeps a copy of the initial adapter to check that the weights changed.
         fixed["adapter"] += self.weights.adapter
         step.pop("gradients", None)
         fixed["gradients"] = self.weights.adapter
         return Estimate({**fixed, **step})
 
     def evaluation(self) -> Estimate:
-        """Return the peak of scoring every token of held-out rows with the tuned model."""
+        """Return the peak memory of scoring every token of held-out rows with the tuned model."""
         plan = self.plan
         most = max_batch_tokens(torch.device(plan.device), plan.config.vocab_size)
         rows = max(1, min(plan.eval_rows, most // plan.length))
         return self.scoring(rows, plan.length)
 
     def scoring(self, rows: int, places: int) -> Estimate:
-        """Return the peak of a forward pass that returns logits at so many places of each row."""
+        """Return the peak memory of a forward pass with logits at `places` positions per row."""
         plan = self.plan
         most = max_batch_tokens(torch.device(plan.device), 1)
         rows = max(
@@ -144,10 +146,10 @@ class Estimator:
         def trace(layers: int) -> dict[str, int]:
             return self._components(trace_evaluation(self._build(layers), batch))
 
-        return Estimate({**self._held(), **_bounded(self._extrapolate(trace), _MOST_UNUSED)})
+        return Estimate({**self._fixed(), **_bounded(self._extrapolate(trace), _MOST_UNUSED)})
 
     def flops_per_token(self, checkpointing: Kind | None = None) -> float:
-        """Return the operations of a training step, a token."""
+        """Return the floating-point operations of a training step per token."""
         batch = Batch(1, self.plan.length, self.plan.learned)
         kind = checkpointing or self.plan.checkpointing
         found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch, kind).flops})
@@ -159,18 +161,19 @@ class Estimator:
         candidates: Sequence[int] | None = None,
         checkpointing: Kind | None = None,
     ) -> int:
-        """Return the largest micro-batch whose training fits, 0 if none does.
+        """Return the largest micro-batch size that fits, or 0 if none fits.
 
         Args:
-            memory: in bytes.
-            candidates: sizes to choose from, ascending; None: any up to 4,096.
+            memory: Available memory in bytes.
+            candidates: Sizes to choose from, ascending; None: all up to 4,096.
+            checkpointing: Kind of activation checkpointing; None: the plan's.
         """
         sizes = candidates or range(1, 4097)
         total = lambda index: self.training(sizes[index], checkpointing).total  # noqa: E731
         if total(0) > memory:
             return 0
-        # Memory grows nearly in a line: the one through two points leads next to the end, and what
-        # is found is certain, because the next size does not fit.
+        # Memory grows almost linearly, so a line through two sizes gives a guess close to the
+        # result. The result is exact, because the search ends only when the next size does not fit.
         low, high, other = 0, len(sizes), min(7, len(sizes) - 1)
         while low + 1 < high:
             rise = (total(other) - total(low)) / (sizes[other] - sizes[low]) if other != low else 0
@@ -183,7 +186,7 @@ class Estimator:
                 high = other = guess
         return sizes[low]
 
-    def _held(self) -> dict[str, int]:
+    def _fixed(self) -> dict[str, int]:
         weights = self.weights
         return {
             "process and libraries": self.process,
@@ -230,7 +233,7 @@ class Estimator:
         return found
 
     def _components(self, trace: Trace) -> dict[str, int]:
-        """Return the components of the phase that takes the most, and what is beside them."""
+        """Return the components of the phase with the highest peak, and memory outside tensors."""
         totals = {phase: sum(peak.values()) for phase, peak in trace.peaks.items()}
         components = dict(trace.peaks[max(totals, key=totals.__getitem__)])
         components["dequantization"] = trace.workspace
@@ -240,7 +243,7 @@ class Estimator:
         return components
 
     def _compiled(self, trace: Trace) -> int:
-        """Return what oneDNN keeps, which computes in 16 bits; 32 are another library's."""
+        """Return the memory of oneDNN's compiled products; oneDNN is used only for 16 bits."""
         if self.plan.dtype == torch.float32 or not trace.products:
             return 0
         sizes = [
@@ -252,14 +255,14 @@ class Estimator:
 
 
 def _bounded(components: dict[str, int], most_unused: int) -> dict[str, int]:
-    """The heap's holes do not grow with a model without end."""
+    """Limit the unused heap, which stops growing with the model."""
     if "unused heap" in components:
         components["unused heap"] = min(components["unused heap"], most_unused)
     return components
 
 
 def autocast_dtype(dtype: torch.dtype, device: str, method: str) -> torch.dtype | None:
-    """Return the dtype that training runs under autocast in; None: without."""
+    """Return the autocast dtype of training, or None if it runs without autocast."""
     if dtype == torch.float16 and device == "cuda":
         return torch.float16
     return torch.bfloat16 if dtype == torch.bfloat16 and method == "layernorm" else None
@@ -276,10 +279,13 @@ def plan_of(
     """Return the plan that params describe.
 
     Args:
-        config: from `skeleton.read_config`.
-        length, learned: of the longest row, where the dataset is known; None: `data.max_length`, of
-            which running text learns all, a completion may learn all but its first token, and a
-            label has a few.
+        params: All params.
+        config: From `skeleton.read_config`.
+        dtype: Compute dtype.
+        device: "cpu" or "cuda".
+        length: Tokens of the longest row. None: `data.max_length`, limited by the model's context.
+        learned: Learned tokens of the longest row. None: a few for a label, otherwise all tokens
+            but the first.
     """
     finetune, quantization = params.finetune, params.quantization
     length = length or min(params.data.max_length, context_length(config))

@@ -1,7 +1,7 @@
-"""What fits, by the estimate: how many sequences to train at a time, and what to compute again.
+"""Choose the micro-batch size and activation checkpointing that fit by the estimate.
 
-What is chosen here is tried before training (`gptj8.training.fit`): on a GPU what does not fit
-after all is made smaller. A CPU has no error to catch, because the system ends the process; there a
+The choice is tried before training (`gptj8.training.fit`), and on a GPU it is reduced if it does
+not fit. On a CPU there is no error to catch, because the operating system kills the process, so a
 tenth of the memory is left free instead.
 """
 
@@ -19,26 +19,27 @@ if TYPE_CHECKING:
     from gptj8.params.sections import Finetune
 
 USED = 0.9
-"""Share of the free memory that may be filled: estimates are right to a tenth."""
-# Share of that which may be spent on computing less again: a CPU's memory is everybody's.
+"""Fraction of the free memory that may be used, because estimates are accurate to 10%."""
+# Fraction of that which may be used to avoid recomputation; other programs use CPU memory too.
 _FOR_SPEED = {"cpu": 0.5, "cuda": 1.0}
-# With so many tokens at a time restoring the weights is a small part of a step, and more sequences
-# at a time are worth less than computing nothing again.
+# With this many tokens per micro-batch, dequantization is a small part of a step, and avoiding
+# recomputation saves more time than larger micro-batches.
 _ENOUGH_TOKENS = 2048
 
 
 def choose_fit(estimator: Estimator, finetune: Finetune, memory: int) -> Fit:
-    """Return what params say, and where they say `auto`, the fastest that fits.
+    """Return the fit that params set; for `auto`, choose the fastest that fits.
 
     Args:
-        estimator: of the training that `finetune` describes.
-        memory: bytes that may be filled.
+        estimator: Estimator of the training that `finetune` describes.
+        finetune: The `finetune` section of params.
+        memory: Bytes that may be used.
 
     Raises:
-        UserError: if the sequences are to be chosen and not even one at a time fits.
+        UserError: If the micro-batch size is `auto` and not even 1 fits.
     """
-    asked, a_step = finetune.per_device_train_batch_size, finetune.sequences_a_step
-    sizes = divisors(a_step) if asked == "auto" else [asked]
+    requested, per_step = finetune.per_device_train_batch_size, finetune.sequences_a_step
+    sizes = divisors(per_step) if requested == "auto" else [requested]
     device = estimator.plan.device
     kinds = list(KINDS[device]) if finetune.checkpointing == "auto" else [finetune.checkpointing]
     last = kinds.pop()
@@ -48,19 +49,19 @@ def choose_fit(estimator: Estimator, finetune: Finetune, memory: int) -> Fit:
         limit = int(_FOR_SPEED[device] * memory)
         try:
             fitting = estimator.largest_micro_batch(limit, sizes, kind)
-        except RuntimeError:  # torch cannot keep what a model changes in place
+        except RuntimeError:  # selective: torch cannot keep outputs that a model changes in place
             continue
         if fitting >= enough:
             return Fit(fitting, kind)
-    if asked != "auto":
-        return Fit(asked, last)
+    if requested != "auto":
+        return Fit(requested, last)
     fitting = estimator.largest_micro_batch(memory, sizes, last)
     if fitting:
         return Fit(fitting, last)
     needed = estimator.training(1, last).total
     recompute = "" if last == "full" else "set finetune.checkpointing to auto or full, "
     raise UserError(
-        f"training needs {format_bytes(needed)} for one sequence of {length} tokens, and "
-        f"{format_bytes(memory)} may be used; lower data.max_length, {recompute}or set "
-        "finetune.per_device_train_batch_size to 1 to try it all the same"
+        f"training needs {format_bytes(needed)} for one sequence of {length} tokens, and only "
+        f"{format_bytes(memory)} can be used; lower data.max_length, {recompute}or set "
+        "finetune.per_device_train_batch_size to 1 to try anyway"
     )

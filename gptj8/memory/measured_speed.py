@@ -1,7 +1,7 @@
-"""How fast this machine trains, as the last run of the finetune stage measured it.
+"""Read and write the training speed of this machine, measured by the last run of stage finetune.
 
-Kept at the project's top in .gptj8/calibration.json, which neither git nor DVC knows: it is about
-this machine.
+The calibration is stored in .gptj8/calibration.json in the project root. Neither git nor DVC tracks
+this file, because it describes one machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FILE = Path(".gptj8/calibration.json")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a run measured.
+    """Measurements of a run.
 
     Attributes:
-        flops_per_second: of matrix products in training steps, padding included.
-        process_bytes: what the stage's libraries took; 0 on a GPU.
+        flops_per_second: Speed of matrix products in training steps, including padding.
+        process_bytes: Memory of Python and the stage's libraries; 0 on a GPU.
     """
 
     flops_per_second: float
@@ -31,7 +31,7 @@ class Calibration:
 
 
 def read(device: str, dtype: str) -> Calibration | None:
-    """Return what was measured on a device in an arithmetic, None if nothing was."""
+    """Return the calibration for a device and dtype, or None if there is none."""
     file = project_root() / FILE
     try:
         content = read_json(file)
@@ -41,7 +41,7 @@ def read(device: str, dtype: str) -> Calibration | None:
 
 
 def write(device: str, dtype: str, measured: Calibration) -> None:
-    """Keep what was measured, in place of what was there for the same device and arithmetic."""
+    """Save a calibration and replace the previous one for the same device and dtype."""
     file = project_root() / FILE
     content: dict[str, Any] = {}
     if file.is_file():

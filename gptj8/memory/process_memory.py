@@ -1,4 +1,4 @@
-"""What Python and the libraries take of memory in a process that trains."""
+"""Measure the memory that Python and the libraries use in a training process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import resident_bytes
 
-# What the stage finetune has imported once it trains. By name, because they are of floors above.
+# Modules that stage finetune has imported when it trains. Names, because this layer must not import
+# higher layers.
 _IMPORTED_IN_TRAINING = (
     "transformers.trainer",
     "gptj8.dataset.prepared.dataset",
@@ -21,14 +22,17 @@ _IMPORTED_IN_TRAINING = (
 
 
 def measure_process_memory(dtype: str) -> int:
-    """Return what Python and the libraries take once a small model has been trained a step.
+    """Return the memory of Python and the libraries after one training step of a small model.
 
-    Code is read into memory as it is first run, and every library keeps what it needs throughout;
-    so a step is taken in this process, on a model whose own size is of no account. Random numbers
-    drawn later are the same as if it had not been.
+    Code is loaded into memory when it first runs, and libraries keep their buffers. So one step is
+    run in this process on a model of negligible size. The state of random number generators does
+    not change.
 
     Args:
-        dtype: of the arithmetic, a name in torch.
+        dtype: Compute dtype, as a name in torch.
+
+    Returns:
+        Resident memory in bytes.
     """
     import bitsandbytes
     import torch
@@ -73,19 +77,19 @@ def measure_process_memory(dtype: str) -> int:
 
 
 def measure_process_memory_in_new_process(dtype: str) -> int:
-    """Return `measure_process_memory` of a new process, which has imported nothing else."""
+    """Return `measure_process_memory`, measured in a new process without other imports."""
     command = [sys.executable, "-m", "gptj8.memory.process_memory", dtype]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"the libraries' memory cannot be measured: {reason[:300]}")
+        raise UserError(f"cannot measure the memory of the libraries: {reason[:300]}")
     return int(json.loads(process.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":
     from gptj8.runtime.process import UNUSED_IN_TRAINING, prepare_to_compute
 
-    prepare_to_compute(UNUSED_IN_TRAINING)  # as the stage does
+    prepare_to_compute(UNUSED_IN_TRAINING)  # as in the stage
     for name in _IMPORTED_IN_TRAINING:
         importlib.import_module(name)
     print(json.dumps(measure_process_memory(sys.argv[1])))

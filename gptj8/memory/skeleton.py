@@ -1,4 +1,4 @@
-"""A model as its config.json describes it, without a weight: what there will be, byte for byte."""
+"""Build a model from its config.json without weights, and count the exact bytes of its tensors."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _DEPTHS = ("n_layer", "num_layers", "num_hidden_layers")
-# bitsandbytes: two moments of one byte with a float32 scale for each 256; 32 bits below 4,096.
+# bitsandbytes: two 8-bit moments with a float32 scale per 256 weights; 32-bit moments for tensors
+# with fewer than 4,096 weights.
 _SMALL = 4096
 _OPTIMIZER_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model with its adapter holds throughout, in bytes.
+    """Sizes in bytes of a model with its adapter.
 
     Attributes:
         codes: 8-bit weights.
-        scales: their absmax and codebooks.
-        unquantized: all other parameters and buffers of the base.
-        adapter: trained weights, float32.
-        trained: how many those are.
-        optimizer: state of the optimizer.
-        mapped: of all these what stays in the weights' file until it is read.
+        scales: Their absmax and codebooks.
+        unquantized: All other parameters and buffers of the base model.
+        adapter: Trained weights, float32.
+        trained: Number of trained weights.
+        optimizer: Optimizer state.
     """
 
     codes: int
@@ -50,7 +50,7 @@ class Weights:
 
     @property
     def base(self) -> int:
-        """Bytes of the frozen model."""
+        """Bytes of the frozen base model."""
         return self.codes + self.scales + self.unquantized
 
 
@@ -58,32 +58,32 @@ def read_config(path: str | Path) -> Any:
     """Return transformers' config of a model.
 
     Args:
-        path: a config.json, or a directory that holds one; its weights are not looked at.
+        path: A config.json, or a directory that contains one. Weights are not read.
 
     Raises:
-        UserError: if there is none, or no architecture that is known.
+        UserError: If there is no config.json, or its architecture is not supported.
     """
     path = Path(path)
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} has no config.json; give a model directory or a config.json")
+        raise UserError(f"{path} has no config.json; pass a model directory or a config.json")
     content = read_json(file)
     architecture = content.get("model_type") if isinstance(content, dict) else None
     if not architecture or not isinstance(architecture, str):
-        raise UserError(f"{file} names no model_type; is it a model's config?")
+        raise UserError(f"{file} has no model_type; check that it is the config.json of a model")
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"{file}: model_type = {architecture} is no causal language model that transformers "
-            "knows without code of its own"
+            f"{file}: model_type = {architecture} is not a causal language model of transformers; "
+            "models with custom code are not supported"
         )
     quantization = content.get("quantization_config")
     if quantization and quantization.get("quant_method") != QUANT_METHOD:
         raise UserError(
-            f"{file}: the model is quantized ({quantization.get('quant_method')}); give the "
-            "original's config.json"
+            f"{file}: the model is quantized ({quantization.get('quant_method')}); use the "
+            "config.json of the original model"
         )
     try:
         return AutoConfig.for_model(
@@ -94,12 +94,12 @@ def read_config(path: str | Path) -> Any:
 
 
 def layers_of(config: Any) -> int:
-    """Return how many blocks a model has."""
+    """Return the number of blocks of a model."""
     return int(config.num_hidden_layers)
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return the config of the same model with its first blocks only."""
+    """Return the config of the same model with only its first `layers` blocks."""
     shorter = copy.deepcopy(config)
     name = next(n for n in _DEPTHS if n in shorter.to_dict())
     for depth_list in ("attention_layers", "layer_types"):
@@ -109,19 +109,20 @@ def with_layers(config: Any, layers: int) -> Any:
     return shorter
 
 
-@torch.random.fork_rng(devices=[])  # initial values that nobody sees are drawn all the same
+@torch.random.fork_rng(devices=[])  # building a model draws initial values, even on meta
 def build(
     config: Any, quantization: Blockwise8bitConfig, dtype: torch.dtype, adapter: AdapterSpec
 ) -> PeftModel:
     """Return the model with 8-bit modules and adapter on the meta device.
 
     Args:
-        config: from `read_config`; what it says of its own quantization is used instead.
-        quantization: how it would be converted.
-        dtype: of the arithmetic, and of what stays unquantized.
+        config: From `read_config`. If it has a quantization config, that replaces `quantization`.
+        quantization: How the model would be converted.
+        dtype: Dtype of computation and of unquantized tensors.
+        adapter: The adapter to add.
 
     Raises:
-        UserError: if the config describes no model, or the adapter does not go with it.
+        UserError: If no model can be built from the config, or the adapter does not fit the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -140,7 +141,7 @@ def build(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"config.json describes no model that can be built: {reason}") from None
+        raise UserError(f"cannot build a model from config.json: {reason}") from None
     try:
         swap_modules(model, quantization, dtype)
     except QuantizationError as error:
@@ -154,9 +155,10 @@ def build(
 
 
 def weigh(model: nn.Module, optim: str = "adamw_bnb_8bit") -> Weights:
-    """Count the bytes of a model, on the meta device or loaded.
+    """Count the bytes of a model.
 
     Args:
+        model: A model on the meta device, or a loaded one.
         optim: `adamw_bnb_8bit` or `adamw_torch`.
     """
     sizes = {"codes": 0, "scales": 0, "unquantized": 0, "adapter": 0, "trained": 0, "optimizer": 0}
@@ -170,14 +172,14 @@ def weigh(model: nn.Module, optim: str = "adamw_bnb_8bit") -> Weights:
 
 
 def optimizer_bytes(weights: int, optim: str) -> int:
-    """Return the size of an optimizer's two moments for a tensor of so many weights."""
+    """Return the bytes of an optimizer's two moments for a tensor with `weights` weights."""
     if optim != "adamw_bnb_8bit" or weights < _SMALL:
         return 8 * weights
     return 2 * (weights + 4 * math.ceil(weights / _OPTIMIZER_BLOCK))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor once, however many modules share it, with what it is."""
+    """Yield each tensor once with its kind, even if several modules share it."""
     seen: set[int] = set()
     for module in model.modules():
         tensors = [*module._parameters.items(), *module._buffers.items()]

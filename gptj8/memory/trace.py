@@ -1,8 +1,8 @@
-"""A training step on tensors that have shapes and no memory, and all that it allocates.
+"""Record the allocations of a training step on tensors that have shapes but no memory.
 
-Under torch's FakeTensorMode the model's own code runs in full, autograd and checkpointing included;
-`_Recorder` sees each storage come and go. What an operator allocates inside and drops again is
-invisible to it and is listed in `_inside`, which follows `gptj8.kernels.operators` and torch.
+Under torch's FakeTensorMode the complete model code runs, including autograd and checkpointing, and
+`_Recorder` tracks when each storage is allocated and freed. It cannot see temporary memory inside
+an operator. `_inside` computes that and must match `gptj8.kernels.operators` and torch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _ATTENTION = "scaled_dot_product"
 
 @dataclass
 class Trace:
-    """What one step allocates beside weights and optimizer.
+    """Allocations of one step, without weights and optimizer.
 
     Attributes:
-        peaks: phase -> component -> bytes, when the phase held the most.
-        workspace: bytes of the largest restored piece of a matrix, held on to by a CPU.
-        in_heap: the most that tensors below `runtime.LARGE_BLOCK` took at once.
-        flops: multiplications and additions of matrix products, forward and backward.
-        products: distinct shapes of matrix products -> numbers in the second matrix.
+        peaks: Phase -> component -> bytes, at the peak of the phase.
+        workspace: Bytes of the largest dequantized piece of a matrix; kept on a CPU.
+        in_heap: Peak bytes of tensors smaller than `runtime.LARGE_BLOCK`.
+        flops: Multiplications and additions of matrix products, forward and backward.
+        products: Shape of a matrix product -> number of elements of the second matrix.
     """
 
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -56,9 +56,10 @@ class Batch:
     """Shape of a batch.
 
     Attributes:
-        rows, length: padded tokens.
-        learned: positions of a row that get logits.
-        padded: whether rows differ in length, so that attention needs a mask.
+        rows: Number of rows.
+        length: Tokens per row, including padding.
+        learned: Positions per row that get logits.
+        padded: Whether rows differ in length, so that attention needs a mask.
     """
 
     rows: int
@@ -71,11 +72,13 @@ class Batch:
 def trace_training_step(
     model: PeftModel, batch: Batch, checkpointing: Kind, autocast: torch.dtype | None = None
 ) -> Trace:
-    """Run forward, loss and backward of one micro-batch.
+    """Run forward, loss and backward of one micro-batch and record the allocations.
 
     Args:
-        model: from `skeleton.build`; its tensors are replaced by fake ones.
-        autocast: dtype to run under, as `training` does; None: without.
+        model: From `skeleton.build`; its tensors are replaced by fake ones.
+        batch: Shape of the micro-batch.
+        checkpointing: Kind of activation checkpointing.
+        autocast: Autocast dtype, as in training; None: no autocast.
     """
     with _recording(model) as recorder:
         model.config.use_cache = False
@@ -94,7 +97,7 @@ def trace_training_step(
 
 @torch.random.fork_rng(devices=[])
 def trace_evaluation(model: PeftModel, batch: Batch) -> Trace:
-    """Run the forward pass that scores `batch.learned` positions of each row."""
+    """Run a forward pass with logits at `batch.learned` positions per row; record allocations."""
     with _recording(model) as recorder, torch.inference_mode():
         model.config.use_cache = False
         model.eval()
@@ -105,7 +108,7 @@ def trace_evaluation(model: PeftModel, batch: Batch) -> Trace:
 
 
 def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
-    """What `training` computes: logits at learned positions alone, in chunks if the head is
+    """Return the loss as training computes it: only at learned positions, in chunks if the head is
     frozen."""
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     arguments: dict[str, Any] = {
@@ -129,7 +132,7 @@ def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
 
 
 def _mask(batch: Batch) -> torch.Tensor | None:
-    """Return which tokens are real; None where all are, as transformers finds out by looking."""
+    """Return the attention mask; None without padding, because transformers then drops the mask."""
     if not batch.padded or batch.rows == 1:
         return None
     return torch.ones(batch.rows, batch.length, dtype=torch.int64)
@@ -137,7 +140,7 @@ def _mask(batch: Batch) -> torch.Tensor | None:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[_Recorder]:
-    dispatch.few_rows(torch.empty(0))  # tries the compiled kernels once, on tensors with memory
+    dispatch.few_rows(torch.empty(0))  # loads and tests the compiled kernels with real tensors
     state = torch.get_rng_state()
     recorder = _Recorder()
     try:
@@ -151,7 +154,7 @@ def _recording(model: nn.Module) -> Iterator[_Recorder]:
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Replace meta tensors by fake ones on the CPU; what was shared stays shared."""
+    """Replace meta tensors by fake ones on the CPU; shared tensors remain shared."""
     fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -168,13 +171,13 @@ def _make_fake(model: nn.Module) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """See every storage that an operator makes, until it is freed."""
+    """Track each storage from its allocation by an operator until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self._phase, self._component = "forward", "activations"
-        self._live: dict[int, tuple[int, Any]] = {}  # number -> bytes, the storage's watcher
-        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
+        self._live: dict[int, tuple[int, Any]] = {}  # number -> bytes, weak reference to storage
+        self._numbers: dict[int, int] = {}  # address of a live storage -> number
         self._named: dict[int, str] = {}
         self._count = self._bytes = self._in_heap = 0
         self._most = dict.fromkeys(PHASES, -1)
@@ -182,12 +185,18 @@ class _Recorder(TorchDispatchMode):
         self._trace = Trace()
 
     def leave_out(self, model: nn.Module) -> None:
-        """Do not count the model's own tensors, of which operators return views."""
+        """Exclude the model's own tensors, because operators may return views of them."""
         for tensor in (*model.parameters(), *model.buffers()):
             self._numbers[tensor.untyped_storage()._cdata] = 0
 
     def enter(self, phase: str, component: str, keep: bool = False) -> None:
-        """Begin a phase; `keep`: what lives now was kept for backward."""
+        """Begin a phase.
+
+        Args:
+            phase: One of `PHASES`.
+            component: Name for tensors that are allocated from now on.
+            keep: Whether to relabel all live tensors as kept for backward.
+        """
         if keep:
             for number in self._live:
                 self._named[number] = "kept for backward"
@@ -195,13 +204,13 @@ class _Recorder(TorchDispatchMode):
         self._note({})
 
     def name(self, tensor: torch.Tensor, component: str) -> None:
-        """Tell what a tensor is."""
+        """Set the component of a tensor."""
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self._named[number] = component
 
     def result(self) -> Trace:
-        """Return what was recorded."""
+        """Return the recorded trace."""
         for phase, (live, inside) in self._at_peak.items():
             found = dict(inside)
             for number, size in live.items():
@@ -260,8 +269,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
-    """Return the bytes that an operator allocates inside, and of those the restored weights that
-    a CPU holds on to (`dispatch.scratch`)."""
+    """Return the temporary bytes of an operator, and the bytes of dequantized weights that a CPU
+    keeps allocated (`dispatch.scratch`)."""
     if name == "aten::logsumexp":  # exp(x - max)
         return args[0].untyped_storage().nbytes(), 0
     if not name.startswith("gptj8::frozen_linear"):
@@ -275,12 +284,12 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     size, restored = x.element_size(), rows * codes.shape[1] * x.element_size()
     if is_forward or rows == codes.shape[0]:
         return 0, restored
-    # A part of dy in one piece, its product, and the sum in float32.
+    # A contiguous part of dy, its matrix product, and the float32 sum.
     return x.numel() // codes.shape[0] * rows * size + output.numel() * (size + 4), restored
 
 
 def _product(name: str, args: Any) -> dict[tuple[Any, ...], int]:
-    """Return by what a matrix product is known to who compiles it, and its second matrix's size."""
+    """Return the key by which a matrix product is compiled, mapped to its second matrix's size."""
     if name.startswith("gptj8::frozen_linear"):
         x, right, transposed = args[0], args[1], args[-1]
         return {(name, tuple(x.shape), tuple(right.shape), transposed): right.numel()}

@@ -1,4 +1,4 @@
-"""What the finetune stage does with the estimate: it is written down, and `auto` follows it."""
+"""Use the memory estimate in stage finetune: resolve `auto` settings and report the estimate."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class TrainingMemory:
-    """The estimate of one training, made before its model is loaded.
+    """Memory estimate of one training run, made before its model is loaded.
 
     Args:
-        params: as they are for this process.
-        base: directory of the converted model.
-        dtype: of the arithmetic.
+        params: Params of this process.
+        base: Directory of the converted model.
+        dtype: Compute dtype.
         device: "cpu" or "cuda".
-        examples: what is trained on.
+        examples: The training examples.
     """
 
     def __init__(
@@ -58,50 +58,49 @@ class TrainingMemory:
             process = process_memory.measure_process_memory(self._dtype) if device == "cpu" else 0
             self._estimator = Estimator(plan, process)
             self._estimator.training(1)
-        except Exception as error:  # a model whose step cannot be recorded can be trained yet
+        except Exception as error:  # a model whose step cannot be recorded can still be trained
             self._estimator = None
             if params.finetune.per_device_train_batch_size == "auto":
                 raise UserError(
-                    f"finetune.per_device_train_batch_size: auto: the memory of this model cannot "
-                    f"be estimated ({one_line(error)}); give a number"
+                    f"finetune.per_device_train_batch_size = auto: the memory of this model cannot "
+                    f"be estimated ({one_line(error)}); set a number"
                 ) from error
             if is_main_process():
-                print(f"warning: memory is not estimated: {one_line(error)}", file=sys.stderr)
+                print(f"warning: memory cannot be estimated: {one_line(error)}", file=sys.stderr)
 
     def fit(self, try_step: Callable[[Sequence[Example], Kind], None]) -> Fit:
-        """Return how many sequences to take at a time, and what to compute again: what params say,
-        or what fits.
+        """Return the micro-batch size and kind of checkpointing that params set or that fit.
 
         Args:
-            try_step: runs a step on examples; called for what is chosen here, on a CPU for numbers
-                of sequences alone.
+            try_step: Runs a step on examples to try settings chosen here; on a CPU, called only if
+                the micro-batch size is `auto`.
 
         Raises:
-            UserError: if not even one sequence at a time fits.
+            UserError: If micro-batch size 1 does not fit.
         """
         return from_main(lambda: self._fit(try_step))
 
     def _fit(self, try_step: Callable[[Sequence[Example], Kind], None]) -> Fit:
         finetune = self._finetune
-        asked, kind = finetune.per_device_train_batch_size, finetune.checkpointing
-        if asked != "auto" and kind != "auto":
-            return Fit(asked, kind)
+        requested, kind = finetune.per_device_train_batch_size, finetune.checkpointing
+        if requested != "auto" and kind != "auto":
+            return Fit(requested, kind)
         if self._estimator is None:
-            assert asked != "auto"
-            return Fit(asked, "full")
+            assert requested != "auto"
+            return Fit(requested, "full")
         available = machine.available_bytes(self._device)
-        if self._device == "cpu":  # the weights are pages of files, which all processes share
+        if self._device == "cpu":  # processes share the memory-mapped weights
             shared = min(available, self._estimator.weights.base)
             available = shared + (available - shared) // processes_here()
         fit = choose_fit(self._estimator, finetune, int(USED * available))
-        if asked == "auto" or self._device == "cuda":
+        if requested == "auto" or self._device == "cuda":
             fit = confirm(fit, finetune, self._device, longest_of(self._examples), try_step)
-        estimated = f"{self._gib(fit):.2f} of {available / 2**30:.2f} GiB"
-        if asked == "auto":
-            times = finetune.sequences_a_step // fit.micro_batch
+        estimated = f"estimated {self._gib(fit):.2f} of {available / 2**30:.2f} GiB"
+        if requested == "auto":
+            accumulation = finetune.sequences_a_step // fit.micro_batch
             print(
-                f"finetune: {fit.micro_batch} sequences at a time, {times} times an optimizer "
-                f"step, checkpointing {fit.checkpointing} ({estimated})",
+                f"finetune: micro-batch size {fit.micro_batch}, gradient accumulation "
+                f"{accumulation}, checkpointing {fit.checkpointing} ({estimated})",
                 flush=True,
             )
         else:
@@ -109,17 +108,17 @@ class TrainingMemory:
         return fit
 
     def metrics(self, fit: Fit) -> dict[str, float]:
-        """Return `estimated_memory_gib`, the peak of training; nothing if it cannot be told."""
+        """Return `estimated_memory_gib`, the estimated peak of training; empty if unknown."""
         if self._estimator is None:
             return {}
         return {"estimated_memory_gib": self._gib(fit)}
 
     def calibrate(self, tokens_per_second: float, fit: Fit) -> None:
-        """Keep how fast this machine trained.
+        """Save the training speed of this machine.
 
         Args:
-            tokens_per_second: of training steps, of all processes, padding included.
-            fit: what it trained with.
+            tokens_per_second: Speed of training steps, summed over processes, including padding.
+            fit: The fit used in training.
         """
         if self._estimator is None:
             return

@@ -1,4 +1,4 @@
-"""Put trainable weights on a frozen model: LoRA, or the LayerNorms alone."""
+"""Add trainable weights to a frozen model: LoRA, or the LayerNorm weights only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, write_json
+from gptj8.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is trained.
+    """Settings of the trainable weights.
 
     Attributes:
-        method: "lora" (Hu et al., arXiv:2106.09685), or "layernorm": train only the normalization
-            layers' weights (Zhao et al., arXiv:2312.11420).
-        target: for LoRA: "attention" (the projections that PEFT adapts by default for the
-            architecture, as in the paper: query and value), "all-linear" (all but the head), or
-            names of modules.
+        method: "lora" (Hu et al., arXiv:2106.09685), or "layernorm" to train only the weights of
+            the normalization layers (Zhao et al., arXiv:2312.11420).
+        target: modules that LoRA adapts: "attention" (PEFT's default projections for the
+            architecture; query and value, as in the paper), "all-linear" (all linear layers except
+            the head), or a list of module names.
         r, lora_alpha, lora_dropout: see `peft.LoraConfig`.
     """
 
@@ -40,7 +41,7 @@ class AdapterSpec:
 
     @classmethod
     def from_params(cls, finetune: Finetune) -> AdapterSpec:
-        """Return what the params' section `finetune` asks for."""
+        """Return the settings of the params section `finetune`."""
         return cls(
             finetune.method, finetune.target, finetune.r, finetune.lora_alpha, finetune.lora_dropout
         )
@@ -56,7 +57,7 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> PeftModel:
     """Freeze the model and add trainable weights in float32.
 
     Raises:
-        UserError: if the architecture has no default or no module has a name in `target`.
+        UserError: if the architecture has no default modules, or `target` matches no module.
     """
     from peft import get_peft_model
 
@@ -67,24 +68,27 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"finetune.target = {spec.target!r} cannot be adapted: {reason}") from error
     for parameter in adapted.parameters():
-        # 16-bit weights lose small updates, and gradient scaling refuses 16-bit gradients.
+        # 16-bit weights lose small updates, and gradient scaling rejects 16-bit gradients.
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted
 
 
 def save_adapter(model: PeftModel, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write an adapter in PEFT's format; the same one gives the same bytes.
+    """Write an adapter in PEFT format; equal adapters give byte-identical files.
 
-    PEFT keeps names of modules in sets, whose order is another one in each process. LayerNorms are
-    trained in float32, and PEFT loads them in the base's dtype: they are rounded to it first, in
-    place, so that the model that is measured and handed over is the one that answers here.
+    PEFT stores module names in sets, whose order differs between processes, so the names are
+    sorted. LayerNorm weights are trained in float32, but PEFT loads them in the dtype of the base
+    model. They are rounded to that dtype in place before saving, so that the model in memory equals
+    the model that is loaded later.
 
     Args:
-        dtype: of the base.
+        model: model with a trained adapter.
+        folder: output directory.
+        dtype: dtype of the base model.
     """
     if model.peft_config["default"].peft_type == "LN_TUNING":
         for parameter in model.parameters():
@@ -100,12 +104,12 @@ def save_adapter(model: PeftModel, folder: str | Path, dtype: torch.dtype) -> No
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
-    """Return how many weights are trained."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def adapter_bytes(model: torch.nn.Module) -> int:
-    """Return the size of the trained weights, which are float32."""
+    """Return the size in bytes of the trainable parameters, which are float32."""
     return 4 * trainable_parameters(model)
 
 
@@ -119,8 +123,8 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
         architecture = model.config.model_type
         if architecture not in DEFAULT_MODULES:
             raise UserError(
-                f"finetune.target = attention is not known for {architecture}; "
-                "list the names of its attention's linear layers instead"
+                f"finetune.target = attention: {architecture} has no default modules; "
+                "list the names of its attention projections instead"
             )
         modules = list(DEFAULT_MODULES[architecture])
     else:
@@ -128,7 +132,7 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.r,
-        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # a float works
+        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # floats are supported
         lora_dropout=spec.lora_dropout,
         target_modules=modules,
     )
@@ -137,7 +141,7 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
 def _layernorm_config(model: PreTrainedModel) -> PeftConfig:
     from peft import LNTuningConfig
 
-    # By class and not by PEFT's table, which knows a few architectures only.
+    # Found by class, because PEFT's table covers only a few architectures.
     norms = [
         name
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Load a base model for arithmetic on this machine, and put an adapter on it."""
+"""Load a base model for this machine, and load an adapter onto it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ from gptj8.quantization.model_files import check_model_directory, check_tensors
 from gptj8.runtime.distributed import process_count, processes_here
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files
+from gptj8.runtime.machine import is_out_of_memory
 from gptj8.runtime.manifest import verify_manifest
+from gptj8.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 LARGE_BYTES = 1 << 30
-"""A smaller original is held in memory whole, however small its 8-bit copy is."""
+"""Original models below this size are kept in memory completely, even if the 8-bit copy is much
+smaller."""
 
 
 def pick_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
+    """Return the GPU if one is available, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the arithmetic's dtype.
+    """Return the dtype to compute in.
 
     Args:
-        name: "bfloat16", "float16", "float32" or "auto": bfloat16 where the hardware multiplies in
-            it (compute capability 8 on, CPUs with AVX-512 BF16 or AMX), float16 on GPUs whose
-            float16 is fast, float32 elsewhere: Pascal's consumer GPUs (6.1) run float16 at 1/64 of
-            float32's speed, and plain CPUs convert to float32 and back.
+        name: "bfloat16", "float16", "float32" or "auto". "auto" selects bfloat16 if the hardware
+            supports it (GPUs with compute capability 8 or higher, CPUs with AVX-512 BF16 or AMX),
+            float16 on other GPUs with fast float16, and float32 otherwise. Pascal consumer GPUs
+            (6.1) run float16 at 1/64 of the float32 speed, and CPUs without bfloat16 support
+            convert to float32 and back.
+        device: device to compute on.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -50,13 +55,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_arithmetic(dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype to compute with here; `dtype` as for `pick_dtype`."""
+    """Return the device and dtype to compute with on this machine.
+
+    Args:
+        dtype: name of the dtype, see `pick_dtype`.
+    """
     device = pick_device()
     return device, pick_dtype(dtype, device)
 
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""What PEFT writes of an adapter, and reads."""
+"""Names of the files in which PEFT stores an adapter."""
 
 
 def load_model(
@@ -67,16 +76,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, converted or original, in eval mode.
 
-    Code from the model directory is never run, and pickles are read as tensors only. A directory
-    with a manifest is compared with it first.
+    Code in the model directory is never executed, and pickled weights may contain only tensors. If
+    the directory has a manifest, its files are verified first.
 
     Args:
         path: model directory.
-        dtype: of the arithmetic.
-        device: CPU or GPU. What a GPU has no room for stays in the CPU's memory.
-        max_resident_bytes: of weights on the CPU. Layers beyond stay in their safetensors files and
-            are read anew by each forward pass, which gives the same numbers; for evaluation only.
-            None: all are held.
+        dtype: dtype to compute in.
+        device: CPU or GPU. Layers that do not fit into GPU memory are kept in CPU memory.
+        max_resident_bytes: limit for weights in CPU memory, for evaluation only. Layers beyond the
+            limit stay in their safetensors files and are read in each forward pass, with identical
+            results. None means no limit.
+
+    Raises:
+        UserError: if the directory is not a causal language model, or its first layer does not fit
+            into memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,10 +98,10 @@ def load_model(
     verify_manifest(path)
     check_model_directory(path)
     register_fused_attention()
-    # A GPU too small for the original model (the one with an 8-bit twin that fits) shares the
-    # layers with the CPU's memory.
+    # The original model may not fit into GPU memory although its 8-bit copy does. "auto" places the
+    # remaining layers in CPU memory.
     placement: dict[str, Any] = {"device_map": "auto"} if device.type == "cuda" else {}
-    if device.type == "cuda" and process_count() > 1:  # each process has its own GPU
+    if device.type == "cuda" and process_count() > 1:  # one GPU per process
         placement = {"device_map": {"": torch.cuda.current_device()}}
     if (
         max_resident_bytes is not None
@@ -101,37 +114,49 @@ def load_model(
             path, dtype=dtype, trust_remote_code=False, **placement
         )
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: its weights hold more than tensors and are not read") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        check_tensors(path)  # knows the tensor, where transformers only counts the mismatches
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} cannot be loaded as a causal language model: {reason}") from error
-    if model.device.type == "meta":  # not even the first layer fits, and inputs have no place
+        raise UserError(
+            f"{path}: the weights contain objects other than tensors; save them as safetensors"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            where = "GPU" if device.type == "cuda" else "CPU"
+            raise UserError(
+                f"{path}: not enough {where} memory to load the model; free some memory, or use a "
+                "smaller model"
+            ) from error
+        check_tensors(path)  # names the wrong tensor; transformers only counts the mismatches
+        raise UserError(
+            f"{path} cannot be loaded as a causal language model: {one_line(error)}"
+        ) from error
+    if model.device.type == "meta":  # the first layer does not fit, so inputs have no device
         if max_resident_bytes is None:
-            raise UserError(f"{path}: there is not enough memory for its first layer")
+            raise UserError(f"{path}: not enough memory for the first layer of the model")
         return load_model(path, dtype, device)
-    fuse_activations(model)  # in the original as well: what is compared are the weights
+    fuse_activations(model)  # also in the original, so comparisons differ only in the weights
     return model.eval()
 
 
 def load_original(
     path: str | Path, copy: str | Path, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Load the unquantized model into no more memory than its 8-bit copy takes: who could train on
-    this machine can evaluate on it. A small one is held whole, as it costs little.
+    """Load the unquantized model without using more memory than its 8-bit copy.
+
+    A machine that can train the 8-bit copy can therefore also evaluate the original. Models below
+    `LARGE_BYTES` are kept in memory completely.
 
     Args:
-        path, copy: model directories.
-        dtype, device: as for `load_model`.
+        path: directory of the original model.
+        copy: directory of the 8-bit copy.
+        dtype, device: see `load_model`.
     """
     size = sum(file.stat().st_size for file in list_files(copy))
-    # Half, because the files' own pages count beside what is made of them.
-    most = max(size // 2, LARGE_BYTES) // processes_here()
-    return load_model(path, dtype, device, max_resident_bytes=most)
+    # Half, because the file pages also count as memory, in addition to the converted weights.
+    limit = max(size // 2, LARGE_BYTES) // processes_here()
+    return load_model(path, dtype, device, max_resident_bytes=limit)
 
 
-def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:
-    """Whether the weights in safetensors files, as `dtype`, take more than `most` bytes."""
+def _is_larger(path: str | Path, dtype: torch.dtype, limit: int) -> bool:
+    """Return whether the safetensors weights take more than `limit` bytes as `dtype`."""
     from safetensors import safe_open
 
     total = 0
@@ -139,20 +164,21 @@ def _is_larger(path: str | Path, dtype: torch.dtype, most: int) -> bool:
         with safe_open(file, framework="pt") as tensors:
             shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())
             total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    return total > most
+    return total > limit
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a trained adapter on its base model, in eval mode; no weight of the base changes.
+    """Load a trained adapter onto its base model, in eval mode; base weights are not changed.
 
     Raises:
-        UserError: if it is none, or its files are not what its manifest, if it has one, says.
+        UserError: if `path` is not an adapter, or a file does not match the manifest, if there is
+            one.
     """
     from peft import PeftModel
 
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         raise UserError(f"{path} has no {ADAPTER_CONFIG}; is it an adapter?")
-    if not (Path(path) / ADAPTER_FILE).is_file():  # PEFT would go on to look for a pickle
+    if not (Path(path) / ADAPTER_FILE).is_file():  # otherwise PEFT looks for a pickle
         raise UserError(f"{path} has no {ADAPTER_FILE}; is it an adapter?")
     verify_manifest(path, only=(ADAPTER_CONFIG, ADAPTER_FILE))
     return PeftModel.from_pretrained(model, str(path)).eval()

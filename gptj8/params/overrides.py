@@ -1,4 +1,4 @@
-"""params.yaml with changes from the command line, as `dvc exp run -S` makes them."""
+"""params.yaml with overrides from the command line, in the syntax of `dvc exp run -S`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gptj8.runtime.messages import one_line
 
 
 def overridden_params(overrides: Sequence[str]) -> Params:
-    """Return params.yaml with changes as `dvc exp run -S` makes them; nothing is written.
+    """Return params.yaml with overrides applied as `dvc exp run -S` does. Writes no file.
 
     Raises:
-        UserError: if a change cannot be read, or makes a key or value that params.yaml cannot have.
+        UserError: if an override has invalid syntax, or sets an unknown key or an invalid value.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.cli_parse import to_path_overrides
@@ -25,8 +25,8 @@ def overridden_params(overrides: Sequence[str]) -> Params:
 
     for change in overrides:
         if "=" not in change:
-            raise UserError(f"-S {change}: a change is written key=value, as in finetune.r=4")
-    load_params()  # its own mistakes are told first
+            raise UserError(f"-S {change}: write key=value, such as finetune.r=4")
+    load_params()  # report errors of params.yaml itself first
     own = to_path_overrides(overrides).get(PARAMS_FILE, [])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / PARAMS_FILE
@@ -35,7 +35,7 @@ def overridden_params(overrides: Sequence[str]) -> Params:
             if own:
                 apply_overrides(copy, own)
         except DvcException as error:
-            _refuse_unknown_keys(own)
+            _raise_for_unknown_keys(own)
             raise UserError(f"-S {' '.join(own)}: {one_line(error)}") from None
         content = YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8"))
     source = " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)])
@@ -45,8 +45,8 @@ def overridden_params(overrides: Sequence[str]) -> Params:
     return params
 
 
-def _refuse_unknown_keys(changes: Sequence[str]) -> None:
-    """Tell of a key that params.yaml cannot have, which DVC only calls invalid."""
+def _raise_for_unknown_keys(changes: Sequence[str]) -> None:
+    """Raise an error that names the first unknown key. DVC's own message does not suggest one."""
     for change in changes:
         *sections, key = change.partition("=")[0].split(".")
         content: dict[str, Any] = {key: None}

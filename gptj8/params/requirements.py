@@ -1,6 +1,6 @@
-"""`evaluate.require`: what the metrics have to meet, as people write it: `tuned/accuracy > 0.8`.
+"""Parse the conditions of `evaluate.require`, such as `tuned/accuracy > 0.8`.
 
-Nothing but the standard library is needed: params.yaml is checked without loading any other.
+Uses only the standard library, so that checking params.yaml loads no other package.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from gptj8.runtime.messages import excerpt
 _SIGN = re.compile("([<>]=?)")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _METRIC = re.compile(r"(?=.*[A-Za-z])[\w.@-]+(/[\w.@-]+)*", re.ASCII)
-_NO_VALUES = {"nan", "inf", "infinity"}
+_NOT_FINITE = {"nan", "inf", "infinity"}
 _FORM = 'write a metric, one of <, <=, >, >= and a metric or a number: "tuned/accuracy_low >= 0.8"'
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A comparison that has to hold.
+    """A condition on the metrics.
 
     Attributes:
-        left: a metric's name.
+        left: a metric name.
         comparison: `<`, `<=`, `>` or `>=`.
-        right: a metric's name, or a number.
+        right: a metric name or a number.
     """
 
     left: str
@@ -38,10 +38,10 @@ class Requirement:
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Read a metric, a comparison, and a metric or a number.
+    """Parse a metric, a comparison, and a metric or a number.
 
     Raises:
-        ValueError: saying what is wrong and how it is written.
+        ValueError: with the problem and the expected form, if the text is invalid.
     """
     shown = excerpt(repr(text))
     parts = [part.strip() for part in _SIGN.split(text)]
@@ -50,17 +50,17 @@ def parse_requirement(text: str) -> Requirement:
         raise ValueError(f"{shown} has {found}; {_FORM}")
     left, comparison, right = parts
     if _NUMBER.fullmatch(left):
-        raise ValueError(f"{shown} begins with a number; {_FORM}")
+        raise ValueError(f"{shown} starts with a number; {_FORM}")
     for name in (left, right):
-        if name.lower().lstrip("+-") in _NO_VALUES:
-            raise ValueError(f"{shown}: nothing can be compared with {name}; {_FORM}")
+        if name.lower().lstrip("+-") in _NOT_FINITE:
+            raise ValueError(f"{shown}: {name} cannot be used in a comparison; {_FORM}")
     for name, side in ((left, "left"), (right, "right")):
         if not name:
             raise ValueError(f"{shown} has nothing on its {side}; {_FORM}")
         if not _METRIC.fullmatch(name) and not _NUMBER.fullmatch(name):
-            raise ValueError(f"{shown}: {excerpt(repr(name))} is no name of a metric; {_FORM}")
+            raise ValueError(f"{shown}: {excerpt(repr(name))} is not a metric name; {_FORM}")
     if _NUMBER.fullmatch(right):
         if not math.isfinite(float(right)):
-            raise ValueError(f"{shown}: {excerpt(right)} is too large a number")
+            raise ValueError(f"{shown}: {excerpt(right)} is too large")
         return Requirement(left, comparison, float(right))
     return Requirement(left, comparison, right)

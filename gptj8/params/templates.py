@@ -1,12 +1,12 @@
-"""Prompt templates: what of a row stands where in its prompt.
+"""Prompt templates, which define how a row becomes a prompt.
 
-A template is literal text with fields in braces. `"{text}\\n\\nLabel:"` is the raw style,
+A template is literal text with fields in braces. `"{text}\\n\\nLabel:"` is a plain template, and
 `"### Instruction:\\n{instruction}\\n\\n### Input:\\n{input}\\n\\n### Response:\\n"` an instruction
-style.
+template.
 
-What lies between the first and the last field, both included, is the row's own text: the only part
-that is cut where a prompt is too long. What lies before and after it is the same in every prompt
-and never cut, so the words that ask for the answer are always there.
+The text from the first to the last field is the row's text. Only this part is truncated if a prompt
+is too long. The text before and after it is the same in every prompt and never truncated, so the
+prompt always ends with the words that ask for the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MESSAGES = "messages"
-"""The field that stands for a conversation."""
+"""The field for a conversation."""
 
 _RESERVED = ("file", "row", "split", "problem", "warning", "label", "completion")
 
@@ -26,8 +26,8 @@ class Template:
     """A parsed template.
 
     Attributes:
-        before, after: the literal text around all fields.
-        parts: (literal, field) in order; the literal stands before its field, the first is empty.
+        before, after: the literal text before the first and after the last field.
+        parts: pairs (literal, field) in order. A literal precedes its field; the first is empty.
     """
 
     before: str
@@ -36,15 +36,15 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields, each once, in order."""
+        """The distinct fields, in order."""
         return tuple(dict.fromkeys(field for _, field in self.parts))
 
     def outer(self, field: str) -> str:
-        """Return this template with one field, named `field`, for the row's whole text."""
+        """Return this template with the row's text replaced by a single field named `field`."""
         return f"{_escape(self.before)}{{{field}}}{_escape(self.after)}"
 
     def text(self, cells: Mapping[str, str | None]) -> str:
-        """Return a row's own text; a part whose cell is missing or blank is left out whole."""
+        """Return a row's text. A missing or blank cell is omitted together with its literal."""
         pieces: list[str] = []
         for literal, field in self.parts:
             cell = cells[field]
@@ -54,14 +54,14 @@ class Template:
 
 
 def split_at_fields(template: str) -> tuple[list[str], list[str]]:
-    """Split a template into literal text and the names of its fields.
+    """Split a template into literal text and field names.
 
     Returns:
-        the literals, in which doubled braces are single, and the names in braces between them: one
-        literal more than names.
+        The literals, with doubled braces unescaped, and the names of the fields between them. There
+        is one literal more than there are names.
 
     Raises:
-        ValueError: if it is not a template.
+        ValueError: if the template is invalid.
     """
     literals: list[str] = [""]
     fields: list[str] = []
@@ -75,34 +75,34 @@ def split_at_fields(template: str) -> tuple[list[str], list[str]]:
             fields.append(name)
             literals.append("")
     except ValueError as error:
-        raise ValueError(f"prompt_template is not a template: {error}") from None
+        raise ValueError(f"prompt_template is not a valid template: {error}") from None
     return literals, fields
 
 
 def parse_template(template: str, task: str) -> Template:
-    """Split a template at its fields.
+    """Parse a template and check its fields against the task.
 
     Raises:
-        ValueError: if it is not a template or has no field that the task can use.
+        ValueError: if the template is invalid or has no field that the task can use.
     """
     literals, fields = split_at_fields(template)
     if not fields:
         usual = "prompt" if task == "completion" else "text"
-        raise ValueError(f"prompt_template must hold a field, such as {{{usual}}}")
+        raise ValueError(f"prompt_template must contain a field, such as {{{usual}}}")
     for name in fields:
         if name in _RESERVED or name.endswith("_kind"):
             raise ValueError(
-                f"prompt_template cannot hold {{{name}}}; a column of that name needs another one"
+                f"prompt_template cannot contain {{{name}}}, a reserved name; rename the column"
             )
     if MESSAGES in fields and (task != "completion" or len(fields) > 1):
         raise ValueError(
-            "prompt_template with {messages} holds no other field, and its task is completion"
+            "prompt_template with {messages} cannot contain other fields and needs task=completion"
         )
     wrong = {"completion": "text", "classification": "prompt"}.get(task)
     if wrong in fields:
         usual = "prompt" if task == "completion" else "text"
         raise ValueError(
-            f"prompt_template must hold {{{usual}}} and not {{{wrong}}} for task={task}"
+            f"prompt_template must contain {{{usual}}} and not {{{wrong}}} for task={task}"
         )
     parts = zip(["", *literals[1:-1]], fields, strict=True)
     return Template(literals[0], tuple(parts), literals[-1])

@@ -1,16 +1,16 @@
-"""The 256 values that a code can stand for.
+"""Codebooks: the 256 values that a code can represent.
 
-Weights are divided by their block's largest magnitude, so a codebook covers [-1, 1]. Two kinds:
+Weights are divided by the absmax of their block, so a codebook covers [-1, 1]. There are two kinds:
 
-- `dynamic`: one fixed map for every tensor, dense near zero. bitsandbytes' signed dynamic map
-  (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561), value for
-  value, so that models stored by it keep their codes.
+- `dynamic`: one fixed map for every tensor, dense near zero. It equals bitsandbytes' signed dynamic
+  map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561), so
+  models stored with that map keep their codes.
 - `fitted`: the map that minimizes the squared error of one tensor (Lloyd, "Least squares
-  quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960). An error in the
-  normalized weight is multiplied by the block's absmax when the weight is restored, so blocks count
-  by absmax squared. It costs one histogram: Lloyd's iteration runs on its running sums.
+  quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960). Restoring a weight
+  multiplies the error of the normalized weight by the block's absmax, so each block is weighted by
+  its squared absmax. Fitting needs one histogram: Lloyd's iteration runs on its cumulative sums.
 
-Every codebook holds an exact zero: pruned weights and padding rows stay zero.
+Every codebook contains an exact zero, so pruned weights and padding rows stay zero.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 CODEBOOK_SIZE = 256
 
-# Fine enough that the loss against exact cell sums is below 1e-6 of the error, small enough to sit
-# in a CPU cache while 200 million weights are counted.
+# Fine enough to increase the error by less than 1e-6 of it compared with exact cell sums, and small
+# enough to stay in a CPU cache while 200 million weights are counted.
 HISTOGRAM_BINS = 1 << 15
 _LLOYD_ITERATIONS = 200
 
@@ -29,9 +29,9 @@ _LLOYD_ITERATIONS = 200
 def dynamic_codebook() -> torch.Tensor:
     """Return the signed dynamic map: float32 (256,), ascending.
 
-    A code has a sign, a decimal exponent in unary and a linear fraction in the bits that are left.
-    Exponent 10^(i-6) gets 2^i fractions, the midpoints of equal steps over [0.1, 1]; zero and one
-    complete the map.
+    A code consists of a sign, a decimal exponent in unary and a linear fraction in the remaining
+    bits. Exponent 10^(i-6) has 2^i fractions, the midpoints of equal steps over [0.1, 1]. Zero and
+    one complete the map.
     """
     exponents = 7
     values = [0.0, 1.0]
@@ -45,16 +45,16 @@ def dynamic_codebook() -> torch.Tensor:
 
 
 def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
-    """Fit 256 ascending values to a histogram by Lloyd's iteration, one of them exactly zero.
+    """Fit 256 values to a histogram with Lloyd's iteration; one of them is exactly zero.
 
     Args:
-        mass: (bins,) float64 over [-1, 1], see `reference.histogram`.
+        mass: float64 (bins,) over [-1, 1]; see `reference.histogram`.
 
     Returns:
-        float32 (256,), ascending. A tensor of zeros gets the dynamic map, which restores it
-        exactly.
+        float32 (256,), ascending. An empty histogram gives the dynamic map, which restores a tensor
+        of zeros exactly.
     """
-    counts = mass.numpy()  # arrays of 256 are what NumPy is much faster at
+    counts = mass.numpy()  # NumPy is much faster than torch for arrays of 256 values
     if counts.sum() <= 0:
         return dynamic_codebook()
     edges = np.linspace(-1.0, 1.0, len(counts) + 1)
@@ -78,13 +78,17 @@ def fit_codebook(mass: torch.Tensor) -> torch.Tensor:
 
 
 def _starting_codebook(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Spread values by the cube root of the density, the optimum for many levels (Panter and Dite,
-    "Quantization distortion in pulse-count modulation", 1951), from which Lloyd needs few steps."""
-    window = 64  # a smooth density: a histogram of few weights has empty bins
+    """Return 256 initial values, spaced by the cube root of the density.
+
+    This is optimal for many levels (Panter and Dite, "Quantization distortion in pulse-count
+    modulation", 1951), so Lloyd's iteration needs few steps.
+    """
+    window = 64  # smooth the density, because a histogram of few weights has empty bins
     below = np.concatenate([np.zeros(window // 2 + 1), counts.cumsum()])
     below = np.concatenate([below, np.full(window // 2, below[-1])])
     smooth = (below[window + 1 :] - below[: -window - 1]).clip(0.0)
-    # By square roots, which are the same on every machine: 1/4 + 1/16 + 1/64 is nearly 1/3.
+    # Approximate the cube root with square roots, which are exactly rounded on every machine:
+    # 1/4 + 1/16 + 1/64 is nearly 1/3.
     quarter = np.sqrt(np.sqrt(smooth))
     sixteenth = np.sqrt(np.sqrt(quarter))
     density = quarter * sixteenth * np.sqrt(np.sqrt(sixteenth))
@@ -95,12 +99,12 @@ def _starting_codebook(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _locate(positions: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bin that each position in [-1, 1] is in, and how far along it is."""
+    """Return the bin of each position in [-1, 1], and the position inside the bin in bin widths."""
     exact = (positions + 1.0) * (bins / 2)
     lower = np.minimum(exact.astype(np.int64), bins - 1)
     return lower, exact - lower
 
 
 def _interpolate(running: np.ndarray, lower: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Read a running sum over [-1, 1] between its bins' edges."""
+    """Interpolate a cumulative sum over [-1, 1] between the bin edges."""
     return running[lower] * (1 - share) + running[lower + 1] * share

@@ -1,17 +1,19 @@
-"""Block-wise 8-bit quantization of tensors: pure functions, exact, the same bytes everywhere.
+"""Block-wise 8-bit quantization of tensors as pure functions, byte-identical on every device.
 
-A tensor is read as one row of numbers and cut into blocks; the last one may be shorter. A block
-stores its largest magnitude (`absmax`), and each weight the index of the codebook value nearest to
+A tensor is flattened and split into blocks; the last block may be shorter. Each block stores its
+largest magnitude (`absmax`), and each weight stores the index of the codebook value nearest to
 weight / absmax:
 
-    codes[i]  = argmin_k |codebook[k] - w[i] / absmax[i // block_size]|    (a tie takes the lower k)
+    codes[i]  = argmin_k |codebook[k] - w[i] / absmax[i // block_size]|    (ties: the lower k)
     restored  = codebook[codes[i]] * absmax[i // block_size]               (float32, then rounded)
 
-The nearest code is found exactly, by comparing with the midpoints of neighbouring values, rounded
-so that no comparison in float32 can differ from one in exact arithmetic. (Rejected: bitsandbytes'
-quantizers. On a CPU its table of 65,536 bins leaves seven codes unreachable, the one for zero among
-them, and its CPU and CUDA results differ.) Division and comparison are correctly rounded on every
-device, so codes do not depend on where they were made.
+The nearest code is exact. Quotients are compared with the midpoints of neighboring codebook values,
+rounded such that a float32 comparison always agrees with exact arithmetic. Division is correctly
+rounded on every device, so the codes do not depend on the device.
+
+Alternative considered: bitsandbytes' quantizers; they were rejected because their CPU version, a
+table of 65,536 bins, never produces seven of the codes, including the one for zero, and because
+their CPU and CUDA results differ.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in 8 bits.
+    """An 8-bit tensor.
 
     Attributes:
-        codes: uint8, the tensor's shape.
+        codes: uint8, in the shape of the tensor.
         absmax: float32 (blocks,), the largest magnitude of each block.
         codebook: float32 (256,), ascending.
-        block_size: weights a block.
+        block_size: weights per block.
     """
 
     codes: torch.Tensor
@@ -66,20 +68,20 @@ def quantize_blockwise(
 
     Args:
         weight: any shape, float32, float16 or bfloat16, on any device.
-        block_size: 64 to 4096, a power of two.
+        block_size: a power of two from 64 to 4096.
         codebook: "fitted", "dynamic", or 256 ascending finite float32 values.
-        name: what errors call the tensor.
+        name: name of the tensor in error messages.
 
     Raises:
-        QuantizationError: for a wrong dtype, block size or codebook, and for NaN or infinity, with
-            the index of the first one.
+        QuantizationError: if the dtype, block size or codebook is invalid, or if a weight is NaN or
+            infinite; the message contains the index of the first such weight.
     """
     check_block_size(block_size)
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
     flat = _flat(weight)
     absmax = dispatch.backend(flat).absmax(flat, block_size)
-    _refuse_non_finite(weight, absmax, name)
+    _check_finite(weight, absmax, name)
     if isinstance(codebook, torch.Tensor):
         table = check_codebook(codebook, name)
     elif codebook == "dynamic":
@@ -87,8 +89,10 @@ def quantize_blockwise(
     elif codebook == "fitted":
         table = _fit(flat, absmax, block_size)
     else:
-        raise QuantizationError(f"{name}: codebook {codebook!r} is none of {', '.join(CODEBOOKS)}")
-    # A copy: tensors that share memory cannot be saved, and no caller may change another's table.
+        raise QuantizationError(
+            f"{name}: codebook = {codebook!r} is not one of {', '.join(CODEBOOKS)}"
+        )
+    # Copy it: tensors that share memory cannot be saved, and a caller may change its own codebook.
     table = table.to(weight.device, copy=True)
     codes = dispatch.backend(flat).encode(
         flat, absmax, reference.exact_midpoints(table), block_size
@@ -102,8 +106,8 @@ def dequantize_blockwise(
     """Restore a tensor.
 
     Returns:
-        `dtype` (float32, float16 or bfloat16), the shape and device of the codes: the float32
-        product of codebook value and absmax, rounded to nearest.
+        A tensor of `dtype` with the shape and device of the codes: the float32 product of codebook
+        value and absmax, rounded to nearest.
     """
     return dispatch.dequantize(
         quantized.codes,
@@ -115,11 +119,18 @@ def dequantize_blockwise(
 
 
 def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[float, float]:
-    """Return the sums of squared error and squared weight, float64. Their quotient's root is the
-    relative RMS error, and sums of several tensors add up to the error of all."""
+    """Return the sums of squared errors and of squared weights, computed in float64.
+
+    The square root of their quotient is the relative RMS error. For the error over several tensors,
+    add up the sums first.
+
+    Raises:
+        QuantizationError: if the two shapes differ.
+    """
     if weight.shape != quantized.codes.shape:
         raise QuantizationError(
-            f"the weight has shape {tuple(weight.shape)}, its codes {tuple(quantized.codes.shape)}"
+            f"the weight has shape {tuple(weight.shape)}, but the codes have shape "
+            f"{tuple(quantized.codes.shape)}"
         )
     flat = _flat(weight)
     errors, norms = dispatch.backend(flat).squared_errors(
@@ -133,14 +144,18 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
 
 
 def check_block_size(block_size: int) -> None:
-    """Raise QuantizationError unless the block size is one that every backend supports."""
+    """Raise QuantizationError unless every backend supports the block size."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise QuantizationError(f"block_size = {block_size!r} is none of {sizes}")
+        raise QuantizationError(f"block_size = {block_size!r} is not one of {sizes}")
 
 
 def check_codebook(codebook: torch.Tensor, name: str = "tensor") -> torch.Tensor:
-    """Return the codebook as float32, or raise QuantizationError saying what is wrong with it."""
+    """Return the codebook as float32.
+
+    Raises:
+        QuantizationError: if it does not consist of 256 ascending finite values.
+    """
     if tuple(codebook.shape) != (CODEBOOK_SIZE,):
         raise QuantizationError(
             f"{name}: the codebook has shape {tuple(codebook.shape)}, not ({CODEBOOK_SIZE},)"
@@ -169,15 +184,15 @@ def check_quantized(
     block_size: int,
     name: str = "tensor",
 ) -> None:
-    """Raise QuantizationError unless the three tensors belong together."""
+    """Raise QuantizationError unless dtypes, shapes and values form a valid quantized tensor."""
     check_block_size(block_size)
     if codes.dtype != torch.uint8:
         raise QuantizationError(f"{name}: codes are {codes.dtype}, not torch.uint8")
     blocks = math.ceil(codes.numel() / block_size)
     if tuple(absmax.shape) != (blocks,):
         raise QuantizationError(
-            f"{name}: absmax has shape {tuple(absmax.shape)}, and {codes.numel()} codes in blocks "
-            f"of {block_size} need ({blocks},)"
+            f"{name}: absmax has shape {tuple(absmax.shape)}, but {codes.numel()} codes in blocks "
+            f"of {block_size} need shape ({blocks},)"
         )
     if absmax.dtype != torch.float32:
         raise QuantizationError(f"{name}: absmax is {absmax.dtype}, not torch.float32")
@@ -191,26 +206,26 @@ def check_quantized(
 
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:
-    # A view may be strided, and negative only by a flag; kernels read memory as it is.
+    # A view may be strided or lazily negated, but kernels read raw memory.
     return weight.detach().resolve_neg().reshape(-1).contiguous()
 
 
-def _refuse_non_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) -> None:
-    # The largest magnitude of a block is NaN or infinite if any of its weights is.
+def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, name: str) -> None:
+    # absmax is NaN or infinite if any weight of the block is.
     if bool(torch.isfinite(absmax).all()):
         return
     position = (~torch.isfinite(weight)).nonzero()[0].tolist()
     value = float(weight[tuple(position)])
-    raise QuantizationError(f"{name}{position} = {value} cannot be quantized")
+    raise QuantizationError(f"{name}{position} = {value} is not finite and cannot be quantized")
 
 
 def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
     largest = absmax.max() if absmax.numel() else absmax.new_zeros(())
     if float(largest) == 0.0:
         return dynamic_codebook()
-    # Squares relative to the largest block's, which cannot overflow, as whole numbers whose sum
-    # over all weights stays below 2^53: sums of those are exact, and so the codebook is the same
-    # whatever device or thread adds them up in whatever order.
+    # Each block's mass is its squared absmax relative to the largest one, which cannot overflow. It
+    # is scaled and rounded to an integer such that the sum over all weights stays below 2^53. Such
+    # sums are exact, so the codebook does not depend on the device or the order of addition.
     unit = 2.0 ** (52 - math.ceil(math.log2(flat.numel())))
     block_mass = (absmax / largest).double().square().mul_(unit).round_()
     return fit_codebook(

@@ -1,9 +1,9 @@
 """Convert a checkpoint to 8 bits, one tensor at a time.
 
-The model is built on the meta device to learn which tensors belong to modules that are stored in 8
-bits; weights are then read, quantized and written tensor by tensor, so that memory is bounded by
-the largest tensor and one output shard, not by the model. The target appears under its name only
-when every file of it is on the disk.
+The model is built on the meta device to find out which tensors belong to modules that are stored in
+8 bits. Weights are then read, quantized and written tensor by tensor, so memory use depends on the
+largest tensor and the output shards, not on the size of the model. The target directory appears
+only when all its files are on disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WEIGHT_FILES = ("*.index.json", MANIFEST, "config.json")
 
 @dataclass(frozen=True)
 class TensorError:
-    """How well one tensor survived: `relative_rmse` = |restored - original| / |original|."""
+    """The quantization error of a tensor: `relative_rmse` = |restored - original| / |original|."""
 
     name: str
     parameters: int
@@ -53,12 +53,12 @@ class TensorError:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        tensors: one entry a quantized tensor, in the order of the model.
-        kept: names of modules with weights that stay in full precision, for example LayerNorms.
-        dropped: checkpoint tensors that the model has no place for, such as causal masks.
+        tensors: one entry per quantized tensor, in the order of the checkpoint.
+        kept: names of tensors that stay in full precision, for example LayerNorm weights.
+        dropped: names of checkpoint tensors that the model does not use, such as causal masks.
     """
 
     parameters: int = 0
@@ -72,11 +72,11 @@ class ConversionReport:
 
     @property
     def relative_rmse(self) -> float:
-        """The error over all quantized weights together."""
+        """The relative RMS error over all quantized weights."""
         return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
 
     def add(self, name: str, weight: torch.Tensor, quantized: QuantizedTensor) -> None:
-        """Measure one tensor."""
+        """Measure the error of a tensor and add it to the report."""
         error, norm = squared_errors(weight, quantized)
         self._squared_error += error
         self._squared_norm += norm
@@ -87,27 +87,30 @@ class ConversionReport:
 def convert_checkpoint(
     source_dir: str | Path, target_dir: str | Path, config: Blockwise8bitConfig
 ) -> ConversionReport:
-    """Write an 8-bit copy of a model directory that `from_pretrained` loads.
+    """Write an 8-bit copy of a model directory, which `from_pretrained` can load.
 
-    A model in the original 8-bit GPT-J format keeps its codes, and its adapters
+    A model in the original 8-bit GPT-J format keeps its codes and adapters
     (`gptj8.quantization.original_format`).
 
     Args:
-        source_dir: a causal language model as `save_pretrained` writes it: safetensors or
-            pytorch_model.bin, in one file or sharded. Pickles are read as tensors only.
-        target_dir: the directory to make; an earlier one is replaced when the new one is complete.
+        source_dir: a causal language model as written by `save_pretrained`: safetensors or
+            pytorch_model.bin, in one file or sharded. No pickled code is executed.
+        target_dir: the directory to create; an existing one is replaced once the new one is
+            complete.
         config: block size, codebook and modules to skip.
 
     Raises:
-        UserError: for a source that is no model, already converted, incomplete or different from
-            its config, and for a disk that is too small; `target_dir` is then as it was.
+        UserError: if the source is not a model, is already quantized, is incomplete or does not
+            match its config, or if the disk is too small; `target_dir` is not changed.
     """
     source, target = Path(source_dir), Path(target_dir)
     check_model_directory(source)
     model_config = read_json(source / "config.json")
     if quantization := model_config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UserError(f"{source} is already quantized ({method}); convert the original model")
+        raise UserError(
+            f"{source} is already quantized ({method}); convert the original model instead"
+        )
 
     _check_target(target)
     weights = ShardedWeights(source)
@@ -119,11 +122,13 @@ def convert_checkpoint(
     modules = [name for name, _ in skeleton.named_modules()]
     for skipped in config.skip_modules:
         if not any(is_skipped(name, [skipped]) for name in modules):
-            raise UserError(f"skip_modules: {source} has no module {skipped!r}")
+            raise UserError(f"skip_modules = {skipped!r}: {source} has no such module")
     swapped = swap_modules(skeleton, config)
     if not swapped:
-        raise UserError(f"{source}: nothing to convert, every module is skipped")
-    _refuse_what_stays_large(skeleton, config.skip_modules, source)
+        raise UserError(
+            f"{source}: nothing to convert, because all modules are skipped or have no 8-bit form"
+        )
+    _check_remaining_modules(skeleton, config.skip_modules, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     names, report.dropped = match_names(weights, skeleton, source)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
@@ -159,18 +164,20 @@ def convert_checkpoint(
 
 
 def _check_target(target: Path) -> None:
-    """Refuse before the work what could not be put in place after it."""
+    """Check before the conversion that the target can be created."""
     if target.is_symlink() and not target.exists():
-        raise UserError(f"{target} is a link to {target.readlink()}, which does not exist")
+        raise UserError(
+            f"{target} is a link to {target.readlink()}, which does not exist; remove the link"
+        )
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
-        raise UserError(f"{target} cannot be made: {parent} is a file")
+        raise UserError(f"{target} cannot be created: {parent} is a file")
 
 
-def _refuse_what_stays_large(
+def _check_remaining_modules(
     skeleton: PreTrainedModel, skip_modules: list[str], source: Path
 ) -> None:
-    """Refuse a model most of whose weights are in modules that have no 8-bit twin, naming them."""
+    """Raise UserError if most weights are in modules that have no 8-bit form."""
     large = {}
     for name, module in skeleton.named_modules():
         own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
@@ -181,16 +188,16 @@ def _refuse_what_stays_large(
     if share > 0.5:
         first = sorted(large, key=lambda name: -large[name])[:3]
         raise UserError(
-            f"{source}: {share:.0%} of the weights are in modules that are no Linear, Conv1D or "
-            f"Embedding and have no 8-bit form: {', '.join(first)}"
+            f"{source}: {share:.0%} of the weights are in modules of a type that has no 8-bit form "
+            f"(only Linear, Conv1D and Embedding do): {', '.join(first)}"
             + (f" and {len(large) - 3} more" if len(large) > 3 else "")
-            + "; name them in skip_modules to convert the rest"
+            + "; list them in skip_modules to convert the other modules"
         )
 
 
 def _estimate_bytes(weights: ShardedWeights, names: dict[str, str], swapped: list[str]) -> int:
     quantized = {f"{name}.weight" for name in swapped}
-    # A byte a code and a little for absmax, codebooks and headers; four bytes for the rest.
+    # One byte per code plus a margin for absmax, codebooks and headers; four bytes for the rest.
     estimate = 0.0
     for source, name in names.items():
         estimate += math.prod(weights.shapes[source]) * (1.1 if name in quantized else 4)
@@ -213,7 +220,7 @@ def _write_side_files(
 
 
 def summarize(report: ConversionReport) -> str:
-    """Return one line for the terminal."""
+    """Return a one-line summary for the terminal."""
     sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.converted_bytes)}"
     error = f"relative RMS error {report.relative_rmse:.3%}" if report.tensors else "codes kept"
     return f"{report.parameters:,} parameters, {sizes}, {error}"

@@ -1,13 +1,14 @@
-"""Modules whose weight is frozen in 8 bits and restored just in time (`gptj8.kernels.operators`).
+"""Modules with frozen 8-bit weights that are restored when needed (`gptj8.kernels.operators`).
 
-A frozen layer costs one byte a weight and, for a moment, one restored matrix. They subclass torch's
-own modules: PEFT wraps them like any other, and nothing has to be registered with it.
+A frozen layer needs one byte per weight and, temporarily, memory for one restored matrix. The
+modules subclass torch's own, so PEFT wraps them like any other without registration.
 
-(Rejected: a tensor subclass, which needs a handler for every operator that a model may call;
-keeping restored weights, which is what 8 bits are there to avoid.)
+Alternatives considered: a tensor subclass was rejected because it needs a handler for every
+operator that a model may call; caching restored weights was rejected because it needs the memory
+that 8 bits save.
 
-`absmax` and `codebook` stay float32 whatever a caller casts the module to: rounded to 16 bits they
-would shift every block by up to 0.4 %, without a word.
+`absmax` and `codebook` stay float32 even if the module is cast to another dtype. Rounding them to
+16 bits would silently shift every block by up to 0.4 %.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ _FLOAT32_BUFFERS = ("absmax", "codebook")
 
 
 class FrozenCodes(nn.Parameter):
-    """A uint8 weight that refuses arithmetic in place.
+    """A uint8 weight that raises an error on in-place arithmetic.
 
-    Adding to codes has no meaning, and PEFT's `merge_and_unload(safe_merge=True)` would do it
-    without a word: it rounds the adapter to uint8, where most of it is zero, and drops it.
+    Adding to codes is meaningless, but PEFT's `merge_and_unload(safe_merge=True)` would do it
+    silently: it casts the adapter to uint8, where most values become zero, and discards it.
     """
 
     def __new__(cls, codes: torch.Tensor, requires_grad: bool = False) -> FrozenCodes:
         guarded = torch.Tensor._make_subclass(cls, codes.as_subclass(torch.Tensor), False)
-        # transformers notes on a parameter that it has been loaded and must not be initialized.
+        # transformers marks a loaded parameter with an attribute so that it is not initialized.
         guarded.__dict__.update(codes.__dict__)
         return guarded
 
@@ -44,17 +45,19 @@ class FrozenCodes(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = getattr(func, "__name__", "")
         if name in ("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__"):
-            # Not a TypeError: torch would turn that into a fallback to addition out of place.
+            # Not a TypeError, because torch would then fall back to out-of-place addition.
             raise ValueError(
-                "an adapter cannot be merged into 8-bit weights; restore them first: "
-                "model = model.dequantize(torch.float32), then load the adapter and merge it"
+                "an adapter cannot be merged into 8-bit weights; restore them first with "
+                "model = model.dequantize(torch.float32), then load and merge the adapter"
             )
         if getattr(func, "__module__", "") in ("torch.nn.init", "transformers.initialization"):
-            # transformers draws random weights for what it leaves on the disk; codes have none.
+            # transformers initializes weights that it leaves on disk, but codes have no random
+            # initialization.
             return args[0] if args else (kwargs or {})["tensor"]
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            # `weight.data` and its clone are what PEFT adds to; everything else is a plain tensor.
+            # PEFT adds to `weight.data` and its clones, so they stay guarded. Other results become
+            # plain tensors.
             is_copy = name in ("__get__", "clone") and isinstance(result, torch.Tensor)
             return cls(result) if is_copy else result
 
@@ -63,9 +66,9 @@ class FrozenCodes(nn.Parameter):
 
 
 class Frozen8bitModule(nn.Module):
-    """What the frozen modules share: a uint8 `weight` with float32 `absmax` and `codebook`."""
+    """Base class of frozen modules: a uint8 `weight` with float32 `absmax` and `codebook`."""
 
-    weight: Any  # FrozenCodes; torch's modules declare it in ways of their own
+    weight: Any  # FrozenCodes; torch's modules declare it with different types
     absmax: torch.Tensor
     codebook: torch.Tensor
     block_size: int
@@ -79,27 +82,36 @@ class Frozen8bitModule(nn.Module):
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
-        """The weight as the codec knows it."""
+        """The weight as a `QuantizedTensor`."""
         return QuantizedTensor(self.weight.detach(), self.absmax, self.codebook, self.block_size)
 
     def share_scales(self) -> None:
-        """Leave absmax and codebook out of the state dict: they are another module's, like the
-        weight, and are stored once."""
+        """Exclude absmax and codebook from the state dict.
+
+        For a module with a tied weight, whose absmax and codebook are saved by the other module.
+        """
         self._non_persistent_buffers_set.update(_FLOAT32_BUFFERS)
 
     def load_quantized(self, quantized: QuantizedTensor) -> None:
-        """Take over quantized tensors; the shapes must be the module's own."""
+        """Replace the weight by quantized tensors.
+
+        Raises:
+            ValueError: if the shape differs from the module's weight.
+        """
         if quantized.codes.shape != self.weight.shape:
             raise ValueError(
-                f"codes have shape {tuple(quantized.codes.shape)}, the module's weight "
-                f"{tuple(self.weight.shape)}"
+                f"the codes have shape {tuple(quantized.codes.shape)}, but the module's weight has "
+                f"shape {tuple(self.weight.shape)}"
             )
         self.weight = FrozenCodes(quantized.codes)
         self.absmax, self.codebook = quantized.absmax, quantized.codebook
         self.block_size = quantized.block_size
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Keep the weight guarded, whoever sets it: loading replaces parameters by its own."""
+        """Register a parameter, with the weight wrapped in `FrozenCodes`.
+
+        Needed because loading a model replaces parameters.
+        """
         if name == "weight" and param is not None and not isinstance(param, FrozenCodes):
             param = FrozenCodes(param)
         super().register_parameter(name, param)
@@ -111,16 +123,16 @@ class Frozen8bitModule(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
-        self.weight = self._parameters["weight"]  # guarded again, if it was replaced
+        self.weight = self._parameters["weight"]  # wraps it in FrozenCodes again if it was replaced
         return self
 
     def extra_repr(self) -> str:
-        """Describe the module in a printed model."""
+        """Return the description shown when the model is printed."""
         return f"{super().extra_repr()}, 8-bit, block_size={self.block_size}"
 
 
 class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
-    """`nn.Linear` with a frozen 8-bit weight (out, in); the bias may be trained."""
+    """`nn.Linear` with a frozen 8-bit weight (out, in); the bias can be trained."""
 
     def __init__(
         self,
@@ -140,12 +152,12 @@ class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (..., out_features) in the dtype of x, or of autocast."""
+        """Return (..., out_features) in the autocast dtype if autocast is on, else that of x."""
         return _frozen_linear(self, x, transposed=False)
 
 
 class Frozen8bitConv1D(Frozen8bitModule, Conv1D):
-    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (in, out)."""
+    """transformers' `Conv1D` (GPT-2), a linear layer, with a frozen 8-bit weight (in, out)."""
 
     def __init__(
         self,
@@ -161,16 +173,16 @@ class Frozen8bitConv1D(Frozen8bitModule, Conv1D):
         self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (..., nf) in the dtype of x, or of autocast."""
+        """Return (..., nf) in the autocast dtype if autocast is on, else that of x."""
         return _frozen_linear(self, x, transposed=True)
 
 
 class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
-    """`nn.Embedding` with a frozen 8-bit weight; restores only the rows that are asked for.
+    """`nn.Embedding` with a frozen 8-bit weight; restores only the rows that are looked up.
 
     Attributes:
-        output_dtype: what rows are restored to; follows casts of the module, because an embedding
-            has no floating-point input to take it from.
+        output_dtype: dtype of the output. It follows casts of the module, because an embedding has
+            no floating-point input to take the dtype from.
     """
 
     def __init__(
@@ -191,11 +203,11 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
         self._allocate((num_embeddings, embedding_dim), block_size, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Restore rows: ids (...) integer -> (..., embedding_dim) in `output_dtype`."""
+        """Return (..., embedding_dim) in `output_dtype` for integer ids (...)."""
         rows, dim = ids.reshape(-1), self.embedding_dim
         codes = self.weight.index_select(0, rows)
         if dim % self.block_size == 0 or self.block_size % dim == 0:
-            # No block begins or ends inside a run of `step` weights, so one absmax serves each run.
+            # No block begins or ends inside a run of `step` weights, so each run has one absmax.
             step = min(dim, self.block_size)
             runs = torch.arange(dim // step, device=rows.device)
             block = (rows[:, None] * (dim // step) + runs) // (self.block_size // step)
@@ -213,7 +225,7 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
 
 
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
-    """Return x in the dtype that autocast computes products in; as it is where autocast is off."""
+    """Return x in the autocast dtype, or unchanged if autocast is off."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -234,10 +246,10 @@ def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tens
 
 
 def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -> nn.Module | None:
-    """Return an empty frozen module in place of `module`, on its device; None if it has no twin.
+    """Return an empty frozen module to replace `module`, on the same device, or None.
 
-    Only exact `nn.Linear`, `nn.Embedding` and `Conv1D` have one: a subclass may compute something
-    else.
+    Subclasses of `nn.Linear`, `nn.Embedding` and `Conv1D` are not replaced, because they may
+    compute something else.
     """
     if type(module) is nn.Linear:
         return Frozen8bitLinear(
@@ -265,7 +277,7 @@ def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -
 
 
 def full_precision_twin(module: Frozen8bitModule, dtype: torch.dtype) -> nn.Module:
-    """Return the ordinary module with the restored weight; bias and mode are taken over."""
+    """Return an ordinary module with the restored weight and the same bias and training mode."""
     weight = dequantize_blockwise(module.quantized_weight, dtype)
     twin: nn.Module
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A model directory and the model that its config.json describes, compared tensor by tensor."""
+"""Compare the tensors in a model directory with the model that its config.json describes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap
 from gptj8.quantization.shards import ShardedWeights
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json
+from gptj8.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,28 +21,34 @@ _WEIGHT_PATTERNS = ("*.safetensors*", "pytorch_model*.bin*")
 
 
 def check_model_directory(path: str | Path) -> None:
-    """Refuse a directory that is no model, before a library does so at length.
+    """Check that a directory contains a model, to replace a library's long traceback by one line.
 
     Raises:
-        UserError: naming what is absent.
+        UserError: if the directory, its config.json, the model_type or the weights are missing.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is not a directory; a model is one, as save_pretrained writes it")
+        raise UserError(
+            f"{path} is not a directory; pass a model directory as written by save_pretrained"
+        )
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; is it a model as save_pretrained writes it?")
+        raise UserError(
+            f"{path} has no config.json; pass a model directory as written by save_pretrained"
+        )
     config = read_json(path / "config.json")
     if not isinstance(config, dict) or not config.get("model_type"):
-        raise UserError(f"{path}/config.json names no model_type")
+        raise UserError(f"{path}/config.json has no model_type")
     if not any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
         raise UserError(f"{path} has no weights: neither *.safetensors nor pytorch_model*.bin")
 
 
 def check_tensors(path: str | Path) -> None:
-    """Compare a model directory's tensors with what its config.json implies, by their headers.
+    """Check names and shapes of a model directory's tensors against its config.json.
+
+    Only file headers are read.
 
     Raises:
-        UserError: naming file, tensor and the two shapes, or what is missing or cannot be read.
+        UserError: if a tensor is missing or has another shape, or a file cannot be read.
     """
     path = Path(path)
     skeleton = build_skeleton(path)
@@ -67,7 +74,7 @@ def build_skeleton(source: Path) -> PreTrainedModel:
     """Return the model that config.json describes, on the meta device.
 
     Raises:
-        UserError: if transformers knows no causal language model for it.
+        UserError: if transformers has no causal language model for it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,25 +91,27 @@ def build_skeleton(source: Path) -> PreTrainedModel:
         TypeError,
         ArithmeticError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{source} is not a causal language model: {reason}") from error
 
 
 def match_names(
     weights: ShardedWeights, skeleton: PreTrainedModel, source: Path
 ) -> tuple[dict[str, str], list[str]]:
-    """Map names of tensors in the files to the model's.
+    """Map the tensor names in the files to the names in the model.
 
     Args:
-        weights: of the files.
-        skeleton: the model on the meta device, its modules swapped where they are in 8 bits.
-        source: the model directory, for messages.
+        weights: the tensors in the files.
+        skeleton: the model on the meta device, with the modules that are in 8 bits replaced.
+        source: the model directory, for error messages.
 
     Returns:
-        name in the files -> name in the model, and the names that the model has no place for.
+        A dict from names in the files to names in the model, and the list of names in the files
+        that the model does not use.
 
     Raises:
-        UserError: a line for each tensor that is missing or has another shape.
+        UserError: if tensors are missing or have another shape; the message has one line for each
+            of the first five.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     tied = skeleton.all_tied_weights_keys
@@ -115,7 +124,7 @@ def match_names(
             dropped.append(name)
         elif expected[match] != shape:
             problems.append(
-                f"{weights.file_of[name]}: {name} has shape {shape}, and config.json implies "
+                f"{weights.file_of[name]}: {name} has shape {shape}, but config.json implies "
                 f"{expected[match]}"
             )
         else:
@@ -123,11 +132,11 @@ def match_names(
     found = {match: name for name, match in names.items()}
     for target, origin in tied.items():
         if target in found and origin in found:
-            # Files of torch hold a shared weight twice; it is stored once.
+            # torch files contain a shared weight twice; the converted model stores it once.
             if not torch.equal(weights.read(found[target]), weights.read(found[origin])):
                 problems.append(
-                    f"{source}: config.json ties {found[target]} to {found[origin]}, and the "
-                    "checkpoint has two different tensors; set tie_word_embeddings to false"
+                    f"{source}: config.json ties {found[target]} to {found[origin]}, but their "
+                    "tensors in the checkpoint differ; set tie_word_embeddings to false"
                 )
             dropped.append(found[target])
             del names[found[target]]
@@ -150,10 +159,10 @@ def match_names(
 def _model_name(
     name: str, skeleton: PreTrainedModel, expected: dict[str, tuple[int, ...]]
 ) -> str | None:
-    """Return what the model calls a tensor of the checkpoint; None if it has no place for it.
+    """Return the model's name for a tensor of the checkpoint, or None if the model does not use it.
 
-    SavedStates of before a renaming in transformers, or of the model without its head, have other
-    names; transformers' own table is asked.
+    Names differ in checkpoints of older transformers versions and of models without a head. They
+    are looked up in transformers' own table of renamed tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -168,7 +177,7 @@ def _model_name(
     if computed is not None:
         raise UserError(
             f"{type(skeleton).__name__} computes {renamed} from several tensors of the checkpoint, "
-            f"{name} among them, which the conversion does not do; load the model with "
-            "transformers, save it again, and convert that"
+            f"including {name}, which the conversion does not support; load the model with "
+            "transformers, save it again, and convert the saved model"
         )
     return renamed if renamed in expected else None

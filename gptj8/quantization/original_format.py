@@ -1,10 +1,10 @@
-"""Models published in the original 8-bit GPT-J format: their codes are taken over, not made again.
+"""Read models published in the original 8-bit GPT-J format, keeping their codes.
 
-That format keeps `weight` (uint8), `absmax` and `code` of every linear layer and embedding beside
-each other, in blocks of 4096 over the flattened weight, in one pytorch_model.bin, together with the
-causal masks of all layers. Where adapters were trained, a layer has `adapter.0.weight` (r, in) and
-`adapter.1.weight` (out, r), added without scaling; an embedding's `adapter.0.weight` is (rows, r).
-They become a PEFT adapter in the folder `adapter` of the converted model.
+The format stores `weight` (uint8), `absmax` and `code` of every linear layer and embedding, in
+blocks of 4096 over the flattened weight. They are in one pytorch_model.bin, which also contains the
+causal masks of all layers. A layer with a trained adapter also has `adapter.0.weight` (r, in) and
+`adapter.1.weight` (out, r), which are added without scaling; for an embedding, `adapter.0.weight`
+is (rows, r). Adapters are written as a PEFT adapter to the folder `adapter` of the converted model.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _ADAPTER = (".adapter.0.weight", ".adapter.1.weight")
 
 
 def quantized_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the modules of a checkpoint that are in 8 bits already, and their block size.
+    """Return the modules of a checkpoint that are already in 8 bits, with their block sizes.
 
     Args:
-        shapes: of all tensors of the checkpoint, by name.
+        shapes: shapes of all tensors of the checkpoint by name.
 
     Raises:
-        UserError: if absmax has a length that no block size explains.
+        UserError: if the length of an absmax matches no supported block size.
     """
     modules = {}
     for name, shape in shapes.items():
@@ -45,34 +45,38 @@ def quantized_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         sizes = [size for size in BLOCK_SIZES if math.ceil(codes / size) == blocks]
         if not sizes:
             raise UserError(
-                f"{prefix}.absmax has {blocks} values, which no block size gives for the "
-                f"{codes} codes of {name}"
+                f"{prefix}.absmax has {blocks} values, which matches no supported block size for "
+                f"the {codes} codes of {name}"
             )
         modules[prefix] = sizes[-1]
     return modules
 
 
 def common_block_size(modules: Mapping[str, int], source: Path) -> int:
-    """Return the block size of all modules.
+    """Return the block size that all modules share.
 
     Raises:
-        UserError: if they differ, which the converted format has no place for.
+        UserError: if the block sizes differ; the converted format supports only one.
     """
     sizes = {size: module for module, size in modules.items()}
     if len(sizes) > 1:
         listed = ", ".join(f"{module}: {size}" for size, module in sorted(sizes.items()))
-        raise UserError(f"{source}: modules in 8 bits have different block sizes ({listed})")
+        raise UserError(
+            f"{source}: the 8-bit modules have different block sizes ({listed}), which is not "
+            "supported"
+        )
     return next(iter(sizes))
 
 
 def take_over(weights: ShardedWeights, module: str, block_size: int) -> QuantizedTensor:
-    """Return a module's weight as the checkpoint holds it.
+    """Return the weight of a module with the codes, absmax and codebook of the checkpoint.
 
     Raises:
-        QuantizationError: if codes, absmax and code do not belong together, by the tensor's name.
+        QuantizationError: if codes, absmax and code do not match; the message names the tensor.
     """
     codes = weights.read(f"{module}.weight")
-    # Copies: in one file all modules may share one code, and what shares memory cannot be saved.
+    # Copy them: all modules in a file may share one code, and tensors that share memory cannot be
+    # saved.
     parts = (weights.read(f"{module}.{part}") for part in _PARTS)
     absmax, code = (part.flatten().to(torch.float32, copy=True) for part in parts)
     check_quantized(codes, absmax, code, block_size, f"{module}.weight")
@@ -85,10 +89,10 @@ def save_adapters(
     """Write the adapters of a checkpoint, if it has any, in PEFT's format.
 
     Args:
-        target: the converted model's directory; the adapter is its folder `adapter`.
+        target: directory of the converted model; the adapter is written to its folder `adapter`.
         weights: the checkpoint.
-        model: tells embeddings from linear layers; may be on the meta device.
-        base_model: where the converted model will be found.
+        model: used to distinguish embeddings from linear layers; may be on the meta device.
+        base_model: final path of the converted model.
     """
     down, up = _ADAPTER
     modules = [n.removesuffix(down) for n in weights.shapes if n.endswith(down)]
@@ -113,7 +117,7 @@ def save_adapters(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": rank,  # the format adds adapters unscaled
+        "lora_alpha": rank,  # a scaling of 1, because the format does not scale adapters
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(modules),

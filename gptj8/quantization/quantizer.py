@@ -1,9 +1,9 @@
-"""The quantizer that transformers sees: loads and saves models whose weights are in 8 bits.
+"""The transformers quantizer for loading and saving models with 8-bit weights.
 
-`from_pretrained` builds the model on the meta device, asks the quantizer to swap modules, and fills
-what it finds in the checkpoint. A converted directory holds `weight` (uint8), `absmax` and
-`codebook` beside each other and needs nothing but the swap. With a `quantization_config` for an
-ordinary checkpoint, each weight is quantized as it arrives.
+`from_pretrained` builds the model on the meta device, calls the quantizer to replace modules, and
+loads the checkpoint into the result. A converted checkpoint contains `weight` (uint8), `absmax` and
+`codebook` of each module and needs no further steps. For an ordinary checkpoint loaded with a
+`quantization_config`, each weight is quantized while it is loaded.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ QUANT_METHOD = "blockwise_8bit"
 
 @register_quantization_config(QUANT_METHOD)
 class Blockwise8bitConfig(QuantizationConfigMixin):
-    """How to store the large weights; saved in a converted model's config.json.
+    """Configuration of 8-bit weights, saved in the config.json of a converted model.
 
     Args:
-        block_size: weights that share one absmax: 64 to 4096, a power of two.
+        block_size: number of weights that share one absmax, a power of two from 64 to 4096.
         codebook: "fitted" (to each tensor) or "dynamic" (bitsandbytes' map).
-        skip_modules: qualified names, or their last parts, of modules to leave as they are.
+        skip_modules: modules to leave unquantized, given as complete or partial dotted names. The
+            children of a skipped module are skipped too.
 
     Raises:
-        QuantizationError: for a block size or codebook that does not exist.
+        QuantizationError: if the block size or codebook is not supported.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
         check_block_size(block_size)
         if codebook not in CODEBOOKS:
-            raise QuantizationError(f"codebook = {codebook!r} is none of {', '.join(CODEBOOKS)}")
+            raise QuantizationError(f"codebook = {codebook!r} is not one of {', '.join(CODEBOOKS)}")
         self.block_size = block_size
         self.codebook = codebook
         self.skip_modules = list(skip_modules or [])
@@ -64,15 +65,15 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class Blockwise8bitQuantizer(HfQuantizer):
-    """Swap modules for their frozen twins before weights are loaded into them."""
+    """Replaces modules by their frozen versions before the weights are loaded."""
 
     quantization_config: Blockwise8bitConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        # It needs models, which may be about to be imported where this module is.
+        # Imported here because it imports model classes, whose own import may have led here.
         from gptj8.kernels.fused import register_fused_attention
 
-        # Called before the model is built, when it is still open which attention it gets.
+        # This method runs before the model is built, so the attention can still be selected.
         register_fused_attention()
 
     def _process_model_before_weight_loading(
@@ -85,7 +86,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for tied, origin in _tied_modules(model):
             tied.absmax, tied.codebook = origin.absmax, origin.codebook
-        # What a file claims is checked before native code is given it.
+        # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
             if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
                 if self.pre_quantized:
@@ -101,17 +102,17 @@ class Blockwise8bitQuantizer(HfQuantizer):
         # `from_pretrained(dtype=torch.bfloat16)` would round absmax and codebook as well.
         if name.rpartition(".")[2] in ("absmax", "codebook"):
             return None
-        # Codes are never cast: floats would become zeros, and codes the weights of another module.
+        # Codes and floats must never be cast to each other: the results would be meaningless.
         stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
         if (stored in ("U8", "torch.uint8")) != (dtype == torch.uint8):
             raise QuantizationError(
-                f"{name} is {stored} in the checkpoint, and its quantization_config makes it "
+                f"{name} is {stored} in the checkpoint, but the quantization_config requires "
                 f"{dtype}; skip_modules or the file was changed after the conversion"
             )
         return super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        if self.pre_quantized:  # else transformers would not compare the shapes of what it loads
+        if self.pre_quantized:  # otherwise transformers would not check the shapes of the tensors
             return False
         module, tensor_name = get_module_from_name(model, param_name)
         return isinstance(module, Frozen8bitModule) and tensor_name == "weight"
@@ -137,7 +138,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
 
 
 class _QuantizeOnLoad(ConversionOps):
-    """Turn an arriving full-precision `weight` into the three tensors of a frozen module."""
+    """Converts a full-precision `weight` to the three tensors of a frozen module during loading."""
 
     def __init__(self, config: Blockwise8bitConfig) -> None:
         self.config = config
@@ -168,12 +169,12 @@ class _QuantizeOnLoad(ConversionOps):
 def swap_modules(
     model: nn.Module, config: Blockwise8bitConfig, dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Replace every module that has a frozen twin, in place; return the names of those replaced.
+    """Replace modules by their frozen 8-bit versions, in place, and return the modules' names.
 
-    Activation functions that torch has in one piece are replaced as well.
+    Activation functions with a fused version in torch are replaced as well.
 
     Args:
-        dtype: of biases and embedding outputs; None: torch's default.
+        dtype: dtype of biases and embedding outputs; None for torch's default.
     """
     from gptj8.kernels.fused import fuse_activations
 
@@ -183,7 +184,7 @@ def swap_modules(
             twin = frozen_twin(module, config.block_size, dtype)
             if twin is not None:
                 twins[name] = twin.train(module.training)
-    # A weight that two modules share is in 8 bits in both of them or in none.
+    # Modules that share a weight are either all in 8 bits or all unquantized.
     for pair in getattr(model, "all_tied_weights_keys", {}).items():
         tied = [name.removesuffix(".weight") for name in pair]
         if not all(name in twins for name in tied):
@@ -196,7 +197,7 @@ def swap_modules(
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace every frozen module by an ordinary one with the restored weight, in place."""
+    """Replace all frozen modules by ordinary ones with restored weights, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Frozen8bitModule):
             model.set_submodule(name, full_precision_twin(module, dtype))
@@ -206,13 +207,16 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
 
 def is_skipped(name: str, skip_modules: list[str]) -> bool:
-    """Whether a module's qualified name, its end or one of its parents is listed."""
+    """Return whether `skip_modules` contains consecutive components of a module's dotted name.
+
+    This covers the complete name, its last parts, and the names of its parents.
+    """
     dotted = f".{name}."
     return any(f".{skipped}." in dotted for skipped in skip_modules)
 
 
 def _tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitModule]]:
-    """Return the frozen modules whose weight transformers ties, each with the one it is tied to."""
+    """Return pairs of frozen modules: a module with a tied weight, and the one it is tied to."""
     pairs = []
     for names in getattr(model, "all_tied_weights_keys", {}).items():
         tied, origin = (model.get_submodule(name.removesuffix(".weight")) for name in names)
@@ -222,10 +226,12 @@ def _tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitMo
 
 
 def _require_loaded(name: str, module: Frozen8bitModule) -> None:
-    """Refuse a module whose tensors were not all in the checkpoint: it would compute with whatever
-    its memory held."""
+    """Raise an error if a tensor of a module was missing in the checkpoint.
+
+    The module would otherwise compute with uninitialized memory.
+    """
     for part in ("weight", "absmax", "codebook"):
-        # transformers marks what it has loaded, so as not to initialize it.
+        # transformers sets this attribute on loaded tensors so that they are not initialized.
         if not getattr(getattr(module, part), "_is_hf_initialized", False):
             raise QuantizationError(f"the checkpoint has no tensor {name}.{part}")
 

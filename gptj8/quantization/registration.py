@@ -1,10 +1,12 @@
 """Register the quantizer with transformers without importing transformers.
 
-transformers has a registry of quantizers but no way for a package to announce one before
-`transformers.quantizers.auto` is imported, and importing that costs seconds and torch, which
-`validate` and `gptj8 --help` do not need. So an import hook waits for that one module and registers
-right after it has run. (Rejected: registering in `import gptj8`, for its cost; asking users to call
-a function, because a forgotten call shows as a model that loads as noise.)
+transformers has a registry of quantizers, but a package can only register after importing
+`transformers.quantizers.auto`. That import takes seconds and loads torch, which `validate` and
+`gptj8 --help` do not need. An import hook therefore registers the quantizer right after that module
+is imported.
+
+Alternatives considered: registering in `import gptj8` was rejected because of its cost; a function
+for users to call was rejected because a forgotten call gives a model whose output is noise.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ _AWAITED = "transformers.quantizers.auto"
 
 
 class _Hook(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the awaited module through the ordinary finders and adds a step behind its loader."""
+    """Import hook that registers the quantizer after the awaited module has been executed.
+
+    It finds the module with the other finders and wraps its loader.
+    """
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name != _AWAITED:
@@ -42,7 +47,7 @@ class _Hook(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def register_when_transformers_loads() -> None:
-    """Register now if transformers' quantizers are loaded, else as soon as they are."""
+    """Register the quantizer, now or as soon as transformers' quantizers are imported."""
     if _AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
@@ -50,6 +55,6 @@ def register_when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    # Importing it registers. Where its own import is what loaded transformers' quantizers, it is
-    # half-made at this point, and goes on to register by itself.
+    # Importing this module registers the quantizer. If this module's own import triggered the hook,
+    # it is only partially initialized here and registers when its import completes.
     importlib.import_module("gptj8.quantization.quantizer")

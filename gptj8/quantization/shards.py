@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint directory: read one at a time, written in files of bounded size.
+"""Read the tensors of a checkpoint one at a time, and write tensors to files of bounded size.
 
-safetensors and torch's own format, in one file or in shards with an index. Files of torch are read
-as tensors only: no pickled code runs.
+Reads safetensors and torch files, as a single file or as shards with an index. torch files are
+loaded with `weights_only`, so no pickled code is executed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, sha256_file, write_json
 
 SHARD_BYTES = 400_000_000
-"""A written file is closed before a tensor would make it larger; two are held in memory."""
+"""Maximum size of a file, unless a single tensor is larger. Up to two files are held in memory."""
 
 _INDEX = "model.safetensors.index.json"
 
 
 class ShardedWeights:
-    """The tensors of a checkpoint, in file order; iterating holds one tensor at a time."""
+    """The tensors of a checkpoint in file order; iteration reads one tensor at a time."""
 
     def __init__(self, source: Path) -> None:
         self.files = _weight_files(source)
@@ -47,14 +47,14 @@ class ShardedWeights:
             yield name, self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, on pages of the file where the format allows it."""
-        # The file is opened anew for each tensor: the pages of a mapped file count as memory of the
-        # process until the mapping is closed, and one file may hold a whole model.
+        """Return a tensor, memory-mapped if the format supports it."""
+        # Open the file for each tensor: the pages of a mapped file count as resident memory until
+        # the mapping is closed, and one file may contain the complete model.
         tensor = self._open(self.file_of[name])[name]
         return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
 
     def _open(self, file: Path) -> Mapping[str, Any]:
-        """Return a file's tensors, or slices that read nothing until they are indexed."""
+        """Return the tensors of a file by name, or slices that are read when they are indexed."""
         if file in self._unmapped:
             return self._unmapped[file]
         try:
@@ -68,29 +68,35 @@ class ShardedWeights:
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
-            # Files from before torch 1.6 cannot be mapped, and are read once.
+            # Files from before torch 1.6 cannot be memory-mapped, so they are read once and kept.
             loaded = torch.load(file, map_location="cpu", weights_only=True)
             self._unmapped = {file: _dense_tensors(loaded, file)}
             return self._unmapped[file]
         except pickle.UnpicklingError as error:
-            raise UserError(f"{file} holds more than tensors and is not read") from error
+            raise UserError(
+                f"{file} contains objects other than tensors and is not loaded; save only the "
+                "model's state dict"
+            ) from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} cannot be read, it may be truncated: {reason}") from error
+            raise UserError(f"{file} cannot be read; it may be truncated: {reason}") from error
 
 
 def _dense_tensors(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
-    """Return what a file of torch holds if that is a state dict: names and dense tensors."""
+    """Return the loaded object, or raise UserError if it is not a state dict of dense tensors."""
     if not isinstance(loaded, dict):
-        raise UserError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+        raise UserError(
+            f"{file} contains a {type(loaded).__name__}, not a state dict; save only the model's "
+            "state dict"
+        )
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{file}: {name!r} is a {type(value).__name__}, not a tensor; save the model's "
-                "state dict alone"
+                f"{file}: the entry {name!r} ({type(value).__name__}) is not a named tensor; save "
+                "only the model's state dict"
             )
         if value.layout != torch.strided:
-            raise UserError(f"{file}: {name} is not dense ({value.layout})")
+            raise UserError(f"{file}: {name} is not a dense tensor ({value.layout})")
     return loaded
 
 
@@ -115,23 +121,25 @@ def _weight_files(source: Path) -> list[Path]:
             if not names or not all(isinstance(name, str) for name in names):
                 raise UserError(f"{source / index} has no weight_map")
             files = [source / name for name in sorted(set(names))]
-            # By name and not by where a link leads: a cache of the Hub links its files elsewhere.
+            # Check names, not resolved paths: the Hub's cache links its files to another directory.
             outside = [name for name in names if len(PurePath(name).parts) != 1 or name == ".."]
             if outside:
-                raise UserError(f"{source / index} names {outside[0]!r}, which is not in {source}")
+                raise UserError(f"{source / index} lists {outside[0]!r}, which is not in {source}")
             for file in files:
                 if not file.is_file():
-                    raise UserError(f"{file} is listed in {index} and does not exist")
+                    raise UserError(f"{file} is listed in {index} but does not exist")
             return files
     raise UserError(f"{source} has neither model.safetensors nor pytorch_model.bin, sharded or not")
 
 
 class ShardWriter:
-    """Write tensors to safetensors files of bounded size, one in the background while the next is
-    collected. A context manager: an error inside it, or of a write, ends it without more files.
+    """Write tensors to safetensors files of bounded size.
+
+    A file is written in the background while the tensors of the next one are collected. Use it as a
+    context manager: after an error in its body or in a write, no more files are written.
 
     Attributes:
-        digests: SHA-256 of each file by its name, complete after `finish`.
+        digests: SHA-256 of each file by name; complete after `finish`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -151,7 +159,7 @@ class ShardWriter:
         self._background.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor, which nobody may change until it is written."""
+        """Add a tensor; it must not be modified until it is written."""
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > SHARD_BYTES:
             self._write()
@@ -160,7 +168,7 @@ class ShardWriter:
         self.total_bytes += size
 
     def finish(self) -> None:
-        """Write what is left; name the files, which needs their count, and index them."""
+        """Write the remaining tensors, give the files their final names, and write the index."""
         self._write()
         digests = [write.result() for write in self._writes]
         count = len(self.shards)
@@ -180,7 +188,7 @@ class ShardWriter:
         return self.folder / f"shard-{number}.safetensors"
 
     def _write(self) -> None:
-        if self._writes:  # no more than two shards in memory; and a full disk ends it here
+        if self._writes:  # keeps at most two shards in memory and raises errors of the last write
             self._writes[-1].result()
         path = self._shard_path(len(self.shards))
         self.shards.append(list(self.pending))
@@ -189,8 +197,8 @@ class ShardWriter:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> str:
-    """Write one file and return its SHA-256."""
+    """Write a file and return its SHA-256."""
     save_file(tensors, path, metadata={"format": "pt"})
-    tensors.clear()  # the future would keep them
-    path.chmod(0o644)  # the library makes files that only their owner can read
+    tensors.clear()  # the future would keep them in memory
+    path.chmod(0o644)  # safetensors creates files that only their owner can read
     return sha256_file(path)

@@ -1,13 +1,13 @@
-"""Several processes for one stage: started by torchrun, told apart by its variables.
+"""Run one stage in several processes, started by torchrun.
 
-`finetune.launcher` is torchrun's own command line, such as `torchrun --nproc-per-node 2`. The stage
-that DVC runs starts it and waits; in each process that it starts, the stage runs again and finds
-itself one of several. All of them compute, and the first one, the main process, alone speaks,
-records and writes.
+`finetune.launcher` is a torchrun command line, such as `torchrun --nproc-per-node 2`. The stage
+started by DVC runs torchrun and waits for it. torchrun starts the stage once per process, and each
+process reads its rank from torchrun's environment variables. All processes compute; only the main
+process (rank 0) prints, records and writes.
 
 Training is data-parallel (torch's DistributedDataParallel under transformers' Trainer): each
-process takes its share of the rows of every step. Evaluation is sharded by rows: each process takes
-every n-th, and all get all results.
+process computes a share of the rows of every step. Evaluation is sharded by rows: each of n
+processes evaluates every n-th row, and all processes receive all results.
 """
 
 from __future__ import annotations
@@ -29,38 +29,39 @@ _Result = TypeVar("_Result")
 
 
 def process_count() -> int:
-    """Return how many processes share the work, on all machines."""
+    """Return the number of processes on all machines (the world size)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_number() -> int:
-    """Return which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this is the one that speaks, records and writes; true where there is only one."""
+    """Return whether this process prints, records and writes. True if it is the only process."""
     return process_number() == 0
 
 
 def processes_here() -> int:
-    """Return how many of the processes share this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def launch(launcher: str | None, module: str) -> bool:
-    """Run a stage's module by a launcher and wait for its end.
+    """Run a stage's module with a launcher and wait until it exits.
 
     Args:
-        launcher: torchrun's command line; None: nothing is launched.
-        module: its name, such as `stages.finetune`.
+        launcher: torchrun command line, or None to launch nothing.
+        module: name of the stage's module, such as `stages.finetune`.
 
     Returns:
-        False if there is nothing to launch, or this process was launched itself: it is to work.
+        True if the launcher ran the stage. False if there is nothing to launch or if this process
+        was launched itself; the caller then does the work.
 
     Raises:
-        UserError: if torchrun does not understand its arguments.
-        SystemExit: with the code of the process that failed first.
+        UserError: if torchrun rejects its arguments.
+        SystemExit: with the exit code of the process that failed first.
     """
     if launcher is None or "RANK" in os.environ:
         return False
@@ -68,22 +69,22 @@ def launch(launcher: str | None, module: str) -> bool:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+        with redirect_stderr(errors), redirect_stdout(io.StringIO()):
             arguments = torchrun.parse_args([*shlex.split(launcher)[1:], "-m", module])
         here = torchrun.determine_local_world_size(arguments.nproc_per_node)
     except (SystemExit, ValueError) as error:
-        reason = [*said.getvalue().strip().splitlines(), str(error)][-2:][0]
+        reason = [*errors.getvalue().strip().splitlines(), str(error)][-2:][0]
         raise UserError(f"finetune.launcher = {launcher}: {one_line(reason)}") from None
     if arguments.training_script != module or here < 1:
         raise UserError(
-            f"finetune.launcher = {launcher}: options of torchrun alone, for 1 process or more; "
-            "the stage adds what is run"
+            f"finetune.launcher = {launcher}: give only torchrun options and at least 1 process; "
+            "the stage adds the module to run"
         )
-    # Else every process computes on one core, which torchrun says in five lines.
+    # By default torchrun limits every process to one core and prints a five-line warning about it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
-    # The process that failed has said why; a report of ours on top tells nothing.
+    # The failed process has already printed the reason, so torchrun's report is redundant.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(arguments)
@@ -96,7 +97,7 @@ def launch(launcher: str | None, module: str) -> bool:
 
 
 def join() -> None:
-    """Meet the other processes, if there are any, and take this one's GPU."""
+    """Join the process group, if there are several processes, and select this process's GPU."""
     if process_count() == 1:
         return
     import torch
@@ -107,12 +108,12 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if not distributed.is_initialized():
-        # They meet once for each system evaluated, and hours apart where one is slower.
+        # Processes synchronize once per evaluated system, and a slow one may be hours late.
         distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def leave() -> None:
-    """End what `join` began; every process calls it, and those that are not the main one end."""
+    """Leave the process group. Every process calls this; all except the main process exit."""
     if process_count() == 1:
         return
     from torch import distributed
@@ -122,11 +123,15 @@ def leave() -> None:
     if not is_main_process():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # gloo's destructors have been seen to wait for each other for ever
+        os._exit(0)  # a normal exit can deadlock in gloo's destructors
 
 
 def from_main(decide: Callable[[], _Result]) -> _Result:
-    """Return what the main process decides, in all of them; what it refuses, all refuse."""
+    """Call `decide` in the main process and return its result in every process.
+
+    Raises:
+        UserError: in every process, if `decide` raises it.
+    """
     if process_count() == 1:
         return decide()
     from torch import distributed
@@ -139,11 +144,16 @@ def from_main(decide: Callable[[], _Result]) -> _Result:
 def each_a_share(
     compute: Callable[[Sequence[int]], Iterable[_Result]], count: int
 ) -> list[_Result]:
-    """Compute results of `count` items, every n-th in one of n processes; return all, in order.
+    """Distribute `count` items over the processes and return all results in order.
+
+    Each of n processes computes every n-th item.
 
     Args:
-        compute: returns one result an item, given their numbers. What it refuses in one process is
-            refused in all.
+        compute: takes item indices and returns one result per item.
+        count: number of items.
+
+    Raises:
+        UserError: in every process, if `compute` raises it in one of them.
     """
     processes = process_count()
     if processes == 1:
@@ -163,7 +173,7 @@ def each_a_share(
 def _attempt(work: Callable[[], Any]) -> tuple[Any, UserError | None]:
     try:
         return work(), None
-    except UserError as error:  # anything else is a fault, and ends this process with a traceback
+    except UserError as error:  # any other exception is a bug and keeps its traceback
         return None, error
 
 
@@ -172,7 +182,7 @@ def _results_of(attempts: Sequence[tuple[Any, UserError | None]]) -> list[Any]:
 
     for _, error in attempts:
         if error is not None:
-            # All have heard of it before the first one ends, and closes its connections.
+            # Wait until every process has the error: the first exit closes the connections.
             with suppress(RuntimeError):
                 distributed.barrier()
             raise error
@@ -180,14 +190,17 @@ def _results_of(attempts: Sequence[tuple[Any, UserError | None]]) -> list[Any]:
 
 
 def summed(values: Sequence[float]) -> list[float]:
-    """Return the sums of each value over all processes."""
-    shares = each_a_share(lambda mine: [values], process_count())  # one item a process
+    """Return the sum of each value over all processes."""
+    shares = each_a_share(lambda mine: [values], process_count())  # one item per process
     return [sum(column) for column in zip(*shares, strict=True)]
 
 
 def share_trained_only(model: Any) -> None:
-    """Keep DistributedDataParallel from sending frozen weights: every process has read them, and
-    written to they would no longer be pages of a file."""
+    """Exclude frozen weights from DistributedDataParallel's initial broadcast.
+
+    Every process has already read them from the file. Writing to them would turn the memory-mapped
+    pages into private memory.
+    """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     model._ddp_params_and_buffers_to_ignore = [
         name for name, tensor in state.items() if not tensor.requires_grad

@@ -1,10 +1,10 @@
-"""Why DVC runs a stage, which it does not say: what differs from what dvc.lock has of its last run.
+"""Explain why DVC runs a stage, by comparing the project with the stage's entry in dvc.lock.
 
-While a stage runs, dvc.lock still has the entry of its last run, and the new ones of the stages
-before it. Params and the digests of files are compared as they are. A directory that is not an
-output of a stage in the same dvc.lock is compared by the size and number of its files, and by its
-digest only where that is read in an instant: nobody waits a minute for twelve gigabytes to be told
-what they know. What cannot be told so is named as what it may be.
+DVC itself prints no reason. While a stage runs, dvc.lock still has the entry of its last run, and
+already has the new entries of the stages before it. Params and file digests are compared directly.
+A directory that is not an output of a stage in the same dvc.lock is compared by the size and number
+of its files. Its digest is computed only if it is small: hashing 12 GB would delay the stage by a
+minute. A directory too large to hash is reported as a possible change.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from gptj8.runtime.dvc_digests import dvc_digest, dvc_files
 from gptj8.runtime.project import project_root
 
 FIRST = "first run"
-"""What is said of a stage that dvc.lock does not know."""
+"""The reason for a stage without an entry in dvc.lock."""
 
 NOT_MADE = "not made yet"
-"""The command in the dvc.lock of a recipe that has not run: see data/README.md."""
+"""The command in the dvc.lock of a recipe that has not run; see data/README.md."""
 
-FIRST_IN_COPY = "runs in an experiment's copy, which has no dvc.lock of an earlier run"
-"""The same, in the copy that `dvc exp run --temp` makes of what git knows: dvc.lock may not be of
-it."""
+FIRST_IN_COPY = "runs in an experiment's copy, which has no dvc.lock from an earlier run"
+"""The same reason inside the copy that `dvc exp run --temp` makes of the files tracked by git.
+dvc.lock may not be one of them."""
 
-_MOST_BYTES = 64 << 20  # of a directory that is read for its digest
+_MOST_BYTES = 64 << 20  # the largest directory that is hashed
 _SHOWN = 3
 _TEMPLATE = re.compile(r"\$\{([\w.]+)\}")
 _MISSING = object()
 
 
 def explain(stage: str, folder: str | Path = ".") -> str:
-    """Return one line that says why a stage of the dvc.yaml in `folder` runs.
+    """Return one line with the reason why a stage of the dvc.yaml in `folder` runs.
 
-    Never fails: a project that cannot be read is told by what reads it in earnest.
+    Never raises: the stage itself reports a project that cannot be read.
     """
     folder = Path(folder)
     try:
@@ -46,20 +46,20 @@ def explain(stage: str, folder: str | Path = ".") -> str:
             return FIRST if project_root() == Path.cwd().resolve() else FIRST_IN_COPY
         declared = _read(folder / "dvc.yaml")["stages"][stage]
         changes = list(_changes(folder, locked[stage], declared, locked))
-    except Exception:  # a file that is missing, or is not what DVC writes
+    except Exception:  # a file is missing or was not written by DVC
         return "runs"
     certain = [text for text, is_certain in changes if is_certain]
     if certain:
         more = f" and {len(certain) - _SHOWN} more" if len(certain) > _SHOWN else ""
         return f"runs because {', '.join(certain[:_SHOWN])}{more}"
     possible = "".join(f", or {text}" for text, _ in changes)
-    return f"runs again: it was asked to, or its outputs were not as it left them{possible}"
+    return f"rerun: forced, or its outputs were changed{possible}"
 
 
 def _changes(
     folder: Path, locked: Mapping[str, Any], declared: Mapping[str, Any], stages: Mapping[str, Any]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield what differs, in words, and whether that is certain."""
+    """Yield a description of each change and whether it is certain."""
     if locked.get("cmd") != declared.get("cmd"):
         yield "its command changed", True
     values = _read(folder / "params.yaml") or {}
@@ -80,7 +80,7 @@ def _changes(
             yield f"{path} changed", True
     for path in before:
         if path not in paths:
-            yield f"{path} is no dependency any more", True
+            yield f"{path} is no longer a dependency", True
 
 
 def _changed_params(
@@ -108,16 +108,16 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     elif before is now:
         return
     elif before is _MISSING:
-        yield f"{name} is {_text(now)} (was not there)"
+        yield f"{name} is {_text(now)} (was not set)"
     elif now is _MISSING:
-        yield f"{name} is gone (was {_text(before)})"
+        yield f"{name} was removed (was {_text(before)})"
     elif before != now:
         yield f"{name} is {_text(now)} (was {_text(before)})"
 
 
 def _is_changed(path: Path, before: Mapping[str, Any], made: str | None) -> bool | None:
-    """Whether a dependency is another than it was; None: that would take too long to tell."""
-    if before.get("hash") != "md5":  # as DVC counted before its version 3
+    """Return whether a dependency changed, or None if finding out would take too long."""
+    if before.get("hash") != "md5":  # the digests of DVC before version 3
         return None
     if made is not None:
         return made != before["md5"]
@@ -147,7 +147,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def _resolve(dep: Any, values: Any) -> str:
-    """Return a dependency's path with the params that its template names."""
+    """Return a dependency's path with its `${...}` templates filled in from the params."""
     path = dep if isinstance(dep, str) else next(iter(dep))
     return os.path.normpath(_TEMPLATE.sub(lambda match: str(_value(values, match[1])), path))
 

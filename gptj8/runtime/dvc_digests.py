@@ -1,4 +1,4 @@
-"""Files and folders as DVC sees them: what .dvcignore leaves of a folder, and its digest."""
+"""List and hash files and folders as DVC does, with .dvcignore applied."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ _NEVER_SEEN = (".git", ".hg", ".dvc")
 
 
 def dvc_files(path: str | Path) -> list[Path]:
-    """Return the file itself, or all files below a directory that DVC sees, sorted by path.
+    """Return the file itself, or all files below a directory that DVC does not ignore, sorted.
 
-    A link is followed where it is the path itself, or leads to a file, as DVC does.
+    As in DVC, a symbolic link is followed if it is `path` itself or points to a file.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     patterns = _patterns_above(path)
-    if _is_ignored(path, patterns):  # what is still being written, under another name
+    if _is_ignored(path, patterns):  # a staging directory, hashed before it is renamed
         patterns = []
     return sorted(_below(path, patterns))
 
 
 def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:
-    """Return the digest by which DVC knows a file or a directory, as dvc.lock has it.
+    """Return the digest of a file or directory as DVC writes it to dvc.lock.
 
-    Of a file its MD5; of a directory that of the list of its files and theirs, with `.dir` behind.
+    For a file this is its MD5. For a directory it is the MD5 of the listing of its files and their
+    digests, followed by `.dir`.
 
     Args:
         path: a file or a directory.
-        known: digests by absolute path, size, modification time and inode. What is in it is not
-            read again, what is not is added.
+        known: cache of digests by absolute path, size, modification time and inode. Files in the
+            cache are not read; other files are added to it.
     """
     path = Path(path)
     if path.is_file():
@@ -69,9 +70,9 @@ def _patterns_above(directory: Path) -> _Patterns:
     """Return the patterns of each .dvcignore from the project's root down to a directory."""
     folders = list(directory.absolute().parents)
     root = next((i for i, folder in enumerate(folders) if (folder / ".dvc").is_dir()), None)
-    if root is None:  # no project of DVC's
+    if root is None:  # not inside a DVC project
         return []
-    # None is below: DVC refuses a folder that holds a .dvcignore.
+    # There is none further down: DVC rejects a dependency that contains a .dvcignore.
     files = [folder / IGNORE_FILE for folder in reversed(folders[: root + 1])]
     return [
         (file.parent, GitIgnoreSpec.from_lines(file.read_text(encoding="utf-8").splitlines()))
@@ -91,7 +92,7 @@ def _below(directory: Path, patterns: _Patterns) -> Iterator[Path]:
 
 
 def _is_ignored(path: Path, patterns: _Patterns) -> bool:
-    """Whether the last pattern that says something of a path ignores it."""
+    """Return whether the last pattern that matches a path ignores it."""
     ignored = False
     for folder, spec in patterns:
         name = path.absolute().relative_to(folder).as_posix()

@@ -1,18 +1,17 @@
-"""Files that are either whole or absent, and digests of what was read.
+"""Write files and directories atomically, read JSON, and compute checksums.
 
-Every output is written beside its destination under a temporary name, flushed to the disk and then
-renamed, because a rename is the only step that a crash cannot split. A temporary name never looks
-like an output, so what a killed process leaves behind is neither loaded nor mistaken for one.
+Every output is written next to its destination under a temporary name, flushed to disk and then
+renamed, because a rename is atomic. The temporary name never looks like an output, so files left by
+a killed process are not loaded by mistake.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,15 @@ _CHUNK_BYTES = 1 << 22
 def replace_directory(target: str | Path) -> Iterator[Path]:
     """Yield an empty staging directory that becomes `target` when the block ends without an error.
 
-    An earlier `target` stays readable until then. On an error the staging directory is removed and
-    `target` is as it was.
+    An existing `target` stays readable until then. On an error the staging directory is removed and
+    `target` is unchanged.
 
     Raises:
         UserError: if `target` is a file or a link.
     """
     target = Path(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target} is not a folder, and would be replaced by one; move it away")
+        raise UserError(f"{target} is not a folder, but the output is one; move it away")
     staging = target.with_name(f".{target.name}.incomplete")
     discarded = target.with_name(f".{target.name}.replaced")
     if discarded.exists() and not target.exists():  # killed between the two renames
@@ -80,28 +79,16 @@ def replace_file(target: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all. NaN and infinity are refused."""
+    """Write `content` as indented JSON, atomically. NaN and infinity raise ValueError."""
     with replace_file(path) as staging:
         staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write dicts as CSV, whole or not at all; the columns are the keys in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (
-        replace_file(path) as staging,
-        open(staging, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: if the file is absent or is not JSON.
+        UserError: if the file is missing or is not valid JSON.
     """
     path = Path(path)
     try:
@@ -110,12 +97,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder") from None
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # ValueError also for a number that is too long
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
 
 
 def require_free_space(directory: str | Path, needed_bytes: int, purpose: str) -> None:
-    """Refuse before the work starts what the disk could not hold at its end.
+    """Raise an error before the work starts if its output would not fit on the disk.
 
     Raises:
         UserError: if the file system of `directory` has less than `needed_bytes` free.
@@ -132,7 +119,7 @@ def require_free_space(directory: str | Path, needed_bytes: int, purpose: str) -
 
 
 def format_bytes(count: float) -> str:
-    """Return `count` bytes with a decimal unit, as disks and file managers count: `6.06 GB`."""
+    """Return `count` bytes as text with a decimal unit, such as `6.06 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
@@ -158,7 +145,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _share(directory: Path) -> None:
-    """Give files the permissions that the user's new files have: safetensors makes them private."""
+    """Give files the default permissions of new files: safetensors makes them private."""
     umask = os.umask(0)
     os.umask(umask)
     for path in list_files(directory):

@@ -1,8 +1,8 @@
-"""What a directory held when it was written: a SHA-256 for each file, in `manifest.json`.
+"""Write and verify `manifest.json`, which has the SHA-256 of each file in a directory.
 
-safetensors has no checksum, and neither have Arrow's streams: a flipped bit in a weight or in a
-token loads without a word. Converted models, prepared datasets, adapters, exports and checkpoints
-of training carry this manifest, and whoever reads one compares before it is used.
+Neither safetensors nor Arrow streams have a checksum, so a flipped bit in a weight or a token loads
+silently. Converted models, prepared datasets, adapters, exports and training checkpoints have a
+manifest, and readers verify it before they use the files.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ def write_manifest(
     known: Mapping[str, str] | None = None,
     files: Iterable[Path] | None = None,
 ) -> None:
-    """Record what is below `folder`.
+    """Write the manifest of `folder`.
 
     Args:
-        known: digests by relative path of files that were hashed as they were written.
-        files: record these alone; None: all.
+        folder: the directory.
+        known: digests by relative path, for files that were already hashed.
+        files: the files to list. None: all files below `folder`.
     """
     digests = {}
     for file in list_files(folder) if files is None else files:
         name = file.relative_to(folder).as_posix()
-        if name != MANIFEST:  # of before
+        if name != MANIFEST:  # an earlier manifest does not list itself
             digests[name] = (known or {}).get(name) or sha256_file(file)
     write_json(folder / MANIFEST, digests)
 
 
 def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> int | None:
-    """Compare a directory with its manifest; all bytes of what is compared are read.
+    """Compare a directory with its manifest. Reads every byte of the compared files.
 
     Args:
         folder: the directory.
-        only: compare these files, by relative path, and no others; None: all, and look for weights
-            that it does not list.
+        only: relative paths of the files to compare. None: compare all files, and also report
+            weight files that are not in the manifest.
 
     Returns:
-        how many files are as they were written; None where there is no manifest.
+        The number of files that match, or None if there is no manifest.
 
     Raises:
-        UserError: a line for each file that is altered, missing or, if it holds weights, added.
+        UserError: one line per file that is altered, missing or, for weight files, not listed.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -59,7 +60,7 @@ def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> 
     if not isinstance(expected, dict) or not all(
         isinstance(digest, str) and _is_inside(name) for name, digest in expected.items()
     ):
-        raise UserError(f"{folder / MANIFEST} is no manifest: digests by relative path")
+        raise UserError(f"{folder / MANIFEST} is not a manifest of digests by relative path")
     problems = []
     if only is not None:
         problems = [
@@ -71,30 +72,30 @@ def verify_manifest(folder: str | Path, only: Collection[str] | None = None) -> 
         try:
             actual = sha256_file(file)
         except FileNotFoundError:
-            problems.append(f"{file} is missing; {MANIFEST} lists it")
+            problems.append(f"{file} is missing but listed in {MANIFEST}")
             continue
         except OSError as error:
-            problems.append(f"{file} cannot be read ({error.strerror}); {MANIFEST} lists it")
+            problems.append(f"{file} cannot be read: {error.strerror}")
             continue
         if actual != digest:
             problems.append(
-                f"{file} was altered: its SHA-256 is {actual}, and {MANIFEST} says {digest}"
+                f"{file} was altered: its SHA-256 is {actual}, but {MANIFEST} has {digest}"
             )
     for file in list_files(folder) if only is None else ():
         name = file.relative_to(folder).as_posix()
         if file.suffix in _WEIGHT_SUFFIXES and name not in expected:
-            problems.append(f"{file} is not in {MANIFEST}; it is no part of this model")
+            problems.append(f"{file} is not in {MANIFEST}; it is not part of this model")
     if problems:
         raise UserError("\n".join(problems))
     return len(expected)
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file below the folder, if it can be one at all."""
+    """Return whether a manifest's entry is a valid relative path below the folder."""
     try:
         if b"\0" in os.fsencode(name):
             return False
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
+    except UnicodeEncodeError:  # a lone surrogate, which JSON allows
         return False
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts

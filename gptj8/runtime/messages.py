@@ -1,4 +1,4 @@
-"""Words for people: texts and lists cut to what fits into a line, names and near names."""
+"""Format text for messages: excerpts, lists and suggestions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _LONGEST_NAME = 100
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
-    """Return the beginning of a text on one line."""
+    """Return the beginning of a text as one line of at most `length` characters."""
     line = " ".join(text[: 4 * length].split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def listed(values: Sequence[str], limit: int) -> str:
-    """Return the first values, quoted, and how many more there are."""
+    """Return the first `limit` values, quoted, and the number of values left out."""
     shown = ", ".join(excerpt(repr(value)) for value in list(values)[:limit])
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `, did you mean ...?` if a known name is near, else nothing."""
+    """Return `, did you mean ...?` if a known name is similar, else an empty string."""
     by_lower_case = {c.lower(): c for c in known if len(c) <= _LONGEST_NAME}
     if len(name) > _LONGEST_NAME:
         return ""
@@ -31,12 +31,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def quote(name: str) -> str:
-    """Quote a name only where it would be misread without."""
+    """Return the name, quoted if it has spaces, punctuation or unprintable characters."""
     plain = name and name.isprintable() and not any(c in name for c in " ,;'\"")
     return excerpt(name if plain else repr(name))
 
 
 def one_line(error: object) -> str:
-    """Return an error's message on one line, safe to print."""
+    """Return an error's message as one line of at most 300 printable characters."""
     line = " ".join(str(error).split())[:300] or type(error).__name__
     return "".join(c if c.isprintable() else "\ufffd" for c in line)

@@ -1,4 +1,4 @@
-"""What every process of the project does first and last: privacy, errors, exit codes, memory."""
+"""Start-up and shutdown shared by every process: telemetry, errors, exit codes, memory settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import select
 import signal
 import sys
 import time
@@ -20,97 +21,98 @@ from typing import NoReturn
 from gptj8.runtime.distributed import is_main_process
 from gptj8.runtime.errors import UserError
 
-# Nothing phones home unless the user says so: these are defaults, so that a variable that the user
-# has set wins. DVC's own switches are in .dvc/config.
+# Turn telemetry off by default. A variable that the user has set takes precedence. DVC's own
+# settings are in .dvc/config.
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A tracking server that is away is noticed in seconds: the work does not wait for it.
+    # An unreachable tracking server must be noticed within seconds.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
 COMPILED_PRODUCTS = 32
-"""Matrix products that oneDNN keeps compiled, on a CPU."""
+"""The number of compiled matrix products that oneDNN caches, on a CPU."""
 UNUSED_IN_TRAINING = ("scipy",)
-"""What transformers imports for a loss of object detection: 40 MB and half a second."""
+"""Packages that transformers imports only for an object detection loss: 40 MB and 0.5 s."""
 LARGE_BLOCK = 32 << 20
-"""Bytes from which on a block is not in the heap of a process that `restart_with_malloc_settings`
-began."""
-_HEAP = ":".join(
+"""The size in bytes from which malloc uses mmap instead of the heap, in a process restarted by
+`restart_with_malloc_settings`."""
+_HEAP_TUNABLES = ":".join(
     (
         "glibc.malloc.tcache_count=0",
         "glibc.malloc.mxfast=0",
         f"glibc.malloc.mmap_threshold={LARGE_BLOCK}",
-        f"glibc.malloc.trim_threshold={1 << 30}",  # a step's memory serves the next step
-        # Pages of 2 MB where the system offers them: 512 times fewer are taken one by one. Three
-        # small models trained 8 and 4 % faster and 2 % slower by it, in the same memory.
+        f"glibc.malloc.trim_threshold={1 << 30}",  # keep a step's memory for the next step
+        # Use 2 MB pages where available, which means 512 times fewer page faults. Of three small
+        # models, two trained 8 and 4 % faster and one 2 % slower, with the same memory.
         "glibc.malloc.hugetlb=1",
     )
 )
-_BEGUN_ANEW = "gptj8_heap"
-_HELD_WHILE_BEGINNING = (signal.SIGINT, signal.SIGTERM)
+_RESTARTED = "gptj8_heap"  # the -X option that marks a restarted process
+_BLOCKED_DURING_RESTART = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 5.0
-_OF_FILES = {
+_FILE_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "no space left on the disk",
     errno.EROFS: "the disk is read-only",
-    errno.EIO: "the disk fails (input/output error)",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
-    errno.EISDIR: "a folder is in the place of a file",
-    errno.ENOTDIR: "a file is in the place of a folder",
-    errno.EEXIST: "something else is in its place",
-    errno.ELOOP: "links lead to each other",
-    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "disk failure (input/output error)",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EISDIR: "a folder was found instead of a file",
+    errno.ENOTDIR: "a file was found instead of a folder",
+    errno.EEXIST: "the path already exists",
+    errno.ELOOP: "the symbolic links form a loop",
+    errno.ENAMETOOLONG: "the file name is too long",
 }
 
 
 def set_defaults() -> None:
-    """Set the environment defaults; to be called before a third-party package is imported.
+    """Set the environment defaults. Call this before any third-party package is imported.
 
-    Also silences messages of libraries that are about each other and not about the user: a 4-bit
-    CPU kernel that bitsandbytes would fetch from the Hub, a name that PEFT still uses and
-    transformers has renamed, and PEFT's doubts about LayerNorms, which it trains (tests/training/
-    test_loop.py) though it knows them no device for.
+    Also silences library messages that do not concern the user: a 4-bit CPU kernel that
+    bitsandbytes would download from the Hub, an attribute that transformers has renamed and PEFT
+    still uses, and PEFT's warning that LayerNorms are unsupported although it trains them
+    (tests/training/test_loop.py).
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message="Unsupported layer type .*LayerNorm")
-    # Threads of an operation that wait for each other spin for some microseconds and then sleep.
-    # Spinning for long, libgomp's default, makes a step many times slower as soon as something else
-    # uses the cores; sleeping at once makes it a third slower on idle ones.
+    # Waiting OpenMP threads spin for some microseconds and then sleep. Long spinning, libgomp's
+    # default, makes a step many times slower when other processes use the cores. Sleeping at once
+    # makes it a third slower on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # torch keeps 1,024 compiled products, one for each combination of shapes, and each holds its
-    # working memory, 0.5 to 5 MB. Rows of many lengths made the embedded default take 2.2 GiB where
-    # 0.9 suffice, and would take 3 GB more of a 6 B model. Compiling anew costs milliseconds.
+    # torch caches 1,024 compiled matrix products, one per combination of shapes, each with 0.5 to
+    # 5 MB of working memory. With rows of many lengths the default pipeline took 2.2 GiB instead of
+    # 0.9 GiB; a 6B model would take 3 GB more. Recompiling costs milliseconds.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(COMPILED_PRODUCTS))
-    # A tokenizer that was used before a fork warns about it at length; there is nothing to gain
-    # here.
+    # Otherwise a tokenizer that was used before a fork prints a long warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def restart_with_malloc_settings() -> None:
-    """Start this process anew with settings that keep glibc's heap dense, unless they are there.
+    """Restart this process with malloc settings that reduce fragmentation of glibc's heap.
 
-    For a process that computes with a model on a CPU; to be called before torch is imported. As it
-    comes, glibc keeps freed small objects aside, between tensors; the hole that a tensor leaves
-    cannot grow over them and is too small for the next one, because torch asks for addresses that
-    64 divides. Training steps of mid-sized models took 0.2 GiB more and, waiting for new memory,
-    up to a quarter longer. The settings are read before a process begins, hence anew; its id and
-    arguments stay, and its children have the environment that it was given. Another C library, or
-    settings of the user's own, leave all as it is.
+    Call this before torch is imported, in a process that computes with a model on a CPU. By default
+    glibc caches freed small objects that lie between tensors. The gap left by a freed tensor cannot
+    merge across them, and it is too small for the next tensor because torch aligns addresses to 64
+    bytes. Training steps of mid-sized models took 0.2 GiB more and up to a quarter longer, because
+    they waited for new memory.
+
+    glibc reads these settings only at process start, so the process replaces itself with execve. It
+    keeps its id and arguments, and its children get the original environment. Nothing happens with
+    another C library, or if the user has set malloc options.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if _BEGUN_ANEW in sys._xoptions:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_WHILE_BEGINNING)
-        before = given.removesuffix(_HEAP).rstrip(":")
+    if _RESTARTED in sys._xoptions:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED_DURING_RESTART)
+        before = given.removesuffix(_HEAP_TUNABLES).rstrip(":")
         os.environ.pop("GLIBC_TUNABLES", None)
         if before:
             os.environ["GLIBC_TUNABLES"] = before
@@ -118,24 +120,25 @@ def restart_with_malloc_settings() -> None:
     has_own = "glibc.malloc" in given or any(name.startswith("MALLOC_") for name in os.environ)
     if has_own or platform.libc_ver()[0] != "glibc":
         return
-    environment = {**os.environ, "GLIBC_TUNABLES": f"{given}:{_HEAP}" if given else _HEAP}
+    tunables = f"{given}:{_HEAP_TUNABLES}" if given else _HEAP_TUNABLES
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
     sys.stdout.flush()
     sys.stderr.flush()
-    # While Python begins it knows of no handler, and would show where it was interrupted.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_WHILE_BEGINNING)
-    with suppress(OSError):  # then as it is
-        command = [sys.executable, "-X", _BEGUN_ANEW, *sys.orig_argv[1:]]
+    # Python has no signal handlers during start-up and would print a traceback on an interrupt.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_DURING_RESTART)
+    with suppress(OSError):  # continue without the settings
+        command = [sys.executable, "-X", _RESTARTED, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, environment)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_WHILE_BEGINNING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED_DURING_RESTART)
 
 
 def prepare_to_compute(unused: Sequence[str] = ()) -> None:
-    """Do what a process that computes with a model does first, before torch is imported.
+    """Prepare a process that computes with a model. Call this before torch is imported.
 
     Args:
-        unused: packages that it never uses, though libraries import them wherever they are
-            installed: an import of them fails from here on, as if they were not. Triton is one
-            where torch was built for CPUs: 75 MB and half a second.
+        unused: packages that the process never uses but libraries import if they are installed.
+            They can no longer be imported after this call. With a CPU build of torch, Triton is
+            added to them, which saves 75 MB and 0.5 s.
     """
     restart_with_malloc_settings()
     set_defaults()
@@ -143,20 +146,22 @@ def prepare_to_compute(unused: Sequence[str] = ()) -> None:
         if version("torch").endswith("+cpu"):
             unused = (*unused, "triton")
     for name in unused:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # which Python documents
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # documented: blocks the import
 
 
 def run(main: Callable[[], object], *, computes: bool = False, unused: Sequence[str] = ()) -> None:
-    """Run a stage or a command and turn its end into an exit code.
+    """Run a stage or a command and set the exit code of the process.
 
-    0 done; 2 something the user can mend, in one line a problem on stderr; 130 and 143 interrupted
-    and terminated. Anything else is a fault of this project and keeps its traceback.
+    The exit code is 0 on success, 2 for an error that the user can fix (printed to stderr, one line
+    per problem), 130 if interrupted and 143 if terminated. Any other exception is a bug in this
+    project and keeps its traceback.
 
     Args:
-        computes: whether it computes with a model, and `prepare_to_compute` is of use.
-        unused: see there.
+        main: the function to run.
+        computes: whether `main` computes with a model, so that `prepare_to_compute` is needed.
+        unused: see `prepare_to_compute`.
     """
-    # As exceptions, so that staging directories are cleaned up and the tracked run is closed.
+    # Signals raise exceptions, so that staging directories and the tracked run are cleaned up.
     signal.signal(signal.SIGTERM, _raise_terminated)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see stages/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -166,22 +171,52 @@ def run(main: Callable[[], object], *, computes: bool = False, unused: Sequence[
         else:
             set_defaults()
         main()
+        flush_output()
     except UserError as error:
-        _refuse(str(error))
+        _exit_with_errors(str(error))
+    except BrokenPipeError:
+        if not _reader_is_gone():  # some other pipe or connection is broken
+            raise
+        _exit_without_reader()
     except Exception as error:
         explanation = _explain(error)
         if explanation is None:
             raise
-        _refuse(explanation)
+        _exit_with_errors(explanation)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _refuse(problems: str) -> NoReturn:
-    """Print what the user can mend, a line each, and exit with 2."""
+def flush_output() -> None:
+    """Write out standard output; exit with code 141 if its reader is gone, as in `gptj8 X | head`.
+
+    141 is the exit code of a process that SIGPIPE ends.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _exit_without_reader()
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _exit_without_reader() -> NoReturn:
+    # Python flushes once more at exit; give it a place to write to.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
+
+
+def _exit_with_errors(problems: str) -> NoReturn:
+    """Print one error per line and exit with code 2."""
     if not is_main_process():
-        # Of several processes most fail alike, and the main one says so; its end ends this one.
+        # Usually all processes have the same error. Let the main process print it and exit first,
+        # which terminates this one.
         time.sleep(_GRACE_SECONDS)
     for line in problems.splitlines():
         print(f"error: {line}", file=sys.stderr)
@@ -189,10 +224,10 @@ def _refuse(problems: str) -> NoReturn:
 
 
 def _explain(error: Exception) -> str | None:
-    """Return one line for what is no fault of this project: disks and memory; None for all else."""
-    if isinstance(error, OSError) and error.errno in _OF_FILES:
-        what = f" for {error.filename}" if error.filename else ""
-        return f"{_OF_FILES[error.errno]}{what}; what was there is as it was"
+    """Return a one-line message for disk and memory errors, or None for any other error."""
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{_FILE_ERRORS[error.errno]}{where}; existing files were not changed"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -202,13 +237,13 @@ def _explain(error: Exception) -> str | None:
         )
     if "selective activation checkpoint" in str(error):
         return (
-            "this model changes what its products return in place, which finetune.checkpointing: "
-            "selective cannot keep; set it to full or none"
+            "finetune.checkpointing = selective cannot be used: this model modifies the results of "
+            "matrix products in place; set it to full or none"
         )
-    if type(error).__name__ == "SafetensorError":  # which names the error by its number alone
+    if type(error).__name__ == "SafetensorError":  # it has only the number of the OS error
         number = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        known = _OF_FILES.get(int(number[1] or number[2])) if number else None
-        return f"{known} for weights; what was there is as it was" if known else None
+        known = _FILE_ERRORS.get(int(number[1] or number[2])) if number else None
+        return f"{known} (model weights); existing files were not changed" if known else None
     return None
 
 
@@ -217,5 +252,5 @@ def _raise_terminated(signum: int, frame: object) -> None:
 
 
 def path_of_this_python() -> str:
-    """Return a PATH by which DVC's `python -m` is this Python, environment entered or not."""
+    """Return a PATH on which `python` is this interpreter, as the commands in dvc.yaml need it."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

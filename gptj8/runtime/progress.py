@@ -1,13 +1,13 @@
-"""What a process tells whoever is at the terminal, or reads its log: lines and progress.
+"""Show progress: a bar on a terminal, lines in a log.
 
-Every line begins with the stage that speaks, also where the work is done deep in the package, which
-knows of no stage: `Story` names the speaker once a process.
+Every line begins with the name of the stage, including lines printed by package code that does not
+know the stage. `Story` sets the name once per process.
 
-Progress is a bar on a terminal, gone when its work is done, since the stage then says what came of
-it. A log has no use for a bar, every refresh of which is more of a line without an end: it gets a
-whole line every half minute, and none for what is done sooner. Both tell the time left, which is
-what is left at the mean pace so far: validation in between is then counted as it comes, while a
-pace of the last seconds would promise much after it and little during it.
+On a terminal progress is a bar, which is removed when the work is done because the stage then
+prints its result. In a log a bar would be one endless line, so a complete line is printed every
+half minute, and none for work that takes less. Both show the time left at the mean speed so far.
+Alternative considered: the speed of the last seconds; it was rejected because it is far too low
+during a validation and far too high after it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gptj8.runtime.distributed import is_main_process
 from gptj8.runtime.files import format_bytes
 
 LOG_SECONDS = 30.0
-"""Between two lines of progress in a log."""
+"""Seconds between two progress lines in a log."""
 
 _REFRESH_SECONDS = 0.5
-# The time left before the facts: a terminal of 80 columns has no room for all of them.
+# The time left comes before the postfix, which may not fit on a terminal of 80 columns.
 _BAR = (
     "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt} of {total_fmt} {unit}, {remaining} left{postfix}"
 )
@@ -37,13 +37,13 @@ _Item = TypeVar("_Item")
 
 
 def set_speaker(name: str) -> None:
-    """Put a stage's name before the lines of progress that follow; "": none."""
+    """Set the stage name that progress lines begin with; an empty string removes it."""
     global _speaker
     _speaker = name
 
 
 class Progress:
-    """How much of something is done; made by `progress`. Calling it with a number adds to that."""
+    """A progress display, created by `progress`. Calling it with a number advances it."""
 
     def __init__(self, total: int, description: str, unit: str) -> None:
         if _speaker and description != _speaker:
@@ -51,8 +51,8 @@ class Progress:
         self.total, self.description, self.unit = total, description, unit
         self.done = 0
         self._facts = ""
-        self._started = self._told = time.monotonic()
-        self._told_done: int | None = None
+        self._started = self._printed_at = time.monotonic()
+        self._printed_done: int | None = None
         self._bar: Any = None
         self._is_shown = is_main_process()
         if self._is_shown and sys.stderr.isatty():
@@ -65,10 +65,10 @@ class Progress:
                 unit_scale=unit == "bytes",
                 bar_format=_BAR,
                 mininterval=_REFRESH_SECONDS,
-                miniters=1,  # else a slower pace is not shown
+                miniters=1,  # otherwise the bar stalls when the work slows down
                 smoothing=0,
                 leave=False,
-                # Not tqdm's own idea: a terminal that does not know its size would get nothing.
+                # tqdm shows nothing on a terminal that does not report its size.
                 ncols=shutil.get_terminal_size().columns,
             )
 
@@ -76,21 +76,21 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._told >= LOG_SECONDS and self.done < self.total:
+        elif time.monotonic() - self._printed_at >= LOG_SECONDS and self.done < self.total:
             self.tell()
 
     def show(self, facts: str) -> None:
-        """Set what stands beside the number from now on, such as a loss."""
+        """Set the text shown after the count from now on, such as a loss."""
         self._facts = facts
         if self._bar is not None:
             self._bar.set_postfix_str(facts, refresh=False)
 
     def tell(self) -> None:
-        """Print a line in a log; a bar tells it all the time."""
+        """Print a progress line in a log. On a terminal the bar already shows it."""
         if self._bar is not None or not self._is_shown:
             return
-        self._told, self._told_done = time.monotonic(), self.done
-        seconds = self._told - self._started
+        self._printed_at, self._printed_done = time.monotonic(), self.done
+        seconds = self._printed_at - self._started
         if self.done >= self.total:
             time_left = f"took {format_seconds(seconds)}"
         elif self.done:
@@ -102,10 +102,10 @@ class Progress:
         print(f"{self.description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     def close(self, is_complete: bool = True) -> None:
-        """Take the bar away; in a log, end what was begun there."""
+        """Remove the bar. In a log, print the last line if earlier lines were printed."""
         if self._bar is not None:
             self._bar.close()
-        elif is_complete and self._told_done is not None and self._told_done < self.done:
+        elif is_complete and self._printed_done is not None and self._printed_done < self.done:
             self.tell()
 
     def _amount(self) -> str:
@@ -116,12 +116,15 @@ class Progress:
 
 @contextmanager
 def progress(total: int, description: str, unit: str) -> Iterator[Progress]:
-    """Show how much of `total` is done, and yield what to call with each further number.
+    """Show progress towards `total`.
 
     Args:
-        total: all there is to do.
-        description: what is done.
-        unit: of what, in the plural; `bytes` are shown as MB and GB.
+        total: the amount of work.
+        description: the name of the work.
+        unit: the unit of `total`, in the plural; `bytes` are shown as MB and GB.
+
+    Yields:
+        A callable that takes the number of units just completed.
     """
     shown = Progress(total, description, unit)
     try:
@@ -133,7 +136,7 @@ def progress(total: int, description: str, unit: str) -> Iterator[Progress]:
 
 
 def each(items: Iterable[_Item], total: int, description: str, unit: str) -> Iterator[_Item]:
-    """Yield the items and show how many of them are done; arguments as for `progress`."""
+    """Yield the items and show the number that is done. See `progress` for the arguments."""
     with progress(total, description, unit) as advance:
         for item in items:
             yield item
@@ -141,7 +144,7 @@ def each(items: Iterable[_Item], total: int, description: str, unit: str) -> Ite
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it: `0.4 s`, `45 s`, `12 min`, `2 h 5 min`."""
+    """Return a readable duration: `0.4 s`, `45 s`, `12 min` or `2 h 5 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:

@@ -1,4 +1,4 @@
-"""What one stage says at the terminal, from why it runs to what came of it."""
+"""Print the messages of a stage, from the reason why it runs to its result."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from gptj8.runtime.progress import format_seconds
 
 
 class Story:
-    """What one stage says, from why it runs to what came of it. One a process.
+    """The messages of a stage, from the reason why it runs to its result. One per process.
 
     Args:
-        stage: its name, with which every line begins.
+        stage: the stage's name, which starts every line.
     """
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
         progress.set_speaker(stage)
-        # transformers shows a bar for each model that it loads, which takes no time: weights stay
-        # in their file until they are used. Where a download is to be seen, no story is told.
+        # Hide transformers' bar for each model that it loads: loading is instant, because weights
+        # are memory-mapped. Code that downloads something does not use a Story.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._started = time.perf_counter()
-        if os.environ.get("DVC_STAGE"):  # started by hand, it runs because somebody said so
+        if os.environ.get("DVC_STAGE"):  # not if the stage was started by hand
             from gptj8.runtime.dvc_changes import explain
 
             self.say(explain(stage))
 
     def say(self, text: str) -> None:
-        """Print a line now: in a log, what is kept back would stand behind what came later."""
+        """Print a line. It is flushed, so that lines keep their order in a log."""
         if is_main_process():
             print(f"{self._stage}: {text}", flush=True)
 
     def end(self, text: str) -> None:
-        """Say what came of the stage, and how long it took; what follows is said by nobody."""
+        """Print the result of the stage and its duration. Later lines have no stage name."""
         self.say(f"{text}; {format_seconds(time.perf_counter() - self._started)}")
         progress.set_speaker("")

@@ -1,8 +1,8 @@
-"""A tuned model that answers: over HTTP, in MLflow, at the terminal.
+"""Serve a fine-tuned model over HTTP, in MLflow and on the command line.
 
-Low to high: `task` (what an export was tuned for), `predictor` (a model and how it is asked),
-`engine` (one thread that owns it and shares its steps among requests), `requests` (what may be
-asked), `app` (FastAPI), `sockets` (where it listens), `commands` (the terminal), `mlflow_model`
-(what `mlflow models serve` loads).
-Nothing here reads params.yaml: what a model was tuned for is in its export.
+Modules from low to high level: `task` (the task of an export), `predictor` (a model and its prompt
+format), `engine` (one thread that owns the model and batches requests), `requests` (request and
+response schemas), `app` (FastAPI), `sockets` (listening sockets), `mlflow_model` (loaded by
+`mlflow models serve`), `registry` (registers exports in MLflow).
+No module reads params.yaml, because an export contains the params of its task.
 """

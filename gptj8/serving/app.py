@@ -1,7 +1,7 @@
-"""The HTTP server: /generate, /classify, /health, and a page at /docs that describes them.
+"""The HTTP server: /generate, /classify and /health, documented at /docs.
 
-A bad request gets a 4xx status and the reason in one line, under `detail`. Where too much is asked
-for at once the answer is 503, and where one takes too long 504.
+An invalid request gets a 4xx status with the reason in one line under `detail`. The status is 503
+if too many requests are waiting and 504 if a request times out.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ from gptj8.serving.requests import (
 
 _CLOSED = "the server is shutting down"
 _GRACE_SECONDS = 10.0
-_TOLD_PROBLEMS = 3  # of a bad request, which may have as many as it has keys
+_MAX_PROBLEMS = 3  # problems to report per request; every key can cause one
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take.
+    """Limits for one request.
 
     Attributes:
-        max_prompt_tokens: None: as many as the model's context holds.
-        max_new_tokens: a request that asks for more is refused.
-        max_body_bytes: of the request.
-        seconds: from when it was read to its end.
-        seconds_to_send: from its first byte, or from when its connection was made, to its last.
+        max_prompt_tokens: maximum prompt length; None for the model's context length.
+        max_new_tokens: requests for more tokens are rejected.
+        max_body_bytes: maximum size of the request body.
+        seconds: timeout after the request was received.
+        seconds_to_send: timeout for receiving the request, counted from its first byte or from the
+            opening of its connection.
     """
 
     max_prompt_tokens: int | None = None
@@ -62,7 +63,7 @@ class Limits:
     seconds_to_send: float = 30.0
 
 
-class _RefusedError(Exception):
+class _RejectedError(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
@@ -70,16 +71,16 @@ class _RefusedError(Exception):
 
 def create_app(
     engine: Engine,
-    limits: Limits = Limits(),
-    token: str | None = None,  # frozen
+    limits: Limits = Limits(),  # immutable, so the default can be shared
+    token: str | None = None,
 ) -> FastAPI:
-    """Return the application; it closes the engine at its end.
+    """Return the application, which closes the engine on shutdown.
 
     Args:
-        engine: what answers.
-        limits: of a request.
-        token: what a request must bring as `Authorization: Bearer TOKEN`; None: nothing. /health
-            answers without.
+        engine: engine that runs the requests.
+        limits: limits for each request.
+        token: token that requests must send as `Authorization: Bearer TOKEN`; None for no
+            authentication. /health never needs it.
     """
     predictor = engine.predictor
 
@@ -96,28 +97,28 @@ def create_app(
     )
     app.add_middleware(_BodyLimit, limits.max_body_bytes, limits.seconds_to_send)
     if token is not None:
-        app.add_middleware(_Token, token)  # the last one added is the first one asked
+        app.add_middleware(_Token, token)  # added last, so it runs first
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type", "")
         if "json" not in kind:
             return _problem(415, f"send JSON with Content-Type: application/json, not {kind!r}")
-        return _problem(422, "; ".join(map(explain, error.errors()[:_TOLD_PROBLEMS])))
+        return _problem(422, "; ".join(map(explain, error.errors()[:_MAX_PROBLEMS])))
 
     @app.exception_handler(StarletteHTTPException)
     async def unreadable(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        # FastAPI's own words for bytes that are no UTF-8 and for what is nested too deeply.
+        # FastAPI reports invalid UTF-8 and excessive nesting with a less specific message.
         reason = "the body is not JSON in UTF-8" if error.status_code == 400 else error.detail
         return _problem(error.status_code, reason)
 
-    @app.exception_handler(_RefusedError)
-    async def refused(request: Request, error: _RefusedError) -> JSONResponse:
+    @app.exception_handler(_RejectedError)
+    async def rejected(request: Request, error: _RejectedError) -> JSONResponse:
         return _problem(error.status, str(error))
 
     @app.get("/health")
     async def health() -> HealthResponse:
-        """Tell that the server lives, and how busy it is."""
+        """Return the model, its task and the number of active and waiting requests."""
         task = predictor.task.shape.task if predictor.task else None
         return HealthResponse(
             status="ok",
@@ -130,7 +131,7 @@ def create_app(
 
     @app.post("/classify", response_model=ClassifyResponse)
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
-        """Return the likeliest label of a row and the probability of each."""
+        """Return the most likely label of a row and the probability of each label."""
         prompt = await asyncio.to_thread(
             _encoded, predictor.encode_for_labels, body.row, limits.max_prompt_tokens
         )
@@ -144,16 +145,19 @@ def create_app(
     async def generate(
         body: GenerateRequest, request: Request
     ) -> GenerateResponse | StreamingResponse:
-        """Continue a prompt or answer a row; `stream` sends server-sent events as it goes.
+        """Continue a prompt or answer a row; with `stream`, send server-sent events.
 
-        Each event has `text`; the last one has what is answered without `stream`.
+        Each event contains `text`. The last event is the response that is sent without `stream`.
         """
         if "max_new_tokens" not in body.model_fields_set:
             fewer = min(body.max_new_tokens, limits.max_new_tokens)
             body = body.model_copy(update={"max_new_tokens": fewer})
         if body.max_new_tokens > limits.max_new_tokens:
-            reason = f"max_new_tokens = {body.max_new_tokens} is more than {limits.max_new_tokens}"
-            raise _RefusedError(422, reason)
+            reason = (
+                f"max_new_tokens = {body.max_new_tokens} exceeds the limit of "
+                f"{limits.max_new_tokens}"
+            )
+            raise _RejectedError(422, reason)
         prompt = await asyncio.to_thread(_encoded, body.encode, predictor, limits.max_prompt_tokens)
         pieces = _Pieces(AnswerStream(predictor.encoder, of_row=body.row is not None))
         future = _submitted(engine.generate, prompt.ids, body.sampling, pieces.put)
@@ -166,10 +170,11 @@ def create_app(
 
 
 class Server(uvicorn.Server):
-    """Told to end, ends the answers that are under way: a stream would hold it up, and be cut.
+    """A uvicorn server that cancels running requests on shutdown and closes stalled connections.
 
-    Closes connections on which no whole request head comes for some time, or no answer is read:
-    each takes one of the files that the process may open.
+    Without the cancellation, a stream would delay the shutdown and then be cut off. A connection is
+    stalled if no complete request head arrives or the response is not read. Each connection uses
+    one of the process's file descriptors.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, limits: Limits) -> None:
@@ -179,12 +184,12 @@ class Server(uvicorn.Server):
         self._seen: dict[Any, tuple[Any, bool, float]] = {}
 
     async def on_tick(self, counter: int) -> bool:
-        """Look at the connections, ten times a second."""
+        """Check the connections; called ten times per second."""
         now, before, self._seen = time.monotonic(), self._seen, {}
         waiting = self._limits.seconds_to_send
         answering = waiting + self._limits.seconds + _GRACE_SECONDS
         for connection in self.server_state.connections:
-            request = getattr(connection, "cycle", None)  # the last one, of uvicorn's
+            request = getattr(connection, "cycle", None)  # uvicorn's latest request
             is_over = request is None or request.response_complete
             known, was_over, since = before.get(connection, (None, False, now))
             if known is not request or was_over != is_over:
@@ -197,13 +202,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, *arguments: Any, **keywords: Any) -> None:
-        """Close the engine, then the connections."""
+        """Close the engine, then shut down the connections."""
         await asyncio.to_thread(self._engine.close)
         await super().shutdown(*arguments, **keywords)
 
 
 class _Token:
-    """Answers only those who know a token, but for /health."""
+    """Middleware that requires a token, except for /health."""
 
     def __init__(self, app: Any, token: str) -> None:
         self._app = app
@@ -213,16 +218,18 @@ class _Token:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = dict(scope.get("headers", ())).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._wanted):
-                refusal = _problem(401, "send Authorization: Bearer and the server's token")
-                refusal.headers["WWW-Authenticate"] = "Bearer"
-                await refusal(scope, receive, send)
+                rejection = _problem(401, "send Authorization: Bearer and the server's token")
+                rejection.headers["WWW-Authenticate"] = "Bearer"
+                await rejection(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class _BodyLimit:
-    """Refuses a body that is too large, in JSON, which FastAPI's own limit does not speak: at once
-    where the body says how large it is, else as soon as it is. Refuses one that does not end, too.
+    """Middleware that rejects bodies that are too large or do not arrive in time.
+
+    A Content-Length above the limit is rejected immediately, a chunked body as soon as it exceeds
+    the limit. Unlike FastAPI's own limit, the response is JSON.
     """
 
     def __init__(self, app: Any, max_bytes: int, seconds: float) -> None:
@@ -236,20 +243,20 @@ class _BodyLimit:
         if length.isdigit() and int(length) > self._max_bytes:
             await _problem(413, self._reason)(scope, receive, send)
             return
-        received, is_whole = 0, False
+        received, is_complete = 0, False
         end = time.monotonic() + self._seconds
 
         async def counted() -> Any:
-            nonlocal received, is_whole
-            if is_whole:  # what comes next is the client's leaving, whenever that is
+            nonlocal received, is_complete
+            if is_complete:  # the next message is the disconnect, which has no timeout
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError:
-                reason = f"the body did not come within {self._seconds:g} s"
+                reason = f"the body did not arrive within {self._seconds:g} s"
                 raise HTTPException(408, reason) from None
             received += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             if received > self._max_bytes:
                 raise HTTPException(413, self._reason)
             return message
@@ -258,7 +265,7 @@ class _BodyLimit:
 
 
 class _Pieces:
-    """The text of one answer as it grows, handed from the engine's thread to the event loop."""
+    """Pass the text of one answer from the engine's thread to the event loop."""
 
     def __init__(self, stream: AnswerStream) -> None:
         self._stream = stream
@@ -278,9 +285,9 @@ class _Pieces:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; frees the request's place however it ends.
+    """Server-sent events; cancels the request when the response ends for any reason.
 
-    Not left to the events: a client that is gone before the first one never starts them.
+    The event generator cannot do this, because it never starts if the client disconnects first.
     """
 
     media_type = "text/event-stream"
@@ -307,7 +314,7 @@ async def _events(
         ) is not None:
             yield _event({"text": piece})
     except TimeoutError:
-        yield _event({"detail": _late(seconds)})
+        yield _event({"detail": _timed_out(seconds)})
         return
     if future.cancelled():
         yield _event({"detail": _CLOSED})
@@ -318,9 +325,14 @@ async def _events(
 
 
 async def _outcome(request: Request, future: Future, seconds: float) -> Any:
-    """Wait for the engine, or until the client goes away or time is up."""
+    """Wait for the engine's result.
+
+    Raises:
+        _RejectedError: if the client disconnects, the request times out, the engine is closed or
+            the model fails.
+    """
     done = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(request.receive())  # the body was read: what comes is the end
+    gone = asyncio.ensure_future(request.receive())  # after the body comes only the disconnect
     try:
         await asyncio.wait({done, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -328,12 +340,12 @@ async def _outcome(request: Request, future: Future, seconds: float) -> Any:
         future.cancel()
     if not done.done():
         if gone.done():
-            raise _RefusedError(499, "the client went away")
-        raise _RefusedError(504, _late(seconds))
+            raise _RejectedError(499, "the client disconnected")
+        raise _RejectedError(504, _timed_out(seconds))
     if done.cancelled():
-        raise _RefusedError(503, _CLOSED)
+        raise _RejectedError(503, _CLOSED)
     if fault := done.exception():
-        raise _RefusedError(500, _fault(fault)) from fault
+        raise _RejectedError(500, _fault(fault)) from fault
     return done.result()
 
 
@@ -341,14 +353,14 @@ def _encoded(encode: Any, *arguments: Any) -> EncodedPrompt:
     try:
         return encode(*arguments)
     except ValueError as error:
-        raise _RefusedError(422, str(error)) from error
+        raise _RejectedError(422, str(error)) from error
 
 
 def _submitted(submit: Any, *arguments: Any) -> Future:
     try:
         return submit(*arguments)
     except BusyError as error:
-        raise _RefusedError(503, str(error)) from error
+        raise _RejectedError(503, str(error)) from error
 
 
 def _generated(pieces: _Pieces, row: Any, prompt: EncodedPrompt) -> GenerateResponse:
@@ -370,8 +382,8 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _late(seconds: float) -> str:
-    return f"not done after {seconds:g} s"
+def _timed_out(seconds: float) -> str:
+    return f"timed out after {seconds:g} s"
 
 
 def _fault(error: BaseException) -> str:

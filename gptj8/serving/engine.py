@@ -1,7 +1,8 @@
-"""One thread that owns the model: requests join its batch and leave it between two tokens.
+"""Continuous batching: one thread owns the model, and requests join and leave between tokens.
 
-A request is a future. Cancelling it, which is what a client that has gone away comes to, frees its
-place before the next token. Classifications are answered between two steps, all that wait at once.
+A request is a future. Cancelling the future, which happens when its client disconnects, frees its
+place in the batch before the next token. All waiting classifications are run together between two
+generation steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gptj8.serving.predictor import Predictor
 
 
 class BusyError(Exception):
-    """As many requests wait as may."""
+    """The queue is full, or the engine is closed."""
 
 
 @dataclass(eq=False)
@@ -40,12 +41,12 @@ class _Classification:
 
 
 class Engine:
-    """Runs requests on a model, at most `max_batch` generations at a time.
+    """Run requests on a model, with at most `max_batch` generations per batch.
 
     Args:
-        predictor: whose model is the engine's thread's alone from here on.
-        max_batch: rows generated together; more wait.
-        max_waiting: requests that wait; one more is refused.
+        predictor: predictor whose model must from now on be used only by the engine's thread.
+        max_batch: maximum number of rows that are generated together; others wait.
+        max_waiting: maximum number of waiting requests; others are rejected.
     """
 
     def __init__(self, predictor: Predictor, max_batch: int = 8, max_waiting: int = 256) -> None:
@@ -66,37 +67,40 @@ class Engine:
         sampling: Sampling,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Future[GeneratedRow]:
-        """Ask for a continuation.
+        """Queue a generation and return the future of its row.
 
         Args:
-            prompt: ids; with the new tokens within the model's context.
-            on_token: called with each id as it is chosen, by the engine's thread.
+            prompt: token ids; together with the new tokens they must fit into the model's context.
+            sampling: sampling settings, including the number of new tokens.
+            on_token: called by the engine's thread with each new token id.
 
         Raises:
-            BusyError: if too many requests wait.
+            BusyError: if too many requests are waiting, or the engine is closed.
         """
         return self._submit(_Generation(prompt, sampling, on_token))
 
     def classify(self, prompt: Sequence[int]) -> Future[Any]:
-        """Ask for the labels' probabilities, (labels,) float64, after a prompt.
+        """Queue a classification and return the future of the label probabilities.
+
+        The probabilities are a float64 array of shape (labels,).
 
         Raises:
-            BusyError: if too many requests wait.
+            BusyError: if too many requests are waiting, or the engine is closed.
         """
         return self._submit(_Classification(prompt))
 
     @property
     def active(self) -> int:
-        """How many rows are being generated."""
+        """Number of rows that are being generated."""
         return len(self._active)
 
     @property
     def waiting(self) -> int:
-        """How many requests have not been begun."""
+        """Number of requests that have not started."""
         return len(self._waiting)
 
     def close(self) -> None:
-        """Cancel what is not finished and end the thread."""
+        """Stop the thread and cancel unfinished requests."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -111,7 +115,7 @@ class Engine:
             if len(self._waiting) >= self.max_waiting:
                 self._forget_cancelled()
             if len(self._waiting) >= self.max_waiting:
-                raise BusyError(f"{self.max_waiting} requests are waiting already; try again later")
+                raise BusyError(f"{self.max_waiting} requests are already waiting; try again later")
             self._waiting.append(request)
             self._changed.notify()
         return request.future
@@ -129,7 +133,7 @@ class Engine:
             try:
                 self._classify_waiting()
                 self._generate()
-            except Exception as error:  # such as no memory to take a row out of the cache
+            except Exception as error:  # for example out of memory while removing a cache row
                 active, self._active = self._active, []
                 self._batch = self._new_batch()
                 self._fail(active, error)
@@ -149,7 +153,7 @@ class Engine:
     def _generate(self) -> None:
         for request in [r for r in self._active if r.future.cancelled()]:
             self._leave(request)
-        # Steps first: who is being answered does not wait longer for each one who comes.
+        # Step before adding rows, so that new requests do not delay active ones.
         try:
             advanced = self._batch.step()
         except Exception as error:
@@ -188,7 +192,7 @@ class Engine:
             _answer(request.future, row)
 
     def _fail(self, requests: Sequence[Any], error: Exception) -> None:
-        """A fault is the answer to those it concerns, and the log has its traceback."""
+        """Set the error as the result of the affected requests and log its traceback."""
         traceback.print_exception(error, file=sys.stderr)
         for request in list(requests):
             self._leave(request)
@@ -201,7 +205,7 @@ class Engine:
                 self._batch.remove(request.row)
 
     def _take(self, kind: type, count: int) -> list[Any]:
-        """Take the first requests of a kind, as many as fit into one pass over their prompts."""
+        """Dequeue the first requests of a kind whose prompts fit into one forward pass."""
         budget = max_batch_tokens(self.predictor.model.device, 1)
         taken: list[Any] = []
         with self._changed:
@@ -226,5 +230,5 @@ def _answer(future: Future, outcome: Any) -> None:
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-    except InvalidStateError:  # cancelled meanwhile
+    except InvalidStateError:  # the request was cancelled meanwhile
         pass

@@ -1,7 +1,7 @@
-"""What `mlflow models serve` and `mlflow.pyfunc.load_model` load: a base, an export, no pickle.
+"""The model that `mlflow models serve` and `mlflow.pyfunc.load_model` load, without a pickle.
 
-The version that is registered holds the 8-bit base as well, so that it answers wherever it is
-loaded and whatever becomes of the project's artifacts.
+A registered version contains the export and the 8-bit base model, so it can be loaded anywhere and
+does not depend on the project's artifacts.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LIBRARIES = (
     "tqdm",
     "transformers",
 )
-"""What the code beside a registered model imports."""
+"""Packages imported by the code that is stored with a registered model."""
 
 NEW_TOKENS = 64
-"""Of a completion, where a request does not say."""
+"""Default number of new tokens per completion."""
 
 
 class Model:
-    """Answers the rows of a table, in MLflow's interface for Python functions."""
+    """Answer the rows of a table through MLflow's interface for Python functions."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -54,19 +54,19 @@ class Model:
         """Return an answer for each row.
 
         Args:
-            rows: in the columns that the model was tuned on, without the answer's.
+            rows: table with the columns that the model was trained on, except the answer.
             params: `max_new_tokens`, for a model that writes completions.
 
         Returns:
-            for a classification `label` and, for each label, its probability in a column of its
-            name with `score_` before; else `completion`.
+            for a classification, the column `label` and one column `score_<label>` per label with
+            its probability; otherwise the column `completion`.
 
         Raises:
-            UserError: naming the row that lacks a column, or if `max_new_tokens` is below 1.
+            UserError: if a row is invalid, with its number, or if `max_new_tokens` is below 1.
         """
         import pandas as pd
 
-        # A missing cell of a table is NaN, and that is a number.
+        # Missing cells are NaN, which would count as a number instead of a missing value.
         records = rows.astype(object).where(rows.notna(), None).to_dict("records")
         labels = self.predictor.labels
         if not labels:
@@ -96,7 +96,7 @@ def _of_row(number: int, encode: Any) -> list[int]:
 
 
 def _load_pyfunc(data_path: str) -> Model:
-    """Called by MLflow, by this name, with the folder that holds `base-8bit` and `export`."""
+    """Load the model; MLflow calls this function with the folder of `base-8bit` and `export`."""
     from gptj8.serving.predictor import Predictor
 
     folder = Path(data_path)

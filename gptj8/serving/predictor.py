@@ -1,7 +1,7 @@
-"""A model, its adapter, and how it was taught to be asked.
+"""A model with its adapter and prompt format.
 
-An export holds the params and the labels it was tuned with, so a row of the user's columns becomes
-the very prompt that it would have become in training, and the answer is one of the labels.
+An export contains the params and labels of its training. A row with the user's columns therefore
+becomes the same prompt as in training, and a classification returns one of the labels.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _ROWS_AT_ONCE = 16
 
 
 class Predictor:
-    """Answers prompts and rows.
+    """Answer prompts and rows.
 
     Args:
-        model: in eval mode.
-        encoder: its tokenizer.
-        task: None for a model that was not tuned: it continues prompts and knows no rows.
-        name: for people.
+        model: model in eval mode.
+        encoder: the model's tokenizer.
+        task: task of the adapter; None for a base model, which can only continue prompts.
+        name: display name.
 
     Attributes:
-        context: most tokens of prompt and answer together.
-        labels: empty where there is nothing to classify.
+        context: maximum number of tokens of prompt and answer together.
+        labels: labels of a classification; empty for other tasks.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Predictor:
 
     @classmethod
     def load(cls, base: str | Path, export: str | Path | None, dtype: str = "auto") -> Predictor:
-        """Load a base model, converted or not, and an export's adapter on it.
+        """Load a base model, converted or not, and optionally the adapter of an export.
 
         Args:
-            base: a model directory.
-            export: as the stage `export` writes it; None: the base model alone.
-            dtype: as `model.dtype` in params.yaml.
+            base: model directory.
+            export: directory written by the stage `export`; None to load only the base model.
+            dtype: value as for `model.dtype` in params.yaml.
         """
         device = pick_device()
         task = TunedTask.load(export) if export else None
@@ -83,65 +83,65 @@ class Predictor:
     def encode_row(
         self, row: Mapping[str, Any], max_new_tokens: int, max_prompt_tokens: int | None = None
     ) -> EncodedPrompt:
-        """Return the prompt of a row by the user's columns, cut as in training.
+        """Return the prompt of a row with the user's columns, truncated as in training.
 
         Args:
-            row: its answer may be given as well, and is not looked at.
-            max_new_tokens: to keep free for the answer.
-            max_prompt_tokens: None: as many as in training.
+            row: column -> value; a value for the answer is ignored.
+            max_new_tokens: number of tokens to reserve for the answer.
+            max_prompt_tokens: maximum prompt length; None for the limit of training.
 
         Raises:
-            ValueError: if the model was not tuned, a column is missing or is none, or there are too
-                many tokens.
+            ValueError: if the model is not fine-tuned, a column is missing or unknown, or there are
+                too many tokens.
         """
         if self.task is None or self._prompts is None:
-            raise ValueError("this model was not tuned and knows no rows; send a prompt")
+            raise ValueError("this model is not fine-tuned and cannot answer rows; send a prompt")
         columns = {*self.task.columns, *self.task.shape.columns.values()}
         for name in row:
             if name not in columns:
-                raise ValueError(f"{quote(name)} is no column{suggest(name, self.task.columns)}")
+                raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")
         try:
             text = self.task.shape.text_of(row)
         except RecursionError:
             raise ValueError("the row is nested too deeply") from None
-        _require_characters(text)
+        _require_encodable(text)
         try:
             encoded = self._prompts.prompt(text, max_new_tokens)
         except UserError as error:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} is too many: {error}") from None
-        _require_few(len(encoded.ids), max_prompt_tokens)
+            raise ValueError(f"max_new_tokens = {max_new_tokens} is too large: {error}") from None
+        _require_at_most(len(encoded.ids), max_prompt_tokens)
         return encoded
 
     def encode_prompt(self, prompt: str, max_prompt_tokens: int | None = None) -> list[int]:
-        """Return the ids of a prompt as it is; the names of special tokens in it are plain text.
+        """Return the token ids of an unmodified prompt; names of special tokens are plain text.
 
         Raises:
-            ValueError: if it is empty, has half a character or too many tokens.
+            ValueError: if the prompt is empty, has a lone surrogate or too many tokens.
         """
-        _require_characters(prompt)
+        _require_encodable(prompt)
         ids = [*self.encoder.prefix_ids, *self.encoder.encode(prompt)]
         if not ids:
             raise ValueError("the prompt is empty")
-        _require_few(len(ids), max_prompt_tokens)
+        _require_at_most(len(ids), max_prompt_tokens)
         return ids
 
     def encode_for_labels(
         self, row: Mapping[str, Any], max_prompt_tokens: int | None = None
     ) -> EncodedPrompt:
-        """Return the prompt of a row that leaves room for any label; see `encode_row`.
+        """Return the prompt of a row with room for every label; see `encode_row`.
 
         Raises:
-            ValueError: if there is nothing to classify, or as by `encode_row`.
+            ValueError: if the model has no labels, or for the reasons of `encode_row`.
         """
         if not self._label_ids:
-            raise ValueError("this model was not tuned to classify; ask it to generate")
+            raise ValueError("this model is not fine-tuned to classify; use generate instead")
         return self.encode_row(row, max(map(len, self._label_ids)), max_prompt_tokens)
 
     def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return each label's probability after each prompt: (prompts, labels) float64.
+        """Return the probability of each label after each prompt: (prompts, labels) float64.
 
-        The likelihoods of the labels, as evaluation measures them, divided by their sum: the model
-        has no other answer.
+        These are the label likelihoods, computed as in the evaluation and divided by their sum,
+        because one of the labels must be chosen.
         """
         scores = score_labels(
             self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
@@ -149,7 +149,7 @@ class Predictor:
         return label_probabilities(scores)
 
     def complete(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Return the likeliest continuation of each prompt, without white space around it."""
+        """Return the greedy continuation of each prompt, without surrounding white space."""
         return write_answers(
             self.model,
             prompts,
@@ -161,14 +161,14 @@ class Predictor:
 
 
 class AnswerStream:
-    """The text of one answer, as its tokens come.
+    """Decode one answer token by token.
 
     Args:
-        encoder: reads them.
-        of_row: the answer to a row was learned behind a space, which is no part of it.
+        encoder: tokenizer of the answer.
+        of_row: strip leading white space; in training a space precedes the answer to a row.
 
     Attributes:
-        text: all so far.
+        text: text decoded so far.
     """
 
     def __init__(self, encoder: TextEncoder, of_row: bool) -> None:
@@ -177,7 +177,7 @@ class AnswerStream:
         self._of_row = of_row
 
     def put(self, token: int) -> str:
-        """Return what a token adds: nothing while a character is not complete."""
+        """Return the text that a token adds; empty while a character is incomplete."""
         piece = self._decode(token)
         if self._of_row and not self.text:
             piece = piece.lstrip()
@@ -185,14 +185,14 @@ class AnswerStream:
         return piece
 
 
-def _require_few(tokens: int, most: int | None) -> None:
+def _require_at_most(tokens: int, most: int | None) -> None:
     if most is not None and tokens > most:
-        raise ValueError(f"the prompt has {tokens} tokens, and at most {most} are allowed")
+        raise ValueError(f"the prompt has {tokens} tokens; at most {most} are allowed")
 
 
-def _require_characters(text: str) -> None:
-    # JSON can spell half of a pair of surrogates; a tokenizer calls that a wrong type.
+def _require_encodable(text: str) -> None:
+    # JSON can contain a lone surrogate, for which a tokenizer raises a misleading type error.
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text has half a character (a lone surrogate)") from None
+        raise ValueError("the text contains a lone surrogate, which is not valid Unicode") from None

@@ -1,4 +1,4 @@
-"""An export as a version of a model in MLflow's registry, which `mlflow models serve` can run."""
+"""Register an export as a model version in MLflow, for use with `mlflow models serve`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DIGEST_TAG = "gptj8.export"
 _TAGGED = ("evaluate", "export")
-_TOLD = ("README.md", "metrics.json")  # of times and memory, which differ from run to run
+_NOT_HASHED = ("README.md", "metrics.json")  # contain times and memory, which differ between runs
 
 
 def register_export(
@@ -32,31 +32,31 @@ def register_export(
     export: Path,
     metrics: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """Make an export, with the base it belongs to, a version of a registered model.
+    """Register an export with its base model as a model version.
 
-    The very same export is registered once.
+    An identical export is registered only once.
 
     Args:
-        open_run: returns mlflow.MlflowClient and the id of the run whose artifacts hold the model.
-        name: of the registered model, made if need be.
-        base, export: folders, copied whole.
-        metrics: stage -> flat name -> value; those of `_TAGGED` become the version's tags, where
-            the registry shows and searches them.
+        open_run: returns an mlflow.MlflowClient and the id of the run that stores the model.
+        name: name of the registered model; created if needed.
+        base, export: folders, copied completely.
+        metrics: stage -> flat name -> value; those of `_TAGGED` become tags of the version, which
+            the registry can show and search.
 
     Returns:
-        the number of the version.
+        the version number.
 
     Raises:
-        UserError: if that fails. Unlike all other recording it was asked for by name, and whoever
-            deploys relies on it.
+        UserError: if the registration fails. Other recording errors are only warnings, but the
+            registration was requested explicitly and a deployment relies on it.
     """
     try:
         client, run_id = open_run()
         return _register(client, run_id, name, base, export, metrics)
     except Exception as error:
         raise UserError(
-            f"tracking.registered_model_name = {name}: not registered, {one_line(error)}; the "
-            f"export is complete in {export}, run again to register it"
+            f"tracking.registered_model_name = {name}: registration failed: {one_line(error)}; "
+            f"the export in {export} is complete, rerun to register it"
         ) from error
 
 
@@ -75,11 +75,11 @@ def _register(
         if known.tags.get(_DIGEST_TAG) == digest:
             return str(known.version)
     with tempfile.TemporaryDirectory(prefix="gptj8-register-") as scratch:
-        # A version never changes: another export of the same run lies beside it.
+        # A version never changes, so each export of a run gets its own folder.
         folder = Path(scratch) / f"model-{digest[:12]}"
         data = _save_python_model(folder, export)
         client.log_artifacts(run_id, str(folder), folder.name)
-    # Gigabytes: copied once, to where they stay.
+    # The base is large, so upload it directly instead of copying it to the scratch folder first.
     client.log_artifacts(run_id, str(base), f"{folder.name}/{data}/{BASE}")
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
     tags = {
@@ -92,23 +92,25 @@ def _register(
 
 
 def _digest(base: Path, export: Path) -> str:
-    """Return the digest of what decides an answer."""
+    """Return a digest of everything that determines the answers."""
     files = [*export.iterdir(), base / MANIFEST]
     parts = [f"gptj8 {__version__}"]
     parts += [
         f"{file.name} {sha256_file(file)}"
         for file in sorted(files)
-        if file.is_file() and file.name not in _TOLD
+        if file.is_file() and file.name not in _NOT_HASHED
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _save_python_model(folder: Path, export: Path) -> str:
-    """Write what MLflow loads and serves, but for the base: the export, and the code that reads it,
-    without a pickle. Return where its data lies in `folder`.
+    """Save the model in MLflow's format, without the base and without a pickle.
 
-    The code of this package lies beside it, so that a server without a checkout can run it; what
-    that imports is named with its versions.
+    This package is stored with the export, so that a server needs no checkout. The imported
+    libraries are listed with their versions.
+
+    Returns:
+        the path of the model's data in `folder`.
     """
     import mlflow
 
@@ -135,7 +137,7 @@ def _save_python_model(folder: Path, export: Path) -> str:
 
 
 def _signature(task: TunedTask) -> Any:
-    """Return what MLflow checks a request against; none for conversations, which are no text."""
+    """Return the signature for MLflow's request checks; None for conversations, which are lists."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 

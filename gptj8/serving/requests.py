@@ -1,4 +1,4 @@
-"""What may be asked, at the terminal and over HTTP, and how it is told what is wrong with it."""
+"""Schemas of requests and responses for the command line and HTTP, and their error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptj8.model.generation.batch import Sampling
     from gptj8.serving.predictor import Predictor
 
-_COLDEST = 0.01  # logits divided by less overflow
+_MIN_TEMPERATURE = 0.01  # logits divided by a smaller value overflow
 
 
 class _Body(BaseModel):
@@ -20,43 +20,43 @@ class _Body(BaseModel):
 
 
 class GenerateRequest(_Body):
-    """A prompt as it is, or a row of the columns that the model was tuned on."""
+    """An unmodified prompt, or a row with the columns that the model was trained on."""
 
     prompt: str | None = None
     row: dict[str, Any] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(ge=0, le=10, description="0: the likeliest token")] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=10, description="0: greedy decoding")] = 0.0
     top_k: Annotated[int, Field(ge=0, description="0: all tokens")] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stream: bool = False
 
     @model_validator(mode="after")
-    def _can_be_done(self) -> GenerateRequest:
+    def _check(self) -> GenerateRequest:
         if (self.prompt is None) == (self.row is None):
             raise ValueError("send either prompt or row")
-        if 0 < self.temperature < _COLDEST:
-            raise ValueError(f"temperature is 0 or at least {_COLDEST}")
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {_MIN_TEMPERATURE}")
         return self
 
     @property
     def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
+        """Sampling settings of the request."""
         from gptj8.model.generation.batch import (
-            Sampling,  # imports torch, which a refusal need not wait for
+            Sampling,  # imports torch; an invalid request is rejected without the delay
         )
 
         return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
     def encode(self, predictor: Predictor, max_prompt_tokens: int | None = None) -> EncodedPrompt:
-        """Return the ids of its prompt.
+        """Return the encoded prompt of the request.
 
         Args:
-            predictor: whose tokenizer and task it is for.
-            max_prompt_tokens: None: as many as the model's context holds.
+            predictor: predictor whose tokenizer and task are used.
+            max_prompt_tokens: maximum prompt length; None for the model's context length.
 
         Raises:
-            ValueError: if the prompt is empty or has too many tokens, or the row lacks a column.
+            ValueError: if the prompt is empty or has too many tokens, or the row is invalid.
         """
         room = predictor.context - self.max_new_tokens
         if room < 1:
@@ -76,7 +76,7 @@ class GenerateRequest(_Body):
 
 
 class GenerateResponse(BaseModel):
-    """`cut_tokens`: how many tokens of a row's text did not fit into the prompt."""
+    """A completion. `cut_tokens` is the number of tokens of a row's text that were truncated."""
 
     completion: str
     finish_reason: str
@@ -86,13 +86,13 @@ class GenerateResponse(BaseModel):
 
 
 class ClassifyRequest(_Body):
-    """A row of the columns that the model was tuned on, without its label."""
+    """A row with the columns that the model was trained on, without the label."""
 
     row: dict[str, Any]
 
 
 class ClassifyResponse(BaseModel):
-    """Every label that there is with its probability; `cut_tokens` as in `GenerateResponse`."""
+    """The most likely label and the probability of each; `cut_tokens` as in `GenerateResponse`."""
 
     label: str
     scores: dict[str, float]
@@ -100,7 +100,7 @@ class ClassifyResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """What is running: `active` rows are being generated, `waiting` requests not yet begun."""
+    """State of the server: `active` rows are being generated, `waiting` requests are queued."""
 
     status: str
     model: str
@@ -111,7 +111,7 @@ class HealthResponse(BaseModel):
 
 
 def explain(problem: Any) -> str:
-    """Return one line for one of pydantic's errors."""
+    """Return a one-line message for a pydantic error."""
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']}"
     name = ".".join(str(part) for part in problem["loc"] if part != "body")

@@ -1,4 +1,4 @@
-"""Where the server listens: taken before a model is loaded, told once it answers."""
+"""Sockets of the server: bound before the model is loaded, listening once it is ready."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from gptj8.runtime.errors import UserError
 
-_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}  # IPv6 on a machine that has none
+_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}  # for example IPv6 on a machine without it
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Take a port at every address of a host, as asyncio would.
+    """Bind a port at every address of a host, as asyncio does.
 
-    Nothing listens yet: whoever comes before the model is loaded is turned away at once.
+    The sockets do not listen yet, so connections before the model is loaded are refused at once.
 
     Args:
-        host: a name or an address.
-        port: 0: one that is free, the same at all addresses.
+        host: host name or address.
+        port: port number; 0 for a free port, the same at all addresses.
 
     Raises:
-        UserError: if it is in use, or cannot be had.
+        UserError: if the port is in use or cannot be bound.
     """
     sockets: list[socket.socket] = []
     absent: OSError | None = None
@@ -38,7 +38,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
                 absent = error
         if absent is not None and not sockets:
             raise absent
-    except (OSError, OverflowError, UnicodeError) as error:  # a host that is no name
+    except (OSError, OverflowError, UnicodeError) as error:  # includes invalid host names
         for taken in sockets:
             taken.close()
         raise UserError(f"--host {host} --port {port}: {error}") from None
@@ -46,10 +46,10 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def listen(host: str, sockets: Sequence[socket.socket]) -> str:
-    """Begin to listen at what `bind` took, and return the URL.
+    """Start listening on the sockets of `bind` and return the URL.
 
     Raises:
-        UserError: if another has bound the same port meanwhile, and listened first.
+        UserError: if another process has started to listen on the same port meanwhile.
     """
     port = sockets[0].getsockname()[1]
     try:
@@ -61,16 +61,16 @@ def listen(host: str, sockets: Sequence[socket.socket]) -> str:
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL of a port at a host, a name or an address."""
+    """Return the URL of a host name or address and a port."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
-    # Of a socket that does not say TCP, asyncio lets small packets wait: 40 ms an answer.
+    # asyncio sets TCP_NODELAY only if the protocol is explicit; without it, a response takes 40 ms.
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:  # IPv4 has a socket of its own
+        if family == socket.AF_INET6:  # IPv4 has its own socket
             taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         taken.bind(address)
     except BaseException:

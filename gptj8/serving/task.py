@@ -1,4 +1,4 @@
-"""What an export says of the task it was tuned for; light enough to be asked without torch."""
+"""The task of an export; can be loaded without importing torch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from gptj8.runtime.files import read_json
 
 
 class _TunedData(Data):
-    """The section `data`, of whichever version."""
+    """The section `data` of any version."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class _Tuned(BaseModel):
-    """Of an export's params.json, the section that is needed: others change between versions."""
+    """The needed section of an export's params.json; the others change between versions."""
 
     data: _TunedData
 
 
 class _Dataset(BaseModel):
-    """Of an export's dataset.json, what is needed."""
+    """The needed part of an export's dataset.json."""
 
     labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TunedTask:
-    """What an export says of the task it was tuned for.
+    """The task that an export was fine-tuned for.
 
     Attributes:
-        shape: from the user's columns to a text.
-        max_length: tokens of prompt and answer together.
-        labels: empty unless the task is a classification.
+        shape: conversion of the user's columns to a text.
+        max_length: maximum number of tokens of prompt and answer together.
+        labels: labels of a classification; empty for other tasks.
     """
 
     shape: Shape
@@ -48,21 +48,21 @@ class TunedTask:
 
     @classmethod
     def load(cls, export: str | Path) -> TunedTask:
-        """Read the params and the dataset's description that `export` has put beside an adapter.
+        """Read the task from params.json and dataset.json in an export.
 
         Raises:
-            UserError: if they are not there, or do not say it.
+            UserError: if a file is missing or invalid, or a classification has no labels.
         """
         params, dataset = Path(export) / "params.json", Path(export) / "dataset.json"
         data = check(_Tuned, read_json(params), str(params)).data
         labels = check(_Dataset, read_json(dataset), str(dataset)).labels
         if data.task == "classification" and not labels:
-            raise UserError(f"{dataset} names no labels; export the adapter again")
+            raise UserError(f"{dataset} contains no labels; export the adapter again")
         return cls(shape_of(data), data.max_length, labels)
 
     @property
     def columns(self) -> dict[str, bool]:
-        """The user's columns that a row is asked with, and whether it must have them."""
+        """The user's input columns, each with whether a row must have it."""
         return {
             column: field not in self.shape.optional
             for field, column in self.shape.columns.items()

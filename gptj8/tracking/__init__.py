@@ -1,11 +1,12 @@
-"""MLflow's record of the experiments. DVC decides what runs; this tells what it brought.
+"""Record experiments in MLflow. DVC decides what runs; this package records the results.
 
-One experiment is one MLflow run, found again by the digest of everything that decides its outcome
-(params, data, base model), so every stage process, now or in a later `dvc repro`, writes to the
-same row. A stage writes to a journal on this disk (`journal`), which a process beside it sends
-(`recorder`, `delivery`): recording neither stops nor slows the work, and nothing of it is lost
-while a server is away. A stage also records what the stages before it left in `reports/`, because
-DVC may have taken those from its cache without starting a process (`stage_results`).
+One experiment is one MLflow run. The run is found by a digest of everything that decides the
+experiment's outcome (params, data, base model), so all stage processes, including those of a later
+`dvc repro`, write to the same run. A stage writes to a journal on the local disk (`journal`), and a
+separate process sends the journal to the server (`recorder`, `delivery`). Recording therefore
+neither stops nor slows a stage, and no data is lost while the server is unreachable. A stage also
+records the reports of earlier stages in `reports/`, because DVC may have restored them from its
+cache without starting a process (`stage_results`).
 
-`stage.stage_run` is where a stage begins. This file imports nothing.
+The entry point for a stage is `stage.stage_run`. This file imports nothing.
 """

@@ -1,4 +1,4 @@
-"""Starts the recorder: `python -m gptj8.tracking JOURNAL FOLDER`."""
+"""Start the recorder: `python -m gptj8.tracking JOURNAL FOLDER`."""
 
 from gptj8.tracking.recorder import main
 

@@ -1,14 +1,14 @@
-"""Approaches to one task, each run as a DVC experiment, and one table of what they reached.
+"""Run several approaches to one task as DVC experiments and compare them in one table.
 
-Every experiment runs in a copy that DVC makes of the project under .dvc/tmp/exps, one after the
-other: the workspace stays as it is, changes that are not committed take part, and what DVC has in
-its cache is not trained again. An experiment's numbers are read from its own commit. Not chosen:
-DVC's queue, whose workers outlive the command and show no progress, and experiments in the
-workspace, the last of which would replace the user's artifacts.
+The experiments run one after the other, each in a copy of the project that DVC makes under
+.dvc/tmp/exps. The workspace is not changed, uncommitted changes are included, and results in DVC's
+cache are not trained again. The metrics of an experiment are read from its commit. Alternatives
+considered: DVC's queue, rejected because its workers outlive the command and show no progress; and
+experiments in the workspace, rejected because the last one would replace the user's artifacts.
 
-Experiments end with the evaluation: `dvc exp apply` and `dvc repro` export the one that is chosen.
-What needs no training (the base model, few-shot, the TF-IDF baseline, predictions of others) is
-measured by each experiment's evaluation and taken from the first.
+Each experiment stops after the evaluation. `dvc exp apply` and `dvc repro` export the chosen one.
+Systems that need no training (the base model, few-shot, the TF-IDF baseline, external predictions)
+are measured by every experiment; the table shows the values of the first successful one.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ APPROACHES: dict[str, tuple[str, ...]] = {
     "lora-attention": ("finetune.method=lora", "finetune.target=attention"),
     "lora-all-linear": ("finetune.method=lora", "finetune.target=all-linear"),
 }
-"""What each approach changes in params.yaml, as `dvc exp run -S` takes it."""
+"""Changes of each approach to params.yaml, in the syntax of `dvc exp run -S`."""
 
-# Code that a stage may import; what is made from it is made again or, being compiled, copied.
+# Code that a stage may import. Compiled libraries are copied; other generated files are not.
 _CODE = ("gptj8", "stages")
 _LEFT_OUT = ("__pycache__", ".incomplete", ".replaced")
 
@@ -50,8 +50,8 @@ def compare(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
     """Run approaches, print their table, write it to reports/approaches and record it in MLflow.
 
     Raises:
-        UserError: before anything runs, for what could not run; at the end, naming the experiments
-            that failed. The others are in the table then.
+        UserError: before anything runs, if an argument or an input is invalid; after the table is
+            recorded, if experiments failed.
     """
     params = overridden_params(overrides)
     outcomes = run_approaches(names, overrides)
@@ -64,30 +64,30 @@ def compare(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
     failed = [outcome.approach for outcome in outcomes if outcome.metrics is None]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: the experiment failed, for the reason that is shown above; mend "
-            "it and compare again, which repeats only what is missing"
+            f"{', '.join(failed)}: the experiment failed (see the error above); fix it and compare "
+            "again, which reruns only what is missing"
         )
 
 
 def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Outcome]:
-    """Run each approach as a DVC experiment and return what it measured.
+    """Run each approach as a DVC experiment and return its metrics.
 
     Args:
-        names: of `APPROACHES`.
-        overrides: further changes of params, for all of them, as `dvc exp run -S` takes them.
+        names: keys of `APPROACHES`.
+        overrides: further params changes for all approaches, in the syntax of `dvc exp run -S`.
 
     Raises:
-        UserError: before anything runs, if a name, an override or an input cannot be used.
+        UserError: before anything runs, if a name, an override or an input is invalid.
     """
     check_names(names)
     changes = {name: [*overrides, *APPROACHES[name]] for name in names}
-    # All of them first: a mistake in the last should not cost the hours of the others.
+    # Check all approaches first: an error in the last one must not appear hours later.
     params = {name: overridden_params(changes[name]) for name in names}
     baseline = git("rev-parse", "--verify", "--quiet", "HEAD")
     if baseline is None:
         raise UserError(
-            "experiments start from a commit, and this folder has none; git init, git add --all "
-            "and git commit first"
+            "experiments start from a git commit, and this folder has none; run git init, "
+            "git add --all and git commit first"
         )
     problems = missing_inputs(params[names[0]])
     if problems:
@@ -103,7 +103,11 @@ def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse what is no approach, and what is named twice."""
+    """Raise if a name is unknown or repeated, or if there are no names.
+
+    Raises:
+        UserError: for the first invalid name.
+    """
     for name in names:
         if name not in APPROACHES:
             known = ", ".join(APPROACHES)
@@ -112,20 +116,20 @@ def check_names(names: Sequence[str]) -> None:
                 f"known: {known}"
             )
         if list(names).count(name) > 1:
-            raise UserError(f"--approaches: {name} is named twice; name it once")
+            raise UserError(f"--approaches: {name} appears more than once; remove the duplicate")
     if not names:
-        raise UserError(f"--approaches names none; known: {', '.join(APPROACHES)}")
+        raise UserError(f"--approaches is empty; known: {', '.join(APPROACHES)}")
 
 
 def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
-    """Return what the experiments need and git does not know: DVC copies only what it knows.
+    """Return the untracked paths that the experiments need, because DVC copies only tracked files.
 
     Args:
-        params: of the experiments; their inputs are relative to the working folder.
-        outs: what DVC has in its cache or can make, and the file that tells it so.
+        params: params of the experiments; their inputs are relative to the working folder.
+        outs: outputs that DVC has in its cache or can make, and the file that defines each.
 
     Raises:
-        UserError: for an input that an experiment could not see.
+        UserError: if an input would be missing in the copy of the project.
     """
     listed = git("ls-files", "-z")
     tracked = {Path(name) for name in (listed or "").split("\0") if name}
@@ -134,22 +138,22 @@ def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
     for key, value in params.inputs.items():
         path = Path(os.path.normpath(value))
         if path.is_absolute() or (not path.exists() and path not in outs):
-            continue  # seen from everywhere, or told by the stage
+            continue  # accessible from every folder, or reported by the stage
         if path.parts[:1] == ("..",):
             raise UserError(
                 f"{key} = {value} is outside the project, and experiments run in a copy of it; "
-                f"give the whole path, {path.resolve()}"
+                f"use the absolute path {path.resolve()}"
             )
         made_by = next((outs[p] for p in (path, *path.parents) if p in outs), None)
         if made_by is None:
-            paths += _unknown_to_git(path, tracked, outs)
+            paths += _untracked_paths(path, tracked, outs)
         elif made_by not in tracked:
             raise UserError(
-                f"{key} = {value} is described by {made_by}, which git does not know, and "
-                f"experiments see only what it knows; git add {made_by.parent}"
+                f"{key} = {value} is defined by {made_by}, which git does not track, and "
+                f"experiments contain only tracked files; run git add {made_by.parent}"
             )
     for folder in _CODE:
-        paths += _unknown_to_git(Path(folder), tracked, outs)
+        paths += _untracked_paths(Path(folder), tracked, outs)
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(p in paths for p in path.parents)]
 
@@ -157,10 +161,10 @@ def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
 def _run(
     name: str, label: str, changes: Sequence[str], copies: Sequence[Path], baseline: str
 ) -> Outcome:
-    """Run one experiment; what an earlier one of the same params measured already, it keeps.
+    """Run one experiment; keep the earlier experiment if the same params gave the same results.
 
-    DVC refuses a second result under one name unless forced, and forcing it would train again. So
-    the new one gets a name of its own, and goes where it turns out to be the old one.
+    DVC rejects a second result with the same name unless forced, and forcing it would train again.
+    The new experiment therefore gets a new name and is removed if it equals an earlier one.
     """
     folder = f"refs/exps/{baseline[:2]}/{baseline[2:]}"
     listed = git("for-each-ref", "--format=%(refname:lstrip=4)", folder) or ""
@@ -172,7 +176,7 @@ def _run(
         command += ["--set-param", change]
     for path in copies:
         command += ["--copy-paths", path.as_posix()]
-    # No further: an approach that does not meet evaluate.require is not exported, and is compared.
+    # Stop before the export, so that approaches that fail evaluate.require are compared too.
     command.append("evaluate")
     if (
         _dvc(command) != 0
@@ -199,17 +203,17 @@ def _read_metrics(revision: str) -> dict[str, dict[str, Any]]:
 
 
 def _digest(params: Params, overrides: Sequence[str]) -> str:
-    """Return a short digest of what the params and the changes in other files say."""
+    """Return a short digest of the params and of overrides in other files."""
     others = sorted(change for change in overrides if ":" in change.partition("=")[0])
     content = json.dumps([resolved(params), others], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
-def _unknown_to_git(path: Path, tracked: set[Path], outs: Mapping[Path, Path]) -> list[Path]:
-    """Return what of a file or directory to copy, in pieces that DVC can copy.
+def _untracked_paths(path: Path, tracked: set[Path], outs: Mapping[Path, Path]) -> list[Path]:
+    """Return the untracked parts of a file or directory, split into paths that DVC can copy.
 
-    It copies a directory only to where there is none yet, and a file only into a directory that is
-    there: into one that git knows a file of.
+    DVC copies a directory only if the target does not exist, and a file only into an existing
+    directory, which is one that contains a tracked file.
     """
     if path in outs or path.name.endswith(_LEFT_OUT) or not path.exists():
         return []
@@ -218,11 +222,11 @@ def _unknown_to_git(path: Path, tracked: set[Path], outs: Mapping[Path, Path]) -
         return [path.parent if alone else path]
     if path.is_file():
         return []
-    return [p for child in sorted(path.iterdir()) for p in _unknown_to_git(child, tracked, outs)]
+    return [p for child in sorted(path.iterdir()) for p in _untracked_paths(child, tracked, outs)]
 
 
 def _dvc_outs() -> dict[Path, Path]:
-    """Return what DVC makes or keeps, and the dvc.yaml or .dvc file that says so; both relative."""
+    """Return DVC's outputs and the dvc.yaml or .dvc file that defines each, as relative paths."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -245,20 +249,20 @@ def _report_copies(copies: Sequence[Path]) -> None:
     if not shown:
         return
     size = sum(file.stat().st_size for path in shown for file in list_files(path))
-    require_free_space(".dvc/tmp", size, "a copy of the inputs that git does not know")
+    require_free_space(".dvc/tmp", size, "a copy of the inputs that git does not track")
     names = ", ".join(path.as_posix() for path in shown)
     print(
-        f"not known to git, and so copied for each experiment ({format_bytes(size)}): {names}; "
-        "`dvc add` of it and `git add` of its .dvc file would make that needless",
+        f"not tracked by git, so copied for each experiment ({format_bytes(size)}): {names}; "
+        "`dvc add` them and `git add` their .dvc files to avoid the copies",
         flush=True,
     )
 
 
 def _dvc(arguments: Sequence[str]) -> int:
-    """Run DVC, its output passed through, and return its exit code.
+    """Run DVC with its output passed through, and return its exit code.
 
-    In a process group of its own, which is interrupted as one when this process is: DVC then puts
-    away its copy, and no stage goes on training for nobody.
+    DVC runs in its own process group. If this process is interrupted, so is the complete group: DVC
+    then removes its copy of the project, and no stage keeps training in the background.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", *arguments],

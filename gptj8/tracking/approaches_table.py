@@ -1,4 +1,4 @@
-"""The table of `gptj8 compare`: a row an approach, a row a system that needs no training."""
+"""The table of `gptj8 compare`: one row per approach and per system that needs no training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
-from gptj8.runtime.files import replace_file, write_csv
+from gptj8.runtime.files import replace_file
 from gptj8.runtime.messages import one_line
+from gptj8.runtime.tables import format_table, write_csv
 
 FOLDER = Path("reports/approaches")
 
@@ -23,7 +24,7 @@ _TITLES = {
     ORIGINAL: "base model, not trained",
     BASELINE: "TF-IDF + logistic regression",
 }
-# Of the untrained systems, those that the project has; predictions of others follow.
+# Untrained systems of the project, in table order; external predictions follow.
 _UNTRAINED = (FEW_SHOT, QUANTIZED, ORIGINAL, BASELINE)
 _MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "perplexity")
 _COLUMNS = (
@@ -42,19 +43,19 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one approach."""
+    """The result of one approach."""
 
     approach: str
     experiment: str
     """DVC's name of the experiment."""
     metrics: Mapping[str, Mapping[str, Any]] | None
-    """Of the stages finetune and evaluate, flat; None: the experiment failed."""
+    """Flat metrics of the stages finetune and evaluate; None if the experiment failed."""
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return a row an approach and a row a system that needs no training.
+    """Return one row per approach and one row per system that needs no training.
 
-    A value that was not measured is None. `status` is `trained`, `failed` or `evaluated`.
+    Values that were not measured are None. `status` is `trained`, `failed` or `evaluated`.
     """
     rows = []
     for outcome in outcomes:
@@ -86,18 +87,18 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def write_table(rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Write approaches.csv and approaches.md, whole or not at all, and return their paths."""
+    """Write approaches.csv and approaches.md atomically, and return their paths."""
     files = [FOLDER / "approaches.csv", FOLDER / "approaches.md"]
-    write_csv(files[0], rows)
+    write_csv(files[0], rows, _COLUMNS)
     with replace_file(files[1]) as staging:
         staging.write_text(markdown_table(rows), encoding="utf-8")
     return files
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table for people; columns that no row has a value for are left out.
+    """Return the table as Markdown, without columns that are empty in every row.
 
-    A task without labels has no accuracy: perplexity and validation loss are shown instead.
+    A task without labels has no accuracy, so perplexity and validation loss are shown instead.
     """
     labels = any(row.get("accuracy") is not None for row in rows)
     columns = [
@@ -122,23 +123,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         name = _TITLES.get(row["approach"], row["approach"])
         names.append(_escape(f"{name}: failed" if row["status"] == "failed" else name))
     columns.insert(0, ("approach", names))
-    # As wide in the file as on the terminal, where nothing draws the table.
-    widths = [max(len(cell) for cell in (title, *cells, "---")) for title, cells in columns]
-    lines = [[title for title, _ in columns]]
-    lines += map(list, zip(*(cells for _, cells in columns), strict=True))
-    text = [_line(line, widths) for line in lines]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([text[0], _line(rule, widths), *text[1:]]) + "\n"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return f"| {' | '.join([first, *rest])} |"
+    cells = list(zip(*(column for _, column in columns), strict=True))
+    titles = [title for title, _ in columns]
+    return "\n".join(format_table(cells, titles, style="pipe")) + "\n"
 
 
 def _escape(text: str) -> str:
-    """Make a name of the user's a cell: no line breaks, no columns, no mark-up of its own."""
+    """Escape a user's name for a table cell: no line breaks, column separators or markup."""
     return re.sub(r"([\\|`*<>\[\]])", r"\\\1", one_line(text))
 
 

@@ -1,4 +1,4 @@
-"""The table of `gptj8 compare` as a run of its own."""
+"""Record the table of `gptj8 compare` as an MLflow run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from gptj8.runtime.messages import one_line
 from gptj8.tracking.identity import is_recorded, tracking_uri
 from gptj8.tracking.journal import now
 
-_NOT_IN_A_NAME = r"[^\w\-. ]"  # nor MLflow's separator of folders
+_NOT_IN_A_NAME = r"[^\w\-. ]"  # includes "/", MLflow's separator
 
 
 def log_comparison(
     params: Params, rows: Sequence[Mapping[str, Any]], files: Sequence[str | Path]
 ) -> None:
-    """Record the table of `gptj8 compare` as a run, which the same comparison finds again.
+    """Record the table of `gptj8 compare` as a run; the same comparison updates the same run.
 
     Args:
-        params: what the approaches have in common.
-        rows: of `gptj8.tracking.approaches.table_rows`; their numbers become `<approach>/<column>`.
-        files: the table, as artifacts.
+        params: params that the approaches have in common.
+        rows: rows of `gptj8.tracking.approaches_table.table_rows`; numbers become metrics named
+            `<approach>/<column>`.
+        files: files of the table, logged as artifacts.
     """
     if not is_recorded(params):
         return
@@ -45,7 +46,7 @@ def log_comparison(
         for column, value in row.items()
         if isinstance(value, int | float) and math.isfinite(value)
     ]
-    # Which experiments the numbers are of: the row of each is found by this name.
+    # Name the experiment of each approach, so that its run can be found.
     results = [RunTag(f"approach.{n}", r["experiment"] or r["status"]) for n, r in compared.items()]
     try:
         uri = tracking_uri(params)
@@ -56,5 +57,5 @@ def log_comparison(
             client.log_artifact(run.info.run_id, str(file), "approaches")
         failed = any(row["status"] == "failed" for row in rows)
         client.set_terminated(run.info.run_id, "FAILED" if failed else "FINISHED")
-    except Exception as error:  # whatever is wrong with tracking, the table is written
-        print(f"warning: MLflow does not record the table: {one_line(error)}", file=sys.stderr)
+    except Exception as error:  # the table is already written; tracking must not fail the command
+        print(f"warning: MLflow did not record the table: {one_line(error)}", file=sys.stderr)

@@ -1,14 +1,13 @@
-"""Journals become MLflow rows. The only module that imports mlflow, with `registry`.
+"""Send journals to MLflow runs.
 
-Sending is repeatable: the row is found by its key, points carry the time at which they happened,
-which MLflow takes once, and what a row shows already is not sent again. So a stage that runs a
-second time with the same result changes nothing, and neither does a journal of which half was sent
-before the server went away.
+Sending is idempotent: the run is found by its key, metric points carry their original timestamps,
+which MLflow deduplicates, and data that a run already has is not sent again. Rerunning a stage with
+the same result changes nothing. Neither does resending a journal that was half sent when the server
+became unreachable.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.locks import locked
 from gptj8.runtime.project import state_folder
 from gptj8.tracking.identity import artifact_location
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
@@ -31,28 +31,32 @@ KEY_TAG = "gptj8.key"
 SWEEP_TAG = "gptj8.sweep"
 ERROR_TAG = "gptj8.error"
 EXPERIMENTS_TAG = "dvc.experiments"
-"""All the names that DVC has given to one row's experiment, one a line."""
+"""All names that DVC has given to the experiment of a run, one per line."""
 _TABLES_TAG = "mlflow.loggedArtifacts"
-_BATCH = 500  # MLflow takes 1,000 metrics, 100 params and 100 tags at once
+_BATCH = 500  # MLflow accepts 1,000 metrics, 100 params and 100 tags per request
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str, str]:
-    """Return a client, the id of the experiment, made if need be, and where its artifacts lie."""
-    # The tables of a new SQLite store are reported line by line, which tells the user nothing.
-    # After the import, which sets levels of its own.
+    """Return a client, the experiment's id and its artifact location; create the experiment if
+    needed.
+
+    Raises:
+        UserError: if the experiment is deleted.
+        Exception: an error of mlflow or the network.
+    """
+    # Creating a new SQLite store logs one line per table. Set the levels here because importing
+    # mlflow sets its own.
     for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     client = MlflowClient(tracking_uri=uri)
-    # One process at a time: the tables of a new database, and a new experiment, are made once.
-    state_folder().mkdir(parents=True, exist_ok=True)
-    with open(state_folder() / "connect.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # One process at a time, so that a new database or experiment is created only once.
+    with locked(state_folder() / "connect.lock"):
         found = client.get_experiment_by_name(experiment)
         tags = experiment_tags(now())
         if found is None:
             try:
                 made = client.create_experiment(experiment, artifact_location(uri), tags=tags)
-            except MlflowException:  # another machine was first, or the server says no
+            except MlflowException:  # another machine created it first, or the server rejects it
                 found = client.get_experiment_by_name(experiment)
                 if found is None:
                     raise
@@ -64,24 +68,24 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str, str]:
             "tracking.experiment to another name"
         )
     for key in tags.keys() - found.tags.keys():
-        with suppress(MlflowException):  # a user who may write runs and not experiments
+        with suppress(MlflowException):  # the user may write runs but not experiments
             client.set_experiment_tag(found.experiment_id, key, tags[key])
     return client, found.experiment_id, found.artifact_location
 
 
 def find_run(client: MlflowClient, experiment_id: str, key: str, tag: str = KEY_TAG) -> Any:
-    """Return the run of a key; None if there is none."""
+    """Return the run with a key, or None if there is none."""
     found = client.search_runs([experiment_id], f"tags.`{tag}` = '{key}'", max_results=1)
     return found[0] if found else None
 
 
 class Delivery:
-    """Sends one journal, from where it stopped.
+    """Send one journal, resuming after the last event that was sent.
 
     Attributes:
-        run_id: empty before the journal's first event is sent.
-        rejected: what the server will never take, a line each. It is left out, because waiting
-            would hold up everything behind it.
+        run_id: id of the run; empty until the journal's first event is sent.
+        rejected: one line per event that the server will never accept. These events are skipped,
+            because retrying them would block all later events.
     """
 
     def __init__(self, journal: Path, client: MlflowClient, experiment_id: str) -> None:
@@ -96,14 +100,14 @@ class Delivery:
         self._again = False
 
     def advance(self) -> bool:
-        """Send what has been written since the last call; return whether the journal has ended.
+        """Send the events written since the last call; return whether the journal has ended.
 
         Raises:
-            Exception: of mlflow or the network; what was sent before it is not sent again.
+            Exception: an error of mlflow or the network; events already sent are not sent again.
         """
         events, ends = read_events(self.journal, self._sent)
         if not self.run_id and (self._sent or events):
-            # Known after a restart too: what later events belong to.
+            # Later events need the run id, also after a restart.
             self._start(read_events(self.journal)[0][0])
         done = False
         while events:
@@ -116,7 +120,7 @@ class Delivery:
         return done
 
     def _batch(self, events: Sequence[Event]) -> int:
-        """Return how many of the first events are sent at once: metrics are many and small."""
+        """Return how many events to send together; only metrics, many and small, are batched."""
         count = 0
         while count < min(len(events), _BATCH) and events[count]["event"] == "metrics":
             count += 1
@@ -130,7 +134,7 @@ class Delivery:
             else:
                 getattr(self, f"_on_{kind}")(events[0])
         except MlflowException as error:
-            if not _is_refusal(error):
+            if not _is_permanent(error):
                 raise
             self.rejected.append(f"{kind}: {' '.join(str(error).split())[:500]}")
 
@@ -143,14 +147,14 @@ class Delivery:
             )
         self.run_id = run.info.run_id
         self._tags = dict(run.data.tags)
-        # A stage that ran before, or that DVC had taken from its cache: its curves may be there.
+        # If the stage was recorded before, the run may already have its curves.
         self._again = f"stage.{event['stage']}" in self._tags
         missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
         self._log_params(missing)
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _on_start(self, event: Event) -> None:
-        if ERROR_TAG in self._tags:  # of an earlier attempt
+        if ERROR_TAG in self._tags:  # left by an earlier attempt
             self._client.delete_tag(self.run_id, ERROR_TAG)
 
     def _on_tags(self, event: Event) -> None:
@@ -164,7 +168,7 @@ class Delivery:
     def _on_artifact(self, event: Event) -> None:
         path, folder = self.journal / event["file"], event["folder"]
         if not path.exists():
-            self.rejected.append(f"artifact: {path} is gone")
+            self.rejected.append(f"artifact: {path} does not exist")
         elif path.is_dir():
             self._client.log_artifacts(self.run_id, str(path), folder)
         else:
@@ -186,7 +190,7 @@ class Delivery:
         self._client.log_inputs(self.run_id, datasets=inputs)
 
     def _on_stage(self, event: Event) -> None:
-        """All of one stage: that ran, or that came from DVC's cache and is not in the row yet."""
+        """Send all results of a stage that ran, or of a cached stage that the run lacks."""
         tag = f"stage.{event['stage']}"
         if event["earlier"] and tag in self._tags:
             return
@@ -236,7 +240,7 @@ class Delivery:
         self._tags |= tags
 
     def _parent(self, event: Event) -> dict[str, str]:
-        """Return the tag that puts a queued experiment below the run of its sweep."""
+        """Return the tag that makes the run of the sweep the parent of a queued experiment."""
         name = event.get("sweep")
         if not name:
             return {}
@@ -249,13 +253,13 @@ class Delivery:
 
 
 def missing_stages(tags: dict[str, str], stages: Sequence[str]) -> list[str]:
-    """Return those of `stages` that a row's tags do not show."""
+    """Return the stages that are missing in a run's tags."""
     return [stage for stage in stages if f"stage.{stage}" not in tags]
 
 
-def _is_refusal(error: MlflowException) -> bool:
-    """Whether asking again would be answered alike. Not so where a server is away, overloaded or
-    does not know the user."""
+def _is_permanent(error: MlflowException) -> bool:
+    """Whether a retry would fail in the same way. An unreachable or overloaded server and failed
+    authentication are temporary."""
     if isinstance(error, RestException):
         return error.get_http_status_code() == 400
     return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)

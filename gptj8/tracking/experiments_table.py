@@ -1,4 +1,4 @@
-"""DVC's table of experiments, with few enough of its two hundred columns for a screen."""
+"""DVC's table of experiments, reduced from two hundred columns to those that fit a screen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.tables import format_table
 
 _METRICS = {
     "tuned/accuracy": "accuracy",
@@ -18,22 +19,23 @@ _METRICS = {
     "finetune/peak_memory_gib": "peak GiB",
     "finetune/tokens_per_second": "tokens/s",
 }
-"""Metrics that matter, and what their columns are called: names alone would fill a screen."""
+"""Metrics to show and their column titles, which are shorter than the metrics' names."""
 _PARAM = r"seed|(data|model|quantization|finetune|evaluate|export)\.\w+"
-# DVC puts the file before a name that is in more than one.
+# DVC prefixes a name with its file if the name occurs in several files.
 _FILE = re.compile(r"reports/(\w+)/metrics\.json:|params\.yaml:")
-_FINETUNE_ALONE = {"eval_loss": "finetune/eval_loss"}
+_FINETUNE_ONLY = {"eval_loss": "finetune/eval_loss"}
 
 
 def experiments_table(options: Sequence[str] = ()) -> str:
-    """Return a table of the experiments: params that differ between them, one of those that only
-    change together, and metrics that matter.
+    """Return a table of the experiments with the params that differ and the main metrics.
+
+    Of params that always change together, only the first is shown.
 
     Args:
-        options: of `dvc exp show`, such as --all-commits or --num.
+        options: options of `dvc exp show`, such as --all-commits or --num.
 
     Raises:
-        UserError: if DVC cannot tell.
+        UserError: if `dvc exp show` fails.
     """
     command = [sys.executable, "-m", "dvc", "exp", "show", "--csv", *options]
     process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -42,25 +44,18 @@ def experiments_table(options: Sequence[str] = ()) -> str:
         raise UserError(f"dvc exp show: {' '.join(reasons) or process.stderr.strip()}")
     rows = [_short(row) for row in csv.DictReader(io.StringIO(process.stdout))]
     known = list(dict.fromkeys(name for row in rows for name in row))
-    params = _telling([name for name in known if re.fullmatch(_PARAM, name)], rows)
+    params = _differing([name for name in known if re.fullmatch(_PARAM, name)], rows)
     columns = ["experiment", *params, *(name for name in _METRICS if name in known)]
     if any(row.get("State", "") not in ("", "Success") for row in rows):
         columns.insert(1, "State")
     titles = [_METRICS.get(name, name) for name in columns]
-    cells = [titles, *([row.get(name, "") for name in columns] for row in rows)]
-    widths = [max(len(line[n]) for line in cells) for n in range(len(columns))]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if columns[n] in _METRICS else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    )
-    return "\n".join(lines)
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    align = "".join("r" if name in _METRICS else "l" for name in columns)
+    return "\n".join(format_table(cells, titles, align))
 
 
-def _telling(names: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
-    """Return the names whose values differ; of those that only change together, the first."""
+def _differing(names: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the names whose values differ; of names that always change together, the first."""
     found: dict[tuple[int, ...], str] = {}
     for name in names:
         values = [row.get(name) for row in rows]
@@ -71,13 +66,13 @@ def _telling(names: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _short(row: dict[str, str]) -> dict[str, str]:
-    """Return a row by names without files, numbers by four digits."""
+    """Return a row with file prefixes removed from names and numbers rounded to four digits."""
     found = {"experiment": row.get("Experiment") or row.get("rev") or ""}
     for name, value in row.items():
         if name in ("Experiment", "rev", "typ", "parent", "Created"):
             continue
         file = _FILE.match(name)
-        short = name[file.end() :] if file else _FINETUNE_ALONE.get(name, name)
+        short = name[file.end() :] if file else _FINETUNE_ONLY.get(name, name)
         if file and file[1] and f"{file[1]}/{short}" in _METRICS:
             short = f"{file[1]}/{short}"
         found.setdefault(short, value if re.fullmatch(_PARAM, short) else _number(value))

@@ -1,13 +1,12 @@
-"""Which experiment a process belongs to: the key that finds its MLflow run, its name, its server.
+"""Identify the experiment of a process: the key of its MLflow run, its name and its server.
 
-An experiment is what decides its outcome: the resolved params and the contents of what they name.
-The contents are known by the digests that DVC keeps in dvc.lock, so that the key of an experiment
-can be told from a commit alone (`key_at`), without its data.
+An experiment is identified by the resolved params and the contents of the inputs that they name.
+The contents are represented by the digests that DVC keeps in dvc.lock, so the key of an experiment
+can be computed from a commit without the data (`gptj8.tracking.lookup.key_at`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from gptj8.params.sections import Params, resolved
 from gptj8.runtime.dvc_digests import dvc_digest, dvc_files
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import write_json
+from gptj8.runtime.locks import locked
 from gptj8.runtime.project import project_root
 
 _SQLITE = "sqlite:///"
@@ -29,29 +29,32 @@ _COPIES = Path(".dvc", "tmp", "exps")
 
 
 def tracking_uri(params: Params) -> str:
-    """Return MLFLOW_TRACKING_URI or `tracking.uri`, a relative SQLite path made absolute.
+    """Return MLFLOW_TRACKING_URI or `tracking.uri`, with a relative SQLite path made absolute.
 
-    Relative paths are the project's own: inside `dvc exp run --queue` they would otherwise lie in a
-    copy that DVC removes afterwards.
+    Relative paths start at the project root. Inside `dvc exp run --queue` they would otherwise
+    point into a copy of the project that DVC removes afterwards.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if neither is set.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
     if uri is None:
-        raise UserError("tracking.uri is null: nothing is recorded; set it to where runs are kept")
+        raise UserError(
+            "tracking.uri is null: runs are not recorded; set it to the URI of an MLflow server or "
+            "database"
+        )
     if uri.startswith(_SQLITE) and not uri.startswith(_SQLITE + "/"):
         return f"{_SQLITE}{project_root() / uri.removeprefix(_SQLITE)}"
     return uri
 
 
 def is_recorded(params: Params) -> bool:
-    """Whether the params, or the environment, say where runs are kept."""
+    """Whether the params or the environment name a tracking server or database."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri)
 
 
 def without_password(uri: str) -> str:
-    """Return a URI that may be written down: user and password, if it has them, left out."""
+    """Return a URI without its user and password, so that it can be logged."""
     parts = urlsplit(uri)
     if parts.username is None and parts.password is None:
         return uri
@@ -59,14 +62,15 @@ def without_password(uri: str) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return where a local database's artifacts lie; None where the server decides."""
+    """Return the artifact location for a local database, or None if the server chooses it."""
     return (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
 
 
 def input_digests(params: Params) -> dict[str, str] | None:
-    """Return key -> DVC's digest of every input; None while one of them is not there yet.
+    """Return params key -> DVC's digest for every input, or None if an input is missing.
 
-    Empty is what `dvc checkout` makes where a recipe has made nothing yet.
+    An empty file or folder counts as missing: `dvc checkout` creates one for a recipe that has not
+    run yet.
     """
     root = project_root()
     paths = {key: Path(value) for key, value in params.inputs.items()}
@@ -81,18 +85,18 @@ def _has_content(path: Path) -> bool:
 
 
 def experiment_key(params: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """Return the digest of what decides an experiment's outcome.
+    """Return the digest that identifies an experiment.
 
     Args:
-        params: `gptj8.params.sections.resolved`.
-        digests: of `input_digests`.
+        params: result of `gptj8.params.sections.resolved`.
+        digests: result of `input_digests`.
     """
     content = json.dumps({"params": params, "inputs": dict(digests)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def experiment_name(params: Params) -> str:
-    """Return DVC's name of the experiment or, of the workspace, one of dataset and method."""
+    """Return DVC's name of the experiment; in the workspace, a name made of dataset and method."""
     name = os.environ.get("DVC_EXP_NAME")
     if name:
         return name
@@ -102,10 +106,9 @@ def experiment_name(params: Params) -> str:
 
 
 def sweep_name() -> str | None:
-    """Return what the experiments of one `dvc exp run --queue` have in common; None elsewhere.
+    """Return a name shared by the experiments of one `dvc exp run --queue`; None outside a queue.
 
-    DVC keeps no name for a sweep. Those of one baseline, and of one `--name` where that is given,
-    belong together.
+    DVC has no name for a sweep, so experiments are grouped by baseline and, if given, `--name`.
     """
     folder, copies = Path.cwd().resolve(), project_root() / _COPIES
     if copies not in folder.parents or folder.relative_to(copies).parts[0] == "standalone":
@@ -116,21 +119,22 @@ def sweep_name() -> str | None:
 
 
 def key_of(params: Params) -> str | None:
-    """Return the key of the experiment in the working folder; None while an input is missing."""
+    """Return the key of the experiment in the working folder, or None if an input is missing."""
     digests = input_digests(params)
     return None if digests is None else experiment_key(resolved(params), digests)
 
 
 @contextmanager
 def _known_digests(file: Path) -> Iterator[dict[str, str]]:
-    """Yield digests by path, size, time and inode, so that gigabytes are read once and not by every
-    stage; what is added is kept. Experiments of a queue may do so at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Yield a cache of digests by path, size, time and inode, and save additions.
+
+    With the cache, large inputs are hashed once and not by every stage. The lock is needed because
+    queued experiments run concurrently.
+    """
+    with locked(file.with_suffix(".lock")):
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a lost cache costs time, not correctness
+        except (OSError, ValueError):  # a lost cache only costs time
             known = {}
         before = len(known)
         yield known

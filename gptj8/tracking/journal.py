@@ -1,14 +1,14 @@
-"""What a stage has to record, on this disk first: a folder of events and copies of files.
+"""Journals: the data that a stage records, kept on the local disk until MLflow has received it.
 
-A journal is written by one stage process and its recorder, a line of JSON an event, and is removed
-when MLflow has all of it. Whatever happens to the server, to the recorder or to the stage, what was
-written stays and can be sent later (`gptj8 sync`), and sending it twice changes nothing: an event
-carries the time at which it happened.
+A journal is a folder with events, one JSON line per event, and copies of files. It is written by
+one stage process and its recorder and removed once it was sent completely. If the server, the
+recorder or the stage fails, the journal is kept and can be sent later (`gptj8 sync`). Sending it
+twice changes nothing, because events carry their original timestamps.
 
     .gptj8/journal/<key of the experiment>/<time>-<stage>/
         events.jsonl    start, metrics, tags, artifact, datasets, stage, end
-        files/          copies of what artifacts there are
-        state.json      how far it was sent
+        files/          copies of the artifacts
+        state.json      progress of the sending
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ Event = dict[str, Any]
 
 
 def journals_folder() -> Path:
-    """Return the folder of all journals, a folder an experiment."""
+    """Return the folder of all journals, which has one folder per experiment."""
     return state_folder() / "journal"
 
 
 def journals_of(folder: Path) -> list[Path]:
-    """Return the journals of an experiment's folder, in the order in which they were begun; none if
-    it is gone."""
+    """Return the journals in an experiment's folder, oldest first; none if it does not exist."""
     try:
         return sorted(path.parent for path in folder.glob(f"*/{EVENTS}"))
     except FileNotFoundError:
@@ -47,36 +46,35 @@ def journals_of(folder: Path) -> list[Path]:
 
 
 class JournalWriter:
-    """Appends to a journal, from any thread and from more than one process.
+    """Append to a journal; safe to use from several threads and processes.
 
     Raises:
-        OSError: from every method, where the disk does not take it.
+        OSError: from every method, if writing to the disk fails.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # Lines of several writers do not mix: a write in append mode is one step.
+        # Writes in append mode are atomic, so lines of several writers do not mix.
         self._descriptor = os.open(folder / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     @classmethod
     def begin(cls, key: str, stage: str) -> JournalWriter:
-        """Make the journal of a stage that starts now. It counts as alive while this process is."""
+        """Create the journal of a stage. It counts as alive while this process runs."""
         writer = cls(journals_folder() / key / f"{time.time_ns()}-{stage}")
         fcntl.flock(writer._descriptor, fcntl.LOCK_EX)
         return writer
 
     def write(self, event: str, **content: Any) -> None:
-        """Append one event, with the time in milliseconds."""
+        """Append one event with the current time in milliseconds."""
         line = json.dumps({"event": event, "time": now(), **content}, allow_nan=False)
         os.write(self._descriptor, f"{line}\n".encode())
 
     def keep(self, source: Path, *left_out: str) -> str:
-        """Copy a file or directory, and return where it lies in the journal's folder.
+        """Copy a file or directory into the journal and return its path in the journal's folder.
 
-        Names in `left_out` are not copied.
-
-        Copied, because a stage's outputs change and, in DVC's copies of the project, vanish.
+        A copy is needed because a stage's outputs change later or, in DVC's copies of the project,
+        are deleted. Names in `left_out` are not copied.
         """
         kept = Path(_FILES) / f"{time.time_ns()}" / source.name
         (self.folder / kept).parent.mkdir(parents=True)
@@ -87,14 +85,14 @@ class JournalWriter:
         return kept.as_posix()
 
     def close(self) -> None:
-        """Let others see that this process has ended."""
+        """Release the lock, so that other processes no longer see the journal as alive."""
         os.close(self._descriptor)
 
 
 def read_events(journal: Path, offset: int = 0) -> tuple[list[Event], list[int]]:
-    """Return the events from a byte offset on, and the offset behind each.
+    """Return the events after a byte offset, and the end offset of each event.
 
-    A line that is not complete, because it is being written or its writer was killed, is left out.
+    An incomplete last line is skipped: it is still being written, or its writer was killed.
     """
     with open(journal / EVENTS, "rb") as stream:
         stream.seek(offset)
@@ -110,7 +108,7 @@ def read_events(journal: Path, offset: int = 0) -> tuple[list[Event], list[int]]
 
 
 def is_alive(journal: Path) -> bool:
-    """Whether the stage that writes the journal is running; it is not if the journal is gone."""
+    """Whether the stage that writes the journal is running; False if the journal does not exist."""
     try:
         with open(journal / EVENTS, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -122,9 +120,9 @@ def is_alive(journal: Path) -> bool:
 
 
 def end_if_killed(journal: Path, time: int) -> None:
-    """End the journal of a stage that is gone, at a time in milliseconds, if it did not do so."""
+    """Append an end event with a time in milliseconds, if a stopped stage did not write one."""
     events, _ = read_events(journal)
-    # Not the last one: what the recorder finds out may come behind it.
+    # Check all events: the recorder may have appended others after the end.
     if not any(event["event"] == "end" for event in events):
         writer = JournalWriter(journal)
         writer.write("end", status="KILLED", error="the process was killed", time=time)
@@ -132,7 +130,7 @@ def end_if_killed(journal: Path, time: int) -> None:
 
 
 def read_state(journal: Path) -> dict[str, Any]:
-    """Return how far a journal was sent: `sent` (bytes), `phase`, `reason`; empty if nowhere."""
+    """Return the progress of a journal: `sent` (bytes), `phase`, `reason`; empty if not started."""
     try:
         return json.loads((journal / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -140,12 +138,12 @@ def read_state(journal: Path) -> dict[str, Any]:
 
 
 def update_state(journal: Path, **changes: Any) -> None:
-    """Change what the state of a journal says."""
+    """Change values of a journal's state."""
     write_json(journal / _STATE, {**read_state(journal), **changes})
 
 
 def metric_values(stage: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of nested metrics as `<stage>/<key>`, as they are called in MLflow."""
+    """Return the finite numbers of nested metrics under their MLflow names, `<stage>/<key>`."""
     return {
         f"{stage}/{key}": float(value)
         for key, value in flatten(metrics, "/").items()
@@ -154,7 +152,7 @@ def metric_values(stage: str, metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flatten(nested: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """Return a flat dict of a nested one, keys joined with `separator`."""
+    """Return a nested dict as a flat one, with keys joined by `separator`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -166,5 +164,5 @@ def flatten(nested: Mapping[str, Any], separator: str) -> dict[str, Any]:
 
 
 def now() -> int:
-    """Return the time in milliseconds since 1970, as MLflow counts it."""
+    """Return the current Unix time in milliseconds, MLflow's unit."""
     return time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""Where a run comes from: commit and changes, DVC's experiment, libraries, machine, command."""
+"""Origin of a run: commit and changes, DVC experiment, libraries, machine and command."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten
 from gptj8.tracking.page import CHANGED_TAG
 
-# Changed by running, not by people; DVC writes the one, the stages the other.
+# Results, which are not changes by the user: DVC writes dvc.lock, the stages write reports.
 _RESULTS = (":(exclude)dvc.lock", ":(exclude)**/dvc.lock", ":(exclude)reports")
-# What a hydra override may hold without quotes.
+# Characters that a hydra override may contain without quotes.
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+%@?")
 
 
 def lineage_tags(folder: Path) -> dict[str, str]:
-    """Return the tags of a process that runs in `folder`, MLflow's own names where it has one."""
+    """Return the tags of a process that runs in `folder`, with MLflow's names where they exist."""
     commit = git("rev-parse", "HEAD", folder=folder)
     branch = git("rev-parse", "--abbrev-ref", "HEAD", folder=folder)
     remote = git("remote", "get-url", "origin", folder=folder)
@@ -51,18 +51,18 @@ def lineage_tags(folder: Path) -> dict[str, str]:
 
 
 def changes(folder: Path) -> str:
-    """Return what differs from the commit, as a patch: params and code, not results."""
+    """Return the changes since the commit as a patch: params and code, but not results."""
     return git("diff", "--binary", "HEAD", "--", ".", *_RESULTS, strip=False, folder=folder) or ""
 
 
 def unknown_files(folder: Path) -> str:
-    """Return the names of files that git neither knows nor ignores, a line each."""
+    """Return the names of files that git neither tracks nor ignores, one per line."""
     names = git("ls-files", "--others", "--exclude-standard", "--", ".", *_RESULTS, folder=folder)
     return f"{names}\n" if names else ""
 
 
 def reproducing_command(folder: Path, commit: str) -> str:
-    """Return the shell commands that do the same again, from a clone of the repository."""
+    """Return the shell command that reproduces the run from a clone of the repository."""
     patch = git("diff", "--name-only", "HEAD", "--", ".", *_RESULTS, folder=folder)
     start = f"git checkout {commit}"
     if not patch:
@@ -76,7 +76,7 @@ def reproducing_command(folder: Path, commit: str) -> str:
 
 
 def libraries() -> str:
-    """Return the installed distributions with their versions, as a requirements file."""
+    """Return the installed distributions and their versions as a requirements file."""
     found = {
         distribution.name: distribution.version
         for distribution in importlib.metadata.distributions()
@@ -86,7 +86,7 @@ def libraries() -> str:
 
 
 def hardware() -> dict[str, str]:
-    """Return `cpu`, `cores`, `memory_gib` and, where there is one, `gpu`."""
+    """Return `cpu`, `cores`, `memory_gib` and, if there is a GPU, `gpu`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = {
         "cpu": cpu_name(),
@@ -101,13 +101,13 @@ def hardware() -> dict[str, str]:
 
 
 def git(*arguments: str, folder: Path | None = None, strip: bool = True) -> str | None:
-    """Return what git prints in a folder, by default the working one; None where it fails."""
+    """Return git's output in a folder, by default the working folder; None if git fails."""
     output = _output(["git", "-C", str(folder or Path()), *arguments])
     return output.strip() if output is not None and strip else output
 
 
 def override(key: str, value: Any) -> str:
-    """Return `key=value` as `dvc exp run -S` takes it, whose grammar is hydra's."""
+    """Return `key=value` in the syntax of `dvc exp run -S`, which is hydra's."""
     return f"{key}={_hydra(value)}"
 
 
@@ -121,7 +121,7 @@ def _hydra(value: Any) -> str:
     text = str(value)
     if text and set(text) <= _PLAIN and not _reads_as_another_type(text):
         return text
-    # A backslash is one, but for those before a quote.
+    # Only backslashes before a quote are doubled.
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - trailing :]}'"
@@ -138,7 +138,7 @@ def _reads_as_another_type(text: str) -> bool:
 
 
 def _changed_params(folder: Path) -> list[str] | None:
-    """Return the changes of params.yaml as overrides; None where they do not say all."""
+    """Return the changes of params.yaml as overrides, or None if overrides cannot express them."""
     from ruamel.yaml import YAML, YAMLError
 
     yaml = YAML(typ="safe", pure=True)
@@ -153,7 +153,7 @@ def _changed_params(folder: Path) -> list[str] | None:
     if old.keys() - new.keys():
         return None
     changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
-    if any("${" in str(value) for value in changed.values()):  # hydra would put a value there
+    if any("${" in str(value) for value in changed.values()):  # hydra would interpolate it
         return None
     return [override(key, value) for key, value in changed.items()] or None
 
@@ -161,7 +161,7 @@ def _changed_params(folder: Path) -> list[str] | None:
 def _user() -> str | None:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in containers
+    except (KeyError, OSError):  # user ids in containers may have no name
         return None
 
 

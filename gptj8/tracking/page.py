@@ -1,10 +1,9 @@
-"""What MLflow's page shows first, of an experiment and of a run.
+"""Configure what MLflow's page shows for an experiment and for a run.
 
-By itself the page takes an experiment for one of agents and their traces, shows no number in the
-table of runs, and draws 130 charts in the order of the alphabet. Tags of the experiment put that
-right for everybody who opens it: its kind, a description, and a saved view, which the page offers
-under "Views" and `gptj8 ui` opens. They are set where they are absent: what somebody has changed or
-added there is theirs.
+By default the page treats an experiment as one of agents and traces, shows no metrics in the table
+of runs, and draws 130 charts in alphabetical order. Tags of the experiment fix this for every user:
+its kind, a description, and a saved view, which the page lists under "Views" and `gptj8 ui` opens.
+Only missing tags are set, so users' changes are kept.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Any
 from gptj8.evaluation.systems import OWN_SYSTEMS
 
 VIEW = "gptj8"
-"""The saved view's key in the page's address."""
+"""Key of the saved view in the page's URL."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 NOTE_TAG = "mlflow.note.content"
 CHANGED_TAG = "params.changed"
 
-_OWN_NOTE = "*Written by gptj8, which leaves a description without this line alone.*"
-_VIEW_NAME = "What matters"
+_OWN_NOTE = "*Written by gptj8. A description without this line is not overwritten.*"
+_VIEW_NAME = "Key metrics"
 _COLUMNS = {  # kind and key: width
     f"tags.`{CHANGED_TAG}`": 240,
     "metrics.`evaluate/tuned/accuracy`": 190,
@@ -44,28 +43,28 @@ _CLOSED_SECTIONS = (
     *("convert", "evaluate", *(f"evaluate/{system}" for system in OWN_SYSTEMS)),
     *("export", "finetune", "validate", "validate/findings", "Model metrics", "System metrics"),
 )
-"""Of the page's charts, those that wait for a click: all of them at once take long to draw."""
+"""Chart sections that start collapsed, because drawing all charts at once is slow."""
 _EXPERIMENT_NOTE = """\
-Fine-tuning on frozen 8-bit weights. A run is one combination of params, data and base model,
-whichever stages DVC took from its cache (tag `stage.<name>`: `ran` or `cached`).
+Fine-tuning on frozen 8-bit weights. A run is one combination of params, data and base model. The
+tag `stage.<name>` shows whether DVC ran a stage or restored it from its cache (`ran` or `cached`).
 
-| number | what it is |
+| metric | meaning |
 |---|---|
-| `evaluate/tuned/accuracy` | right answers to the test rows after fine-tuning |
-| `evaluate/base/accuracy` | before it, of the original model |
-| `evaluate/quantized/perplexity_ratio` | what 8 bits cost: 1 is nothing |
-| `finetune/peak_memory_gib` | what training took |
+| `evaluate/tuned/accuracy` | accuracy on the test rows after fine-tuning |
+| `evaluate/base/accuracy` | accuracy of the original model before fine-tuning |
+| `evaluate/quantized/perplexity_ratio` | cost of 8-bit weights; 1 means no loss |
+| `finetune/peak_memory_gib` | peak memory of training |
 
-Tick runs and press Compare to see which params differ; a run's `predictions.json` holds what it
-answered to every test row.
+Select runs and click Compare to see which params differ. The `predictions.json` of a run contains
+its answer to every test row.
 """
 
 
 def experiment_tags(time: int) -> dict[str, str]:
-    """Return the tags that an experiment is to have.
+    """Return the tags for an experiment.
 
     Args:
-        time: now, in milliseconds.
+        time: current time in milliseconds.
     """
     view = {"name": _VIEW_NAME, "createdAt": time, "updatedAt": time, "state": _view_state()}
     return {
@@ -78,11 +77,11 @@ def experiment_tags(time: int) -> dict[str, str]:
 
 
 def run_note(measured: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
-    """Return the description of a run, in Markdown; None where it is to stay as it is.
+    """Return the description of a run in Markdown, or None to keep the existing one.
 
     Args:
         measured: `<stage>/<metric>` -> value.
-        tags: of the run.
+        tags: tags of the run.
     """
     from gptj8.tracking.summary import measured_rows
 
@@ -91,19 +90,19 @@ def run_note(measured: Mapping[str, float], tags: Mapping[str, str]) -> str | No
     rows = [f"| {' | '.join(row)} |" for row in measured_rows(measured)]
     parts = []
     before, after = (measured.get(f"evaluate/{s}/accuracy") for s in ("base", "tuned"))
-    if before is not None and after is not None:  # four lines are seen without a click
+    if before is not None and after is not None:  # first, because the page shows only four lines
         parts.append(f"**Accuracy {before:.1%} → {after:.1%}**")
     if CHANGED_TAG in tags:
         parts.append(f"Changed: `{tags[CHANGED_TAG]}`")
     if rows:
         parts.append("\n".join(["| measured | | 95 % interval |", "|---|---|---|", *rows]))
     if "command" in tags:
-        parts.append(f"The same again:\n\n```sh\n{tags['command']}\n```")
+        parts.append(f"To reproduce:\n\n```sh\n{tags['command']}\n```")
     return "\n\n".join([*parts, _OWN_NOTE]) if parts else None
 
 
 def _view_state() -> str:
-    """Return the state of the table and the charts, as the page itself would write it."""
+    """Return the state of the table and the charts in the page's own format."""
     shown = {"metricSectionId": VIEW, "deleted": False, "isGenerated": False}
     shown |= {"runsCountToCompare": 10}
     charts: list[dict[str, Any]] = [
@@ -113,7 +112,7 @@ def _view_state() -> str:
     difference = {
         "type": "DIFFERENCE",
         "uuid": f"{VIEW}-difference",
-        "chartName": "What differs",
+        "chartName": "Differences",
         "compareGroups": ["Parameters", "Model metrics"],
         "showChangeFromBaseline": True,
         "showDifferencesOnly": True,
@@ -129,7 +128,7 @@ def _view_state() -> str:
         "columnOrder": list(_COLUMNS),
         "compareRunCharts": [*charts, difference | shown],
         "compareRunSections": sections,
-        "isAccordionReordered": True,  # or the sections would be sorted by name
+        "isAccordionReordered": True,  # otherwise the sections are sorted by name
     }
     return json.dumps(state, separators=(",", ":"))
 

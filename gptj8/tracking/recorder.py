@@ -1,10 +1,10 @@
-"""The process beside a stage that sends its journal to MLflow while the stage works.
+"""The recorder: a process that sends a stage's journal to MLflow while the stage runs.
 
-A process of its own, so that nothing about a server, be it away, hanging or answering nonsense,
-slows the stage or ends it, and so that a stage that is killed is marked so by somebody. It reads
-the end of the stage from its standard input, which closes when the stage is gone.
+Because it is a separate process, a server that is unreachable, hangs or returns invalid responses
+can neither slow nor stop the stage, and a killed stage is still marked as killed. The recorder
+detects the end of the stage by its standard input, which closes when the stage exits.
 
-python -m gptj8.tracking JOURNAL FOLDER     (started by `gptj8.tracking.stage_run`)
+python -m gptj8.tracking JOURNAL FOLDER     (started by `gptj8.tracking.stage.stage_run`)
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ _POLL_SECONDS = 0.5
 _SAMPLE_SECONDS = 10.0
 _RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
 _LINGER_SECONDS = 30.0
-"""How long a server that is away is waited for once the stage has ended."""
+"""How long the recorder retries an unreachable server after the stage has ended."""
 _LOG = "recorder.log"
 
 
 def start_recorder(journal: Path) -> subprocess.Popen[bytes] | None:
-    """Start the recorder of a journal that has its first event; None where that is not possible.
+    """Start the recorder of a journal that has its first event; return None if that fails.
 
-    Not in the stage's process group: an interrupt at the terminal ends the stage, which tells.
+    The recorder gets its own session, so that Ctrl+C stops only the stage and the recorder can
+    still record how the stage ended.
     """
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -66,19 +67,21 @@ def start_recorder(journal: Path) -> subprocess.Popen[bytes] | None:
 
 
 def main() -> None:
-    """Record one stage; see the module."""
+    """Record one stage; see the module docstring."""
     set_defaults()
     with suppress(OSError):
-        os.nice(5)  # the stage comes first
+        os.nice(5)  # give priority to the stage
     journal, folder = Path(sys.argv[1]), Path(sys.argv[2])
     describe(journal, folder)
     _Recorder(journal).run()
 
 
 def describe(journal: Path, folder: Path) -> None:
-    """Write down what the stage would lose time with: where it comes from, and what of its inputs
-    DVC took from its cache. Before anything is imported that takes long: the folder of a queued
-    experiment is gone soon after its last stage."""
+    """Write the origin of the stage and the results of earlier stages to the journal.
+
+    This is done here to save the stage's time, and before slow imports, because DVC deletes the
+    folder of a queued experiment soon after its last stage.
+    """
     stage = read_events(journal)[0][0]["stage"]
     writer = JournalWriter(journal)
     try:
@@ -105,22 +108,22 @@ class _Recorder:
     def __init__(self, journal: Path) -> None:
         self.journal = journal
         self._writer = JournalWriter(journal)
-        self._stage_is_there = True
+        self._stage_is_running = True
         self._ended_at = 0.0
         self._sampler: _SystemMetrics | None = None
         self._is_sampled = True
 
     def run(self) -> None:
-        self._tell("starting")
+        self._set_phase("starting")
         from gptj8.tracking import sending
 
         failures = 0
         with sending.turn(self.journal.parent):
-            # Journals of stages before this one that could not be sent then.
+            # Journals of earlier stages that could not be sent.
             before = [j for j in journals_of(self.journal.parent) if j < self.journal]
             while True:
                 try:
-                    self._tell("connecting")
+                    self._set_phase("connecting")
                     while before:
                         if not is_alive(before[0]):
                             sending.send(before[0])
@@ -130,36 +133,36 @@ class _Recorder:
                         failures = 0
                         self._watch(_POLL_SECONDS)
                     sending.finish(self.journal, delivery)
-                    self._watch_until_the_stage_leaves()
+                    self._watch_until_stage_exits()
                     sending.discard(self.journal)
                     return
-                except Exception as error:  # the stage goes on, and the journal stays
+                except Exception as error:  # the stage continues, and the journal is kept
                     print(f"{time.strftime('%H:%M:%S')} {one_line(error)}", flush=True)
-                    self._tell("trouble", reason=one_line(error))
+                    self._set_phase("trouble", reason=one_line(error))
                 pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
                 failures += 1
                 self._watch(pause)
                 if self._ended_at and time.monotonic() - self._ended_at > _LINGER_SECONDS:
                     return
 
-    def _watch_until_the_stage_leaves(self) -> None:
-        """It reads the state of the journal as its last act."""
+    def _watch_until_stage_exits(self) -> None:
+        """Wait for the stage, which reads the journal's state just before it exits."""
         until = time.monotonic() + _LINGER_SECONDS
-        while self._stage_is_there and time.monotonic() < until:
-            self._look(_POLL_SECONDS)
+        while self._stage_is_running and time.monotonic() < until:
+            self._check_stage(_POLL_SECONDS)
 
-    def _tell(self, phase: str, reason: str = "") -> None:
+    def _set_phase(self, phase: str, reason: str = "") -> None:
         update_state(self.journal, phase=phase, reason=reason)
 
     def _watch(self, seconds: float) -> None:
-        """Wait, and see meanwhile whether the stage is still there and what the machine does."""
+        """Wait; meanwhile sample system metrics and check whether the stage is still running."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if not self._stage_is_there:
+            if not self._stage_is_running:
                 time.sleep(left)
                 return
             self._sample()
-            self._look(min(left, _POLL_SECONDS))
+            self._check_stage(min(left, _POLL_SECONDS))
 
     def _sample(self) -> None:
         if not self._is_sampled:
@@ -168,20 +171,20 @@ class _Recorder:
             if self._sampler is None:
                 self._sampler = _SystemMetrics(self._writer)
             self._sampler.sample()
-        except Exception as error:  # a machine that cannot be measured so; the rest is recorded
+        except Exception as error:  # system metrics are optional; the rest is still recorded
             self._is_sampled = False
             print(f"no system metrics: {one_line(error)}", flush=True)
 
-    def _look(self, seconds: float) -> None:
-        """Wait for the stage to leave; one that did so without a word was killed."""
+    def _check_stage(self, seconds: float) -> None:
+        """Wait for the stage to exit; mark it as killed if it wrote no end event."""
         readable, _, _ = select.select([sys.stdin], [], [], seconds)
         if readable and not os.read(sys.stdin.fileno(), 1):
-            self._stage_is_there, self._ended_at = False, time.monotonic()
+            self._stage_is_running, self._ended_at = False, time.monotonic()
             end_if_killed(self.journal, now())
 
 
 class _SystemMetrics:
-    """CPU, memory, disk, network and GPU as MLflow itself records them."""
+    """Metrics of CPU, memory, disk, network and GPU, measured by MLflow's monitors."""
 
     def __init__(self, writer: JournalWriter) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -191,7 +194,7 @@ class _SystemMetrics:
 
         self._writer = writer
         self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):  # no NVIDIA GPU, or no library to ask it with
+        with suppress(Exception):  # no NVIDIA GPU, or its library is not installed
             self._monitors.append(GPUMonitor())
         self._next = 0.0
 
@@ -204,7 +207,7 @@ class _SystemMetrics:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        # Minutes of the stages of one experiment follow each other, whichever process took them.
+        # Use the time as the step, so that points of all stages of an experiment are in order.
         step = int(time.time())
         self._writer.write(
             "metrics", step=step, values={f"system/{key}": float(v) for key, v in values.items()}

@@ -1,4 +1,4 @@
-"""A recorded run done again from its commit, and its adapter compared byte for byte."""
+"""Reproduce a recorded run from its commit and compare the adapter byte for byte."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from gptj8.params.sections import load_params
 from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, sha256_file
+from gptj8.runtime.messages import one_line
 from gptj8.runtime.process import path_of_this_python
 from gptj8.runtime.project import project_root, state_folder
 from gptj8.tracking.lineage import git, libraries
 
 _ADAPTER = Path("artifacts", "adapter")
-_DONE_AGAIN = ("validate", "convert", "finetune")
+_RERUN_STAGES = ("validate", "convert", "finetune")
 
 
 class Reproduction(NamedTuple):
-    """What came out.
+    """Result of `reproduce`.
 
     Attributes:
-        differing: files of the adapter that are not what the run recorded; empty if all are.
-        folder: the checkout, where it was kept.
+        differing: files of the adapter that differ from the recorded ones; empty if none do.
+        folder: the checkout; removed if nothing differs.
     """
 
     differing: list[str]
@@ -37,10 +38,10 @@ class Reproduction(NamedTuple):
 
 
 def reproduce(run: Any, client: MlflowClient) -> Reproduction:
-    """Check a run's commit and changes out, validate, convert and train again without any cache,
-    and compare the adapter with the recorded one.
+    """Check out a run's commit and changes, rerun its stages and compare the adapter.
 
-    Inputs that git and DVC do not make are taken from this workspace, if they are still the same.
+    The stages validate, convert and finetune run without DVC's cache. Inputs that neither git nor
+    DVC provides are linked from this workspace if their contents have not changed.
 
     Raises:
         UserError: if the commit, an input or the recorded adapter is missing, or a stage fails.
@@ -48,11 +49,14 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     tags, run_id = run.data.tags, run.info.run_id
     commit = tags.get("mlflow.source.git.commit")
     if not commit or "digest.adapter" not in tags:
-        raise UserError(f"run {run_id} has recorded no commit or no adapter to compare with")
+        raise UserError(
+            f"run {run_id} has no recorded commit or no recorded adapter, so it cannot be "
+            "reproduced"
+        )
     root = project_root()
     if git("cat-file", "-e", f"{commit}^{{commit}}", folder=root) is None:
         raise UserError(
-            f"run {run_id} is of commit {commit}, which is not here; git fetch it first"
+            f"run {run_id} needs commit {commit}, which is missing here; git fetch it first"
         )
     folder = state_folder() / "reproduce" / run_id[:8]
     _check_out(root, folder, commit)
@@ -61,12 +65,12 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
         print(f"warning: {line}", file=sys.stderr)
     patch = evidence / "changes.diff"
     if patch.is_file() and git("apply", "--binary", str(patch), folder=folder) is None:
-        raise UserError(f"the recorded changes of run {run_id} do not apply to {commit}")
-    _share_what_git_does_not_know(root, folder, tags)
+        raise UserError(f"the recorded changes of run {run_id} do not apply to commit {commit}")
+    _share_untracked(root, folder, tags)
     environment = _environment(folder)
-    # Recipes may come from the cache: the digests of what they make were compared.
+    # Recipes may come from the cache, because the digests of their outputs were compared.
     _dvc(folder, environment, "repro", "convert", "validate")
-    for stage in _DONE_AGAIN:
+    for stage in _RERUN_STAGES:
         _dvc(folder, environment, "repro", "--force", "--single-item", stage)
     if dvc_digest(folder / _ADAPTER) == tags["digest.adapter"]:
         remove(folder)
@@ -101,8 +105,8 @@ def _cache_folder(root: Path) -> str:
         return str(repo.cache.repo.path)
 
 
-def _share_what_git_does_not_know(root: Path, folder: Path, tags: dict[str, str]) -> None:
-    """Link inputs into the checkout, and copy kernels that were compiled from the same source."""
+def _share_untracked(root: Path, folder: Path, tags: dict[str, str]) -> None:
+    """Link inputs into the checkout and copy kernels that were compiled from the same source."""
     source = Path("gptj8", "kernels", "cpu_kernels.c")
     if (folder / source).is_file() and sha256_file(folder / source) == sha256_file(root / source):
         for library in (root / source.parent).glob("_cpu_kernels*.so"):
@@ -112,25 +116,23 @@ def _share_what_git_does_not_know(root: Path, folder: Path, tags: dict[str, str]
         if there.exists() or _is_made(there, folder):
             continue
         if not here.exists():
-            raise UserError(
-                f"{key} = {value} is not here any more, and the run cannot be done again"
-            )
+            raise UserError(f"{key} = {value} no longer exists, so the run cannot be reproduced")
         expected = tags.get(f"digest.{key}")
         if expected and dvc_digest(here) != expected:
-            raise UserError(f"{key} = {value} is not what it was in this run ({expected} then)")
+            raise UserError(f"{key} = {value} has changed since this run (digest {expected} then)")
         there.parent.mkdir(parents=True, exist_ok=True)
         there.symlink_to(here.resolve())
 
 
 def _is_made(path: Path, root: Path) -> bool:
-    """Whether a recipe makes it, or DVC has it in its cache."""
+    """Whether a recipe makes the path or a .dvc file describes it."""
     from gptj8.dataset.inputs import is_made_by_a_recipe
 
     return path.with_name(f"{path.name}.dvc").is_file() or is_made_by_a_recipe(path, root)
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The stages are to be this Python's, and to leave the recorded row alone."""
+    """Return an environment that uses this Python and a separate tracking database."""
     own = {
         "PATH": path_of_this_python(),
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
@@ -143,8 +145,8 @@ def _dvc(folder: Path, environment: dict[str, str], *arguments: str) -> None:
     command = [sys.executable, "-m", "dvc", *arguments]
     if subprocess.run(command, cwd=folder, env=environment).returncode != 0:
         raise UserError(
-            f"dvc {' '.join(arguments)} failed in {folder}, for the reason shown above; the "
-            "checkout is still there"
+            f"dvc {' '.join(arguments)} failed in {folder} (see the error above); the checkout was "
+            "not removed"
         )
 
 
@@ -154,7 +156,7 @@ def _download(client: MlflowClient, run_id: str, name: str, folder: Path) -> Pat
     try:
         return Path(client.download_artifacts(run_id, name, str(target)))
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{name} of run {run_id} cannot be read: {reason}") from None
 
 

@@ -1,18 +1,17 @@
-"""Journals sent to the servers that they were meant for, by recorders and by `gptj8 sync`."""
+"""Send journals to their servers; used by recorders and by `gptj8 sync`."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.locks import locked
 from gptj8.runtime.messages import one_line
 from gptj8.tracking.delivery import Delivery, connect
 from gptj8.tracking.identity import artifact_location, tracking_uri, without_password
@@ -29,13 +28,13 @@ from gptj8.tracking.journal import (
 
 
 class Sent(NamedTuple):
-    """What `send_all` did.
+    """Result of `send_all`.
 
     Attributes:
-        stages: of how many stages the record was sent.
-        busy: of how many it is being written or sent by another process.
-        failed: server -> what it said, where something could not be sent.
-        notices: a line for each thing that a server refused.
+        stages: number of journals that were sent; each belongs to one stage.
+        busy: number of journals that another process is writing or sending.
+        failed: server -> error message, for servers to which sending failed.
+        notices: one line per problem, such as an event that a server rejected.
     """
 
     stages: int
@@ -45,37 +44,37 @@ class Sent(NamedTuple):
 
 
 def open_delivery(journal: Path) -> Delivery:
-    """Connect to the server of a journal, whose first event names it."""
+    """Connect to the server named in the first event of a journal."""
     start = read_events(journal)[0][0]
     uri = _with_password(start["uri"])
     client, experiment_id, location = connect(uri, start["experiment"])
     expected = artifact_location(uri)
     if expected and location != expected and location.endswith("/mlartifacts"):
         notice = (
-            f"the runs of {start['experiment']} keep their artifacts in {location}, where this "
-            "project was when they began; set tracking.experiment to another name to keep them here"
+            f"the artifacts of experiment {start['experiment']} are stored in {location}, the "
+            "project's earlier location; set tracking.experiment to another name to store them here"
         )
         update_state(journal, notices=[notice])
     return Delivery(journal, client, experiment_id)
 
 
 def finish(journal: Path, delivery: Delivery) -> None:
-    """Mark a journal as sent; what it holds is not needed any more."""
-    refused = [f"MLflow refused {line}" for line in delivery.rejected]
-    notices = [*read_state(journal).get("notices", []), *refused]
+    """Mark a journal as sent, so that it can be removed."""
+    rejected = [f"MLflow rejected {line}" for line in delivery.rejected]
+    notices = [*read_state(journal).get("notices", []), *rejected]
     update_state(journal, phase="done", notices=notices)
 
 
 def discard(journal: Path) -> None:
-    """Remove a journal; the experiment's folder goes with its last one, when its turn ends."""
+    """Remove a journal; `turn` removes the experiment's folder once it has no more journals."""
     shutil.rmtree(journal, ignore_errors=True)
 
 
 def send(journal: Path) -> list[str]:
-    """Send the journal of a stage that is gone, and return what was refused.
+    """Send the journal of a stage that has stopped, and return the notices.
 
     Raises:
-        Exception: of mlflow or the network; the journal stays.
+        Exception: an error of mlflow or the network; the journal is kept.
     """
     if read_state(journal).get("phase") != "done":
         end_if_killed(journal, int((journal / EVENTS).stat().st_mtime * 1000))
@@ -88,12 +87,12 @@ def send(journal: Path) -> list[str]:
 
 
 def send_all() -> Sent:
-    """Send every journal of the project that no running stage writes and no recorder sends."""
+    """Send all journals of the project that no other process is writing or sending."""
     stages, busy, failed, notices = 0, 0, {}, []
     for folder in sorted(journals_folder().glob("*")):
         if not folder.is_dir():
             continue
-        # The recorder of a stage that has ended gives its turn back within a minute.
+        # The recorder of a stage that has ended releases the lock within a minute.
         running = any(map(is_alive, journals_of(folder)))
         with turn(folder, wait=not running) as mine:
             for journal in journals_of(folder):
@@ -105,7 +104,7 @@ def send_all() -> Sent:
                     discard(journal)
                     continue
                 if start["uri"] in failed:
-                    continue  # known to be away: the next one would wait in vain as well
+                    continue  # do not wait for an unreachable server again
                 try:
                     notices += send(journal)
                     stages += 1
@@ -116,41 +115,21 @@ def send_all() -> Sent:
 
 @contextmanager
 def turn(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an experiment's journals; yield whether it could be had without waiting, if asked so."""
-    held = _locked(folder / "turn.lock", wait)
-    if held is None:
-        yield False
-        return
-    with held:
-        try:
-            yield True
-        finally:
-            with suppress(OSError):  # another journal is there, or begins
-                if not journals_of(folder):
-                    (folder / "turn.lock").unlink()
-                    folder.rmdir()
+    """Lock an experiment's journals; yield False if another process has the lock.
 
-
-def _locked(file: Path, wait: bool) -> ExitStack | None:
-    """Lock a file that whoever has it may remove with its folder; return what unlocks it, None if
-    another process has it and is not waited for."""
-    while True:
-        if file.parent.is_file():
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(file.parent))
-        # Both say that the folder was removed at this very moment.
-        with ExitStack() as attempt, suppress(FileNotFoundError, FileExistsError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = attempt.enter_context(open(file, "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return None
-            if os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
-                return attempt.pop_all()
+    Args:
+        folder: folder of the experiment.
+        wait: wait for the lock; it is then always acquired.
+    """
+    with locked(folder / "turn.lock", wait) as held:
+        yield held
+    with suppress(OSError):  # it has journals, or another process has created it again
+        if held:
+            folder.rmdir()
 
 
 def _with_password(uri: str) -> str:
-    """Return the address with the password that the environment or params.yaml has for it."""
+    """Return the URI with the password from the environment or params.yaml, if there is one."""
     candidates = [os.environ.get("MLFLOW_TRACKING_URI", "")]
     with suppress(UserError):
         candidates.append(tracking_uri(load_params()))

@@ -1,4 +1,4 @@
-"""How a stage is recorded: `with stage_run("finetune", params) as record`."""
+"""Record a stage: `with stage_run("finetune", params) as record`."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from gptj8.tracking.stage_results import (
 
 _PARAM_LENGTH = 6000  # MLflow's limit for one value
 _SILENCE_SECONDS = {True: 20.0, False: 3.0}
-"""How long the end of a stage waits for a recorder that gets nowhere: a database of this project
-may have to be made; a server that does not answer is not waited for."""
+"""How long a stage waits at its end for a recorder that makes no progress, by whether the database
+is local: creating one takes time, but an unresponsive server must not delay the stage."""
 
 
 class StageRun:
-    """The MLflow run of one experiment, as one stage sees it.
+    """The MLflow run of an experiment during one stage; created by `stage_run`.
 
-    Made by `stage_run`. What is recorded goes to a file, which another process sends: no method
-    waits for a server, and none raises where it cannot be reached.
+    Data is written to a local journal, which another process sends. Except for `open_run`, no
+    method waits for the server or raises if it is unreachable.
     """
 
     def __init__(self, stage: str) -> None:
@@ -56,15 +56,15 @@ class StageRun:
         self._is_sent = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record numbers as `<stage>/<key>`; nested dicts are joined with `/`."""
+        """Record numbers as `<stage>/<key>`; keys of nested dicts are joined with `/`."""
         self._last_step = max(self._last_step, step or 0)
         self._write("metrics", step=step or 0, values=metric_values(self.stage, metrics))
 
     def open_run(self) -> tuple[Any, str]:
-        """Return MLflow's client and the id of this experiment's run, once it is found or made.
+        """Return an MLflow client and the run's id, once the recorder has found or created the run.
 
         Raises:
-            UserError: if nothing is recorded, or the server does not answer.
+            UserError: if this stage is not recorded, or the server does not respond.
         """
         from gptj8.tracking.delivery import connect
 
@@ -73,11 +73,15 @@ class StageRun:
         return client, run_id
 
     def outcome(self) -> str:
-        """Return, once the stage has ended, whether its row is complete, and where."""
+        """Return, after the stage has ended, a line about whether its run is complete."""
         if not self._uri:
-            return "nothing is recorded"
+            return "this stage is not recorded"
         where = without_password(self._uri)
-        return f"the run is complete in {where}" if self._is_sent else f"{where} is behind"
+        return (
+            f"the run is complete in {where}"
+            if self._is_sent
+            else f"some results have not reached {where} yet"
+        )
 
     def _start(self, params: Params) -> None:
         if not is_recorded(params):
@@ -85,8 +89,8 @@ class StageRun:
         try:
             digests = input_digests(params)
             if digests is None:
-                # DVC may convert a model before it has made the dataset, and the experiment has no
-                # key until both are there. The stages that follow record what this one leaves.
+                # DVC may convert a model before it has prepared the dataset. The experiment has no
+                # key until both exist, so later stages record the results of this one.
                 self._has_no_row_yet = True
                 return
             key = experiment_key(resolved(params), digests)
@@ -127,10 +131,10 @@ class StageRun:
         self._write("end", status=status, error=error)
         if self._journal is not None:
             self._journal.close()
-            self._wait_for_the_recorder()
+            self._wait_for_recorder()
 
-    def _wait_for_the_recorder(self) -> None:
-        """Let it come to its end, which takes a moment where the server answers."""
+    def _wait_for_recorder(self) -> None:
+        """Wait until the recorder has sent the journal, fails or makes no progress."""
         journal = self._journal
         assert journal is not None
         limit = _SILENCE_SECONDS[self._uri.startswith("sqlite:")]
@@ -151,14 +155,14 @@ class StageRun:
             _warn(notice)
         self._is_sent = state.get("phase") == "done"
         if not self._is_sent:
-            reason = state.get("reason") or f"{without_password(self._uri)} does not answer"
+            reason = state.get("reason") or f"{without_password(self._uri)} does not respond"
             _warn(
-                f"MLflow has not received all of {self.stage} yet ({reason}); nothing is lost, "
-                "`gptj8 sync` sends what is missing"
+                f"MLflow has not received all of {self.stage} yet ({reason}); no data is lost, run "
+                "`gptj8 sync` to send the rest"
             )
 
     def _run_id(self) -> str:
-        """Return the id of the run once the recorder has found or made it."""
+        """Return the id of the run once the recorder has found or created it."""
         if self._journal is None:
             raise UserError("this stage is not recorded")
         until = time.monotonic() + 30
@@ -169,7 +173,7 @@ class StageRun:
             if state.get("phase") == "trouble":
                 raise UserError(state["reason"])
             time.sleep(0.05)
-        raise UserError(f"{without_password(self._uri)} does not answer")
+        raise UserError(f"{without_password(self._uri)} does not respond")
 
     def _write(self, event: str, **content: Any) -> None:
         if self._journal is None:
@@ -186,14 +190,14 @@ class StageRun:
 
 @contextmanager
 def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
-    """Record one stage of the experiment that `params` describes.
+    """Record one stage of the experiment described by `params`.
 
-    The run is marked running at the start and finished, failed or killed at the end. What the stage
-    left in `reports/<stage>` becomes its metrics and artifacts, and so does what the stages before
-    it left there, if DVC took it from its cache.
+    The run is marked as running at the start and as finished, failed or killed at the end. The
+    contents of `reports/<stage>` become metrics and artifacts of the run. So do the reports of
+    earlier stages that DVC restored from its cache.
     """
     run = StageRun(stage)
-    if is_main_process():  # of several, one records
+    if is_main_process():  # in distributed training, only one process records
         run._start(params)
     try:
         yield run

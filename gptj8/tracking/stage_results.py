@@ -1,7 +1,7 @@
-"""What a stage leaves in its folders, as events of a journal.
+"""Turn the files that a stage has written into journal events.
 
-Of a stage that ran, and of one that DVC took from its cache without starting a process: both read
-the same files, and so both give the same row.
+A stage that ran and a stage that DVC restored from its cache are recorded from the same files, so
+the resulting MLflow runs are identical.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ ANCESTORS = {
     "export": ("validate", "convert", "finetune", "evaluate"),
     "record": STAGES,
 }
-"""What a stage's inputs were made by: other reports that lie there may be another experiment's."""
+"""Stages that produce the inputs of a stage. Other reports may belong to another experiment."""
 
 _CURVES = {"finetune": ("loss.csv", "eval_loss.csv")}
 _FOLDERS = {"finetune": ADAPTER, "export": EXPORT}
-_LEFT_OUT = "merged"  # gigabytes, which DVC keeps
+_LEFT_OUT = "merged"  # gigabytes, which DVC already stores
 _TABLE = "predictions.csv"
 
 
 def stage_is_recordable(stage: str, root: Path = Path()) -> bool:
-    """Whether the stage has left a report."""
+    """Whether the stage has written a report."""
     return (root / REPORTS / stage / "metrics.json").is_file()
 
 
 def stage_events(
     stage: str, journal: JournalWriter, *, replay: bool, step: int = 0, root: Path = Path()
 ) -> list[Event]:
-    """Return the events that put a stage's results into its row; files are copied to the journal.
+    """Return the events that record a stage's results; files are copied to the journal.
 
     Args:
         stage: one of `STAGES`.
-        journal: where to copy to.
-        replay: whether the curves are to be recorded too; a stage that ran has done so live.
-        step: the last of the curves. MLflow shows the value of the last step, and a stage's result
-            must not hide behind its curve.
-        root: the folder that the stage ran in.
+        journal: journal to copy the files to.
+        replay: record the curves too; not needed for a stage that ran, which recorded them live.
+        step: last step of the curves. The final metrics use it because MLflow shows the value of
+            the last step, which must be the stage's result and not a point of its curve.
+        root: folder that the stage ran in.
     """
     folder = root / REPORTS / stage
     events: list[Event] = []
@@ -74,29 +74,31 @@ def stage_events(
 
 
 def measured_by(stages: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return stage -> flat name -> value of what stages have left in their reports.
+    """Return stage -> flat name -> value for the metrics in the reports of stages.
 
     Raises:
-        UserError: if one of them has left none.
+        UserError: if a stage has no report.
     """
     return {s: flatten(read_json(REPORTS / s / "metrics.json"), "/") for s in stages}
 
 
 def measured_by_last_run() -> dict[str, dict[str, float]]:
-    """Return the same of all stages that have left a report.
+    """Return the metrics of all stages that have a report; see `measured_by`.
 
     Raises:
-        UserError: if none has.
+        UserError: if no stage has one.
     """
     measured = measured_by([stage for stage in STAGES if stage_is_recordable(stage)])
     if not measured:
-        raise UserError("reports/ holds no metrics yet; run `make repro`")
+        raise UserError("reports/ contains no metrics yet; run `make repro`")
     return measured
 
 
 def failure_events(stage: str, journal: JournalWriter) -> list[Event]:
-    """Return the events of what a stage that failed has left to say why; DVC removes what it left
-    at another time."""
+    """Return the events that record the report of a failed stage, which may explain the failure.
+
+    A report from an earlier run cannot be mistaken for it, because DVC removes outputs first.
+    """
     folder = REPORTS / stage
     if folder.is_dir() and any(folder.iterdir()):
         return [_artifact(journal, folder, f"reports/{stage}")]
@@ -104,12 +106,12 @@ def failure_events(stage: str, journal: JournalWriter) -> list[Event]:
 
 
 def remember_that_it_ran(stage: str) -> None:
-    """Note that a stage made its report now, while its experiment has no key and so no row yet."""
+    """Remember that a stage ran while its experiment had no key and therefore no MLflow run."""
     write_json(_note(stage), dvc_digest(REPORTS / stage / "metrics.json"))
 
 
 def origin(stage: str, root: Path) -> str:
-    """Return `ran` or `cached`, of the report of an earlier stage that has no row yet."""
+    """Return how an earlier stage that is not recorded yet got its report: `ran` or `cached`."""
     note, report = _note(stage), root / REPORTS / stage / "metrics.json"
     if note.is_file() and read_json(note) == dvc_digest(report):
         note.unlink(missing_ok=True)
@@ -134,7 +136,7 @@ def _curves(stage: str, folder: Path) -> list[Event]:
 
 
 def _datasets(inputs: dict[str, Any]) -> Event:
-    """Datasets that a stage read and made, by the digests that DVC knows them by."""
+    """Return the event for the datasets that a stage read and wrote, with DVC's digests."""
     read = [(item["split"], item["path"], item["md5"]) for item in inputs["files"]]
     made = [("prepared", str(DATASET), inputs["prepared"])]
     return _event(
@@ -147,7 +149,7 @@ def _datasets(inputs: dict[str, Any]) -> Event:
 
 
 def _table(journal: JournalWriter, file: Path) -> Event:
-    """The predictions as MLflow's own kind of table, which its page shows and compares by run."""
+    """Return the event for the predictions as an MLflow table, which its page can compare."""
     with open(file, newline="", encoding="utf-8") as stream:
         columns, *rows = csv.reader(stream)
     table = journal.folder / f"{file.stem}.json"

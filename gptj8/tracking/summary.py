@@ -1,7 +1,7 @@
-"""What a run has reached, as a short table for the terminal.
+"""A short table of a run's results for the terminal.
 
-Short: what the run was for, what the 8 bits cost, and what it took. All other numbers are in the
-reports, which its last lines name.
+It shows the purpose of the run, the cost of 8 bits and the resources used. All other numbers are in
+the reports, which the last lines name.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from gptj8.evaluation.systems import OWN_SYSTEMS
+from gptj8.runtime.tables import format_table
 
 _NEXT = (
     ("adapter", "artifacts/export, whose README.md is its model card"),
@@ -18,22 +19,18 @@ _NEXT = (
 
 
 def summary_lines(measured: Mapping[str, float]) -> list[str]:
-    """Return the table, with 95 % intervals where they are known.
+    """Return the table, with 95 % confidence intervals where they are known.
 
     Args:
-        measured: `<stage>/<metric>` -> value; what is missing has no line.
+        measured: `<stage>/<metric>` -> value; missing metrics have no line.
     """
-    rows = measured_rows(measured)
-    width = max((len(name) for name, *_ in rows), default=0)
-    lines = [
-        f"  {name:<{width}}  {value:>10}{interval and f'   {interval}'}"
-        for name, value, interval in rows
-    ]
-    return [*lines, "", *(f"  {name:<10}{place}" for name, place in _NEXT)]
+    results = format_table(measured_rows(measured), align="lrl")
+    table = [*results, "", *format_table(_NEXT, align="l")]
+    return [f"  {line}".rstrip() for line in table]
 
 
 def measured_rows(measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Return name, value and, where it is known, the interval of what the table shows."""
+    """Return name, value and confidence interval (empty if unknown) of each row of the table."""
     rows = []
     for name, key, form in _rows(measured):
         if key in measured:
@@ -43,7 +40,7 @@ def measured_rows(measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
 
 
 def _rows(measured: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
-    """Yield name, key and format of what may be shown, in its order."""
+    """Yield name, key and format of all possible rows, in order."""
     yield "accuracy before: base model", "evaluate/base/accuracy", "{:.1%}"
     yield "accuracy, few-shot", "evaluate/few_shot/accuracy", "{:.1%}"
     yield "accuracy, TF-IDF + logistic regression", "evaluate/baseline/accuracy", "{:.1%}"
@@ -54,16 +51,20 @@ def _rows(measured: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
                 yield f"accuracy, {system[0]}", key, "{:.1%}"
     yield "accuracy after: fine-tuned", "evaluate/tuned/accuracy", "{:.1%}"
     if "evaluate/tuned/accuracy" not in measured:
-        # Where there are labels, these say nothing new: an exact match is what accuracy is already,
-        # and a model that learned to answer has lost its perplexity of running text.
+        # With labels these are not informative: exact match equals accuracy, and the perplexity of
+        # running text degrades in a model that learned to answer with labels.
         yield "exact match before: base model", "evaluate/base/exact_match", "{:.1%}"
         yield "exact match after: fine-tuned", "evaluate/tuned/exact_match", "{:.1%}"
         yield "perplexity before: base model", "evaluate/base/perplexity", "{:.3f}"
         yield "perplexity after: fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"
     yield "perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"
     yield "peak memory of training, GiB", "finetune/peak_memory_gib", "{:.2f}"
-    yield "  as estimated before", "finetune/estimated_memory_gib", "{:.2f}"
-    yield "training tokens a second", "finetune/tokens_per_second", "{:,.0f}"
-    yield "export against trained model, logits", "export/max_logit_difference", "{:.2g}"
+    yield "  estimated before training", "finetune/estimated_memory_gib", "{:.2f}"
+    yield "training tokens per second", "finetune/tokens_per_second", "{:,.0f}"
+    yield "logit difference, export vs. trained", "export/max_logit_difference", "{:.2g}"
     compared = measured.get("export/compared_prompts", 0)
-    yield f"  prompts answered alike, of {compared:.0f}", "export/identical_generations", "{:.0f}"
+    yield (
+        f"  identical answers, of {compared:.0f} prompts",
+        "export/identical_generations",
+        "{:.0f}",
+    )

@@ -1,5 +1,5 @@
-"""Fine-tuning on the frozen 8-bit model through `transformers.Trainer`.
+"""Fine-tune an adapter on the frozen 8-bit model with `transformers.Trainer`.
 
-`loop.train` runs it from wherever it was interrupted (`saved_states`) to its end. This file imports
-nothing: whoever asks for a part does not pay for the Trainer.
+`loop.train` trains from the beginning, or resumes from a checkpoint (`saved_states`). This file
+imports nothing, so that importing one module does not import Trainer.
 """

@@ -1,21 +1,21 @@
-"""Activation checkpointing: what a step computes again in backward instead of keeping it.
+"""Activation checkpointing: recompute activations in backward instead of keeping them.
 
-    kind        a block keeps                          and computes again
+    kind        kept per block                         recomputed in backward
     none        everything                             nothing
-    selective   what its products with 8-bit weights   norms, activations, adapters: what reads
-                and its fused attention return         memory and computes little
-    reuse       its input                              as full; a matrix that is restored for it
-                                                       serves the gradient too
-    full        its input                              all but its last product, if that has no
-                                                       adapter
+    selective   outputs of 8-bit matrix products       norms, activations, adapters (memory-bound,
+                and of fused attention                 little arithmetic)
+    reuse       the block's input                      same as full; a dequantized matrix is also
+                                                       used for the gradient
+    full        the block's input                      all but the last matrix product, if that has
+                                                       no adapter
 
-The frozen matrices have no gradient of their own, so that a step is two units of arithmetic and
-recomputing all of it makes three: checkpointing costs half as much again, not a third. The results
-are the same bytes.
+Frozen matrices need no weight gradients, so a step is two units of arithmetic instead of three, and
+recomputing the forward pass adds a third unit: checkpointing adds half of a step's arithmetic, not
+a third. The results are byte-identical.
 
-Selective checkpointing is torch's (`create_selective_checkpoint_contexts`), after Korthikanti et
-al., Reducing Activation Recomputation in Large Transformer Models, arXiv:2205.05198; the choice of
-operators is for models whose products are cheap to keep and expensive to repeat.
+Selective checkpointing uses torch's `create_selective_checkpoint_contexts`, after Korthikanti et
+al., Reducing Activation Recomputation in Large Transformer Models, arXiv:2205.05198. The operators
+are chosen for models whose matrix products are cheap to keep and expensive to recompute.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "cpu": ("none", "selective", "full"),
     "cuda": ("none", "selective", "reuse", "full"),
 }
-"""Of a kind of device, from the fastest to the one that takes the least memory. On a CPU new memory
-for matrices costs more than restoring them once more: `reuse` has 0.8 to 0.96 of full's speed."""
+"""Kinds per device type, from the fastest to the one that needs the least memory. The CPU has no
+`reuse`: allocating memory for the matrices costs more than dequantizing them twice, so `reuse` has
+0.8 to 0.96 times the speed of `full`."""
 
 _ATTENTION = "aten::_scaled_dot_product"
 
 
 def set_checkpointing(model: PeftModel, kind: Kind) -> None:
-    """Make a model checkpoint its blocks in training, or not at all."""
+    """Set the kind of activation checkpointing that a model uses in training."""
     operators.drop_kept()
     base: Any = model.get_base_model()
     if kind == "none":
         base.activation_checkpointing_disable()
         return
-    # The reentrant kind gives no gradient where the embeddings are frozen.
+    # Reentrant checkpointing computes no gradients if the embeddings are frozen.
     arguments: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     elif kind == "reuse":
         arguments["context_fn"] = _reusing
     base.activation_checkpointing_enable(arguments)
-    # That makes the embeddings' output require a gradient, for the reentrant kind. It is nobody's,
-    # and computing it takes the first block's products once more.
+    # The call above makes the embeddings' output require a gradient, for reentrant checkpointing.
+    # That gradient is unused, and computing it would repeat the first block's matrix products.
     base.disable_input_require_grads()
 
 
 def _reusing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a block's first computation and of its second."""
+    """Return the contexts of a block's forward pass and of its recomputation."""
     return nullcontext(), operators.KeepingMatrices()
 
 

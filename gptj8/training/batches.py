@@ -1,4 +1,4 @@
-"""Which rows a step learns from, and how they become a batch."""
+"""Select the rows of each step and collate them into batches."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class RowOrder(Sampler[int]):
-    """The order of rows: a function of the seed and the epoch alone.
+    """Order rows as a function of only the seed and the epoch.
 
-    Neither how a step's rows are divided nor the random numbers that the model draws change it, and
-    a training that goes on in its third epoch finds it without the first two. Rows of similar
-    length stand together.
+    The order depends neither on the micro-batch size nor on random numbers drawn by the model.
+    Training that resumes in its third epoch computes the order without running the first two. Rows
+    of similar length are grouped.
 
     Args:
-        examples: what is trained on.
-        rows_a_step: of all processes together.
-        seed: of the order.
+        examples: The training examples.
+        rows_a_step: Rows per step, summed over all processes.
+        seed: Seed of the order.
 
     Attributes:
-        epoch: whose order is iterated over, from 0.
+        epoch: Epoch to iterate over, counted from 0.
     """
 
     def __init__(self, examples: Sequence[Example] | Dataset, rows_a_step: int, seed: int) -> None:
@@ -46,28 +46,29 @@ class RowOrder(Sampler[int]):
         return iter(self.of(self.epoch))
 
     def of(self, epoch: int) -> list[int]:
-        """Return the order of an epoch."""
+        """Return the row numbers of an epoch in order."""
         generator = torch.Generator().manual_seed(self._seed)
-        for _ in range(epoch):  # what the epochs before have drawn
+        for _ in range(epoch):  # skip the draws of earlier epochs
             torch.randperm(len(self), generator=generator)
         return get_length_grouped_indices(self._lengths, self._rows_a_step, generator=generator)
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Return the rows of a step, counted from 0 over all epochs."""
-        steps_an_epoch = -(-len(self) // self._rows_a_step)
-        epoch, within = divmod(step, steps_an_epoch)
+        """Return the rows of a step; steps are counted from 0 over all epochs."""
+        steps_per_epoch = -(-len(self) // self._rows_a_step)
+        epoch, within = divmod(step, steps_per_epoch)
         start = within * self._rows_a_step
         return self.of(epoch)[start : start + self._rows_a_step]
 
 
 class Collator:
-    """Pad on the right to the longest example of a batch or a little more.
+    """Pad a batch on the right to the length of its longest example or slightly more.
 
-    Rows of one length stay as they are: they need no mask, and attention is faster without.
+    Rows of equal length are not padded: they need no mask, and attention is faster without one.
 
     Args:
-        pad_id: any token id; padding is masked by position.
-        model: whose context bounds a batch, and whose device decides how it is padded.
+        pad_id: Any token id; padding is masked by position.
+        model: Model whose context length limits the padding and whose device type decides how much
+            padding is added.
     """
 
     def __init__(self, pad_id: int, model: PeftModel) -> None:

@@ -1,9 +1,9 @@
-"""How a training is made to fit into memory: sequences at a time, and what is computed again.
+"""Fit training into memory by choosing the micro-batch size and activation checkpointing.
 
-An optimizer step sees `train_batch_size` sequences however they are split, and activation
-checkpointing changes no result, so that neither choice changes what is learned by more than
-rounding. What an estimate says (`gptj8.memory.fitting`) is tried on the longest rows before
-training.
+An optimizer step uses `train_batch_size` sequences for every micro-batch size, and activation
+checkpointing does not change results. So neither choice changes the trained weights by more than
+rounding. The choice made from the estimate (`gptj8.memory.fitting`) is tried on the longest rows
+before training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from gptj8.dataset.prepared.examples import lengths_of
+from gptj8.runtime.machine import is_out_of_memory
 from gptj8.training.activation_checkpointing import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """What to train with: sequences at a time, and the kind of checkpointing."""
+    """Micro-batch size and kind of activation checkpointing."""
 
     micro_batch: int
     checkpointing: Kind
 
 
 def divisors(number: int) -> list[int]:
-    """Return what divides a number, ascending."""
+    """Return the divisors of a number in ascending order."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -45,13 +46,15 @@ def confirm(
     longest: Callable[[int], Sequence[Example]],
     try_step: Callable[[Sequence[Example], Kind], None],
 ) -> Fit:
-    """Try a fit and return it, or one that takes less: first more is computed again, then fewer
-    sequences are taken at a time; each only where params leave the choice.
+    """Try a fit, and return it or one that needs less memory.
+
+    If memory runs out, more activations are recomputed first; then the micro-batch size is reduced.
+    Each is changed only if params set it to `auto`.
 
     Args:
         device: "cpu" or "cuda".
-        longest: returns so many of the longest examples.
-        try_step: runs a step on them.
+        longest: Returns the given number of the longest examples.
+        try_step: Runs a step on them.
     """
     while True:
         try:
@@ -62,7 +65,7 @@ def confirm(
             if smaller is None:
                 raise
             fit = smaller
-        if torch.cuda.is_available():  # here: the error no longer holds on to the tensors
+        if torch.cuda.is_available():  # outside `except`, where the error no longer holds tensors
             torch.cuda.empty_cache()
 
 
@@ -77,13 +80,6 @@ def _smaller(fit: Fit, finetune: Finetune, kinds: Sequence[Kind]) -> Fit | None:
 
 
 def longest_of(examples: Sequence[Example] | Dataset) -> Callable[[int], list[Example]]:
-    """Return what gives the longest examples, as many as it is asked for."""
+    """Return a function that returns the given number of the longest examples."""
     order = np.argsort(-lengths_of(examples)[0], kind="stable")
     return lambda count: [examples[int(index)] for index in order[:count]]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory, of a GPU or of this machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error)  # torch, of a CPU's

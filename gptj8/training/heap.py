@@ -1,12 +1,12 @@
-"""glibc's heap while a large model trains: what lies free between tensors goes back to the system.
+"""Return free memory in glibc's heap to the operating system while a large model trains.
 
-The tensors of a step come and go in sizes that do not fill each other's holes: with each block that
-is computed the heap grows by more than is kept of it. For GPT-J-6B and one sequence of 512 tokens
-that came to a third of a gigabyte in a forward pass. `malloc_trim` gives back every free page, and
-the pages that are taken again are cleared again: that grows with what a block's activations take,
-while its arithmetic grows with its weights too. So large blocks alone are worth it. (Measured:
-GPT-J-6B 0.23 GiB less at 0.97x the speed; blocks of at most 50 M weights 0.1 GiB less at 0.87x to
-1.03x.)
+The tensors of a step have sizes that do not fit each other's holes in the heap, so each block's
+forward pass grows the heap by more than the tensors it keeps. For GPT-J-6B and one sequence of 512
+tokens this was a third of a gigabyte per forward pass. `malloc_trim` returns every free page, and
+the kernel clears the pages that are allocated again. That cost grows with a block's activations,
+while the block's arithmetic grows with its weights too, so trimming pays off only for large blocks.
+(Measured: GPT-J-6B 0.23 GiB less at 0.97x the speed; blocks of at most 50 M weights 0.1 GiB less at
+0.87x to 1.03x.)
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gptj8.runtime.machine import own_bytes
 
-_LARGE = 1 << 26  # weights of a block
-# What a process grows by before it is trimmed once more: so many bytes, and this share of the most
-# that a trim has left it with.
+_LARGE = 1 << 26  # weights per block
+# A process is trimmed again when it has grown by more than _GROWTH bytes and by more than 1/_SHARE
+# of the largest size that a trim has left.
 _GROWTH = 64 << 20
 _SHARE = 4
 
 
 def large_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model that are large enough for the heap to be trimmed; none on a GPU,
-    whose tensors are not in it."""
+    """Return the blocks of a model that are large enough to trim the heap for.
+
+    Returns an empty list on a GPU, whose tensors are not in the heap.
+    """
     return [
         module
         for module in model.modules()
@@ -41,14 +43,14 @@ def large_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def trimmed(model: nn.Module) -> Iterator[None]:
-    """Keep the heap dense in a model's forward passes, at whose end it is the largest.
+    """Trim the heap during a model's forward passes, at the end of which it is largest.
 
-    In backward nothing more is kept, and what one block leaves free serves the next. Does nothing
-    for small blocks, with another C library than glibc, or where the system does not tell what a
-    process has.
+    Backward keeps nothing more, and memory freed by one block is used by the next. Does nothing for
+    small blocks, with a C library other than glibc, or if the system does not report the memory of
+    a process.
     """
     release = _malloc_trim()
-    most = own_bytes()  # of what trims have left
+    most = own_bytes()  # largest size after a trim
     blocks = large_blocks(model)
     if release is None or not most or not blocks:
         yield

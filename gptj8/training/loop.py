@@ -1,4 +1,4 @@
-"""Training from its beginning, or from where it was interrupted, to its end."""
+"""Train from the beginning or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from gptj8.runtime.distributed import (
     summed,
 )
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.machine import is_out_of_memory
 from gptj8.runtime.progress import format_seconds
 from gptj8.training.activation_checkpointing import Kind, set_checkpointing
 from gptj8.training.batches import Collator
-from gptj8.training.fit import is_out_of_memory
 from gptj8.training.heap import trimmed
 from gptj8.training.monitor import Monitor
 from gptj8.training.progress import TrainingProgress
@@ -59,20 +59,20 @@ def train(
     """Train the adapter in place.
 
     Args:
-        model: from `adapters.add_adapter`.
-        train_examples, eval_examples: from `PreparedDataset.examples`, or a list of the same.
-        pad_id: any token id; padding is masked by position.
-        log: called with values and step as training goes: `loss`, `learning_rate`, `grad_norm`,
-            `eval_loss`, `eval_accuracy`, `tokens_per_second`. A training that goes on begins with
-            the values of the step it goes on from.
-        eval_accuracy: measures the model in eval mode, so many rows at a time, wherever its loss is
-            measured.
-        checkpoints: states of this very training, which it goes on from. They stay: whoever has
-            kept the result clears them.
+        model: From `adapters.add_adapter`.
+        train_examples, eval_examples: From `PreparedDataset.examples`, or a list of such examples.
+        pad_id: Any token id; padding is masked by position.
+        log: Called with values and step during training: `loss`, `learning_rate`, `grad_norm`,
+            `eval_loss`, `eval_accuracy`, `tokens_per_second`. Resumed training first logs the
+            values of the step that it resumes from.
+        eval_accuracy: Measures the model in eval mode with the given batch size, whenever the
+            validation loss is measured.
+        checkpoints: Saved states of this training, to resume from. They are not removed here; the
+            caller clears them after saving the result.
 
     Raises:
-        TrainingDivergedError: if the loss is not finite, or grows without bound.
-        UserError: if nothing was learned, or not one sequence at a time fits into memory.
+        TrainingDivergedError: If the loss is not finite or grows without bound.
+        UserError: If training changed no weights, or micro-batch size 1 does not fit into memory.
     """
     untrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     model.config.use_cache = False
@@ -100,12 +100,12 @@ def train(
                 checkpoints=checkpoints,
             )
             trainer.remove_callback(PrinterCallback)
-            return _to_the_end(trainer, monitor, saved)
+            return _run(trainer, monitor, saved)
 
     result = _within_memory(attempt, model, untrained, settings, checkpoints)
     weights = dict(model.named_parameters())
     if all(torch.equal(weights[name], weight) for name, weight in untrained.items()):
-        raise UserError("training moved no weight; finetune.learning_rate may be too small")
+        raise UserError("training changed no weights; finetune.learning_rate may be too small")
     return result
 
 
@@ -116,35 +116,35 @@ def _within_memory(
     settings: TrainingSettings,
     checkpoints: SavedStates | None,
 ) -> TrainingResult:
-    """Train, and where memory ends go on with fewer sequences at a time."""
+    """Train, and continue with smaller micro-batches when memory runs out."""
     drawn = random_state()
     while True:
         saved = None if checkpoints is None else from_main(checkpoints.latest)
         if saved is not None:
-            _say(f"goes on after step {saved.step}, saved {format_seconds(saved.age)} ago")
-            # What memory once asked for it will ask for again, and other sizes round differently.
+            _print(f"resuming after step {saved.step}, saved {format_seconds(saved.age)} ago")
+            # The larger size would run out of memory again, and other sizes round differently.
             settings = settings.divided(saved.content["per_device_train_batch_size"])
         try:
             return attempt(settings, saved)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            # The processes of several would no longer agree on what a step is.
+            # With several processes, their micro-batch sizes would no longer agree.
             if not is_out_of_memory(error) or process_count() > 1:
                 raise
         smaller = settings.with_less_memory()
         if smaller is None:
             raise UserError(
-                "out of memory with one sequence at a time; lower data.max_length or finetune.r, "
-                "or take a smaller model"
+                "out of memory at micro-batch size 1; lower data.max_length or finetune.r, or use "
+                "a smaller model"
             )
         settings = smaller
-        _say(
-            f"out of memory; goes on with {settings.per_device_train_batch_size} sequences at a "
-            f"time, {settings.gradient_accumulation_steps} times an optimizer step, checkpointing "
-            f"{settings.checkpointing}"
+        _print(
+            "out of memory; continuing with a micro-batch size of "
+            f"{settings.per_device_train_batch_size}, gradient accumulation "
+            f"{settings.gradient_accumulation_steps}, checkpointing {settings.checkpointing}"
         )
         model.zero_grad(set_to_none=True)
         operators.drop_kept()
-        gc.collect()  # what failed half way holds on to its tensors in cycles
+        gc.collect()  # reference cycles of the failed step still hold its tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         with torch.no_grad():
@@ -154,26 +154,25 @@ def _within_memory(
         set_random_state(drawn)
 
 
-def _to_the_end(
-    trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None
-) -> TrainingResult:
-    """Train, measure the end, and keep what was reached if something stops it before."""
+def _run(trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None) -> TrainingResult:
+    """Train and evaluate; if training is interrupted, save a checkpoint."""
     args = trainer.args
     try:
         output = trainer.train_from(saved)
         if monitor.last_eval_step != trainer.state.global_step:
             trainer.evaluate()
     except BaseException as error:
-        if _is_worth_keeping(error):
-            with contextlib.suppress(UserError, OSError):  # the disk is full, which was not asked
+        if _should_save(error):
+            # A full disk must not hide the error that stopped training.
+            with contextlib.suppress(UserError, OSError):
                 folder = trainer.save()
                 if folder is not None:
-                    _say(f"the state after step {int(folder.name.split('-')[1])} is kept")
+                    _print(f"saved a checkpoint after step {int(folder.name.split('-')[1])}")
         raise
     finally:
         trainer.release_signals()
     if not math.isfinite(monitor.eval_loss):
-        raise TrainingDivergedError(f"the validation loss is {monitor.eval_loss} at the end")
+        raise TrainingDivergedError(f"the final validation loss is {monitor.eval_loss}")
     tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
     return TrainingResult(
         train_loss=float(output.training_loss),
@@ -191,9 +190,9 @@ def _to_the_end(
     )
 
 
-def _is_worth_keeping(error: BaseException) -> bool:
-    """Whether the weights are good that an error leaves, and another attempt will want them."""
-    if process_count() > 1:  # which may have been stopped after different steps
+def _should_save(error: BaseException) -> bool:
+    """Return whether the weights are valid after an error and useful to resume from."""
+    if process_count() > 1:  # the processes may have stopped after different steps
         return False
     if isinstance(error, TrainingDivergedError):
         return error.weights_are_good
@@ -201,12 +200,12 @@ def _is_worth_keeping(error: BaseException) -> bool:
 
 
 def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind) -> None:
-    """Run forward and backward of one micro-batch as training will, to see whether it fits.
+    """Run forward and backward of one micro-batch as in training, to check that it fits.
 
-    Nothing of it stays: neither gradients nor draws of random numbers.
+    Leaves no gradients behind and does not advance random number generators.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError or MemoryError: if it does not.
+        torch.OutOfMemoryError, RuntimeError or MemoryError: If it does not fit.
     """
     was_training = model.training
     batch = Collator(0, model)(examples)
@@ -232,6 +231,6 @@ def _first(examples: Sequence[Example] | Dataset, count: int) -> Sequence[Exampl
     return examples.take(min(count, len(examples)))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if is_main_process():
         print(f"finetune: {text}", flush=True)

@@ -1,9 +1,10 @@
-"""Cross-entropy of a frozen 8-bit head, a few hundred tokens at a time.
+"""Cross-entropy of a frozen 8-bit head, computed in chunks of a few hundred tokens.
 
-A vocabulary of 50,000 makes 200 KB of float32 logits a token, and softmax and its gradient as much
-again: they are the largest tensors of a step. The head is frozen, so the gradient of the loss with
-respect to its input is all that backward needs of them; it is computed in forward, chunk by chunk,
-and the logits are dropped (as Liger and cut cross-entropy do for trained heads, arXiv:2411.09009).
+With a vocabulary of 50,000, float32 logits take 200 KB per token, and softmax and its gradient take
+as much again: they are the largest tensors of a step. The head is frozen, so backward needs only
+the gradient of the loss with respect to the head's input. It is computed in forward, chunk by
+chunk, and the logits are dropped (as Liger and cut cross-entropy do for trained heads,
+arXiv:2411.09009).
 
     loss = sum_t  log sum_v exp(l_tv) - l_t,target        l = h W^T + b
     dh_t = (softmax(l_t) - onehot(target)) W
@@ -23,9 +24,9 @@ _PLAIN_HEADS = frozenset(
     ("bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2")
 )
 _CHUNK_BYTES = 1 << 27
-# Logits in float32 at a time: on a CPU what its caches hold.
+# Float32 logits per slice; on a CPU, as many as its caches hold.
 _SLICE_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 24}
-# float16 has no numbers below 6e-8, where most probabilities are; powers of two cost no precision.
+# Most probabilities are below 6e-8, float16's smallest number. Scaling by a power of two is exact.
 _FLOAT16_SCALE = 1024.0
 
 
@@ -35,19 +36,20 @@ def frozen_cross_entropy(
     """Return the sum of -log softmax(head(hidden))[target] over all tokens: float32, in nats.
 
     Args:
-        hidden: (tokens, in), the arithmetic's dtype, or autocast's takes its place.
+        hidden: (tokens, in) in the compute dtype; under autocast it is cast to autocast's dtype.
         targets: (tokens,) int64.
-        head: whose weight and bias get no gradient.
+        head: Head whose weight and bias get no gradient.
     """
     return _FrozenCrossEntropy.apply(in_autocast_dtype(hidden), targets, head)
 
 
 def frozen_head(model: Any) -> Frozen8bitLinear | None:
-    """Return the head whose output is the model's logits as they are; None where it is trained, in
-    full precision, or followed by something else, as in models that scale or cap their logits.
+    """Return the model's head if it is a frozen 8-bit layer that outputs the logits, else None.
+
+    Models that scale or cap their logits give None.
 
     Args:
-        model: of transformers, PEFT, or wrapped for data-parallel training.
+        model: A transformers or PEFT model, possibly wrapped for data-parallel training.
     """
     model = getattr(model, "module", model)
     head = model.get_output_embeddings()
@@ -59,15 +61,17 @@ def frozen_head(model: Any) -> Frozen8bitLinear | None:
 
 @contextmanager
 def input_of(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Yield a list that takes what the head is given; it hands on one number a token in place of
-    its logits. The model is called as always, which what wraps it relies on."""
+    """Yield a list that collects the head's inputs, and replace its logits by one value per token.
+
+    The model itself is called normally, which its wrappers rely on.
+    """
     taken: list[torch.Tensor] = []
 
     def take(hidden: torch.Tensor) -> torch.Tensor:
         taken.append(hidden)
         return hidden[..., :1]
 
-    head.forward = take  # type: ignore[method-assign]  # the instance's own, found first
+    head.forward = take  # type: ignore[method-assign]  # shadows the class's method
     try:
         yield taken
     finally:
@@ -82,7 +86,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_grad else None
-        # Of one size: a product with the few tokens that would be left over is a slow one.
+        # Chunks of equal size: a matrix product with few remaining tokens would be slow.
         at_most = max(1, _CHUNK_BYTES // (hidden.element_size() * head.out_features))
         chunks = -(-len(hidden) // at_most)
         for number in range(chunks):
@@ -109,8 +113,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 def _replace_by_gradient(
     logits: torch.Tensor, targets: torch.Tensor, scale: float, needs_grad: bool
 ) -> torch.Tensor:
-    """Return the summed loss of logits (tokens, vocabulary), given targets (tokens, 1); where a
-    gradient is needed, `scale` times the loss's takes their place."""
+    """Return the summed loss of logits (tokens, vocabulary), given targets (tokens, 1).
+
+    If a gradient is needed, the logits are overwritten with `scale` times the loss's gradient.
+    """
     total = torch.zeros((), device=logits.device)
     rows = max(1, _SLICE_LOGITS.get(logits.device.type, 1 << 24) // logits.shape[1])
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -118,7 +124,7 @@ def _replace_by_gradient(
         normalizer = values.logsumexp(1, keepdim=True)
         total += (normalizer - values.gather(1, target)).sum()
         if needs_grad:
-            # A copy even where the logits are float32 already and `values` is `part` itself.
+            # Not in place: `values` is `part` itself if the logits are already float32.
             difference = (values - normalizer).exp_()
             difference.scatter_add_(1, target, difference.new_full(target.shape, -1.0))
             part.copy_(difference.mul_(scale) if scale != 1 else difference)

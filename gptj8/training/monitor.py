@@ -1,4 +1,4 @@
-"""What is measured while a model is trained."""
+"""Measure speed, loss and accuracy during training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SUMS = ("positions", "samples", "step_seconds", "eval_loss", "eval_accuracy", "
 
 
 class Monitor(TrainerCallback):
-    """Follow training: time of the steps alone, loss history, and a stop when the loss grows
-    without bound.
+    """Time training steps, record the loss, and stop training if the loss grows without bound.
 
     Args:
-        log: called with values and the step they belong to.
-        measure_accuracy: called with the model in eval mode wherever its loss is measured.
+        log: Called with values and their step.
+        measure_accuracy: Called with the model in eval mode whenever the validation loss is
+            measured.
     """
 
     def __init__(
@@ -43,49 +43,49 @@ class Monitor(TrainerCallback):
         self._measure_accuracy = measure_accuracy
         self.history: list[dict[str, float]] = []
         self.positions = self.samples = 0
-        self._used = torch.tensor(0)  # on the device: reading it there would wait for the step
+        self._used = torch.tensor(0)  # kept on the device: reading it would wait for the step
         self.step_seconds = 0.0
         self._step_started = 0.0
 
     def count(self, attention_mask: torch.Tensor) -> None:
-        """Count one batch of training, of shape (rows, tokens)."""
+        """Count one training batch, given its attention mask of shape (rows, tokens)."""
         self._used = self._used.to(attention_mask.device) + attention_mask.sum()
         self.positions += attention_mask.numel()
         self.samples += attention_mask.shape[0]
 
     @property
     def tokens(self) -> int:
-        """Trained so far by this process, padding not counted."""
+        """Tokens trained so far by this process, without padding."""
         return int(self._used)
 
     @property
     def padding(self) -> int:
-        """Positions of its batches that no token stood at."""
+        """Padding positions so far in the batches of this process."""
         return self.positions - self.tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training steps so far; other processes are taken to have as many tokens."""
+        """Mean over training steps so far; assumes that all processes have equally many tokens."""
         return self.tokens * process_count() / max(self.step_seconds, 1e-9)
 
     def state(self) -> dict[str, Any]:
-        """Return what is known so far, to go on from."""
+        """Return the measurements so far, to resume from."""
         sums = {name: getattr(self, name) for name in _SUMS}
         return {"sums": sums, "used": self._used, "history": list(self.history)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` has returned."""
+        """Restore the measurements that `state` returned."""
         for name, value in state["sums"].items():
             setattr(self, name, value)
         self._used = state["used"]
         self.history[:] = state["history"]
 
     def step_begins(self) -> None:
-        """Leave out of the steps' time what came since the last one."""
+        """Restart the step timer, which excludes the time since the last step."""
         self._step_started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if process_count() > 1:  # other rows want other draws of dropout
+        if process_count() > 1:  # each process needs its own dropout masks
             torch.manual_seed(args.seed + process_number())
         self.step_begins()
 
@@ -99,10 +99,10 @@ class Monitor(TrainerCallback):
     ) -> None:
         self.last_eval_step = state.global_step
         if self._measure_accuracy is not None:
-            model.eval()  # Trainer's next step puts it back
+            model.eval()  # Trainer's next step switches back to train mode
             with torch.autocast(**autocast(model)):
                 self.eval_accuracy = self._measure_accuracy(model)
-            # Trainer has logged the loss of this evaluation before.
+            # Trainer has already logged the loss of this evaluation.
             self.history[-1]["eval_accuracy"] = self.eval_accuracy
             self.log({"eval_accuracy": self.eval_accuracy}, state.global_step)
         self.step_begins()
@@ -124,7 +124,7 @@ class Monitor(TrainerCallback):
         if "loss" in values:
             if is_exploded(values["loss"], model.config.vocab_size):
                 raise TrainingDivergedError(
-                    f"the loss has grown to {values['loss']:.3g} at step {state.global_step}"
+                    f"the loss grew to {values['loss']:.3g} at step {state.global_step}"
                 )
             values["tokens_per_second"] = self.tokens_per_second
             values["memory_gib"] = memory_gib()

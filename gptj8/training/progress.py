@@ -1,5 +1,7 @@
-"""Training as it goes, for people: instead of Trainer's bars, each refresh of which is a line of a
-log, and its dicts of strings."""
+"""Show the progress of training.
+
+Replaces Trainer's progress bars, which add a line to a log on every refresh, and its printed dicts.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from gptj8.runtime.progress import Progress
 
 
 class Measured(Protocol):
-    """What is known of a training that is under way.
+    """Measurements of running training.
 
     Attributes:
-        history: a dict for each time that something was logged; see `TrainingResult`.
-        tokens_per_second: of training steps alone, padding not counted.
+        history: One dict per logged event; see `TrainingResult`.
+        tokens_per_second: Speed of training steps, without padding.
     """
 
     history: list[dict[str, float]]
@@ -25,15 +27,15 @@ class Measured(Protocol):
 
 
 class TrainingProgress(TrainerCallback):
-    """One bar of steps with loss, validation accuracy, tokens a second and the time left.
+    """Show a bar of steps with loss, validation accuracy, tokens per second and the time left.
 
-    In a log a line every half minute and one for each validation. Validation has a bar of its own
-    while it lasts.
+    In a log, prints one line every 30 seconds and one per validation. Each validation has its own
+    bar.
 
-    A context manager, so that the bar is gone before an error is printed.
+    A context manager, so that the bar is removed before an error is printed.
 
     Args:
-        measured: looked at as it changes; to be told of each event before this is.
+        measured: Measurements, read on each event; its callback must be registered before this one.
     """
 
     def __init__(self, measured: Measured) -> None:
@@ -65,7 +67,7 @@ class TrainingProgress(TrainerCallback):
         self._validation()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._validation is not None:  # its loss is what is logged: accuracy is measured next
+        if self._validation is not None:  # the validation loss is logged; accuracy comes next
             self._validation.close()
             self._validation = None
 
@@ -75,7 +77,7 @@ class TrainingProgress(TrainerCallback):
             self._training.tell()
 
     def _facts(self) -> str:
-        """Return what was measured last, as it is shown."""
+        """Return the latest measurements as text."""
         measured = self._measured
         last = {key: value for point in measured.history for key, value in point.items()}
         parts = []

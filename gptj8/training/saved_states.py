@@ -1,14 +1,14 @@
-"""States of an unfinished training on the disk, to go on from after any interruption.
+"""Save and load checkpoints of unfinished training, to resume after any interruption.
 
-They lie outside DVC's outputs, which DVC removes before a stage runs, in a folder named by a digest
-of all that decides the result: what was saved by another training is never looked at. A state is
-written beside its place, flushed, named with the SHA-256 of its files and renamed; the two newest
-are kept, and one that does not match its digests is passed over, and said.
+Checkpoints are stored outside DVC's outputs, because DVC removes those before a stage runs. Their
+folder is named by a digest of everything that determines the result, so checkpoints of other
+training runs are never read. A checkpoint is written to a temporary folder with a manifest of
+SHA-256 checksums, flushed and then renamed. The two newest are kept. A checkpoint that does not
+match its checksums is skipped with a warning.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from gptj8.runtime.distributed import from_main, process_count
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, replace_directory, require_free_space, sha256_file
+from gptj8.runtime.locks import locked
 from gptj8.runtime.manifest import MANIFEST, verify_manifest, write_manifest
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.project import BASE, DATASET, state_folder
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 
-_KEPT = 2
-_FORGOTTEN_DAYS = 14
+_MAX_KEPT = 2
+_STALE_DAYS = 14
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "numpy")
 
-# Params that decide how a training fits into memory, or goes on, and not what it learns.
-_OF_MEMORY = {
+# Params that affect memory use or resuming, but not the trained weights.
+_NOT_IN_KEY = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "train_batch_size",
@@ -56,17 +57,17 @@ _OF_MEMORY = {
 
 
 def training_key(decided_by: Mapping[str, Any], *inputs: Path) -> str:
-    """Return the digest of what decides a training's result.
+    """Return a digest of everything that determines the result of training.
+
+    The digest covers the library versions and this package's source, so training starts from the
+    beginning after an update.
 
     Args:
-        decided_by: settings, as JSON has them.
-        inputs: files or folders that it reads.
+        decided_by: Settings, as JSON values.
+        inputs: Files or folders that training reads.
 
     Raises:
-        UserError: if an input does not exist.
-
-    The versions of the libraries and the package's own source are part of it: after an update a
-    training begins anew.
+        UserError: If an input does not exist.
     """
     package = Path(__file__).parents[1]
     sources = [path for path in list_files(package) if path.suffix in (".py", ".c")]
@@ -87,13 +88,13 @@ def _digests(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was found.
+    """A loaded checkpoint.
 
     Attributes:
-        step: after which it was saved.
-        content: as given to `SavedStates.save`, with lists for tuples and strings for keys.
-        folder: where it lies.
-        age: seconds since it was saved.
+        step: Step after which it was saved.
+        content: As passed to `SavedStates.save`, but tuples are lists and keys are strings.
+        folder: Folder of the checkpoint.
+        age: Seconds since it was saved.
     """
 
     step: int
@@ -103,12 +104,12 @@ class Saved:
 
 
 class SavedStates:
-    """The states of one training.
+    """The checkpoints of one training run.
 
     Args:
-        root: of all trainings.
-        key: of this one, from `training_key`.
-        every: seconds between two states; None: saved only when training is interrupted.
+        root: Folder for the checkpoints of all training runs.
+        key: Key of this run, from `training_key`.
+        every: Seconds between two checkpoints. None: save only when training is interrupted.
     """
 
     def __init__(self, root: Path, key: str, every: float | None) -> None:
@@ -126,17 +127,18 @@ class SavedStates:
         device: torch.device,
         dtype: torch.dtype,
     ) -> SavedStates:
-        """Return the states of the training that the stage `finetune` does, and of no other one.
+        """Return the checkpoints that belong to this run of the stage `finetune`.
 
-        How a step's rows are divided, and what is computed again, may change when a training goes
-        on: then it needs less memory.
+        The micro-batch size and activation checkpointing are not part of the key, so resumed
+        training can use less memory.
 
         Args:
-            finetune: the params' section.
-            settings: what it comes to on this machine.
-            device, dtype: of the arithmetic.
+            finetune: The `finetune` section of params.
+            settings: The resolved settings on this machine.
+            device: Compute device.
+            dtype: Compute dtype.
         """
-        decided_by = finetune.model_dump(mode="json", exclude=_OF_MEMORY) | {
+        decided_by = finetune.model_dump(mode="json", exclude=_NOT_IN_KEY) | {
             "seed": settings.seed,
             "device": device.type,
             "dtype": str(dtype),
@@ -150,36 +152,33 @@ class SavedStates:
 
     @property
     def is_due(self) -> bool:
-        """Whether as much time has passed since the last state as is meant to be lost at most."""
+        """Whether `every` seconds have passed since the last checkpoint."""
         return self.every is not None and time.monotonic() - self._saved_at >= self.every
 
     @contextmanager
     def alone(self) -> Iterator[SavedStates]:
-        """Keep other processes from the same training, which would write over each other's states.
+        """Lock this training, so that no other run overwrites its checkpoints.
 
-        Of several processes that share a training, the main one does.
+        In distributed training, the main process holds the lock.
 
         Raises:
-            UserError: if one is under way.
+            UserError: If the same training is already running.
         """
         with ExitStack() as opened:
             from_main(lambda: self._lock(opened))
             yield self
 
     def _lock(self, opened: ExitStack) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = opened.enter_context(open(self.root / f"{self.key[:16]}.lock", "w"))
-        self._forget_the_old()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        file = self.root / f"{self.key[:16]}.lock"
+        if not opened.enter_context(locked(file, wait=False)):
             raise UserError(
-                "the same training is under way in another process; wait for its end, or end it: "
-                "this one would go on where it stopped"
-            ) from None
+                "the same training is running in another process; wait for it, or stop it and "
+                "rerun to resume from its last checkpoint"
+            )
+        self._remove_stale()
 
     def latest(self) -> Saved | None:
-        """Return the newest state that is as it was written; None if there is none."""
+        """Return the newest undamaged checkpoint, or None if there is none."""
         for folder in reversed(self._folders()):
             try:
                 return self._read(folder)
@@ -193,20 +192,20 @@ class SavedStates:
             raise UserError(f"{folder} has no manifest")
         plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if plain["key"] != self.key:
-            raise UserError(f"{folder} was saved by another training")
+            raise UserError(f"{folder} belongs to another training run")
         content = from_plain(plain["content"], load_file(folder / TENSORS))
         age = max(0.0, time.time() - (folder / STATE).stat().st_mtime)
         return Saved(int(plain["step"]), content, folder, age)
 
     def save(self, step: int, content: Mapping[str, Any]) -> Path:
-        """Write a state, then remove those before the last two, and those that were not usable.
+        """Write a checkpoint, then remove all but the last two and those that could not be loaded.
 
         Args:
-            step: after which it is.
-            content: nested dicts and lists of numbers, strings and tensors.
+            step: Step after which it is saved.
+            content: Nested dicts and lists of numbers, strings and tensors.
 
         Raises:
-            UserError: if the disk has no room for it; earlier states are as they were.
+            UserError: If the disk is full; existing checkpoints are not changed.
         """
         tensors: Tensors = {}
         plain = {"key": self.key, "step": step, "content": to_plain(content, "state", tensors)}
@@ -216,39 +215,39 @@ class SavedStates:
         target = self.folder / f"step-{step:09d}"
         try:
             with replace_directory(target) as staging:
-                # Infinity and NaN are what a scaled gradient's norm may be.
+                # JSON with NaN and Infinity: the norm of scaled gradients may not be finite.
                 (staging / STATE).write_text(json.dumps(plain), encoding="utf-8")
                 save_file(tensors, staging / TENSORS)
                 write_manifest(staging)
-        except SafetensorError as error:  # no OSError, though the disk is what it tells of
-            raise UserError(f"the checkpoint {target} is not written: {one_line(error)}") from error
+        except SafetensorError as error:  # safetensors raises this instead of OSError
+            raise UserError(f"cannot write the checkpoint {target}: {one_line(error)}") from error
         self._saved_at = time.monotonic()
         self._unusable.discard(target)
-        # Of a later step is only what could not be gone on from.
+        # Checkpoints of later steps are unusable; otherwise training would have resumed from them.
         good = [f for f in self._folders() if f.name <= target.name and f not in self._unusable]
         for folder in self._folders():
-            if folder not in good[-_KEPT:]:
+            if folder not in good[-_MAX_KEPT:]:
                 _remove(folder)
         return target
 
     def clear(self) -> None:
-        """Remove all states: what they lead to is complete."""
+        """Remove all checkpoints of this run; called when its result is complete."""
         _remove(self.folder)
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
 
-    def _forget_the_old(self) -> None:
-        """Remove states of trainings that nobody has come back to."""
-        limit = time.time() - _FORGOTTEN_DAYS * 86400
+    def _remove_stale(self) -> None:
+        """Remove checkpoints of other runs that have not changed for `_STALE_DAYS` days."""
+        limit = time.time() - _STALE_DAYS * 86400
         for path in self.root.iterdir():
-            with suppress(FileNotFoundError):  # another process forgets, or clears, too
+            with suppress(FileNotFoundError):  # another process may remove it at the same time
                 if path.is_dir() and path != self.folder and path.stat().st_mtime < limit:
                     _remove(path)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder by another name: half removed it would look like one that is damaged."""
+    """Rename a folder and then remove it, so that a partly removed one does not look damaged."""
     if not folder.exists():
         return
     removed = folder.with_name(f".{folder.name}.removed")

@@ -1,4 +1,4 @@
-"""What `Trainer` is told, and what training measured."""
+"""Settings and results of training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What `Trainer` is told; names and meanings are `transformers.TrainingArguments`'."""
+    """Settings for `Trainer`, named as in `transformers.TrainingArguments`."""
 
     learning_rate: float
     num_train_epochs: float
@@ -41,8 +41,7 @@ class TrainingSettings:
 
     @classmethod
     def from_params(cls, finetune: Finetune, fit: Fit, seed: int) -> TrainingSettings:
-        """Pick the settings out of the params' `finetune` section; `auto` is replaced by what
-        fits."""
+        """Return the settings in the params section `finetune`, with `auto` replaced by `fit`."""
         given = finetune.model_dump() | {
             "per_device_train_batch_size": fit.micro_batch,
             "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
@@ -53,13 +52,13 @@ class TrainingSettings:
 
     @property
     def rows_a_step(self) -> int:
-        """Rows of one step, of all processes and GPUs together."""
+        """Rows per step, summed over all processes and GPUs."""
         processes = process_count()
         devices = processes if processes > 1 else max(1, torch.cuda.device_count())
         return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def plan(self, rows: int) -> str:
-        """Return in words how much so many rows are trained on."""
+        """Return a text with the rows, epochs and steps of training on `rows` rows."""
         plural = "" if self.num_train_epochs == 1 else "s"
         return (
             f"{rows:,} rows x {self.num_train_epochs:g} epoch{plural}, "
@@ -67,13 +66,14 @@ class TrainingSettings:
         )
 
     def steps(self, rows: int) -> int:
-        """Return how many steps Trainer makes with so many rows."""
+        """Return the number of steps that Trainer runs with `rows` rows."""
         batches = math.ceil(rows / (self.rows_a_step // self.gradient_accumulation_steps))
-        steps_an_epoch = math.ceil(batches / self.gradient_accumulation_steps)
-        return math.ceil(self.num_train_epochs * steps_an_epoch)
+        steps_per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        return math.ceil(self.num_train_epochs * steps_per_epoch)
 
     def divided(self, size: int) -> TrainingSettings:
-        """Return settings with so many sequences at a time, if that is fewer; a step stays."""
+        """Return settings with micro-batch size `size`, if that is smaller, and as many rows per
+        step."""
         if size >= self.per_device_train_batch_size:
             return self
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -82,8 +82,11 @@ class TrainingSettings:
         )
 
     def with_less_memory(self) -> TrainingSettings | None:
-        """Return settings that learn the same from less memory: fewer sequences at a time and more
-        times, then more computed again; None if there is nothing left to give."""
+        """Return equivalent settings that need less memory, or None if there are none.
+
+        Reduces the micro-batch size first, with more gradient accumulation; then switches to full
+        activation checkpointing.
+        """
         size = self.per_device_train_batch_size
         if size > 1:
             return self.divided(divisors(size)[-2])
@@ -92,17 +95,18 @@ class TrainingSettings:
 
 @dataclass
 class TrainingResult:
-    """What training measured.
+    """Measurements of training.
 
     Attributes:
-        train_loss, eval_loss: nats a completion token; the mean over training, and at its end.
-        eval_accuracy: at its end; None where none was measured.
-        seconds: in all, of interrupted attempts what was kept of them.
-        per_device_train_batch_size, gradient_accumulation_steps: at the end; memory may have asked
-            for other ones than were given.
-        tokens_per_second, samples_per_second: of training steps alone, padding not counted.
-        history: one dict a logged step: `step` and `loss` or `eval_loss`, and others;
-            `eval_accuracy` beside the latter.
+        train_loss: Mean over training, in nats per completion token.
+        eval_loss: At the end of training, in nats per completion token.
+        eval_accuracy: At the end of training; None if not measured.
+        seconds: Total time, including the saved part of interrupted attempts.
+        per_device_train_batch_size, gradient_accumulation_steps: At the end of training; they
+            differ from the settings if memory ran out.
+        tokens_per_second, samples_per_second: Speed of training steps, without padding.
+        history: One dict per logged step: `step` and `loss` or `eval_loss`, and others;
+            `eval_accuracy` next to `eval_loss`.
     """
 
     train_loss: float
@@ -120,11 +124,11 @@ class TrainingResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All of it by name, but the history and what was not measured."""
+        """All measured values by name, without the history."""
         return {k: v for k, v in asdict(self).items() if k != "history" and v is not None}
 
     def curve(self, name: str) -> list[dict[str, float]]:
-        """Return the points of the history that have a value of that name."""
+        """Return the points of the history that contain `name`."""
         return [point for point in self.history if name in point]
 
     def __str__(self) -> str:
@@ -147,7 +151,7 @@ def training_arguments(
         per_device_eval_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=min(settings.warmup_ratio, 0.999),  # below 1 it is a share of all steps
+        warmup_steps=min(settings.warmup_ratio, 0.999),  # below 1: a fraction of all steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,
@@ -158,7 +162,7 @@ def training_arguments(
         prediction_loss_only=True,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        save_strategy="no",  # its checkpoints are pickles, and not written at once
+        save_strategy="no",  # Trainer's checkpoints are pickles and not written atomically
         report_to=[],
         disable_tqdm=True,
         seed=settings.seed,
@@ -172,8 +176,11 @@ def training_arguments(
 
 
 def half_precision(model: PeftModel) -> torch.dtype | None:
-    """Return the dtype to run under autocast in, where the model needs it: float16 for the scaling
-    of its gradients, bfloat16 if float32 LayerNorms are trained between bfloat16 layers."""
+    """Return the dtype for autocast, or None if the model does not need autocast.
+
+    float16 models need it for gradient scaling; bfloat16 models need it if float32 LayerNorms are
+    trained between bfloat16 layers.
+    """
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     if torch.float16 in frozen and torch.cuda.is_available():
         return torch.float16

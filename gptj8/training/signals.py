@@ -1,4 +1,4 @@
-"""Signals that end a process, at a moment when nothing is half done."""
+"""Delay SIGINT and SIGTERM until no update is in progress."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import threading
 from types import FrameType
 from typing import Any
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldSignals:
-    """Keeps SIGINT and SIGTERM waiting between `hold` and `release`; also a context manager.
+    """Delay SIGINT and SIGTERM between `hold` and `release`; also a context manager.
 
-    What came in between is delivered by `release`, to the handlers that were there before. Outside
-    the main thread, where Python delivers no signals, it does nothing.
+    `release` delivers a signal received in between to the previous handlers. Does nothing outside
+    the main thread, because Python runs signal handlers only there.
     """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
-        self._came: int | None = None
+        self._received: int | None = None
 
     def hold(self) -> None:
-        """Begin; once begun it does nothing."""
+        """Start delaying signals; does nothing if already started."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        for number in _ENDING:
+        for number in _SIGNALS:
             handler = signal.signal(number, self._note)
-            # None: installed by C code, which Python cannot put back.
+            # None: the handler was installed by C code, and Python cannot restore it.
             self._before[number] = signal.SIG_DFL if handler is None else handler
 
     def release(self) -> None:
-        """End, and deliver what came; where nothing is held it does nothing."""
+        """Restore the handlers and deliver a delayed signal; does nothing if not started."""
         before, self._before = self._before, {}
         for number, handler in before.items():
             signal.signal(number, handler)
-        came, self._came = self._came, None
-        if came is not None:
-            signal.raise_signal(came)
+        received, self._received = self._received, None
+        if received is not None:
+            signal.raise_signal(received)
 
     def __enter__(self) -> HeldSignals:
         self.hold()
@@ -47,4 +47,4 @@ class HeldSignals:
         self.release()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = number
+        self._received = number

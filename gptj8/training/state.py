@@ -1,8 +1,8 @@
-"""What a training is at the end of a step, as plain JSON and named tensors.
+"""Convert the state of training to plain JSON and named tensors, and back.
 
-Everything that decides how it goes on: trained weights, optimizer, scheduler, gradient scaler,
-random number generators of Python, NumPy, torch and CUDA, and the sums that its figures are made
-of. Nothing of it is pickled: reading it back runs no code.
+The state is everything that the following steps depend on: trained weights, optimizer, scheduler,
+gradient scaler, random number generators of Python, NumPy, torch and CUDA, and the sums behind the
+metrics. It contains no pickles, so loading it runs no code.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ _TENSOR = "tensor:"
 
 
 def to_plain(value: Any, name: str, tensors: Tensors) -> Any:
-    """Return nested dicts and lists as JSON has them; each tensor goes to `tensors`, by a name.
+    """Return nested dicts and lists as JSON values, and store each tensor in `tensors` by name.
 
-    Keys become strings and tuples lists; `from_plain` leaves them so.
+    Keys become strings and tuples become lists; `from_plain` does not convert them back.
     """
     if isinstance(value, torch.Tensor):
-        # A copy: the file's writer refuses tensors that share memory, as 8-bit states' tables do.
+        # A copy, because safetensors rejects tensors that share memory, as the quantization tables
+        # of 8-bit optimizer states do.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return _TENSOR + name
     if isinstance(value, Mapping):
@@ -34,11 +35,11 @@ def to_plain(value: Any, name: str, tensors: Tensors) -> Any:
         return [to_plain(item, f"{name}/{number}", tensors) for number, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{name} is a {type(value).__name__}, which has no place in a checkpoint")
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot store")
 
 
 def from_plain(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return what `to_plain` was given, but for types of keys and lists."""
+    """Return the value passed to `to_plain`, except that keys are strings and tuples are lists."""
     if isinstance(value, str) and value.startswith(_TENSOR):
         return tensors[value.removeprefix(_TENSOR)]
     if isinstance(value, dict):
@@ -49,7 +50,7 @@ def from_plain(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every generator of random numbers that a training may draw from."""
+    """Return the state of every random number generator that training may use."""
     numpy_state: Any = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -60,7 +61,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set the generators to what `random_state` has returned, in this process or another."""
+    """Set the generators to a state from `random_state`, of this process or another."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, *rest = state["numpy"]
@@ -71,14 +72,14 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state; of 8-bit ones codes, tables and scales as they are."""
+    """Return an optimizer's state; 8-bit states are returned as codes, tables and scales."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
     return {"state": state["state"], "param_groups": groups}
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give an optimizer of the same weights the state that `optimizer_state` has returned."""
+    """Load a state from `optimizer_state` into an optimizer of the same weights."""
     state = optimizer.state_dict()
     for group, values in zip(state["param_groups"], saved["param_groups"], strict=True):
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with the loss of completions alone and states to go on from."""
+"""Extend transformers' Trainer with a loss over completions only and with resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from gptj8.training.trouble import TrainingDivergedError
 def summed_loss(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the loss summed over learned tokens, how many those are, and the model's outputs."""
-    targets = inputs["labels"][:, 1:]  # the logits at a position predict the next one's token
+    """Return the loss summed over learned tokens, their number, and the model's outputs."""
+    targets = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
     targets = targets[:, learned]
     arguments = {
@@ -57,24 +57,23 @@ def summed_loss(
 
 
 class CompletionTrainer(Trainer):
-    """A Trainer that asks for logits only where a token is learned, and can go on where another one
-    stopped.
+    """A Trainer that computes logits only at learned tokens and can resume exactly.
 
-    The head is a fifth of the arithmetic of a small model, and float32 logits of a prompt are the
-    largest tensors of a large one; neither the prompt's nor the padding's are of use.
+    The head is a fifth of the arithmetic of a small model, and the float32 logits of a prompt are
+    the largest tensors of a large model. Logits of prompt and padding tokens are not needed.
 
-    A state is that of the end of a step, before what the step's number asks for (logging,
-    evaluation): a training that goes on begins with these. Weights and optimizer do not change
-    until the next step's end, while which SIGINT and SIGTERM wait; so `save` has at every moment
-    something whole to write, though an evaluation may take an hour.
+    The saved state is the one at the end of a step, before the logging and evaluation that are due
+    at that step; resumed training begins with these. Weights and optimizer change only in the
+    update at the end of the next step, during which SIGINT and SIGTERM are delayed. So `save` can
+    write a consistent state at any time, even during an evaluation that takes an hour.
 
     Args:
-        monitor: what is measured; part of the state.
-        checkpoints: where states are written to; None: nowhere.
-        arguments: of `Trainer`.
+        monitor: Measurements; part of the state.
+        checkpoints: Where states are saved; None: they are not saved.
+        arguments: Arguments of `Trainer`.
     """
 
-    # Trainer sets them before a first step; its own types allow for none.
+    # Trainer sets these before the first step; its own type hints allow None.
     model: Any
     optimizer: Any
     lr_scheduler: Any
@@ -89,15 +88,15 @@ class CompletionTrainer(Trainer):
         self._resumed: dict[str, Any] | None = None
         self._held = HeldSignals()
         self._begun = time.perf_counter()
-        self._unseen: list[tuple[int, torch.Tensor]] = []
-        self.add_callback(_Moments(self))
+        self._unchecked: list[tuple[int, torch.Tensor]] = []
+        self.add_callback(_Hooks(self))
 
     @property
     def seconds(self) -> float:
-        """Since training began, without what lay between two attempts."""
+        """Seconds of training, without the time between interrupted attempts."""
         return time.perf_counter() - self._begun
 
-    # What a step learns from, and its loss.
+    # Rows of a step and their loss.
 
     def compute_loss(
         self,
@@ -107,23 +106,24 @@ class CompletionTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         total, learned, outputs = summed_loss(model, inputs)
-        # With accumulated gradients, Trainer counts the learned tokens of all micro-batches.
+        # With gradient accumulation, Trainer counts the learned tokens of all micro-batches.
         count = learned if num_items_in_batch is None else num_items_in_batch
         loss = total / count
-        if num_items_in_batch is not None:  # of all processes, over which gradients are averaged
+        # The count covers all processes, and gradients are averaged over processes.
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         self._monitor.count(inputs["attention_mask"])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._look_at(loss, "loss")
+        self._check_finite(loss, "loss")
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and self.accelerator.scaler is None:  # scaled ones may be infinite
-            self._look_at(torch.as_tensor(norm), "norm of the gradients")
+            self._check_finite(torch.as_tensor(norm), "norm of the gradients")
         return norm
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
@@ -134,55 +134,54 @@ class CompletionTrainer(Trainer):
         return self._rows
 
     def begin_epoch(self, epoch: int) -> None:
-        """Take the rows in the order of an epoch, counted from 0."""
+        """Set the epoch, counted from 0, that determines the order of rows."""
         if self._rows is not None:
             self._rows.epoch = epoch
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after its last step
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
             self.control.should_training_stop = True
             return
         super()._run_epoch(model, epoch, *args, **kwargs)
 
-    # A loss that is no number.
+    # A loss of NaN or infinity.
 
-    def _look_at(self, value: torch.Tensor, what: str) -> None:
-        """Stop before weights are changed by what is no number.
+    def _check_finite(self, value: torch.Tensor, what: str) -> None:
+        """Raise an error before a NaN or infinite value changes the weights.
 
-        On a GPU, where looking would wait for the step, it is looked at when the loss is logged.
+        On a GPU the check would wait for the step, so it is deferred until the loss is logged.
         """
         value, step = value.detach(), self.state.global_step
         if value.device.type != "cpu":
-            self._unseen.append((step, value))
+            self._unchecked.append((step, value))
         elif not bool(torch.isfinite(value)):
-            self._lose(f"the {what} is {float(value)}", step, weights_are_good=True)
+            self._raise_diverged(f"the {what} is {float(value)}", step, weights_are_good=True)
 
-    def _look_back(self) -> None:
-        """Look at what was put off."""
-        if not self._unseen:
+    def _check_deferred(self) -> None:
+        """Run the deferred checks."""
+        if not self._unchecked:
             return
-        unseen, self._unseen = self._unseen, []
-        finite = torch.isfinite(torch.stack([value.float() for _, value in unseen])).tolist()
+        unchecked, self._unchecked = self._unchecked, []
+        finite = torch.isfinite(torch.stack([value.float() for _, value in unchecked])).tolist()
         if not all(finite):
-            step, value = unseen[finite.index(False)]
+            step, value = unchecked[finite.index(False)]
             what = f"the loss or the norm of its gradients is {float(value)}"
-            self._lose(what, step, weights_are_good=False)
+            self._raise_diverged(what, step, weights_are_good=False)
 
-    def _lose(self, what: str, step: int, weights_are_good: bool) -> None:
+    def _raise_diverged(self, what: str, step: int, weights_are_good: bool) -> None:
         examples = [] if self._rows is None else self._rows.rows_of_step(step)
         raise TrainingDivergedError(f"{what} at step {step + 1}", examples, weights_are_good)
 
-    # States.
+    # Checkpoints.
 
     def begin_update(self) -> None:
-        """From here on until the state of the step's end is known, nothing interrupts, and there is
-        nothing that could be saved."""
+        """Delay signals and discard the last state until the update is complete."""
         if self._checkpoints is not None:
             self._held.hold()
             self._last = None
 
     def release_signals(self) -> None:
-        """End the waiting of signals, if a step ended in an error."""
+        """Stop delaying signals; needed if a step raised an error."""
         self._held.release()
 
     def _maybe_log_save_evaluate(
@@ -197,11 +196,11 @@ class CompletionTrainer(Trainer):
         learning_rate: float | None = None,
     ) -> None:
         if self.control.should_log or self.control.should_evaluate:
-            self._look_back()
+            self._check_deferred()
         checkpoints, step = self._checkpoints, self.state.global_step
         if checkpoints is not None and (self._last is None or self._last["step"] != step):
             self._last = self._end_of_step(grad_norm, learning_rate)
-            # Time is not the same in all processes, and all of them take part.
+            # All processes take part in saving but their clocks differ, so the main one decides.
             if step >= self.state.max_steps or from_main(lambda: checkpoints.is_due):
                 self.save()
                 self._monitor.step_begins()
@@ -220,13 +219,13 @@ class CompletionTrainer(Trainer):
     def _end_of_step(
         self, grad_norm: torch.Tensor | float | None, learning_rate: float | None
     ) -> dict[str, Any]:
-        """Return what changes before the next step's end: a few kilobytes."""
+        """Return the part of the state that changes before the next update: a few kilobytes."""
         state = copy.copy(self.state)
         state.log_history = []
         return {
             "step": self.state.global_step,
             "trainer": state,
-            "own": {  # each process has another one
+            "own": {  # differs between processes
                 "random": random_state(),
                 "monitor": self._monitor.state(),
                 "losses": {
@@ -245,19 +244,19 @@ class CompletionTrainer(Trainer):
         }
 
     def save(self) -> Path | None:
-        """Write the state of the last step's end.
+        """Write the state at the end of the last step.
 
-        In several processes all have to call it after the same step.
+        In distributed training, all processes must call this after the same step.
 
         Returns:
-            where it is; None if there is nothing to save, or nowhere.
+            The folder of the checkpoint; None if there is no state or checkpoints are off.
         """
         checkpoints, last = self._checkpoints, self._last
         if checkpoints is None or last is None:
             return None
 
         def own() -> dict[str, Any]:
-            self._look_back()
+            self._check_deferred()
             return last["own"]
 
         processes = each_a_share(lambda mine: [own()], process_count())
@@ -281,15 +280,15 @@ class CompletionTrainer(Trainer):
             return checkpoints.save(last["step"], content)
 
     def train_from(self, saved: Saved | None) -> Any:
-        """Train from a state, or from the beginning; see `Trainer.train`."""
+        """Train from a checkpoint or from the beginning; see `Trainer.train`."""
         if saved is None:
             return self.train()
         self._begun -= saved.content["seconds"]
-        # Trainer reads where it stands from a file of this name.
+        # Trainer reads its position from a file with this name.
         scratch = Path(str(self.args.output_dir))
         state = copy.copy(self.state)
         state.__dict__.update(saved.content["trainer"])
-        # Moved: what was loaded is let go of when it has been taken over.
+        # Moved, so that the loaded tensors are freed as soon as they have been copied.
         self._resumed = dict(saved.content)
         saved.content.clear()
         state.save_to_json(str(scratch / TRAINER_STATE_NAME))
@@ -312,14 +311,14 @@ class CompletionTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(self._resumed["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Trainer calls it when the epoch's rows are at hand, whose iterator has drawn a number.
+        # Trainer calls this after it has created the epoch's iterator, which draws a random number.
         if self._resumed is not None:
             set_random_state(self._resumed["now"])
 
     def finish_resumed_step(self) -> None:
-        """Finish the step that was saved: what Trainer forgets, and what the step still asked for.
+        """Restore state that Trainer does not, and run the logging and evaluation still due.
 
-        Called when Trainer is about to begin the next step.
+        Called before Trainer begins the next step.
         """
         if self._resumed is None:
             return
@@ -330,7 +329,7 @@ class CompletionTrainer(Trainer):
         self._tr_loss.copy_(losses["since_logged"])
         self._total_loss_scalar = losses["before"]
         self._globalstep_last_logged = losses["logged_at"]
-        self._initial_global_step = 0  # the mean loss is of all steps
+        self._initial_global_step = 0  # the mean loss covers all steps
         set_random_state(own["random"])
         self.control.should_log = pending["should_log"]
         self.control.should_evaluate = pending["should_evaluate"]
@@ -353,8 +352,8 @@ class CompletionTrainer(Trainer):
         self._resumed = {"now": random_state()}
 
 
-class _Moments(TrainerCallback):
-    """Tells the trainer of moments that Trainer has no method for; after all other callbacks."""
+class _Hooks(TrainerCallback):
+    """Call the trainer on events that Trainer has no method for; runs after all other callbacks."""
 
     def __init__(self, trainer: CompletionTrainer) -> None:
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""Training that goes wrong: a loss that is no number, or grows without bound."""
+"""Errors of training whose loss is NaN or infinite, or grows without bound."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from gptj8.dataset.prepared.dataset import PreparedDataset
 
 _EXPLODED = 3.0
-"""A mean loss of so many times that of a guess among all tokens has nothing of a model left."""
+"""A mean loss of this many times the loss of a uniform guess means that the model is destroyed."""
 
 
-_SHOWN = 16
-_WAY_OUT = "look at those rows, or lower finetune.learning_rate or max_grad_norm"
+_MAX_SHOWN = 16
+_ADVICE = "check the rows, or lower finetune.learning_rate or max_grad_norm"
 
 
 class TrainingDivergedError(UserError):
     """Training stopped because of its loss or gradients.
 
     Attributes:
-        reason: what is lost, and at which step.
-        examples: numbers of the examples of that step; empty if they are not known.
-        weights_are_good: whether the weights are still those of the step before.
+        reason: Which value is invalid, and at which step.
+        examples: Numbers of the examples of that step; empty if unknown.
+        weights_are_good: Whether the weights are still those of the previous step.
     """
 
     def __init__(
@@ -37,33 +37,36 @@ class TrainingDivergedError(UserError):
         super().__init__(self.told([str(number) for number in self.examples], "examples "))
 
     def told(self, names: Sequence[str], kind: str = "") -> str:
-        """Return the message with the examples called by names, where they are known."""
-        where = f" on {kind}{_few(names)}" if names else ""
-        return f"{self.reason}{where}; {_WAY_OUT}"
+        """Return the message with the names of the examples, if known."""
+        where = f" on {kind}{_shorten(names)}" if names else ""
+        return f"{self.reason}{where}; {_ADVICE}"
 
 
 @contextmanager
 def naming_rows(dataset: PreparedDataset) -> Iterator[None]:
-    """Name the rows of the user's files that a training of `dataset` diverged on.
+    """Convert TrainingDivergedError to an error that names the rows of the user's files.
+
+    Args:
+        dataset: The dataset that is trained on.
 
     Raises:
-        UserError: in place of TrainingDivergedError.
+        UserError: In place of TrainingDivergedError.
     """
     try:
         yield
     except TrainingDivergedError as error:
-        if dataset.task == "text" or not error.examples:  # an example is then of many rows
+        if dataset.task == "text" or not error.examples:  # a text example spans many rows
             raise UserError(str(error)) from None
         rows = dataset.split("train").iloc[error.examples]
         names = [f"{f}:{r}" for f, r in zip(rows["file"], rows["row"], strict=True)]
         raise UserError(error.told(names)) from None
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+def _shorten(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MAX_SHOWN])
+    return f"{shown} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else shown
 
 
 def is_exploded(loss: float, vocabulary: int) -> bool:
-    """Whether a mean loss, in nats a token, is that of a model that is no longer one."""
+    """Return whether a mean loss, in nats per token, shows that the model is destroyed."""
     return loss > _EXPLODED * math.log(vocabulary)

@@ -1,4 +1,4 @@
-"""The command line, as a process."""
+"""The command line, run as a process."""
 
 import os
 import shutil
@@ -23,8 +23,8 @@ def gptj8(*arguments, cwd):
     )
 
 
-def assert_refused(process, *parts):
-    """One line, exit code 2, no traceback."""
+def assert_error(process, *parts):
+    """Assert one error line, exit code 2 and no traceback."""
     assert process.returncode == 2, process.stderr
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, process.stderr
@@ -33,7 +33,7 @@ def assert_refused(process, *parts):
         assert part in lines[0]
 
 
-def test_convert_makes_a_model_that_loads(tiny_model_dir, tmp_path):
+def test_convert_writes_a_model(tiny_model_dir, tmp_path):
     process = gptj8("convert", tiny_model_dir, tmp_path / "out", "--block-size", 256, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "relative RMS error 0.5" in process.stdout
@@ -49,17 +49,17 @@ def test_convert_makes_a_model_that_loads(tiny_model_dir, tmp_path):
     ],
     ids=str,
 )
-def test_convert_refuses_wrong_options(tiny_model_dir, tmp_path, options, parts):
-    assert_refused(gptj8("convert", tiny_model_dir, tmp_path / "o", *options, cwd=tmp_path), *parts)
+def test_convert_rejects_invalid_options(tiny_model_dir, tmp_path, options, parts):
+    assert_error(gptj8("convert", tiny_model_dir, tmp_path / "o", *options, cwd=tmp_path), *parts)
     assert not list(tmp_path.iterdir())
 
 
-def test_convert_refuses_what_is_no_model_or_exists(tiny_model_dir, tmp_path):
-    assert_refused(gptj8("convert", tmp_path / "none", tmp_path / "o", cwd=tmp_path), "none")
-    assert_refused(gptj8("convert", tiny_model_dir, tmp_path, cwd=tmp_path), "exists already")
+def test_convert_rejects_a_missing_source_and_an_existing_target(tiny_model_dir, tmp_path):
+    assert_error(gptj8("convert", tmp_path / "none", tmp_path / "o", cwd=tmp_path), "none")
+    assert_error(gptj8("convert", tiny_model_dir, tmp_path, cwd=tmp_path), "already exists")
 
 
-def test_check_names_inputs_that_nothing_makes(tmp_path):
+def test_check_names_missing_inputs(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     process = gptj8("check", cwd=tmp_path)
     assert process.returncode == 2
@@ -69,7 +69,7 @@ def test_check_names_inputs_that_nothing_makes(tmp_path):
     ]
 
 
-def test_the_gate_of_the_last_run(tmp_path):
+def test_gate_checks_the_last_run(tmp_path):
     (tmp_path / "reports" / "evaluate").mkdir(parents=True)
     (tmp_path / "reports" / "evaluate" / "metrics.json").write_text('{"tuned/accuracy": 0.8}')
 
@@ -81,17 +81,17 @@ def test_the_gate_of_the_last_run(tmp_path):
 
     met = gate("[tuned/accuracy > 0.5]")
     assert met.returncode == 0 and "holds by 0.3" in met.stdout
-    assert_refused(gate("[tuned/accuracy > 0.9]"), "does not meet")
-    assert_refused(gate("[accuracy > 0.9]"), "did you mean tuned/accuracy?")
-    assert_refused(gate("[]"), "nothing to meet")
-    assert_refused(gate("tuned/accuracy > 0.9"), "evaluate.require", "should be a list")
+    assert_error(gate("[tuned/accuracy > 0.9]"), "does not meet")
+    assert_error(gate("[accuracy > 0.9]"), "did you mean tuned/accuracy?")
+    assert_error(gate("[]"), "evaluate.require is empty")
+    assert_error(gate("tuned/accuracy > 0.9"), "evaluate.require", "should be a list")
 
 
-def test_summary_without_a_run(tmp_path):
-    assert_refused(gptj8("summary", cwd=tmp_path), "make repro")
+def test_summary_without_a_run_is_an_error(tmp_path):
+    assert_error(gptj8("summary", cwd=tmp_path), "make repro")
 
 
-def test_help_is_quick_and_complete(tmp_path):
+def test_help_lists_the_commands_without_importing_torch(tmp_path):
     process = gptj8("--help", cwd=tmp_path)
     assert process.returncode == 0
     for command in ("check", "convert", "summary", "ui"):
@@ -106,7 +106,7 @@ def test_help_is_quick_and_complete(tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
-def test_signals_become_exit_codes(sent, code):
+def test_signals_set_the_exit_code(sent, code):
     program = (
         "import time; from gptj8.runtime.process import run; "
         "run(lambda: (print(flush=True), time.sleep(30)))"

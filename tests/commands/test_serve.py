@@ -1,4 +1,4 @@
-"""`gptj8 generate` and `gptj8 serve`, as processes."""
+"""`gptj8 generate` and `gptj8 serve`, run as processes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def gptj8(exports, tiny_8bit_dir, tmp_path):
     return call
 
 
-def assert_refused(process, reason):
-    """One line, exit code 2, no traceback."""
+def assert_error(process, reason):
+    """Assert one error line, exit code 2 and no traceback."""
     stderr = process.stderr.decode()
     assert process.returncode == 2, stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -59,7 +59,7 @@ def expected(predictor, ids, tokens):
 
 
 @pytest.mark.slow
-def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
+def test_a_prompt_as_argument_or_from_standard_input(gptj8, predictors):
     predictor = predictors["classification"]
     answers = {p: expected(predictor, predictor.encode_prompt(p), 12) for p in PROMPTS}
     prompt, answer = next(pair for pair in answers.items() if len(pair[1]) > 3)
@@ -69,7 +69,7 @@ def test_a_prompt_as_argument_or_at_standard_input(gptj8, predictors):
 
 
 @pytest.mark.slow
-def test_a_row(gptj8, predictors):
+def test_a_row_is_answered(gptj8, predictors):
     row = {"instruction": "jump = over", "input": "the dog"}
     predictor = predictors["instructions"]
     answer = expected(predictor, predictor.encode_row(row, 12).ids, 12).lstrip()
@@ -81,27 +81,27 @@ def test_a_row(gptj8, predictors):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["a", "--row", "text=a"], "give either a prompt or --row"),
+        (["a", "--row", "text=a"], "give either a prompt or --row, not both"),
         (["--row", "text"], "--row text: write COLUMN=TEXT"),
         (["a", "--max-new-tokens", "0"], "max_new_tokens: input should be greater"),
         (["a", "--temperature", "nan"], "temperature: input should be a finite number"),
-        (["a", "--dtype", "int4"], "--dtype int4 is none of"),
+        (["a", "--dtype", "int4"], "--dtype int4 is not auto, bfloat16"),
         (["a", "--model", "nowhere"], "--model nowhere does not exist"),
         (["a", "--adapter", "nowhere"], "--adapter nowhere does not exist"),
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(gptj8, options, reason):
-    assert_refused(gptj8("generate", *options), reason)
+def test_invalid_generate_options_fail_before_a_model_is_loaded(gptj8, options, reason):
+    assert_error(gptj8("generate", *options), reason)
 
 
-def test_standard_input_that_is_no_text_is_refused(gptj8):
-    assert_refused(gptj8("generate", stdin=b"\xff\xfe"), "standard input is not UTF-8")
+def test_standard_input_that_is_not_text_is_an_error(gptj8):
+    assert_error(gptj8("generate", stdin=b"\xff\xfe"), "standard input is not UTF-8")
 
 
 @pytest.mark.slow
-def test_what_the_model_has_no_room_for_is_refused(gptj8):
-    assert_refused(gptj8("generate", "--row", "txt=a"), "txt is no column, did you mean text?")
+def test_an_unknown_column_is_an_error(gptj8):
+    assert_error(gptj8("generate", "--row", "txt=a"), "txt is not a column, did you mean text?")
 
 
 @pytest.mark.parametrize(
@@ -111,32 +111,30 @@ def test_what_the_model_has_no_room_for_is_refused(gptj8):
         (["--port", "99999"], "--port 99999"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["--host", "a..b"], "--host a..b"),
-        (["--timeout", "nan"], "--timeout nan must be more than 0"),
-        (["--max-batch", "0"], "--max-batch 0 must be more than 0"),
-        (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be more than 0"),
-        (["--max-connections", "0"], "--max-connections 0 must be more than 0"),
-        (["--send-timeout", "-1"], "--send-timeout -1.0 must be more than 0"),
+        (["--timeout", "nan"], "--timeout nan must be greater than 0"),
+        (["--max-batch", "0"], "--max-batch 0 must be greater than 0"),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be greater than 0"),
+        (["--max-connections", "0"], "--max-connections 0 must be greater than 0"),
+        (["--send-timeout", "-1"], "--send-timeout -1.0 must be greater than 0"),
         (["--token-file", "no-such-file"], "--token-file no-such-file: "),
         (["--token-file", "/dev/null"], "the token must be printable ASCII"),
     ],
     ids=str,
 )
-def test_what_cannot_be_served_is_refused(gptj8, options, reason):
-    assert_refused(gptj8("serve", *options), reason)
+def test_invalid_serve_options_are_errors(gptj8, options, reason):
+    assert_error(gptj8("serve", *options), reason)
 
 
-def test_a_port_in_use_is_refused_before_a_model_is_loaded(gptj8, tmp_path):
-    (tmp_path / "no-model").mkdir()  # loading it would fail with another message
+def test_a_port_in_use_fails_before_a_model_is_loaded(gptj8, tmp_path):
+    (tmp_path / "no-model").mkdir()  # loading this model would fail with another message
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert_refused(gptj8("serve", "--port", port, "--model", "no-model"), f"--port {port}")
+        assert_error(gptj8("serve", "--port", port, "--model", "no-model"), f"--port {port}")
 
 
-def test_a_port_that_is_lost_while_the_model_is_loaded_is_refused_in_a_line(
-    predictors, monkeypatch, capfd
-):
+def test_a_port_taken_while_the_model_is_loaded_is_a_one_line_error(predictors, monkeypatch, capfd):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
@@ -167,16 +165,16 @@ def served(exports, tiny_8bit_dir, cwd, host="127.0.0.1"):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        too_late = threading.Timer(60, process.kill)
-        too_late.start()
+        timeout = threading.Timer(60, process.kill)
+        timeout.start()
         try:
             line = process.stdout.readline().decode()
-            too_late.cancel()
-            url = re.search(r": (http://\S+) \(described at /docs\)", line)
+            timeout.cancel()
+            url = re.search(r": (http://\S+) \(API docs at /docs\)", line)
             assert url, process.stderr.read().decode()
             yield process, url[1]
         finally:
-            too_late.cancel()
+            timeout.cancel()
             process.kill()
 
 
@@ -189,13 +187,13 @@ def has_ipv6():
     return True
 
 
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6")
 
 
 @pytest.mark.slow
 @needs_ipv6
-def test_what_it_prints_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
-    """Also where the host is an address of IPv6, and the port any that is free."""
+def test_the_printed_url_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
+    """With an IPv6 host and any free port."""
     with served(exports, tiny_8bit_dir, tmp_path, "::1") as (_, url):
         assert url.startswith("http://[::1]:")
         assert not url.endswith(":0")
@@ -203,13 +201,13 @@ def test_what_it_prints_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::", marks=needs_ipv6)])
-def test_a_port_is_taken_at_every_address_of_a_host(host):
+def test_a_port_is_bound_on_every_address_of_a_host(host):
     sockets = bind(host, 0)
     try:
         assert len({taken.getsockname()[1] for taken in sockets}) == 1
         assert len({taken.getsockname() for taken in sockets}) == len(sockets) >= 1
         for taken in sockets:
-            assert taken.proto == socket.IPPROTO_TCP  # else asyncio delays small packets
+            assert taken.proto == socket.IPPROTO_TCP  # otherwise asyncio delays small packets
             taken.listen()
             with socket.create_connection(taken.getsockname()[:2], timeout=5):
                 pass
@@ -218,9 +216,9 @@ def test_a_port_is_taken_at_every_address_of_a_host(host):
             taken.close()
 
 
-def test_an_address_that_the_machine_lacks_is_no_fault_of_the_others(monkeypatch):
+def test_unavailable_addresses_of_a_host_are_skipped(monkeypatch):
     found = [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # nobody's: RFC 5737
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # reserved by RFC 5737
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **keywords: found)
@@ -237,33 +235,33 @@ def resident_mb(pid):
 
 
 @pytest.mark.slow
-def test_it_serves_keeps_its_memory_and_ends_when_told(exports, tiny_8bit_dir, tmp_path):
+def test_memory_stays_constant_and_sigterm_stops_the_server(exports, tiny_8bit_dir, tmp_path):
     with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
         session = requests.Session()
 
-        def ask(times):
+        def send(times):
             for n in range(times):
                 body = {"prompt": "fox " * (n % 20 + 1), "max_new_tokens": 8}
                 assert session.post(url + "/generate", json=body, timeout=30).ok
                 body = {"row": {"text": "fox " * (n % 20 + 1)}}
                 assert session.post(url + "/classify", json=body, timeout=30).ok
 
-        ask(40)
+        send(40)
         before = resident_mb(process.pid)
-        ask(120)
+        send(120)
         assert resident_mb(process.pid) < before + 10
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode in (0, 143)
-    assert stdout == b""  # its line was read
+    assert stdout == b""  # the URL line was already read
     assert "Traceback" not in stderr.decode()
 
 
 @pytest.mark.slow
-def test_it_ends_when_told_also_in_the_midst_of_a_stream(exports, tiny_8bit_dir, tmp_path):
+def test_sigterm_stops_the_server_during_a_stream(exports, tiny_8bit_dir, tmp_path):
     with served(exports, tiny_8bit_dir, tmp_path) as (process, url):
         session = requests.Session()
-        # Many, so that the last of them has not begun.
+        # Enough requests that the last one has not started.
         bodies = [{"prompt": "a", "max_new_tokens": 120, "stream": True}] * 40
         streams = []
         for body in bodies:

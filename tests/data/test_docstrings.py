@@ -1,8 +1,8 @@
-"""The docstring recipe: what it extracts, what it drops, and that its splits share nothing.
+"""Tests of the docstrings recipe: which texts it extracts and drops, and that splits do not leak.
 
-The recipe runs as DVC runs it, `python extract.py` beside its params.yaml, on small packages made
-here and once on the installed libraries. Similarity is checked with scikit-learn, over all pairs,
-so that a mistake in the recipe's own search cannot hide itself.
+The recipe runs as in DVC, `python extract.py` next to its params.yaml, on small generated packages
+and once on the installed libraries. Similarity is computed with scikit-learn over all pairs,
+independently of the recipe's own search.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def extract() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docstrings_extract", RECIPE / "extract.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look the module up by its name
+    sys.modules[spec.name] = module  # dataclasses and pickle look up the module by name
     spec.loader.exec_module(module)
     return module
 
@@ -48,7 +48,7 @@ def sentence(rng: random.Random, words: int = 20) -> str:
 
 
 def write_package(root: Path, name: str, texts: list[str]) -> None:
-    """Write a package whose functions have these docstrings, ten to a file, some in a class."""
+    """Write a package whose methods have these docstrings, ten per file."""
     folder = root / name
     (folder / "tests").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise ImportError('the recipe must not import this')\n")
@@ -86,7 +86,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def most_similar(left: list[str], right: list[str]) -> float:
-    """Return the greatest similarity between the two lists, as `validate` defines it."""
+    """Return the maximum similarity between the two lists, as defined by `validate`."""
     left, right = ([normalize(text) for text in texts] for texts in (left, right))
     count = CountVectorizer(
         binary=True, analyzer="char", ngram_range=(5, 5), lowercase=False, dtype=np.float32
@@ -99,7 +99,7 @@ def most_similar(left: list[str], right: list[str]) -> float:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two packages of 60 texts; some repeated, some nearly, some in both."""
+    """Two packages of 60 texts each, with repeated, near-duplicate and shared texts."""
     root = tmp_path_factory.mktemp("packages")
     rng = random.Random(0)
     shared = sentence(rng)
@@ -120,22 +120,22 @@ def made(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's output for the installed libraries, with its own params."""
+    """The recipe's output for the installed libraries, with the default params."""
     folder = write_recipe(tmp_path_factory.mktemp("docstrings"))
     result = run(folder, folder)
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def test_small_splits_have_their_sizes_and_nothing_is_lost(made: Path) -> None:
+def test_splits_and_corpus_have_the_expected_sizes(made: Path) -> None:
     for name in ("train", "validation", "test"):
         labels = Counter(row["label"] for row in read(made / "splits" / f"{name}.jsonl"))
         assert labels == dict.fromkeys(("alpha", "beta"), SIZES[f"{name}_per_class"])
-    # 50 different texts a library: the near-duplicates, the repeat and the shared text are gone.
+    # 50 different texts per library: near-duplicates, the repeat and the shared text are dropped.
     assert len(read(made / "corpus.jsonl")) == 2 * (50 - 4 - 6)
 
 
-def test_text_of_two_libraries_is_in_no_file(made: Path, packages: Path) -> None:
+def test_text_shared_by_two_libraries_is_dropped(made: Path, packages: Path) -> None:
     last = (packages / "alpha" / "part_050.py").read_text().splitlines()[-1].strip().strip("'")
     assert last in (packages / "beta" / "part_050.py").read_text()
     assert not any(last.encode() in data for data in outputs(made).values())
@@ -149,7 +149,7 @@ def test_output_does_not_depend_on_the_hash_seed(
     assert outputs(again) == outputs(made)
 
 
-def test_rows_of_a_library_do_not_depend_on_the_others(
+def test_rows_of_a_library_do_not_depend_on_other_libraries(
     made: Path, packages: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(1)
@@ -158,7 +158,7 @@ def test_rows_of_a_library_do_not_depend_on_the_others(
     folder = write_recipe(tmp_path / "recipe", libraries=["alpha", "gamma"], **SIZES)
     assert run(folder, tmp_path / "packages").returncode == 0
 
-    # The text it shared with beta is a row of its own now; apart from that one, nothing moves.
+    # The text that was shared with beta is now a row; no other row may change its split.
     for name in ("validation", "test"):
         old, new = (
             {row["text"] for row in read(where / f"splits/{name}.jsonl") if row["label"] == "alpha"}
@@ -172,12 +172,12 @@ def test_rows_of_a_library_do_not_depend_on_the_others(
     [
         ({"libraries": ["alpha", "no_such_library"]}, ["no_such_library", "requirements.txt"], 1),
         ({"libraries": ["alpha", "beta.gamma"]}, ["'beta.gamma' is not the name"], 1),
-        ({"libraries": ["alpha", "alpha"]}, ["a library is named twice"], 1),
+        ({"libraries": ["alpha", "alpha"]}, ["a library is listed twice"], 1),
         ({"train_per_class": 500}, ["alpha has", "beta has"], 1),
         ({"max_similarity": "high", "mx_chars": 3}, ["max_similarity", "mx_chars"], 2),
     ],
 )
-def test_each_mistake_is_a_line_and_leaves_nothing(
+def test_invalid_params_give_one_line_each_and_leave_no_files(
     packages: Path, tmp_path: Path, changes: dict[str, object], named: list[str], lines: int
 ) -> None:
     folder = write_recipe(tmp_path, **({"libraries": ["alpha", "beta"]} | SIZES | changes))
@@ -189,7 +189,7 @@ def test_each_mistake_is_a_line_and_leaves_nothing(
     assert {path.name for path in folder.iterdir()} == {"extract.py", "params.yaml"}
 
 
-def test_docstrings_of_methods_and_conditional_definitions_in_source_order(
+def test_docstrings_are_in_source_order_with_methods_and_conditionals(
     extract: ModuleType, tmp_path: Path
 ) -> None:
     path = tmp_path / "module.py"
@@ -209,7 +209,7 @@ def test_docstrings_of_methods_and_conditional_definitions_in_source_order(
     assert extract.docstrings(path, min_chars=11, max_chars=100) == ["module text", "second text"]
 
 
-def test_file_in_newer_syntax_is_left_out(extract: ModuleType, tmp_path: Path) -> None:
+def test_file_with_newer_syntax_is_skipped(extract: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "newer.py"
     path.write_text('"""text of a module that does not parse"""\ndef def\n')
     with pytest.raises(SyntaxError):
@@ -221,18 +221,18 @@ def test_file_in_newer_syntax_is_left_out(extract: ModuleType, tmp_path: Path) -
     ("text", "expected"),
     [
         ("  short \n", "short"),
-        ("one\nsecond linear", "one\nsecond"),  # a line's end too early: a word's
+        ("one\nsecond linear", "one\nsecond"),  # the line end is too early, so cut at a word
         ("0123456789\nsecond line", "0123456789"),
         ("0" * 30, "0" * 15),
         ("0123456789 12345 789", "0123456789"),
     ],
 )
-def test_opening_ends_at_a_line_or_word(extract: ModuleType, text: str, expected: str) -> None:
+def test_text_is_cut_at_a_line_or_word_end(extract: ModuleType, text: str, expected: str) -> None:
     assert extract.opening(text, 15) == expected
 
 
 @pytest.mark.slow
-def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
+def test_real_splits_have_enough_rows_per_library(real: Path) -> None:
     counts = {
         name: Counter(row["label"] for row in read(real / "splits" / f"{name}.jsonl"))
         for name in ("train", "validation", "test")
@@ -243,7 +243,7 @@ def test_real_splits_have_enough_rows_of_each_library(real: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) -> None:
+def test_real_splits_and_corpus_have_no_duplicates_or_near_duplicates(real: Path) -> None:
     texts = {
         path.stem: [row["text"] for row in read(path)]
         for path in (*real.glob("splits/*"), real / "corpus.jsonl")
@@ -258,7 +258,7 @@ def test_real_splits_and_corpus_share_no_text_and_no_near_duplicate(real: Path) 
 
 
 @pytest.mark.slow
-def test_real_corpus_keeps_the_order_of_the_sources(real: Path) -> None:
+def test_real_corpus_keeps_source_order(real: Path) -> None:
     sources = [row["source"] for row in read(real / "corpus.jsonl")]
     libraries = [library for library, _ in itertools.groupby(s.split("/")[0] for s in sources)]
     assert libraries == YAML(typ="safe").load(real / "params.yaml")["libraries"]

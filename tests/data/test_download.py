@@ -1,4 +1,4 @@
-"""The recipe of the real model, against a small Hub on the loopback interface."""
+"""Tests of the GPT-J-6B recipe, with a small fake Hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ LARGE = {"pytorch_model.bin": os.urandom(300_000)}
 
 
 class Hub:
-    """The endpoints that the recipe uses, for one repository."""
+    """A fake Hub with the endpoints that the recipe uses and one repository."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
-        self.sent: dict[str, bytes] = dict(files)  # what goes over the wire instead, to damage it
+        self.sent: dict[str, bytes] = dict(files)  # what the server sends; tests damage it
         self.stalls_after: int | None = None
         self.stalled = threading.Event()
         self.closing = threading.Event()
@@ -181,7 +181,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_fetches_what_the_pipeline_reads_and_nothing_else(hub: Hub, recipe: Path) -> None:
+def test_only_files_that_the_pipeline_reads_are_downloaded(hub: Hub, recipe: Path) -> None:
     done = download(recipe, hub.endpoint)
     assert done.returncode == 0, done.stderr
     assert names(recipe / "model") == {*SMALL, *LARGE, "source.json"}
@@ -196,7 +196,7 @@ def test_fetches_what_the_pipeline_reads_and_nothing_else(hub: Hub, recipe: Path
     assert names(recipe.parent / "home") == set()
 
 
-def test_prefers_safetensors(hub: Hub, recipe: Path) -> None:
+def test_safetensors_are_preferred(hub: Hub, recipe: Path) -> None:
     shards = {f"model-0000{i}-of-00002.safetensors": os.urandom(1000) for i in (1, 2)}
     index = {"model.safetensors.index.json": b"{}"}
     hub.files = hub.sent = SMALL | shards | index | LARGE
@@ -212,21 +212,19 @@ def test_prefers_safetensors(hub: Hub, recipe: Path) -> None:
         pytest.param("vocab.json", b"[]", id="small-file"),
     ],
 )
-def test_refuses_a_file_with_another_checksum(
-    hub: Hub, recipe: Path, name: str, content: bytes
-) -> None:
+def test_wrong_checksum_raises(hub: Hub, recipe: Path, name: str, content: bytes) -> None:
     hub.sent[name] = content
     done = download(recipe, hub.endpoint)
     assert done.returncode == 2
-    assert f"error: {name} is not what the Hub says it is" in done.stderr
+    assert f"error: {name} does not match the Hub's size" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (recipe / "model").exists()
     hub.sent[name] = hub.files[name]
     assert download(recipe, hub.endpoint).returncode == 0
 
 
-def test_goes_on_where_it_was_stopped(hub: Hub, recipe: Path) -> None:
-    weights = os.urandom(13 << 20)  # the client writes 10 MiB at a time
+def test_interrupted_download_is_resumed(hub: Hub, recipe: Path) -> None:
+    weights = os.urandom(13 << 20)  # the client writes chunks of 10 MiB
     hub.files = hub.sent = SMALL | {"pytorch_model.bin": weights}
     hub.stalls_after = 12 << 20
     process = start(recipe, hub.endpoint)
@@ -246,11 +244,11 @@ def test_goes_on_where_it_was_stopped(hub: Hub, recipe: Path) -> None:
     assert not (recipe / ".model.incomplete").exists()
 
 
-def test_a_failing_hub_ends_in_one_line_and_can_be_tried_again(hub: Hub, recipe: Path) -> None:
+def test_failing_hub_raises_one_line_and_a_rerun_resumes(hub: Hub, recipe: Path) -> None:
     hub.failing = "pytorch_model.bin"
     done = download(recipe, hub.endpoint)
     assert done.returncode == 2
-    assert "interrupted at pytorch_model.bin; run it again" in done.stderr.splitlines()[-1]
+    assert "interrupted at pytorch_model.bin; rerun to resume it" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (recipe / "model").exists()
     hub.failing = None
@@ -267,7 +265,7 @@ def test_a_failing_hub_ends_in_one_line_and_can_be_tried_again(hub: Hub, recipe:
         pytest.param("http://127.0.0.1:9", {"HF_HUB_OFFLINE": "1"}, id="offline-mode"),
     ],
 )
-def test_without_a_network_one_line_and_nothing_left(
+def test_no_network_raises_one_line_and_leaves_no_files(
     recipe: Path, endpoint: str, environment: dict[str, str]
 ) -> None:
     done = download(recipe, endpoint, **environment)
@@ -278,7 +276,7 @@ def test_without_a_network_one_line_and_nothing_left(
     assert {path.name for path in recipe.iterdir()} == {"download.py", "params.yaml"}
 
 
-def test_unknown_revision_is_named(hub: Hub, recipe: Path) -> None:
+def test_unknown_revision_raises(hub: Hub, recipe: Path) -> None:
     (recipe / "params.yaml").write_text(f"repo: {REPO}\nrevision: nosuch\n")
     done = download(recipe, hub.endpoint)
     assert done.returncode == 2
@@ -286,7 +284,7 @@ def test_unknown_revision_is_named(hub: Hub, recipe: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_weights_are_required(hub: Hub, recipe: Path) -> None:
+def test_repository_without_weights_raises(hub: Hub, recipe: Path) -> None:
     hub.files = SMALL | UNWANTED
     done = download(recipe, hub.endpoint)
     assert done.returncode == 2
@@ -294,7 +292,7 @@ def test_weights_are_required(hub: Hub, recipe: Path) -> None:
     assert {path.name for path in recipe.iterdir()} == {"download.py", "params.yaml"}
 
 
-def test_the_recipe_pins_a_commit() -> None:
+def test_recipe_pins_a_commit() -> None:
     params = yaml.safe_load((RECIPE / "params.yaml").read_text())
     stage = yaml.safe_load((RECIPE / "dvc.yaml").read_text())["stages"]["download"]
     assert len(params["revision"]) == 40

@@ -1,4 +1,4 @@
-"""The recipe of the Hub's datasets, against a small Hub on the loopback interface."""
+"""Tests of the recipe for Hub datasets, with a small fake Hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def parquet(rows: dict[str, list]) -> bytes:
 
 
 def card(**configs: dict[str, str]) -> bytes:
-    """Return a README.md that names configs and the file of each of their splits."""
+    """Return a README.md that lists configs and the file of each split."""
     files = {k: [{"split": s, "path": p} for s, p in v.items()] for k, v in configs.items()}
     entries = [{"config_name": name, "data_files": listed} for name, listed in files.items()]
     return f"---\n{yaml.safe_dump({'configs': entries})}---\n# Moods\n".encode()
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, as its files by commit."""
+    """A fake Hub with one repository: its files by commit."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Endpoints)
         self.commits: dict[str, dict[str, bytes]] = {OLD: {}, NEW: {}}
-        self.failure: tuple[int, str] | None = None  # status and code of every file but the card
+        self.failure: tuple[int, str] | None = None  # status and code for all files except the card
         self.fetched: list[str] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Endpoints(BaseHTTPRequestHandler):
-    """What `datasets` asks a Hub for."""
+    """The endpoints that `datasets` uses."""
 
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -86,9 +86,9 @@ class Endpoints(BaseHTTPRequestHandler):
             entries = [{"type": "file", "path": n, "size": len(files[n]), "oid": n} for n in files]
             folders = {parent.as_posix() for n in files for parent in Path(n).parents}
             entries += [{"type": "directory", "path": n, "oid": n} for n in folders]
-            asked = parse_qs(posted).get("paths", [])
-            below = Path(name) if kind == "tree" else None  # at any depth; the client sifts
-            found = [n for n in (*files, *folders) if n in asked or below in Path(n).parents]
+            requested = parse_qs(posted).get("paths", [])
+            below = Path(name) if kind == "tree" else None  # at any depth; the client filters
+            found = [n for n in (*files, *folders) if n in requested or below in Path(n).parents]
             self.send(200, [entry for entry in entries if entry["path"] in found])
         elif hub.failure is not None and name != "README.md":
             self.send(hub.failure[0], code=hub.failure[1])
@@ -112,7 +112,7 @@ class Endpoints(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def fetch(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> Fetched:
-    """Run the recipe; `patch` is Python that its interpreter runs first."""
+    """Run the recipe; `patch` is Python code that its interpreter runs first."""
     home = recipe.parent / "home"
     home.mkdir(exist_ok=True)
     (recipe.parent / "sitecustomize.py").write_text(patch)
@@ -156,8 +156,8 @@ def fetched(recipe: Path, endpoint: str, column: str = "text", **params: Any) ->
     return {path.stem: pq.read_table(path)[column].to_pylist() for path in files}
 
 
-def refused(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> str:
-    """Return the one line of an error, which left nothing behind."""
+def error_of(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> str:
+    """Run the recipe and return its one-line error; `splits/` must be unchanged."""
     before = {p: p.read_bytes() for p in recipe.glob("splits/*")}
     done = fetch(recipe, endpoint, patch, **params)
     assert done.returncode == 2, done.stderr
@@ -169,7 +169,7 @@ def refused(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> str:
     return line
 
 
-def test_fetches_the_splits_with_the_names_of_labels(hub: Hub, recipe: Path) -> None:
+def test_splits_are_downloaded_with_label_names(hub: Hub, recipe: Path) -> None:
     from gptj8.dataset.readers.formats import read_rows
 
     assert fetched(recipe, hub.endpoint)
@@ -184,7 +184,7 @@ def test_fetches_the_splits_with_the_names_of_labels(hub: Hub, recipe: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_pinned_revision_is_fetched_and_replaces_another(hub: Hub, recipe: Path) -> None:
+def test_pinned_revision_replaces_another(hub: Hub, recipe: Path) -> None:
     hub.commits[OLD] = {"train.csv": b"text,n\nold,1\n", "test.csv": b"text,n\nolder,2\n"}
     assert fetched(recipe, hub.endpoint).keys() == {"train", "validation"}
     assert fetched(recipe, hub.endpoint, "n", revision=OLD) == {"train": [1], "test": [2]}
@@ -192,7 +192,7 @@ def test_a_pinned_revision_is_fetched_and_replaces_another(hub: Hub, recipe: Pat
 
 
 @pytest.mark.slow
-def test_fetches_files_by_their_path(hub: Hub, recipe: Path) -> None:
+def test_files_are_selected_by_path(hub: Hub, recipe: Path) -> None:
     texts = {"x1": "one two", "x2": "three", "y": "no", "more/train": "four", "more/test": "five"}
     for name, words in texts.items():
         lines = [json.dumps({"text": word}) for word in words.split()]
@@ -207,15 +207,15 @@ def test_fetches_files_by_their_path(hub: Hub, recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_config_is_chosen_and_its_only_split_is_train(hub: Hub, recipe: Path) -> None:
+def test_config_is_selected_and_its_only_split_is_train(hub: Hub, recipe: Path) -> None:
     files = {"small.csv": b"text\na\n", "large.csv": b"text\nb\nc\n"}
     hub.commits[NEW] = files | {
         "README.md": card(small={"all_of_it": "small.csv"}, large={"all_of_it": "large.csv"})
     }
     listed = "; set config to one of: large, small"
-    wrong = refused(recipe, hub.endpoint, config="huge")
-    assert f"config = huge is not one of {REPO}{listed}" in wrong
-    assert f"has several configs and no default one{listed}" in refused(recipe, hub.endpoint)
+    wrong = error_of(recipe, hub.endpoint, config="huge")
+    assert f"config = huge does not exist in {REPO}{listed}" in wrong
+    assert f"has several configs but no default{listed}" in error_of(recipe, hub.endpoint)
     assert fetched(recipe, hub.endpoint, config="large") == {"train": ["b", "c"]}
     assert "small.csv" not in hub.fetched
 
@@ -227,20 +227,23 @@ def test_a_config_is_chosen_and_its_only_split_is_train(hub: Hub, recipe: Path) 
         ({"dataset": "imdb"}, "dataset = imdb is neither owner/name, such as"),
         ({"dataset": "some/one"}, "dataset = some/one does not exist on http"),
         ({"dataset": f"{URL}/x.csv"}, "has no file x.csv; its files: README.md, data/a.parquet"),
-        ({"dataset": f"{URL}/x*.csv"}, "has no file x*.csv that could be read"),
-        ({"dataset": f"{URL}/x.csv", "config": "c"}, "config = c, but dataset names files"),
-        ({"dataset": f"{URL}@{OLD}", "revision": NEW}, f"revision = {NEW}, but dataset = hf"),
-        ({"revision": 12}, "revision: not a text; put it in quotes"),
+        ({"dataset": f"{URL}/x*.csv"}, "has no file x*.csv in a supported format"),
+        ({"dataset": f"{URL}/x.csv", "config": "c"}, "config = c, but dataset has a path to files"),
+        (
+            {"dataset": f"{URL}@{OLD}", "revision": NEW},
+            f"revision = {NEW} conflicts with dataset = hf",
+        ),
+        ({"revision": 12}, "revision: not a string; put it in quotes"),
         ({"revision": "no"}, "revision = no does not exist in someone/moods"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refuses_params_by_name(hub: Hub, recipe: Path, params: dict, message: str) -> None:
-    assert message in refused(recipe, hub.endpoint, **params)
+def test_invalid_params_raise(hub: Hub, recipe: Path, params: dict, message: str) -> None:
+    assert message in error_of(recipe, hub.endpoint, **params)
     assert not any(name.endswith(".parquet") for name in hub.fetched)
 
 
-def test_a_split_with_a_name_of_its_own_is_left_out_and_named(hub: Hub, recipe: Path) -> None:
+def test_split_with_an_unknown_name_is_not_used_but_recorded(hub: Hub, recipe: Path) -> None:
     readme = card(default={"train": "data/a.parquet", "extra": "data/b.parquet"})
     hub.commits[NEW] = hub.commits[NEW] | {"README.md": readme}
     assert fetched(recipe, hub.endpoint)
@@ -249,47 +252,47 @@ def test_a_split_with_a_name_of_its_own_is_left_out_and_named(hub: Hub, recipe: 
 
 
 @pytest.mark.slow
-def test_says_what_keeps_it_from_a_dataset_and_leaves_the_last_one(hub: Hub, recipe: Path) -> None:
+def test_unusable_dataset_raises_and_keeps_the_previous_one(hub: Hub, recipe: Path) -> None:
     files = dict(hub.commits[NEW])
     assert fetched(recipe, hub.endpoint)
     hub.fetched.clear()
     readme = card(default={"one": "data/a.parquet", "two": "data/b.parquet"})
     hub.commits[NEW] = files | {"README.md": readme}
-    assert "has the splits one, two, among which" in refused(recipe, hub.endpoint)
-    assert not any(name.endswith(".parquet") for name in hub.fetched)  # known before the download
+    assert "has the splits one, two, which do not map to train" in error_of(recipe, hub.endpoint)
+    assert not any(name.endswith(".parquet") for name in hub.fetched)  # found before the download
     hub.commits[NEW] = files | {"data/b.parquet": b"PAR1 is not all of it"}
-    assert "cannot be read: Arrow" in refused(recipe, hub.endpoint)
+    assert "cannot be read: Arrow" in error_of(recipe, hub.endpoint)
     hub.commits[NEW] = files | {"moods.py": b"raise SystemExit('never run')"}
-    assert "set revision to refs/convert/parquet" in refused(recipe, hub.endpoint)
+    assert "set revision to refs/convert/parquet" in error_of(recipe, hub.endpoint)
     hub.commits[NEW] = {"train.csv": b"text\na\n", "test.jsonl": b'{"text": "b"}\n'}
-    assert "cannot be read: ValueError: Couldn't infer the same" in refused(recipe, hub.endpoint)
+    assert "cannot be read: ValueError: Couldn't infer the same" in error_of(recipe, hub.endpoint)
     hub.commits[NEW] = {"notes.xyz": b"nothing to read"}
-    assert "has no files that could be read" in refused(recipe, hub.endpoint)
+    assert "has no files in a supported format" in error_of(recipe, hub.endpoint)
 
 
 @pytest.mark.slow
-def test_without_access_a_network_or_a_working_hub(hub: Hub, recipe: Path) -> None:
+def test_no_access_no_network_or_failing_hub_raises(hub: Hub, recipe: Path) -> None:
     for hub.failure in ((401, "GatedRepo"), (403, "GatedRepo")):
-        line = refused(recipe, hub.endpoint)
-        assert f"is gated; ask for access at {hub.endpoint}/datasets/{REPO} and set" in line
+        line = error_of(recipe, hub.endpoint)
+        assert f"is gated; request access at {hub.endpoint}/datasets/{REPO} and set" in line
     for endpoint in ("http://127.0.0.1:9", "http://hub.invalid"):
-        line = refused(recipe, endpoint)
-        assert f"dataset = {REPO} cannot be fetched from {endpoint}" in line
-        assert line.endswith("; is there a network?")
-    hub.failure = (451, "")  # not one of those that the client tries again, with growing pauses
-    line = refused(recipe, hub.endpoint)
-    assert f"cannot be fetched from {hub.endpoint}: " in line and "451" in line
+        line = error_of(recipe, endpoint)
+        assert f"dataset = {REPO} cannot be downloaded from {endpoint}" in line
+        assert line.endswith("; check the network connection")
+    hub.failure = (451, "")  # a status that the client does not retry
+    line = error_of(recipe, hub.endpoint)
+    assert f"cannot be downloaded from {hub.endpoint}: " in line and "451" in line
 
 
-def test_a_full_disk(hub: Hub, recipe: Path) -> None:
+def test_full_disk_raises(hub: Hub, recipe: Path) -> None:
     none_free = "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 9, 0)"
-    assert "the disk has 0 B free; make room" in refused(recipe, hub.endpoint, none_free)
+    assert "the disk has 0 B free; make room" in error_of(recipe, hub.endpoint, none_free)
     fills = "import os, pyarrow.parquet as pq; pq.ParquetWriter.write_table = "
     fills += "lambda *_: os.write(os.open('/dev/full', os.O_WRONLY), b'-')"  # ENOSPC
-    assert "no space left on the disk for it" in refused(recipe, hub.endpoint, fills)
+    assert "no space left on the disk; free some space" in error_of(recipe, hub.endpoint, fills)
 
 
-def test_the_stage_depends_on_its_params_alone() -> None:
+def test_stage_depends_only_on_its_params() -> None:
     stage = yaml.safe_load((RECIPE / "dvc.yaml").read_text())["stages"]["fetch"]
     params = yaml.safe_load((RECIPE / "params.yaml").read_text())
     assert (stage["params"], stage["outs"]) == (list(params), ["splits"])

@@ -1,4 +1,4 @@
-"""The base model's recipe, on a corpus and a setting of a few seconds."""
+"""Tests of the tiny GPT-J recipe, with a corpus and settings that train in a few seconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def write_recipe(root: Path, documents: int = 400, **changes: object) -> Path:
-    """Lay out the recipe and a corpus as they lie in the repository."""
+    """Write the recipe and a corpus in the layout of the repository."""
     folder = root / "data" / "models" / "tiny-gptj"
     folder.mkdir(parents=True)
     for name in FILES:
@@ -77,7 +77,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_model_is_a_gptj_that_transformers_loads(recipe: Path) -> None:
+def test_transformers_loads_the_model_as_gptj(recipe: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(recipe / "model")
     tokenizer = AutoTokenizer.from_pretrained(recipe / "model")
     assert model.config.architectures == ["GPTJForCausalLM"]
@@ -88,7 +88,7 @@ def test_model_is_a_gptj_that_transformers_loads(recipe: Path) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_model_has_learned_something(recipe: Path) -> None:
+def test_model_loss_is_below_uniform(recipe: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(recipe / "model")
     tokenizer = AutoTokenizer.from_pretrained(recipe / "model")
     ids = torch.tensor([tokenizer("array of the tensor plot of the array")["input_ids"]])
@@ -99,7 +99,7 @@ def test_model_has_learned_something(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_byte_identical_files(recipe: Path, tmp_path: Path) -> None:
     made = {path.name: path.read_bytes() for path in (recipe / "model").iterdir()}
     same = write_recipe(tmp_path / "same")
     assert run(same).returncode == 0
@@ -115,14 +115,14 @@ def test_same_seed_makes_the_same_bytes_and_another_does_not(recipe: Path, tmp_p
     ("documents", "changes", "named"),
     [
         (0, {}, ["corpus.jsonl"]),
-        (3, {}, ["corpus.jsonl", "too little text"]),
+        (3, {}, ["corpus.jsonl", "sequences are too few"]),
         (3, {"stepz": 3, "n_layer": 0}, ["stepz", "n_layer"]),
         (3, {"n_head": 5}, ["n_head 5"]),
         (3, {"muon_learning_rate": float("inf")}, ["muon_learning_rate = inf"]),
         (400, {"embedding_learning_rate": 1e30}, ["held-out loss is nan; lower the learning"]),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing(
+def test_invalid_inputs_raise_and_leave_no_files(
     train: ModuleType, tmp_path: Path, documents: int, changes: dict[str, object], named: list[str]
 ) -> None:
     folder = write_recipe(tmp_path, documents, **changes)
@@ -132,16 +132,18 @@ def test_mistakes_are_named_and_leave_nothing(
     assert {path.name for path in folder.iterdir()} == {*FILES, "params.yaml"}
 
 
-def test_a_corpus_of_another_kind_is_named(train: ModuleType, tmp_path: Path) -> None:
+def test_malformed_corpus_raises(train: ModuleType, tmp_path: Path) -> None:
     folder = write_recipe(tmp_path)
     corpus = folder / train.CORPUS
     for content in ('{"text": "a"', '{"words": "a"}', "[]"):
         corpus.write_text(content + "\n")
-        with pytest.raises(UserError, match=r"corpus\.jsonl is not what the dataset"):
+        with pytest.raises(
+            UserError, match=r"corpus\.jsonl was not written by the docstrings recipe"
+        ):
             train.main(folder)
 
 
-def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
+def test_error_is_printed_as_one_line(tmp_path: Path) -> None:
     result = run(write_recipe(tmp_path, documents=0))
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
@@ -149,7 +151,7 @@ def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)], ids=str)
-def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(
+def test_orthogonalize_keeps_singular_vectors_and_equalizes_values(
     muon: ModuleType, shape: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -161,7 +163,7 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_sizes(
     assert 0.6 < sizes.diagonal().min() and sizes.diagonal().max() < 1.3
 
 
-def test_muon_steps_as_torch_does_in_bfloat16(muon: ModuleType) -> None:
+def test_muon_matches_torch_in_bfloat16(muon: ModuleType) -> None:
     torch.manual_seed(0)
     ours, theirs = (
         [torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (4, 6))] for _ in range(2)

@@ -1,10 +1,10 @@
-"""What is asked before a run: whether its inputs are there."""
+"""Tests of the check for missing inputs before a run."""
 
 from gptj8.dataset.inputs import missing_inputs
 from gptj8.params.sections import parse_params
 
 
-def test_check_accepts_what_a_recipe_makes(tmp_path):
+def test_outputs_of_a_recipe_are_not_missing(tmp_path):
     (tmp_path / "data" / "x").mkdir(parents=True)
     recipe = "stages: {make: {cmd: 'true', outs: [rows.csv, {model: {cache: true}}]}}"
     (tmp_path / "data" / "x" / "dvc.yaml").write_text(recipe)

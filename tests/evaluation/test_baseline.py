@@ -1,4 +1,4 @@
-"""The baseline against scikit-learn's default solver, and on texts it can make nothing of."""
+"""The baseline equals scikit-learn's default solver and handles texts without words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_rows(count, seed):
     return texts, labels
 
 
-def test_predicts_what_the_default_solver_predicts():
+def test_predictions_equal_the_default_solver():
     train, labels = make_rows(300, 0)
     test, actual = make_rows(150, 1)
     predicted = predict_with_tfidf(train, labels, test)
@@ -32,10 +32,10 @@ def test_predicts_what_the_default_solver_predicts():
     assert (predicted == actual).mean() > 0.7
 
 
-def test_words_of_one_letter_count():
+def test_one_letter_words_are_used():
     predicted = predict_with_tfidf(["a", "b", "a", "b"], ["x", "y", "x", "y"], ["b", "a"])
     assert predicted.tolist() == ["y", "x"]
 
 
-def test_without_words_the_commonest_label():
+def test_most_frequent_label_without_words():
     assert predict_with_tfidf(["!", "?", "."], ["x", "y", "y"], ["!", "?"]).tolist() == ["y", "y"]

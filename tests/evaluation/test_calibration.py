@@ -1,4 +1,4 @@
-"""Calibration against loops over rows and scikit-learn's calibration curve."""
+"""Calibration equals loops over rows and scikit-learn's calibration curve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj8.model.scoring.probabilities import label_probabilities
 
 
 def scored(rows=500, labels=4, seed=0):
-    """Log-likelihoods of a model that is right more often than chance, and the true labels."""
+    """Return log-likelihoods of a model that is better than chance, and the true labels."""
     rng = np.random.default_rng(seed)
     actual = rng.integers(labels, size=rows)
     log_likelihoods = rng.normal(-40, 2, (rows, labels))
@@ -21,24 +21,24 @@ def scored(rows=500, labels=4, seed=0):
     return log_likelihoods, actual
 
 
-def test_probabilities_by_hand():
+def test_probabilities_equal_the_manual_calculation():
     probabilities = label_probabilities(np.log([[0.1, 0.3], [0.5, 0.5]]))
     np.testing.assert_allclose(probabilities, [[0.25, 0.75], [0.5, 0.5]], rtol=1e-12)
 
 
-def test_probabilities_of_what_underflows():
+def test_probabilities_without_underflow():
     probabilities = label_probabilities(np.array([[-2000.0, -2000.0 - math.log(3), -np.inf]]))
     np.testing.assert_allclose(probabilities, [[0.75, 0.25, 0]], rtol=1e-9)
 
 
-def test_probabilities_are_of_double_precision():
+def test_probabilities_are_float64():
     probabilities = label_probabilities(np.array([[-1.0, -2.0]], dtype=np.float16))
     assert probabilities.dtype == np.float64
     assert probabilities.sum() == pytest.approx(1, abs=1e-15)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_gives_no_probabilities_is_named(bad):
+def test_invalid_log_likelihoods_raise(bad):
     with pytest.raises(ValueError, match="row 1"):
         label_probabilities(np.array([[-1.0, -2.0], [bad, -1.0]]))
     with pytest.raises(ValueError, match="row 0"):
@@ -46,7 +46,7 @@ def test_what_gives_no_probabilities_is_named(bad):
 
 
 @pytest.mark.parametrize("bins", [1, 2, 15, 100])
-def test_bins_are_those_of_scikit_learn(bins):
+def test_bins_equal_scikit_learn(bins):
     log_likelihoods, actual = scored()
     probabilities = label_probabilities(log_likelihoods)
     parts = reliability(probabilities, actual, bins)
@@ -73,7 +73,7 @@ def test_error_equals_a_loop_over_the_rows():
     assert error > 0.01
 
 
-def test_edges_belong_to_the_bin_below():
+def test_edges_belong_to_the_lower_bin():
     probabilities = np.array([[0.5, 0.5], [0.5 + 1e-9, 0.5 - 1e-9], [1.0, 0.0]])
     assert reliability(probabilities, np.array([0, 1, 0]), bins=2) == [
         ReliabilityBin(0.0, 0.5, 1, 0.5, 1.0),
@@ -81,7 +81,7 @@ def test_edges_belong_to_the_bin_below():
     ]
 
 
-def test_a_calibrated_model_has_no_error_and_an_overconfident_one_has():
+def test_error_of_calibrated_and_overconfident_models():
     rng = np.random.default_rng(0)
     sure = rng.uniform(0.5, 1, 50_000)
     probabilities = np.stack([sure, 1 - sure], axis=1)
@@ -109,6 +109,6 @@ def test_no_rows():
         ([0.5, 0.5], [0, 1]),
     ],
 )
-def test_what_makes_no_sense_is_refused(probabilities, actual):
+def test_invalid_arguments_raise(probabilities, actual):
     with pytest.raises(ValueError):
         reliability(np.array(probabilities), np.array(actual))

@@ -1,4 +1,4 @@
-"""Few-shot examples: from the training rows, balanced, seeded, whole."""
+"""Few-shot examples are balanced, seeded and complete, and come from the training rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 12, 59, 60])
-def test_balanced_distinct_and_from_train(train, count):
+def test_examples_are_balanced_distinct_and_from_train(train, count):
     examples = select_examples(train, LABELS, count, seed=0)
     assert len(examples) == count == len(set(examples))
     assert set(examples) <= set(zip(train["text"], train["label"], strict=True))
@@ -33,13 +33,13 @@ def test_balanced_distinct_and_from_train(train, count):
     assert max(shares) - min(shares) <= 1
 
 
-def test_seed_decides_and_nothing_else(train):
+def test_examples_depend_only_on_the_seed(train):
     first = select_examples(train, LABELS, 5, seed=1)
     assert first == select_examples(train.copy(), LABELS, 5, seed=1)
     assert first != select_examples(train, LABELS, 5, seed=2)
 
 
-def test_no_more_than_there_are(train):
+def test_fewer_rows_than_requested_examples(train):
     assert len(select_examples(train, LABELS, 1000, seed=0)) == 60
     rare = train[(train["label"] != "sql") | (train.index % 20 == 0)]
     examples = select_examples(rare, LABELS, 12, seed=0)
@@ -47,7 +47,7 @@ def test_no_more_than_there_are(train):
     assert Counter(label for _, label in examples)["sql"] == 1
 
 
-def test_long_texts_only_for_want_of_others(train):
+def test_long_texts_are_used_last(train):
     def fits(text: str) -> bool:
         return len(text) < 8
 
@@ -58,7 +58,7 @@ def test_long_texts_only_for_want_of_others(train):
     assert len(set(everything)) == 60
 
 
-def test_prompts_share_their_examples_whole(train, encoder):
+def test_prompts_share_complete_examples(train, encoder):
     prompts = PromptEncoder(encoder, "{text}\n\nLabel:", 160)
     texts = ["the quick brown fox", "dog " * 500]
     short, long = few_shot_prompts(texts, train, LABELS, prompts, count=3, seed=0)
@@ -69,10 +69,14 @@ def test_prompts_share_their_examples_whole(train, encoder):
     solved = [
         prompts.example(text, label).ids for text, label in select_examples(train, LABELS, 3, 0)
     ]
-    assert sorted(map(len, solved)) and shared.count(encoder.eos_id) == 3
+    prefix = len(encoder.prefix_ids)
+    joined = " ".join(map(str, shared))
+    assert all(" ".join(map(str, ids[prefix:])) in joined for ids in solved)
+    assert len(shared) == prefix + sum(len(ids) - prefix for ids in solved)
+    assert shared.count(encoder.eos_id) == 3
 
 
-def test_too_many_for_the_context(train, encoder):
+def test_too_many_examples_raise(train, encoder):
     prompts = PromptEncoder(encoder, "{text}\n\nLabel:", 40)
     with pytest.raises(UserError, match=r"evaluate.few_shot = 50.*40 tokens"):
         few_shot_prompts(["fox"], train, LABELS, prompts, count=50, seed=0)

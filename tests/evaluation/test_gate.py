@@ -1,4 +1,4 @@
-"""The gate: what is read, what meets it, and what is said where it is not met."""
+"""The gate checks requirements against metrics and explains unmet ones."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def outcome(text, metrics=METRICS):
         ("tuned/accuracy <= 0.3", False, -0.01),
     ],
 )
-def test_what_meets(text, met, margin):
+def test_comparisons_and_margins(text, met, margin):
     found = outcome(text)
     assert found.met is met
     assert found.margin == pytest.approx(margin, abs=1e-12)
 
 
 @pytest.mark.parametrize("comparison", ["<", "<=", ">", ">="])
-def test_nan_meets_nothing(comparison):
+def test_nan_never_meets_a_requirement(comparison):
     for text in (f"odd {comparison} 1", f"seconds {comparison} odd", f"odd {comparison} odd"):
         found = outcome(text)
         assert found.met is False
         assert math.isnan(found.margin)
-        assert str(found).endswith("cannot hold")
+        assert str(found).endswith("cannot be met")
 
 
-def test_what_is_said():
+def test_outcome_messages():
     assert str(outcome("tuned/accuracy>base/accuracy")) == (
         "tuned/accuracy > base/accuracy is not met: 0.31 > 0.398 misses by 0.088"
     )
@@ -59,7 +59,7 @@ def test_what_is_said():
     assert str(outcome("seconds < 5")) == "seconds < 5 is not met: 5 < 5 misses by 0"
 
 
-def test_names_are_of_evaluate_first_and_else_of_a_stage():
+def test_names_are_looked_up_in_evaluate_first():
     assert outcome("seconds < 6").left == 5
     assert outcome("evaluate/seconds < 6").left == 5
     assert outcome("finetune/seconds < 6").left == 70
@@ -68,7 +68,7 @@ def test_names_are_of_evaluate_first_and_else_of_a_stage():
     assert outcome("finetune/seconds > 0", metrics).left == 1
 
 
-def test_every_unknown_metric_is_named():
+def test_all_unknown_metrics_are_listed():
     texts = ["tuned/acuracy > 0.1", "seconds < 1", "seconds < fintune/eval_loss", "eval_loss < 1"]
     with pytest.raises(UserError) as caught:
         check_requirements([parse_requirement(text) for text in texts], METRICS)
@@ -81,10 +81,10 @@ def test_every_unknown_metric_is_named():
     assert len(lines) == 3
 
 
-def test_an_unknown_metric_that_is_near_none():
-    with pytest.raises(UserError, match=r"no metric zzz; there are 'base/accuracy', 'eval"):
+def test_unknown_metric_without_a_similar_name():
+    with pytest.raises(UserError, match=r"no metric zzz; available: 'base/accuracy', 'eval"):
         outcome("zzz > 1")
-    with pytest.raises(UserError, match="no metric zzz; there are none at all"):
+    with pytest.raises(UserError, match="no metric zzz; no metrics available"):
         outcome("zzz > 1", {})
 
 

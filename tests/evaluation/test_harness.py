@@ -1,4 +1,4 @@
-"""EleutherAI's harness on the 8-bit and the tuned model, against a plain pass over the rows."""
+"""Harness results of the 8-bit and the tuned model equal a plain forward pass over the rows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_task(folder: Path, name: str, **files: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """The command sets variables for its process, which is this one."""
+    """Restore environment variables, which the command sets in this process."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -68,7 +68,7 @@ def own_environment():
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
-    """Two tasks of our own, one whose dataset is absent and one that must be downloaded."""
+    """Write local tasks, a task whose dataset is missing and a task that needs a download."""
     folder = tmp_path_factory.mktemp("tasks")
     for split, rows in (("test", ROWS), ("train", SHOTS)):
         lines = [json.dumps(row) + "\n" for row in rows]
@@ -92,7 +92,7 @@ def task_dir(tmp_path_factory):
     generation["task"] = "zz_too_long"
     generation["generation_kwargs"]["max_gen_toks"] = 128
     (folder / "zz_too_long.yaml").write_text(json.dumps(generation), encoding="utf-8")
-    # lm-eval's own way to name a dataset of the Hub
+    # a dataset on the Hub
     remote = {"task": "zz_remote", "dataset_path": "owner/name", "output_type": "loglikelihood"}
     (folder / "zz_remote.yaml").write_text(json.dumps(remote), encoding="utf-8")
     return folder
@@ -100,16 +100,16 @@ def task_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_network(tmp_path_factory):
-    """Datasets are cached in a folder of the test's own, and an attempt to connect is an error."""
+    """Use a temporary cache for datasets, and raise an error on network connections."""
     import datasets
 
-    def refuse(*arguments, **options):
+    def raise_error(*arguments, **options):
         raise AssertionError(f"connects to {arguments}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", raise_error)
+        patch.setattr(socket, "getaddrinfo", raise_error)
         yield
 
 
@@ -125,7 +125,7 @@ def tokenizer(tiny_8bit_dir):
 
 @pytest.fixture(scope="module")
 def adapter_dir(tiny_8bit_dir, tmp_path_factory):
-    """An adapter that changes what the model answers."""
+    """An adapter that changes the predictions of the model."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
@@ -138,7 +138,7 @@ def adapter_dir(tiny_8bit_dir, tmp_path_factory):
 
 @torch.no_grad()
 def likelihood(model, tokenizer, prompt, end):
-    """One row, no padding, all rows of the embedding in the softmax, summed in float64."""
+    """Score one row without padding; softmax over all embedding rows, sum in float64."""
     start = len(tokenizer(prompt)["input_ids"])
     ids = tokenizer(prompt + end)["input_ids"]
     scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -146,7 +146,7 @@ def likelihood(model, tokenizer, prompt, end):
 
 
 def expected(model, tokenizer, before=""):
-    """Accuracy, and accuracy by likelihood a character."""
+    """Return the accuracy, and the accuracy by likelihood per character."""
     hits, hits_by_character = [], []
     for row in ROWS:
         scores = np.array(
@@ -161,7 +161,7 @@ def expected(model, tokenizer, before=""):
     return {"acc": np.mean(hits), "acc_norm": np.mean(hits_by_character)}
 
 
-def ask(model, tokenizer, pairs, batch_size=2):
+def score_pairs(model, tokenizer, pairs, batch_size=2):
     from lm_eval.api.instance import Instance
 
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
@@ -170,14 +170,14 @@ def ask(model, tokenizer, pairs, batch_size=2):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["8bit", "adapter"])
-def test_likelihoods_are_those_of_a_plain_pass(model, tokenizer, adapter_dir, adapted):
+def test_likelihoods_equal_a_plain_pass(model, tokenizer, adapter_dir, adapted):
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     if adapted:
         model = load_adapter(model, adapter_dir)
     pairs = [(row["question"], f" {choice}") for row in ROWS for choice in row["choices"]]
     plain = [likelihood(model, tokenizer, *pair) for pair in pairs]
-    np.testing.assert_allclose(ask(model, tokenizer, pairs), plain, atol=1e-4)
-    np.testing.assert_allclose(ask(model, tokenizer, pairs, 16), plain, atol=1e-4)
+    np.testing.assert_allclose(score_pairs(model, tokenizer, pairs), plain, atol=1e-4)
+    np.testing.assert_allclose(score_pairs(model, tokenizer, pairs, 16), plain, atol=1e-4)
     assert [likelihood(model, tokenizer, *pair) for pair in pairs] == plain
     assert tokenizer.pad_token is None and tokenizer.padding_side == "right"
     if not adapted:
@@ -185,16 +185,16 @@ def test_likelihoods_are_those_of_a_plain_pass(model, tokenizer, adapter_dir, ad
         assert after == before
 
 
-def test_half_precision_is_summed_in_float32(tiny_8bit_dir, tokenizer):
+def test_bfloat16_likelihoods_are_summed_in_float32(tiny_8bit_dir, tokenizer):
     model = load_model(tiny_8bit_dir, torch.bfloat16, CPU)
     pairs = [(row["question"], f" {choice}") for row in ROWS for choice in row["choices"]]
     plain = [likelihood(model, tokenizer, *pair) for pair in pairs]
-    # A softmax in bfloat16 is off by 0.02 a token.
-    np.testing.assert_allclose(ask(model, tokenizer, pairs, 1), plain, atol=2e-3)
+    # A softmax in bfloat16 has an error of 0.02 per token.
+    np.testing.assert_allclose(score_pairs(model, tokenizer, pairs, 1), plain, atol=2e-3)
 
 
 @pytest.mark.slow
-def test_a_task_is_measured_as_by_hand(model, tokenizer, adapter_dir, task_dir):
+def test_task_metrics_equal_the_manual_calculation(model, tokenizer, adapter_dir, task_dir):
     tasks = load_tasks(["zz_plain", "zz_shots"], task_dir)
     measured = measure_tasks(model, tokenizer, tasks, batch_size=4)
     for name, value in expected(model, tokenizer).items():
@@ -212,7 +212,7 @@ def test_a_task_is_measured_as_by_hand(model, tokenizer, adapter_dir, task_dir):
         assert measure_tasks(tuned, tokenizer, tasks, batch_size=4) == measured
 
 
-def test_few_shot_examples_stand_before_the_prompt(model, tokenizer, task_dir):
+def test_few_shot_examples_precede_the_prompt(model, tokenizer, task_dir):
     measured = run_tasks(
         model, tokenizer, ["zz_shots"], batch_size=4, num_fewshot=1, include_path=task_dir, seed=5
     )
@@ -222,46 +222,46 @@ def test_few_shot_examples_stand_before_the_prompt(model, tokenizer, task_dir):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_a_limit_takes_the_first_rows(model, tokenizer, task_dir, limit):
+def test_limit_uses_the_first_rows(model, tokenizer, task_dir, limit):
     tasks = load_tasks(["zz_pl*"], task_dir)
     measured = measure_tasks(model, tokenizer, tasks, batch_size=4, limit=limit)
     assert measured["zz_plain/samples"] == limit
     assert ("zz_plain/acc_stderr" in measured) == (limit > 1)
 
 
-def test_text_is_generated(model, tokenizer, task_dir):
+def test_generation_task(model, tokenizer, task_dir):
     tasks = load_tasks(["zz_generation"], task_dir)
     measured = measure_tasks(model, tokenizer, tasks, batch_size=4)
     assert 0 <= measured["zz_generation/exact_match"] <= 1
 
 
-def test_a_task_that_does_not_fit_is_refused(model, tokenizer, task_dir):
-    with pytest.raises(UserError, match="does not fit into the model's 128 positions"):
+def test_task_longer_than_the_context_raises(model, tokenizer, task_dir):
+    with pytest.raises(UserError, match="does not fit into the model's context of 128 tokens"):
         measure_tasks(model, tokenizer, load_tasks(["zz_too_long"], task_dir), batch_size=4)
 
 
-def test_prompts_that_lose_their_beginning_are_counted(model, tokenizer, task_dir):
+def test_truncated_prompts_are_counted(model, tokenizer, task_dir):
     wrapped = wrap_model(model, tokenizer, 2)
     long = list(range(1, 140))
     wrapped._loglikelihood_tokens([(None, long, [5]), (None, long[:128], [5])], disable_tqdm=True)
-    assert (wrapped.asked, wrapped.cut) == (2, 1)
+    assert (wrapped.requested, wrapped.truncated) == (2, 1)
 
 
-def test_not_a_number_is_refused(model, tokenizer, task_dir):
+def test_nan_likelihoods_raise(model, tokenizer, task_dir):
     model.lm_head.bias.data[3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         measure_tasks(model, tokenizer, load_tasks(["zz_plain"], task_dir), batch_size=4)
 
 
-def test_unknown_tasks_are_named_with_near_names(task_dir):
-    with pytest.raises(UserError) as refused:
+def test_unknown_tasks_are_listed_with_suggestions(task_dir):
+    with pytest.raises(UserError) as caught:
         load_tasks(["zz_plane", "zz_plain", "helaswag"], task_dir)
-    first, second = str(refused.value).splitlines()
+    first, second = str(caught.value).splitlines()
     assert "no task zz_plane, did you mean zz_plain?" in first
     assert "no task helaswag, did you mean hellaswag?" in second
 
 
-def test_datasets_that_cannot_be_had(task_dir, monkeypatch):
+def test_unavailable_datasets_raise(task_dir, monkeypatch):
     with pytest.raises(UserError, match=r"task zz_absent cannot be loaded: .*absent\.jsonl"):
         load_tasks(["zz_absent"], task_dir)
 
@@ -269,28 +269,28 @@ def test_datasets_that_cannot_be_had(task_dir, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="zz_remote: its dataset could not be downloaded") as error:
+    with pytest.raises(UserError, match="zz_remote: the dataset could not be downloaded") as error:
         load_tasks(["zz_remote"], task_dir)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_wrong_arguments(model, tokenizer, task_dir, tmp_path):
+def test_invalid_arguments_raise(model, tokenizer, task_dir, tmp_path):
     with pytest.raises(UserError, match="not a directory"):
         load_tasks(["zz_plain"], tmp_path / "none")
-    with pytest.raises(UserError, match="no task was named"):
+    with pytest.raises(UserError, match="no tasks to run"):
         load_tasks([], task_dir)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         measure_tasks(model, tokenizer, [], batch_size=0, limit=0, num_fewshot=-1)
-    assert len(str(refused.value).splitlines()) == 3
+    assert len(str(caught.value).splitlines()) == 3
 
 
-def test_without_the_extra(model, tokenizer, monkeypatch):
+def test_missing_harness_raises(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'gptj8\[harness\]'"):
         run_tasks(model, tokenizer, ["zz_plain"], batch_size=1)
 
 
-def test_names_are_what_mlflow_takes():
+def test_metric_names_are_valid_in_mlflow():
     results = {
         "results": {
             "group::task one": {
@@ -325,7 +325,7 @@ def command(*arguments):
     parsed.command(parsed)
 
 
-def test_the_command(tiny_8bit_dir, adapter_dir, task_dir, tokenizer, tmp_path, capfd):
+def test_command(tiny_8bit_dir, adapter_dir, task_dir, tokenizer, tmp_path, capfd):
     output = tmp_path / "reports" / "metrics.json"
     command(
         "--tasks", "zz_plain", "--model", tiny_8bit_dir, "--adapter", adapter_dir,
@@ -348,7 +348,7 @@ def test_the_command(tiny_8bit_dir, adapter_dir, task_dir, tokenizer, tmp_path, 
     assert "WARNING" not in progress and "pretrained" not in progress
 
 
-def test_the_command_on_the_original_model(tiny_model_dir, task_dir, tmp_path, capsys):
+def test_command_on_the_original_model(tiny_model_dir, task_dir, tmp_path, capsys):
     output = tmp_path / "metrics.json"
     command(
         "--tasks", "zz_plain", "--model", tiny_model_dir, "--limit", 2,
@@ -367,7 +367,7 @@ def test_the_command_on_the_original_model(tiny_model_dir, task_dir, tmp_path, c
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_the_command_refuses_before_it_loads_a_model(tiny_8bit_dir, tmp_path, options, message):
+def test_command_checks_arguments_before_loading_a_model(tiny_8bit_dir, tmp_path, options, message):
     output = tmp_path / "metrics.json"
     with pytest.raises(UserError, match=message):
         command("--tasks", "x", "--model", tiny_8bit_dir, "--output", output, *options)

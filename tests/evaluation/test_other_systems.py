@@ -1,4 +1,4 @@
-"""Predictions of outside systems: each test row once, as text, and every problem at once."""
+"""Predictions of external systems are read as text, and all problems are listed in one error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def one_file(test_rows):
 
 @pytest.fixture
 def problems(tmp_path, test_rows):
-    """Write a file (text or bytes) and return the lines of the error, without the folder."""
+    """Write a file (text or bytes) and return the lines of the error without the directory."""
 
     def read(content, name="other.csv", rows=test_rows, labels=LABELS):
         path = tmp_path / name
@@ -49,7 +49,7 @@ GOOD = (
 )
 
 
-def test_in_any_order_and_as_text(tmp_path, test_rows):
+def test_predictions_are_read_in_any_order_as_text(tmp_path, test_rows):
     path = tmp_path / "my-System_2.csv"
     path.write_bytes(
         b"\xef\xbb\xbfnote,prediction,row,file\r\n"
@@ -65,18 +65,20 @@ def test_in_any_order_and_as_text(tmp_path, test_rows):
     assert again.tolist() == ["other", "1", "nan", "NA"]
 
 
-def test_without_file_where_there_is_only_one(tmp_path, one_file, test_rows):
+def test_file_column_is_optional_for_a_single_file(tmp_path, one_file, test_rows):
     path = tmp_path / "other.csv"
     path.write_text("row,prediction\n7,a\n5,b\n3,c\n1,1\n")
     assert read_predictions(path, one_file, LABELS)["other"].tolist() == ["1", "c", "b", "a"]
     with pytest.raises(UserError, match=r"other\.csv has no column file$"):
         read_predictions(path, test_rows, LABELS)
     path.write_text("file,row,prediction\n" + "".join(f"b.csv,{row},1\n" for row in (1, 3, 5, 7)))
-    with pytest.raises(UserError, match=r"of no test row: 4 \(record 1 has b.csv row 1, "):
+    with pytest.raises(
+        UserError, match=r"records that match no test row: 4 \(record 1 has b.csv row 1, "
+    ):
         read_predictions(path, one_file, LABELS)
 
 
-def test_every_csv_of_a_directory(tmp_path, test_rows):
+def test_all_csv_files_of_a_directory_are_read(tmp_path, test_rows):
     for name in ("b.csv", "a.csv", "notes.txt"):
         (tmp_path / name).write_text(GOOD)
     (tmp_path / "folder.csv").mkdir()
@@ -85,7 +87,7 @@ def test_every_csv_of_a_directory(tmp_path, test_rows):
     np.testing.assert_array_equal(predictions["a"], predictions["b"])
 
 
-def test_all_problems_of_all_files_at_once(tmp_path, test_rows):
+def test_problems_of_all_files_are_listed(tmp_path, test_rows):
     (tmp_path / "one.csv").write_text(GOOD.replace("data/a.csv,3,NA\n", ""))
     (tmp_path / "tuned.csv").write_text(GOOD)
     (tmp_path / "two.csv").write_text("")
@@ -94,32 +96,31 @@ def test_all_problems_of_all_files_at_once(tmp_path, test_rows):
     with pytest.raises(UserError) as caught:
         read_predictions(tmp_path, test_rows, LABELS)
     assert str(caught.value).replace(f"{tmp_path}/", "").split("\n") == [
-        "my system.csv: a system's name has only letters, digits, _ and -; rename the file",
+        "my system.csv: a system name can have only letters, digits, _ and -; rename the file",
         "one.csv: test rows without a prediction: 1 (data/a.csv row 3)",
-        "tuned.csv: tuned is the name of a system measured here; rename the file",
+        "tuned.csv: tuned is the name of a built-in system; rename the file",
         "two.csv is empty",
     ]
 
 
-def test_all_problems_of_a_file_at_once(problems):
+def test_all_problems_of_a_file_are_listed(problems):
     content = GOOD.encode() + (
         b"data/a.csv,1,1\ndata/a.csv,1,NA\ndata/a.csv,2,1\ndata/c.csv,1,1\n"
         b"data/a.csv,3.0,1\ndata/a.csv,,1\ndata/b.csv,7\ndata/b.csv,7,\xff\n"
     )
     content = content.replace(b"data/b.csv,1,sql\n", b"")
     assert problems(content) == [
-        "other.csv: records of no test row: 2 "
+        "other.csv: records that match no test row: 2 "
         "(record 6 has data/a.csv row 2, record 7 has data/c.csv row 1)",
-        "other.csv: records whose row is no whole number: 2 (record 8 has 3.0, record 9 has '')",
-        "other.csv: records that cannot be read: 1 "
-        "(record 10 has 2 cells on line 11, where the header has 3)",
+        "other.csv: records whose row is not an integer: 2 (record 8 has 3.0, record 9 has '')",
+        "other.csv: unreadable records: 1 (record 10 has 2 cells on line 11, but the header has 3)",
         "other.csv: records that are not UTF-8: 1 (record 11)",
         "other.csv: test rows with more than one prediction: 1 (data/a.csv row 1)",
         "other.csv: test rows without a prediction: 1 (data/b.csv row 1)",
     ]
 
 
-def test_only_the_first_of_many_are_shown(problems):
+def test_only_the_first_examples_are_shown(problems):
     rows = pd.DataFrame({"file": "a.csv", "row": range(2000)})
     assert problems("row,prediction\n0,1\n", rows=rows) == [
         "other.csv: test rows without a prediction: 1,999 (a.csv row 1, a.csv row 2, a.csv row 3, "
@@ -136,63 +137,63 @@ def test_only_the_first_of_many_are_shown(problems):
             "file,row,Prediction\na,1,1\n",
             "other.csv has no column prediction, did you mean Prediction?",
         ),
-        ("file,row,row,prediction\na,1,1,1\n", "other.csv has more than one column row"),
-        (GOOD.encode("utf-16"), "other.csv is UTF-16 and not UTF-8; save it as UTF-8"),
+        ("file,row,row,prediction\na,1,1,1\n", "other.csv has repeated column names: row"),
+        (GOOD.encode("utf-16"), "other.csv is UTF-16; save it as UTF-8"),
         (
             'file,row,prediction\na,1,"x\n',
             "other.csv line 2 column 5: a quote is opened and never closed",
         ),
     ],
 )
-def test_what_is_no_table_of_predictions(problems, content, expected):
+def test_invalid_csv_files_raise(problems, content, expected):
     assert problems(content) == [expected]
 
 
-def test_columns_are_named_together(problems):
+def test_all_missing_columns_are_listed(problems):
     assert problems("a,b\n1,2\n") == [
         f"other.csv has no column {name}" for name in ("file", "row", "prediction")
     ]
 
 
-def test_numbers_in_place_of_labels_are_refused(problems):
+def test_label_indices_instead_of_labels_raise(problems):
     content = GOOD.replace(",1\n", ",2\n", 1).replace("NA", "0").replace("sql", "0")
     content = content.replace("other", "3")
     assert problems(content) == [
-        "other.csv: no prediction is a label: '0', '2', '3'; the labels are '1', 'NA', 'sql'"
+        "other.csv: no prediction is a known label: '0', '2', '3'; the labels are '1', 'NA', 'sql'"
     ]
 
 
 @pytest.mark.parametrize("name", [f"{system}.csv" for system in OWN_SYSTEMS])
-def test_names_of_own_systems_are_refused(problems, name):
-    assert "is the name of a system" in problems(GOOD, name)[0]
+def test_names_of_built_in_systems_raise(problems, name):
+    assert "is the name of a built-in system" in problems(GOOD, name)[0]
 
 
 @pytest.mark.parametrize("name", ["my system.csv", "a.b.csv", "é.csv", "$(x).csv", ".csv"])
-def test_names_that_are_no_part_of_a_metric_are_refused(problems, name):
+def test_names_that_are_invalid_in_metrics_raise(problems, name):
     assert len(problems(GOOD, name)) == 1
 
 
-def test_other_formats_and_places_are_refused(problems, tmp_path, test_rows):
-    assert problems(GOOD, "a.tsv") == ["a.tsv: predictions are read from a file that ends in .csv"]
+def test_invalid_paths_and_tasks_raise(problems, tmp_path, test_rows):
+    assert problems(GOOD, "a.tsv") == ["a.tsv: predictions must be in a .csv file"]
     with pytest.raises(UserError, match=r"a.tv does not exist, did you mean a.tsv\?"):
         read_predictions(tmp_path / "a.tv", test_rows, LABELS)
-    with pytest.raises(UserError, match="has no CSV file"):
+    with pytest.raises(UserError, match="has no CSV files"):
         read_predictions(tmp_path, test_rows, LABELS)
-    with pytest.raises(UserError, match="only where there are labels"):
+    with pytest.raises(UserError, match="only for a task with labels"):
         read_predictions(tmp_path, test_rows, [])
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (GOOD.replace(",sql", ","), "records whose prediction is empty: 1 (record 3)"),
-        (GOOD.replace(",", ";"), "its columns are separated by ';', write commas"),
-        (GOOD.replace(",", "\t"), "its columns are separated by '\\t', write commas"),
+        (GOOD.replace(",sql", ","), "records with an empty prediction: 1 (record 3)"),
+        (GOOD.replace(",", ";"), "the columns are separated by ';', use commas"),
+        (GOOD.replace(",", "\t"), "the columns are separated by '\\t', use commas"),
     ],
 )
-def test_what_exports_of_others_get_wrong(tmp_path, test_rows, content, expected):
+def test_common_export_mistakes_raise(tmp_path, test_rows, content, expected):
     path = tmp_path / "system.CSV"
     path.write_text(content)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         read_predictions(tmp_path, test_rows, LABELS)
-    assert expected in str(refused.value)
+    assert expected in str(caught.value)

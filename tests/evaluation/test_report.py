@@ -1,4 +1,4 @@
-"""The report's files: right, inert in a spreadsheet, and the same bytes again."""
+"""The report files are correct, safe to open in a spreadsheet and reproducible."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_files_of_a_classification(tmp_path, test_rows):
     }
 
 
-def test_files_exist_where_there_is_nothing_to_classify(tmp_path, test_rows):
+def test_files_exist_without_labels(tmp_path, test_rows):
     files = write(tmp_path, test_rows[["text", "file", "row"]], [])
     assert files["confusion_matrix.csv"] == b"actual,predicted\n"
     assert files["predictions.csv"] == b"file,row,text,label\n"
@@ -89,30 +89,30 @@ def test_files_exist_where_there_is_nothing_to_classify(tmp_path, test_rows):
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+cmd", "-x", "@SUM(A1)", "\t=1"])
-def test_formulas_are_quoted(tmp_path, cell):
+def test_formulas_are_escaped(tmp_path, cell):
     write_table(tmp_path / "t.csv", ["a"], [[cell]])
     assert read(tmp_path / "t.csv")[0]["a"] == f"'{cell}"
 
 
-def test_a_carriage_return_does_not_end_a_row(tmp_path):
+def test_carriage_return_does_not_end_a_row(tmp_path):
     write_table(tmp_path / "t.csv", ["a", "b"], [["x\ry", "\r\n=1"]])
     assert read(tmp_path / "t.csv") == [{"a": "x\ny", "b": "'\n=1"}]
 
 
 @pytest.mark.parametrize("cell", ["-1", "+1.5", "a=b", "", "'x"])
-def test_harmless_cells_stay(tmp_path, cell):
+def test_harmless_cells_are_not_changed(tmp_path, cell):
     write_table(tmp_path / "t.csv", ["a", "b"], [[cell, 1]])
     assert read(tmp_path / "t.csv")[0]["a"] == cell
 
 
-def test_classification_files_are_the_same_bytes_again(tmp_path):
+def test_classification_files_are_byte_identical(tmp_path):
     first = write_classified(tmp_path / "1", *classified())
     assert first == write_classified(tmp_path / "2", *classified())
     assert first["reliability.png"].startswith(b"\x89PNG")
 
 
 def classified(rows=60, seed=0):
-    """Labels, true labels, predictions (one outside the labels) and log-likelihoods of two."""
+    """Return labels, true labels, predictions of three systems and log-likelihoods of two."""
     rng = np.random.default_rng(seed)
     labels = ["-1", "$b_c$", "=a"]
     actual = rng.choice(labels, rows).astype(object)
@@ -131,7 +131,7 @@ def write_classified(directory, *data, seed=0):
     return {name: (directory / name).read_bytes() for name in CLASSIFICATION_FILES}
 
 
-def test_same_bytes_again_also_in_another_process(tmp_path):
+def test_files_are_byte_identical_in_another_process(tmp_path):
     first = write_classified(tmp_path / "1", *classified())
     assert first == write_classified(tmp_path / "2", *classified())
     assert first["reliability.png"].startswith(b"\x89PNG")
@@ -145,7 +145,7 @@ def test_same_bytes_again_also_in_another_process(tmp_path):
     assert first == {name: (tmp_path / "3" / name).read_bytes() for name in first}
 
 
-def test_per_class_is_that_of_scikit_learn(tmp_path):
+def test_per_class_equals_scikit_learn(tmp_path):
     labels, actual, predictions, likelihoods = classified()
     predictions["never"] = np.full(60, "-1", dtype=object)
     write_classified(tmp_path, labels, actual, predictions, likelihoods)
@@ -167,7 +167,7 @@ def test_per_class_is_that_of_scikit_learn(tmp_path):
     assert [row["precision"] for row in rows[-2:]] == ["0.000000"] * 2
 
 
-def test_comparisons_by_hand(tmp_path):
+def test_comparisons_equal_manual_calculations(tmp_path):
     labels, actual, predictions, likelihoods = classified()
     write_classified(tmp_path, labels, actual, predictions, likelihoods)
     rows = read(tmp_path / "comparisons.csv")
@@ -186,7 +186,7 @@ def test_comparisons_by_hand(tmp_path):
     assert float(rows[0]["high"]) < 0 and float(rows[0]["p_value"]) < 0.01
 
 
-def test_another_system_changes_no_interval_of_others(tmp_path):
+def test_adding_a_system_does_not_change_other_intervals(tmp_path):
     labels, actual, predictions, likelihoods = classified()
     write_classified(tmp_path / "1", labels, actual, predictions, likelihoods)
     more = {"first": predictions["outside"], **predictions}
@@ -196,7 +196,7 @@ def test_another_system_changes_no_interval_of_others(tmp_path):
     assert read(tmp_path / "3" / "comparisons.csv") != read(tmp_path / "1" / "comparisons.csv")
 
 
-def test_reliability_has_every_row_of_systems_with_likelihoods(tmp_path):
+def test_reliability_covers_all_rows_of_systems_with_likelihoods(tmp_path):
     labels, actual, predictions, likelihoods = classified()
     write_classified(tmp_path, labels, actual, predictions, likelihoods)
     rows = read(tmp_path / "reliability.csv")
@@ -211,7 +211,7 @@ def test_reliability_has_every_row_of_systems_with_likelihoods(tmp_path):
     assert {row["system"] for row in rows} == {"base", "tuned"}
 
 
-def test_the_plot_shows_what_it_is_given(tmp_path):
+def test_plot_depends_on_the_curves(tmp_path):
     half = [ReliabilityBin(0.4, 0.6, 5, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 5, 0.9, 0.7)]
     other = [ReliabilityBin(0.4, 0.6, 9, 0.5, 0.5), ReliabilityBin(0.8, 1.0, 1, 0.9, 0.7)]
     images = []
@@ -222,7 +222,7 @@ def test_the_plot_shows_what_it_is_given(tmp_path):
 
 
 @pytest.mark.parametrize("predictions", [{}, {"tuned": np.array([], dtype=object)}])
-def test_classification_files_exist_where_there_is_nothing_to_classify(tmp_path, predictions):
+def test_classification_files_exist_without_labels(tmp_path, predictions):
     files = write_classified(tmp_path, [], [], predictions, {})
     assert files["per_class.csv"] == b"system,label,precision,recall,f1,support\n"
     assert files["reliability.csv"] == b"system,low,high,rows,confidence,accuracy\n"

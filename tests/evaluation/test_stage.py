@@ -1,4 +1,4 @@
-"""The stage from a prepared dataset, two models and an adapter to the report."""
+"""The stage writes a report from a prepared dataset, two models and an adapter."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def frames(task):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, make_model, encoder):
-    """Directories of a model, a slightly different one in its place, and an adapter for that."""
+    """Directories of a model, a slightly different converted model and an adapter."""
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("models")
@@ -98,13 +98,13 @@ def test_classification(project):
     systems = {"baseline", "base", "quantized", "few_shot", "tuned"}
     assert systems == set(OWN_SYSTEMS)
     measured = {"base", "quantized", "tuned"}
-    asked = {"base", "quantized", "few_shot", "tuned"}
+    prompted = {"base", "quantized", "few_shot", "tuned"}
     interval = ("", "_low", "_high")
     assert {key for key in metrics if not is_cost(key)} == {
         *(f"{system}/accuracy{end}" for system in systems for end in interval),
         *(f"{system}/macro_f1" for system in systems),
-        *(f"{system}/exact_match{end}" for system in asked for end in interval),
-        *(f"{system}/{name}" for system in asked for name in ("accuracy_normalized", "ece")),
+        *(f"{system}/exact_match{end}" for system in prompted for end in interval),
+        *(f"{system}/{name}" for system in prompted for name in ("accuracy_normalized", "ece")),
         *(f"{system}/perplexity" for system in measured),
         *(f"{system}/perplexity_ratio{e}" for system in measured - {"base"} for e in interval),
         *(f"tuned/accuracy_minus_{s}{e}" for s in systems - {"tuned"} for e in interval),
@@ -112,7 +112,7 @@ def test_classification(project):
     }
     assert {f"{system}/seconds" for system in systems} <= set(metrics)
     assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
-    assert metrics["baseline/accuracy"] == 1  # it was fitted on the same rows
+    assert metrics["baseline/accuracy"] == 1  # fitted on the same rows
     assert metrics["quantized/perplexity_ratio"] == pytest.approx(
         metrics["quantized/perplexity"] / metrics["base/perplexity"]
     )
@@ -137,18 +137,18 @@ def test_classification(project):
 
 
 @pytest.mark.parametrize("task", ["completion", "text"])
-def test_perplexity_alone_where_there_are_no_labels(project, task):
+def test_only_perplexity_without_labels(project, task):
     metrics = project(task, max_perplexity_documents=5)
     assert {key for key in metrics if "accuracy" in key or "f1" in key} == set()
     assert {"base/perplexity", "quantized/perplexity", "tuned/perplexity"} <= set(metrics)
     assert {path.name for path in Path("reports/evaluate").iterdir()} == FILES | {"metrics.json"}
     rows = table("perplexity.csv")
     assert len(rows) == 5
-    if task == "completion":  # "sql", "fox" or "dog" and the end, not the prompt
+    if task == "completion":  # only the completion and its end token, not the prompt
         assert max(int(row["tokens"]) for row in rows) <= 6
 
 
-def test_text_of_its_own_for_perplexity(project):
+def test_separate_text_for_perplexity(project):
     Path("held-out.txt").write_text("the lazy dog\n\n" + "the quick brown fox " * 40 + "\n")
     metrics = project("classification", few_shot=0, perplexity_text="held-out.txt")
     rows = table("perplexity.csv")
@@ -156,17 +156,17 @@ def test_text_of_its_own_for_perplexity(project):
         ("held-out.txt", "1"),
         ("held-out.txt", "3"),
     ]
-    assert int(rows[1]["tokens"]) > 64  # more than the context: read through windows
+    assert int(rows[1]["tokens"]) > 64  # longer than the context: split into windows
     assert "few_shot/accuracy" not in metrics
 
 
-def test_text_for_perplexity_without_text(project):
+def test_empty_text_for_perplexity_raises(project):
     Path("held-out.csv").write_text("text,other\n  ,x\n")
     with pytest.raises(UserError, match=r"evaluate.perplexity_text = held-out.csv"):
         project("classification", perplexity_text="held-out.csv")
 
 
-def test_examples_that_do_not_fit_are_refused_before_anything_is_measured(project, monkeypatch):
+def test_too_many_examples_raise_before_a_model_is_loaded(project, monkeypatch):
     monkeypatch.setattr(
         "gptj8.evaluation.run.load_original", lambda *a, **k: pytest.fail("loaded a model")
     )
@@ -174,24 +174,24 @@ def test_examples_that_do_not_fit_are_refused_before_anything_is_measured(projec
         project("classification", few_shot=40)
 
 
-def test_predictions_of_others_join_the_table(project):
+def test_external_predictions_are_in_the_report(project):
     lines = [f"{number},{'sql' if number % 2 else 'nonsense'}" for number in range(1, 19)]
-    Path("someone.csv").write_text("\n".join(["row,prediction", *lines]) + "\n")
-    metrics = project("classification", few_shot=0, predictions="someone.csv")
+    Path("external.csv").write_text("\n".join(["row,prediction", *lines]) + "\n")
+    metrics = project("classification", few_shot=0, predictions="external.csv")
     predictions = table("predictions.csv")
     labels = [row["label"] for row in predictions]
-    assert metrics["someone/accuracy"] == accuracy_score(
-        labels, [r["someone"] for r in predictions]
+    assert metrics["external/accuracy"] == accuracy_score(
+        labels, [r["external"] for r in predictions]
     )
-    assert "tuned/p_value_against_someone" in metrics
+    assert "tuned/p_value_against_external" in metrics
     pairs = [(row["first"], row["second"]) for row in table("comparisons.csv")]
-    assert ("someone", "tuned") in pairs
+    assert ("external", "tuned") in pairs
 
 
-def test_predictions_that_are_incomplete_are_refused_first(project, monkeypatch):
+def test_incomplete_predictions_raise_before_a_model_is_loaded(project, monkeypatch):
     monkeypatch.setattr(
         "gptj8.evaluation.run.load_original", lambda *a, **k: pytest.fail("loaded a model")
     )
-    Path("someone.csv").write_text("row,prediction\n1,sql\n")
-    with pytest.raises(UserError, match=r"someone\.csv"):
-        project("classification", predictions="someone.csv")
+    Path("external.csv").write_text("row,prediction\n1,sql\n")
+    with pytest.raises(UserError, match=r"external\.csv"):
+        project("classification", predictions="external.csv")

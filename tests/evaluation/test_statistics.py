@@ -1,4 +1,4 @@
-"""Intervals and tests against known truth, brute force and arithmetic by hand."""
+"""Intervals and tests are checked against known values, brute force and manual calculations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptj8.evaluation.statistics import (
 
 
 def simulated(rng, documents=80, shift=0.002):
-    """Documents whose difficulty and length vary widely, and a model `shift` nats a token worse."""
+    """Return documents of varying difficulty and length, for a model worse by `shift` per token."""
     tokens = rng.integers(5, 300, documents)
     difficulty = rng.gamma(9, 0.4, documents)
     noise = rng.normal(0, 0.02, documents)
@@ -27,7 +27,7 @@ def simulated(rng, documents=80, shift=0.002):
     return reference + tokens * (shift + noise), reference, tokens
 
 
-def test_covers_the_known_ratio():
+def test_ratio_interval_covers_the_true_ratio():
     rng = np.random.default_rng(0)
     truth = np.exp(0.002)
     covered = 0
@@ -38,7 +38,7 @@ def test_covers_the_known_ratio():
     assert 930 <= covered <= 970
 
 
-def test_value_is_the_ratio_of_the_perplexities():
+def test_ratio_is_the_quotient_of_perplexities():
     nll, reference, tokens = simulated(np.random.default_rng(1))
     expected = np.exp(nll.sum() / tokens.sum()) / np.exp(reference.sum() / tokens.sum())
     estimate = perplexity_ratio(nll, reference, tokens, resamples=100, rng=np.random.default_rng(0))
@@ -46,7 +46,7 @@ def test_value_is_the_ratio_of_the_perplexities():
     assert estimate.low < estimate.value < estimate.high
 
 
-def test_equals_brute_force():
+def test_ratio_interval_equals_brute_force():
     nll, reference, tokens = simulated(np.random.default_rng(2), documents=7)
     rng = np.random.default_rng(3)
     ratios = []
@@ -58,17 +58,17 @@ def test_equals_brute_force():
     np.testing.assert_allclose([low, high], np.quantile(np.log(ratios), [0.025, 0.975]), rtol=1e-9)
 
 
-def test_many_documents_are_drawn_in_parts(monkeypatch):
+def test_chunked_resampling_gives_the_same_result(monkeypatch):
     nll, reference, tokens = simulated(np.random.default_rng(4))
-    whole = perplexity_ratio(nll, reference, tokens, resamples=300, rng=np.random.default_rng(0))
+    single = perplexity_ratio(nll, reference, tokens, resamples=300, rng=np.random.default_rng(0))
     monkeypatch.setattr(statistics, "_COUNTS_AT_ONCE", 1000)
     parts = perplexity_ratio(nll, reference, tokens, resamples=300, rng=np.random.default_rng(0))
-    assert parts.value == whole.value
-    assert parts.low == pytest.approx(whole.low, abs=1e-12)
-    assert parts.high == pytest.approx(whole.high, abs=1e-12)
+    assert parts.value == single.value
+    assert parts.low == pytest.approx(single.low, abs=1e-12)
+    assert parts.high == pytest.approx(single.high, abs=1e-12)
 
 
-def test_equal_models_have_a_ratio_of_one():
+def test_equal_models_have_ratio_one():
     nll = np.array([3.0, 8.0, 1.0])
     tokens = np.array([1, 3, 0])
     estimate = perplexity_ratio(nll, nll, tokens, resamples=100, rng=np.random.default_rng(0))
@@ -78,7 +78,7 @@ def test_equal_models_have_a_ratio_of_one():
 @pytest.mark.parametrize(
     ("nll", "tokens"), [([1.0, 2.0], [1]), ([1.0], [0]), ([], []), ([[1.0]], [[1]])]
 )
-def test_what_makes_no_sense_is_refused(nll, tokens):
+def test_invalid_documents_raise(nll, tokens):
     with pytest.raises(ValueError):
         perplexity_ratio(
             np.array(nll),
@@ -90,7 +90,7 @@ def test_what_makes_no_sense_is_refused(nll, tokens):
 
 
 def paired(both, only_first, only_second, neither):
-    """Rows of a table of four counts: what the first system has right, and the second one."""
+    """Return the outcomes of two systems with the given counts."""
     counts = both, only_first, only_second, neither
     first = np.repeat([True, True, False, False], counts)
     second = np.repeat([True, False, True, False], counts)
@@ -104,8 +104,8 @@ def difference(*counts, resamples=2000, confidence=0.95):
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (7, 10), (1, 1), (398, 1000)])
-def test_accuracy_interval_is_where_the_score_test_turns(right, rows):
-    """At each end the observed share is 1.96 standard errors of that end away."""
+def test_accuracy_interval_inverts_the_score_test(right, rows):
+    """The observed share is 1.96 standard errors from each end of the interval."""
     estimate = accuracy_interval(np.arange(rows) < right)
     assert estimate.value == right / rows
     for end in (estimate.low, estimate.high):
@@ -116,13 +116,13 @@ def test_accuracy_interval_is_where_the_score_test_turns(right, rows):
     assert estimate.high - estimate.low > 0
 
 
-def test_accuracy_interval_covers_the_known_accuracy():
+def test_accuracy_interval_covers_the_true_accuracy():
     rng = np.random.default_rng(0)
     intervals = [accuracy_interval(rng.random(150) < 0.82) for _ in range(1000)]
     assert 930 <= sum(part.low <= 0.82 <= part.high for part in intervals) <= 975
 
 
-def test_less_confidence_is_a_narrower_interval():
+def test_lower_confidence_gives_a_narrower_interval():
     correct = np.arange(100) < 60
     narrow, wide = accuracy_interval(correct, 0.8), accuracy_interval(correct)
     assert wide.low < narrow.low < narrow.high < wide.high
@@ -134,7 +134,7 @@ def test_less_confidence_is_a_narrower_interval():
     ("only_first", "only_second", "rows"),
     [(0.10, 0.07, 400), (0.2, 0.1, 300), (0.05, 0.02, 200), (0.003, 0.001, 1000)],
 )
-def test_difference_covers_the_known_one(only_first, only_second, rows):
+def test_difference_interval_covers_the_true_difference(only_first, only_second, rows):
     rng = np.random.default_rng(0)
     chances = [0.5 - only_first, only_first, only_second, 0.5 - only_second]
     truth = only_first - only_second
@@ -146,8 +146,8 @@ def test_difference_covers_the_known_one(only_first, only_second, rows):
     assert 930 <= covered <= 970
 
 
-def test_difference_equals_resampled_rows():
-    """With the two rows added, gathering draws row by row has the same distribution."""
+def test_difference_equals_a_bootstrap_over_rows():
+    """With the two added rows, resampling individual rows gives the same distribution."""
     first, second = paired(60, 25, 11, 24)
     gain = np.concatenate([first.astype(int) - second, [1, -1]])
     rng = np.random.default_rng(1)
@@ -158,13 +158,13 @@ def test_difference_equals_resampled_rows():
     np.testing.assert_allclose([estimate.low, estimate.high], [low, high], atol=1.01 / 122)
 
 
-def test_systems_that_agree_on_every_row_differ_by_three_rows_at_most():
+def test_interval_is_three_rows_wide_if_all_rows_agree():
     estimate = difference(700, 0, 0, 300)
     assert estimate.value == 0
     assert [estimate.low * 1002, estimate.high * 1002] == pytest.approx([-3, 3])
 
 
-def test_a_single_row_is_no_evidence_of_a_difference():
+def test_one_discordant_row_is_not_significant():
     estimate = difference(700, 1, 0, 299)
     assert estimate.low < 0 < estimate.value == 0.001 < estimate.high
 
@@ -176,7 +176,7 @@ def test_difference_is_within_its_interval():
             assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
 
 
-def test_difference_needs_no_memory_for_rows():
+def test_difference_does_not_resample_individual_rows():
     rng = np.random.default_rng(0)
     first, second = rng.random(2_000_000) < 0.8, rng.random(2_000_000) < 0.79
     estimate = accuracy_difference(first, second, resamples=10_000, rng=rng)
@@ -187,7 +187,7 @@ def test_difference_needs_no_memory_for_rows():
 @pytest.mark.parametrize(
     ("only_first", "only_second"), [(0, 0), (1, 0), (5, 0), (3, 9), (6, 6), (20, 2)]
 )
-def test_mcnemar_by_hand(only_first, only_second):
+def test_mcnemar_equals_the_manual_calculation(only_first, only_second):
     discordant = only_first + only_second
     tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
     expected = min(1.0, 2 * tail / 2**discordant)
@@ -195,7 +195,7 @@ def test_mcnemar_by_hand(only_first, only_second):
     assert actual == McNemar(only_first, only_second, pytest.approx(expected, rel=1e-12))
 
 
-def test_what_are_no_outcomes_is_refused():
+def test_invalid_outcomes_raise():
     good, rng = np.array([True, False]), np.random.default_rng(0)
     for bad in (np.array([], bool), np.array([[True, False]]), np.array(["a", "b"], object)):
         with pytest.raises(ValueError, match="is not \\(rows,\\) bool"):

@@ -1,4 +1,4 @@
-"""Systems side by side: metrics equal to scikit-learn's and to arithmetic by hand."""
+"""Metrics of the compared systems equal scikit-learn and manual calculations."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_metrics_of_a_classification(model, encoder, rows):
 
 
 def proportion_interval(right, rows, z=1.959963984540054):
-    """Wilson's interval by its textbook formula."""
+    """Return Wilson's interval from the textbook formula."""
     share = right / rows
     middle = share + z * z / (2 * rows)
     half = z * np.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     return (middle - half) / (1 + z * z / rows), (middle + half) / (1 + z * z / rows)
 
 
-def test_answers_are_those_of_transformers(model, encoder, rows):
+def test_answers_equal_transformers_generate(model, encoder, rows):
     comparison = compare_on(
         rows, LABELS, PromptEncoder(encoder, "{text}\n\nLabel:", 64), max_generated_rows=5
     )
@@ -93,12 +93,12 @@ def test_answers_are_those_of_transformers(model, encoder, rows):
     assert comparison.metrics(100, 0)["base/exact_match"] == np.mean(right)
 
 
-def test_completions_are_written_and_matched(model, encoder):
+def test_exact_match_of_completions(model, encoder):
     rows = pd.DataFrame({"prompt": ["the fox", "a dog"], "completion": ["", ""], "text": "x"})
     prompts = PromptEncoder(encoder, "{prompt}", 64)
-    wrote = compare_on(rows, (), prompts, "completion")
-    wrote.measure("tuned", model)
-    rows["completion"] = [wrote.generated["tuned"][0], "something else"]
+    unlabeled = compare_on(rows, (), prompts, "completion")
+    unlabeled.measure("tuned", model)
+    rows["completion"] = [unlabeled.generated["tuned"][0], "something else"]
     comparison = compare_on(rows, (), prompts, "completion")
     comparison.measure("tuned", model)
     metrics = comparison.metrics(100, 0)
@@ -106,7 +106,7 @@ def test_completions_are_written_and_matched(model, encoder):
     assert "tuned/accuracy" not in metrics
 
 
-def test_without_labels_only_perplexity(model, encoder, rows):
+def test_task_without_labels_has_only_perplexity(model, encoder, rows):
     comparison = compare_on(rows, (), PromptEncoder(encoder, "{text}", 64), "text")
     comparison.measure("tuned", model)
     metrics = comparison.metrics(resamples=100, seed=0)
@@ -125,8 +125,8 @@ def test_only_completions_are_scored(encoder):
     assert documents.starts == [len(encoder.encode("the fox")), 1]
 
 
-def test_a_measured_model_is_freed(encoder, rows):
-    """The original and the 8-bit model together may not fit where each of them does."""
+def test_measured_model_is_freed(encoder, rows):
+    """Memory may be large enough for one of the two models, but not for both."""
     from transformers import GPTJConfig, GPTJForCausalLM
 
     prompts = PromptEncoder(encoder, "{text}\n\nLabel:", 64)

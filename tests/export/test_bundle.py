@@ -1,4 +1,4 @@
-"""The export: complete, equal to the trained model, and mergeable without loss."""
+"""Test that exports are complete, equal the trained model and can be merged without loss."""
 
 import json
 import os
@@ -65,7 +65,7 @@ DATASET = {
 
 @pytest.fixture(scope="module")
 def adapter(tiny_8bit_dir, tmp_path_factory):
-    """An adapter as finetune leaves it: not at zero, with the reference beside it."""
+    """An adapter as stage finetune writes it: nonzero, with reference answers."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
@@ -85,7 +85,7 @@ def exported(adapter, tiny_8bit_dir, tmp_path):
     return tmp_path
 
 
-def test_it_holds_what_a_user_needs(exported, adapter):
+def test_export_contains_the_expected_files(exported, adapter):
     names = {file.name for file in exported.iterdir()}
     assert names == {
         "README.md",
@@ -106,7 +106,7 @@ def compare(adapter, model, exported=None, dtype=torch.float32):
     return compare_in_fresh_process(adapter, model, exported, dtype, CPU)
 
 
-def test_it_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
+def test_export_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
     compared = compare(adapter, tiny_8bit_dir, exported)
     assert compared == {
         "max_logit_difference": 0.0,
@@ -116,7 +116,7 @@ def test_it_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
     require_same_answers(compared, "the export")
 
 
-def test_a_different_adapter_is_noticed(exported, adapter, tiny_8bit_dir):
+def test_different_adapter_raises(exported, adapter, tiny_8bit_dir):
     from safetensors.torch import load_file, save_file
 
     file = exported / "adapter_model.safetensors"
@@ -129,14 +129,14 @@ def test_a_different_adapter_is_noticed(exported, adapter, tiny_8bit_dir):
         require_same_answers(compared, "the export")
 
 
-def test_what_a_new_process_cannot_load_is_refused_in_a_line(exported, adapter, tiny_8bit_dir):
+def test_load_failure_in_a_new_process_raises_a_one_line_error(exported, adapter, tiny_8bit_dir):
     (exported / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be loaded by a new process") as refused:
+    with pytest.raises(UserError, match=r"cannot load \S+ in a new process") as caught:
         compare(adapter, tiny_8bit_dir, exported)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, tmp_path):
+def test_nan_logits_raise(exported, adapter, tiny_8bit_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(adapter / REFERENCE_FILE)
@@ -148,7 +148,7 @@ def test_what_is_not_a_number_proves_nothing(exported, adapter, tiny_8bit_dir, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, tmp_path, dtype):
+def test_trained_layernorms_give_the_same_answers_after_loading(tiny_8bit_dir, tmp_path, dtype):
     model = load_model(tiny_8bit_dir, dtype, CPU)
     adapted = add_adapter(model, AdapterSpec("layernorm"))
     for parameter in adapted.parameters():
@@ -161,12 +161,12 @@ def test_trained_layernorms_are_answered_with_as_they_are_loaded(tiny_8bit_dir, 
     assert compared["identical_generations"] == 2
 
 
-def test_without_a_reference_nothing_is_proven(exported, tiny_8bit_dir, tmp_path):
+def test_missing_reference_answers_raise(exported, tiny_8bit_dir, tmp_path):
     with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
         compare(tmp_path, tiny_8bit_dir, exported)
 
 
-def test_prompts_to_compare_are_the_first_and_bounded():
+def test_choose_prompts_takes_the_first_up_to_the_limits():
     assert choose_prompts([[1]] * 300) == [[1]] * 100
     assert [len(p) for p in choose_prompts([[1] * 10_000, [1] * 6_000, [1] * 6_000])] == [
         10_000,
@@ -175,14 +175,14 @@ def test_prompts_to_compare_are_the_first_and_bounded():
     assert len(choose_prompts([[1] * 100_000, [1]])) == 1
 
 
-def test_an_incomplete_adapter_is_refused(tiny_8bit_dir, tmp_path):
+def test_incomplete_adapter_raises(tiny_8bit_dir, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(UserError, match=r"no adapter_config\.json; rerun finetune"):
         collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path)
 
 
-def test_an_adapter_that_was_changed_after_training_is_refused(adapter, tiny_8bit_dir, tmp_path):
-    """By its bytes: a small change answers most prompts as before."""
+def test_adapter_changed_after_training_raises(adapter, tiny_8bit_dir, tmp_path):
+    """The check compares bytes, because a small change leaves most answers the same."""
     from safetensors.torch import load_file, save_file
 
     changed = tmp_path / "adapter"
@@ -201,9 +201,7 @@ def test_an_adapter_that_was_changed_after_training_is_refused(adapter, tiny_8bi
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
 )
-def test_the_merged_model_needs_nothing_but_transformers(
-    exported, adapter, tiny_8bit_dir, dtype, most
-):
+def test_merged_model_needs_only_transformers(exported, adapter, tiny_8bit_dir, dtype, most):
     merge(tiny_8bit_dir, adapter, exported / MERGED, dtype)
     compared = compare(adapter, exported / MERGED)
     assert compared["max_logit_difference"] < most
@@ -214,8 +212,8 @@ def test_the_merged_model_needs_nothing_but_transformers(
     assert adapter_bytes(exported) < 200_000
 
 
-def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
-    """Against float64: restored exactly, the adapter's product added, then 16 bits."""
+def test_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
+    """Compare with float64: dequantized exactly, adapter product added, rounded to 16 bits."""
     merge(tiny_8bit_dir, adapter, exported / MERGED, torch.bfloat16)
     merged = AutoModelForCausalLM.from_pretrained(exported / MERGED).transformer.h[0].attn.q_proj
     base = load_model(tiny_8bit_dir, torch.float32, CPU)
@@ -224,14 +222,14 @@ def test_a_merged_matrix_is_rounded_once(exported, adapter, tiny_8bit_dir):
     a, b = (adapted.lora_A.default.weight.double(), adapted.lora_B.default.weight.double())
     expected = restored + adapted.scaling["default"] * (b @ a)
     error = (merged.weight.double() - expected).abs() / expected.abs()
-    assert error.max() < 2**-8  # half a unit of bfloat16's last place, and float32's rounding
+    assert error.max() < 2**-8  # half a unit in bfloat16's last place, plus float32 rounding
     wrong = (restored.bfloat16().double() - expected).abs() / expected.abs()
     assert wrong.max() > 2**-8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [["wte", "q_proj"], ["fc_in"]], ids=str)
-def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
+def test_other_modules_are_merged(tiny_8bit_dir, tmp_path, target):
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
     adapted = add_adapter(model, AdapterSpec("lora", target, 4, 8, 0.0))
     torch.manual_seed(1)
@@ -244,7 +242,7 @@ def test_other_modules_are_merged_too(tiny_8bit_dir, tmp_path, target):
     assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
 
 
-def test_trained_layernorms_are_merged_too(tiny_8bit_dir, tmp_path):
+def test_trained_layernorms_are_merged(tiny_8bit_dir, tmp_path):
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
     adapted = add_adapter(model, AdapterSpec("layernorm"))
     for parameter in adapted.parameters():
@@ -256,7 +254,7 @@ def test_trained_layernorms_are_merged_too(tiny_8bit_dir, tmp_path):
     assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
 
 
-def test_the_card_is_in_the_hubs_format():
+def test_model_card_has_the_hubs_format():
     text = model_card(PARAMS, METRICS, DATASET)
     _, front, body = text.split("---\n", 2)
     data = yaml.safe_load(front)
@@ -267,15 +265,16 @@ def test_the_card_is_in_the_hubs_format():
     assert result["metrics"] == [{"type": "accuracy", "value": 0.875}]
     assert "| tuned | 0.875 (0.8 to 0.925) |" in body
     assert "1,234 rows" in body
-    assert "continues 99 of 100 prompts" in body and "at most 0.125" in body
-    assert "98 of 100 prompts, perplexity 1.00020 times" in body
+    assert "the same tokens as the trained model for 99 of 100 prompts" in body
+    assert "at most 0.125" in body
+    assert "98 of 100 prompts, and its perplexity is 1.00020 times" in body
     assert "| gpt4 | 0.5 |" in body
-    assert "macro_f1" not in body  # was not measured
+    assert "macro_f1" not in body  # not measured
     assert "0123456789abcdef" in body
     assert "rows.csv" in body
 
 
-def test_the_dataset_is_described_by_its_digests(tmp_path):
+def test_dataset_description_includes_digests(tmp_path):
     (tmp_path / "dataset.json").write_text('{"labels": ["a"], "task": "classification"}')
     (tmp_path / "inputs.json").write_text('{"files": [], "prepared": "x.dir"}')
     described = describe_dataset(tmp_path, tmp_path / "inputs.json")
@@ -287,10 +286,10 @@ def test_the_dataset_is_described_by_its_digests(tmp_path):
     }
 
 
-def test_a_new_process_is_followed_as_it_goes(capsys, monkeypatch):
+def test_progress_of_the_new_process_is_shown(capsys, monkeypatch):
     monkeypatch.setattr(
         "gptj8.runtime.progress._speaker", ""
-    )  # a stage that failed here has not ended
+    )  # a stage that failed earlier in this process may have left its name
     monkeypatch.setattr("gptj8.runtime.progress.LOG_SECONDS", 0)
     code = "import sys; print('1 of 2'); print('2 of 2'); print('{}'); sys.exit('no memory')"
     assert reference_answers._run([sys.executable, "-c", code], os.environ) == (
@@ -298,8 +297,8 @@ def test_a_new_process_is_followed_as_it_goes(capsys, monkeypatch):
         "{}\n",
         "no memory\n",
     )
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(", ")[0] for line in told] == [
-        "answers of a new process: 1 of 2 prompts",
-        "answers of a new process: 2 of 2 prompts",
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[0] for line in lines] == [
+        "answers in a new process: 1 of 2 prompts",
+        "answers in a new process: 2 of 2 prompts",
     ]

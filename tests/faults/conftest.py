@@ -1,4 +1,4 @@
-"""What was tried and what held, counted over all tests of faults and shown at the end."""
+"""Fixtures for fault tests, and a summary table of all injected faults."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import pytest
 from tests.faults.stage_project import StageProject, build_shim
 from tests.helpers.project_clone import STAGES
 
-_TRIED: Counter[str] = Counter()
-_HELD: Counter[str] = Counter()
+_TRIALS: Counter[str] = Counter()
+_SURVIVED: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session")
 def tally() -> Callable[[str, bool], None]:
     """Count one fault of a kind, and whether it was survived."""
 
-    def count(fault: str, held: bool) -> None:
-        _TRIED[fault] += 1
-        _HELD[fault] += held
+    def count(fault: str, survived: bool) -> None:
+        _TRIALS[fault] += 1
+        _SURVIVED[fault] += survived
 
     return count
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TRIED:
+    if _TRIALS:
         terminalreporter.write_line("")
-        terminalreporter.write_line("| fault | tried | held |")
+        terminalreporter.write_line("| fault | trials | survived |")
         terminalreporter.write_line("|---|---|---|")
-        for fault, tried in _TRIED.items():
-            terminalreporter.write_line(f"| {fault} | {tried:,} | {_HELD[fault]:,} |")
+        for fault, trials in _TRIALS.items():
+            terminalreporter.write_line(f"| {fault} | {trials:,} | {_SURVIVED[fault]:,} |")
 
 
 @pytest.fixture(scope="session")
@@ -42,25 +42,25 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> StageProject:
-    """A project in which every stage ran to its end. Not to be changed."""
-    project = StageProject(tmp_path_factory.mktemp("undisturbed") / "project", tiny_model_dir)
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> StageProject:
+    """A project in which every stage ran without faults. Tests must not change it."""
+    project = StageProject(tmp_path_factory.mktemp("reference") / "project", tiny_model_dir)
     project.run_all()
     return project
 
 
 @pytest.fixture(scope="session")
 def changes(
-    tmp_path_factory: pytest.TempPathFactory, undisturbed: StageProject, shim: Path
+    tmp_path_factory: pytest.TempPathFactory, reference: StageProject, shim: Path
 ) -> Callable[[str], list[str]]:
-    """Return what a stage changes in the project, in order: `rename /path`, `write /path` ..."""
+    """Return the file changes of a stage in order: `rename /path`, `write /path` ..."""
     known: dict[str, list[str]] = {}
     folder = tmp_path_factory.mktemp("changes")
 
     def of(stage: str) -> list[str]:
         assert stage in STAGES
         if stage not in known:
-            project = undisturbed.copy(folder / stage)
+            project = reference.copy(folder / stage)
             log = folder / f"{stage}.log"
             process = project.run(stage, **faults(shim, project, stage, "count", log=log))
             assert process.returncode == 0, process.stderr
@@ -79,7 +79,7 @@ def faults(
     error: int = errno.ENOSPC,
     log: Path | None = None,
 ) -> dict[str, str]:
-    """Return the environment in which a stage meets a fault at its `at`-th change; see shim.c."""
+    """Return environment variables that inject a fault at the `at`-th change; see shim.c."""
     return {
         "LD_PRELOAD": str(shim),
         "FAULT_ROOT": str(project.folder),

@@ -1,14 +1,14 @@
-/* Faults at chosen moments, for LD_PRELOAD: what a process changes in a folder is counted, and at a
- * given number it is killed, or nothing can be written from then on.
+/* Fault injection for LD_PRELOAD: counts the changes that a process makes in a folder. At a given
+ * change the process is killed, or all writes fail from then on.
  *
- *   FAULT_ROOT   folder whose changes count
- *   FAULT_ONLY   text that the command line of a process must contain for its changes to count
+ *   FAULT_ROOT   folder whose changes are counted
+ *   FAULT_ONLY   text that the command line of a process must contain for its changes to be counted
  *   FAULT_MODE   count | kill | fail
- *   FAULT_AT     number of the change, from 1; for `fail` of those that take space
- *   FAULT_ERROR  number of the error that `fail` ends in, such as ENOSPC
- *   FAULT_LOG    file that gets a line a change: its kind and path
+ *   FAULT_AT     number of the change, from 1; `fail` counts only changes that take disk space
+ *   FAULT_ERROR  errno of failing writes, such as ENOSPC
+ *   FAULT_LOG    file for one line per change: its kind and path
  *
- * A kill comes before or, for even numbers, after the change itself.
+ * The process is killed before the change if its number is odd, and after it if even.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,7 +27,7 @@
 
 static const char *root, *log_path;
 static long at, count;
-static int mode, fails, error; /* mode: 0 nothing, 1 count, 2 kill, 3 fail */
+static int mode, fails, error; /* mode: 0 off, 1 count, 2 kill, 3 fail */
 
 #define REAL(name) \
     static __typeof__(&name) real; \
@@ -66,7 +66,7 @@ static void note(const char *kind, const char *path) {
     close(fd);
 }
 
-/* Return whether the change counts; kills before it if its time has come and the number is odd. */
+/* Return whether the change is counted; kill the process here if it is change `at` and odd. */
 static int counts(const char *kind, const char *path, int takes_space) {
     size_t length = mode ? strlen(root) : 0;
     if (!mode || !path || strncmp(path, root, length) || path[length] != '/') return 0;

@@ -1,4 +1,4 @@
-"""`dvc repro` itself, killed with all its processes, and twice at once: no hand is laid on it."""
+"""Test `dvc repro` killed with all its processes, and run twice at once, without manual repair."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def clone(tmp_path_factory, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed_outcome(clone):
+def reference_outcome(clone):
     process = clone.dvc("repro", "--no-run-cache")
     assert process.returncode == 0, process.stdout + process.stderr
     return outcome_of(clone.folder)
 
 
 def forget(clone: Clone) -> None:
-    """Let everything run again."""
+    """Remove dvc.lock, so that all stages rerun."""
     (clone.folder / "dvc.lock").unlink(missing_ok=True)
 
 
@@ -58,7 +58,7 @@ def rerun_problems(clone, wanted):
 
 
 @pytest.mark.faults
-def test_a_killed_pipeline_goes_on_in_the_midst_of_training(clone, undisturbed_outcome, tally):
+def test_killed_pipeline_resumes_training(clone, reference_outcome, tally):
     forget(clone)
     process = start(clone)
     states = clone.folder / ".gptj8" / "checkpoints"
@@ -66,14 +66,14 @@ def test_a_killed_pipeline_goes_on_in_the_midst_of_training(clone, undisturbed_o
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    problems, said = rerun_problems(clone, undisturbed_outcome)
-    tally("SIGKILL of dvc repro and all it started", not problems)
+    problems, output = rerun_problems(clone, reference_outcome)
+    tally("SIGKILL of dvc repro and its processes", not problems)
     assert not problems
-    assert "finetune: goes on after step " in said
+    assert "finetune: resuming after step " in output
 
 
 @pytest.mark.faults
-def test_a_killed_pipeline_is_run_again_from_any_moment(clone, undisturbed_outcome, tally):
+def test_pipeline_killed_at_a_random_time_can_be_rerun(clone, reference_outcome, tally):
     draw, failed = random.Random(4), []
     for _ in range(8):
         forget(clone)
@@ -83,22 +83,22 @@ def test_a_killed_pipeline_is_run_again_from_any_moment(clone, undisturbed_outco
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        problems, _ = rerun_problems(clone, undisturbed_outcome)
-        tally("SIGKILL of dvc repro and all it started", not problems)
+        problems, _ = rerun_problems(clone, reference_outcome)
+        tally("SIGKILL of dvc repro and its processes", not problems)
         failed += problems
     assert not failed
 
 
 @pytest.mark.faults
-def test_of_two_at_once_one_refuses(clone, undisturbed_outcome, tally):
+def test_second_of_two_concurrent_runs_fails(clone, reference_outcome, tally):
     forget(clone)
     first = start(clone)
     time.sleep(8)
     second = start(clone)
-    said = second.communicate(timeout=600)[0]
-    first_said = first.communicate(timeout=600)[0]
-    assert first.returncode == 0, first_said
+    second_output = second.communicate(timeout=600)[0]
+    first_output = first.communicate(timeout=600)[0]
+    assert first.returncode == 0, first_output
     found = outcome_of(clone.folder)
-    held = second.returncode != 0 and "lock" in said and found == undisturbed_outcome
-    tally("two dvc repro at once", held)
-    assert held, said
+    survived = second.returncode != 0 and "lock" in second_output and found == reference_outcome
+    tally("two dvc repro at once", survived)
+    assert survived, second_output

@@ -1,6 +1,6 @@
-"""Hours of work: memory and open files stay as they are after the first minutes.
+"""Test that memory and open files stay constant after the first minutes of long runs.
 
-GPTJ8_ENDURANCE_SECONDS, an hour by default, is divided among training, evaluation and serving.
+GPTJ8_ENDURANCE_SECONDS, one hour by default, is divided among training, evaluation and serving.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.helpers.served_models import until
 
 SECONDS = float(os.environ.get("GPTJ8_ENDURANCE_SECONDS", "3600")) / 3
 _GROWTH_MB = 16
-"""What the medians of two parts of one process may differ by: pools that fill up."""
+"""Allowed difference between the medians of early and late samples, for pools that fill up."""
 
 _EVALUATE = """
 import sys, torch
@@ -44,14 +44,14 @@ while True:
 
 
 def usage(process: int) -> tuple[float, int]:
-    """Return the resident memory of a process in MB, and how many files it has open."""
+    """Return the resident memory of a process in MB and its number of open files."""
     status = Path(f"/proc/{process}/status").read_text()
     resident = int(status.split("VmRSS:")[1].split()[0]) / 1000
     return resident, len(os.listdir(f"/proc/{process}/fd"))
 
 
 def watched(process: subprocess.Popen, work: Callable[[], object]) -> list[tuple[float, int]]:
-    """Return what a process used each second, from a tenth of the time on, while work is done."""
+    """Return the usage of a process after each call of `work`, except in the first tenth."""
     samples, end = [], time.monotonic() + SECONDS
     warm = time.monotonic() + SECONDS / 10
     while time.monotonic() < end:
@@ -68,12 +68,13 @@ def assert_flat(samples: list[tuple[float, int]], tally, what: str) -> None:
     early, late = samples[:third], samples[-third:]
     memory = [statistics.median(sample[0] for sample in part) for part in (early, late)]
     files = [max(sample[1] for sample in part) for part in (early, late)]
-    held = memory[1] - memory[0] < _GROWTH_MB and files[1] <= files[0]
+    is_flat = memory[1] - memory[0] < _GROWTH_MB and files[1] <= files[0]
     hours = SECONDS / 3600
     tally(
-        f"{what} for {hours:.2f} h: {memory[0]:.0f} to {memory[1]:.0f} MB, {files[1]} files", held
+        f"{what} for {hours:.2f} h: {memory[0]:.0f} to {memory[1]:.0f} MB, {files[1]} files",
+        is_flat,
     )
-    assert held, (memory, files)
+    assert is_flat, (memory, files)
 
 
 def pause() -> None:
@@ -86,19 +87,19 @@ def end(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.faults
-def test_training(undisturbed, tmp_path, tally):
-    project = undisturbed.copy(tmp_path / "project")
+def test_training(reference, tmp_path, tally):
+    project = reference.copy(tmp_path / "project")
     file = project.folder / "params.yaml"
     text = file.read_text().replace("num_train_epochs: 1\n", "num_train_epochs: 100000\n")
     file.write_text(text.replace("save_minutes: 0\n", "save_minutes: 0.2\n"))
-    # To files: a pipe that nobody reads would stop it.
-    with open(tmp_path / "said", "w") as said:
+    # Output goes to a file, because a full pipe would block the process.
+    with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "stages.finetune"],
             cwd=project.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
         )
         try:
             assert_flat(watched(process, pause), tally, "training")
@@ -109,8 +110,8 @@ def test_training(undisturbed, tmp_path, tally):
 
 
 @pytest.mark.faults
-def test_evaluation(undisturbed: StageProject, tally):
-    artifacts = undisturbed.folder / "artifacts"
+def test_evaluation(reference: StageProject, tally):
+    artifacts = reference.folder / "artifacts"
     process = subprocess.Popen(
         [sys.executable, "-c", _EVALUATE, artifacts / "base-8bit", artifacts / "adapter"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -122,39 +123,39 @@ def test_evaluation(undisturbed: StageProject, tally):
 
 
 @pytest.mark.faults
-def test_serving(undisturbed: StageProject, tally):
+def test_serving(reference: StageProject, tally):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    artifacts = undisturbed.folder / "artifacts"
+    artifacts = reference.folder / "artifacts"
     command = [sys.executable, "-m", "gptj8.commands.main", "serve", "--port", str(port)]
     command += ["--model", str(artifacts / "base-8bit"), "--adapter", str(artifacts / "export")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    asked = 0
+    requested = 0
 
-    def answers() -> bool:
+    def is_ready() -> bool:
         try:
             return requests.get(url + "/health", timeout=5).ok
         except requests.ConnectionError:
             return False
 
-    def ask() -> None:
-        nonlocal asked
+    def send_requests() -> None:
+        nonlocal requested
         until_next = time.monotonic() + 1
         while time.monotonic() < until_next:
-            asked += 1
-            body = {"prompt": "fox " * (asked % 20 + 1), "max_new_tokens": 8, "stream": True}
+            requested += 1
+            body = {"prompt": "fox " * (requested % 20 + 1), "max_new_tokens": 8, "stream": True}
             with requests.post(url + "/generate", json=body, stream=True, timeout=30) as answer:
-                if asked % 5:  # each fifth client is gone before the end
+                if requested % 5:  # every fifth client disconnects early
                     assert answer.content
-            row = {"row": {"text": "wizard " * (asked % 20 + 1)}}
+            row = {"row": {"text": "wizard " * (requested % 20 + 1)}}
             assert requests.post(url + "/classify", json=row, timeout=30).ok
             requests.post(url + "/classify", json={"row": {"wrong": 1}}, timeout=30)
 
     try:
-        until(answers, 60)
-        assert_flat(watched(process, ask), tally, "serving")
+        until(is_ready, 60)
+        assert_flat(watched(process, send_requests), tally, "serving")
     finally:
         end(process)

@@ -1,5 +1,4 @@
-"""A bit that flips in, or a byte that is missing from, anything that was written: found and named
-before it is used."""
+"""Test that flipped bits and truncated files are detected and named before they are used."""
 
 from __future__ import annotations
 
@@ -28,22 +27,22 @@ _FOLDERS = {
 
 
 @pytest.fixture(scope="module")
-def project(undisturbed, tmp_path_factory):
-    """A project's artifacts, and a checkpoint beside them."""
-    twin = undisturbed.copy(tmp_path_factory.mktemp("flipped") / "project")
+def project(reference, tmp_path_factory):
+    """A project with its artifacts and a checkpoint."""
+    twin = reference.copy(tmp_path_factory.mktemp("flipped") / "project")
     states = SavedStates(twin.folder / "checkpoints", "k" * 64, None)
     states.save(3, {"weights": torch.randn(64, 64), "random": random_state()})
     return twin.folder
 
 
 def covered(folder: Path) -> list[Path]:
-    """Return the files that are used of a folder: those of its manifest, and that."""
+    """Return the manifest of a folder and the files it lists."""
     names = json.loads((folder / MANIFEST).read_text())
     return [folder / MANIFEST, *(folder / name for name in names)]
 
 
 def is_found(folder: Path, file: Path) -> bool:
-    """Whether the damage of a file is told, by its name or, of the manifest, in whatever way."""
+    """Return whether the error names the damaged file or, for a manifest, its folder."""
     try:
         verify_manifest(folder)
     except UserError as error:
@@ -75,8 +74,8 @@ def flip_many(project, tally, count):
     return missed
 
 
-def cut_many(project, tally, offsets):
-    """Cut safetensors files at every byte of their headers, and elsewhere."""
+def truncate_many(project, tally, offsets):
+    """Truncate safetensors files at bytes of their headers and at random offsets."""
     draw, missed = random.Random(3), []
     for kind in ("converted model", "adapter", "checkpoint"):
         folder = project / _FOLDERS[kind]
@@ -88,31 +87,31 @@ def cut_many(project, tally, offsets):
             for length in lengths:
                 file.write_bytes(content[:length])
                 found = is_found(folder, file)
-                tally("file cut short", found)
+                tally("file truncated", found)
                 if not found:
-                    missed.append(f"{file} cut to {length}")
+                    missed.append(f"{file} truncated to {length}")
             file.write_bytes(content)
     return missed
 
 
 @pytest.mark.slow
-def test_flipped_bits_are_found(project, tally):
+def test_flipped_bits_are_detected(project, tally):
     assert not flip_many(project, tally, 300)
 
 
 @pytest.mark.slow
-def test_files_cut_short_are_found(project, tally):
-    assert not cut_many(project, tally, 10)
+def test_truncated_files_are_detected(project, tally):
+    assert not truncate_many(project, tally, 10)
 
 
 @pytest.mark.faults
-def test_many_flipped_bits_are_found(project, tally):
+def test_many_flipped_bits_are_detected(project, tally):
     assert not flip_many(project, tally, 10_000)
 
 
 @pytest.mark.faults
-def test_files_cut_anywhere_are_found(project, tally):
-    assert not cut_many(project, tally, 1_000)
+def test_files_truncated_at_many_offsets_are_detected(project, tally):
+    assert not truncate_many(project, tally, 1_000)
 
 
 def use(kind: str, project: Path) -> object:
@@ -138,7 +137,7 @@ def use(kind: str, project: Path) -> object:
         ("export", "adapter_model.safetensors"),
     ],
 )
-def test_what_is_damaged_is_not_used(project, kind, name):
+def test_damaged_files_raise(project, kind, name):
     (file,) = (project / _FOLDERS[kind]).glob(name)
     kept = file.with_name("kept")
     shutil.copyfile(file, kept)
@@ -152,7 +151,7 @@ def test_what_is_damaged_is_not_used(project, kind, name):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_not_used(project, capsys):
+def test_damaged_checkpoint_is_not_used(project, capsys):
     states = SavedStates(project / "checkpoints", "k" * 64, None)
     file = project / _FOLDERS["checkpoint"] / "tensors.safetensors"
     content = file.read_bytes()

@@ -1,8 +1,8 @@
-"""Damaged and hostile headers of safetensors, manifests and params: read, or refused in one line.
+"""Test damaged and hostile safetensors headers, manifests and params files.
 
-Mutations are drawn from a seed: bits, bytes, slices, numbers too large or too small, keys twice,
-nests and aliases. Nothing but a UserError is raised, nothing takes long, and memory stays within
-the size of the file and 200 MB.
+Mutations are drawn from a seed: bits, bytes, slices, numbers that are too large or too small,
+duplicate keys, nesting and aliases. Each file is read or raises a UserError, within seconds and
+within the file size plus 200 MB of memory.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def fuzz(read, file: Path, good: list[bytes], count: int, seed: int, tally, fault: str):
-    """Let `read` meet damaged copies of good content; return what was not survived."""
+    """Call `read` on mutated copies of valid content and return the failures."""
     draw, failed = random.Random(seed), []
     file.write_bytes(good[0])
-    read()  # imports
+    read()  # loads modules before memory is measured
     before = resident_bytes()
     for trial in range(count):
         content = mutated(draw.choice(good), draw)
@@ -90,7 +90,7 @@ def fuzz_headers(tmp_path, count, seed, tally):
     tensors = {"a.weight": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.uint8)}
     save_file(tensors, file, metadata={"format": "pt"})
     good = file.read_bytes()
-    # The same header with another length before it, as well.
+    # Also the same header with wrong lengths.
     size = int.from_bytes(good[:8], "little")
     lengths = (0, 1, size - 1, size + 1, len(good), 100_000_000, 2**40, 2**63, 2**64 - 1)
     others = [length.to_bytes(8, "little") + good[8:] for length in lengths]
@@ -150,7 +150,7 @@ _KINDS = {
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_damage_is_refused_in_words(tmp_path, tally, kind):
+def test_damaged_files_raise_user_errors(tmp_path, tally, kind):
     work, _ = _KINDS[kind]
     failed = work(tmp_path, 300, 0, tally)
     assert not failed, "\n".join(failed)
@@ -158,7 +158,7 @@ def test_damage_is_refused_in_words(tmp_path, tally, kind):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", _KINDS)
-def test_much_damage_is_refused_in_words(tmp_path, tally, kind):
+def test_many_damaged_files_raise_user_errors(tmp_path, tally, kind):
     work, count = _KINDS[kind]
     failed = work(tmp_path, count, 1, tally)
     assert not failed, "\n".join(failed)
@@ -175,17 +175,17 @@ def test_much_damage_is_refused_in_words(tmp_path, tally, kind):
             + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
         ),
         ("an alias of itself", "data: &a [*a]"),
-        ("a number without end", "seed: " + "9" * 100_000),
-        ("a hexadecimal without end", "seed: 0x" + "f" * 5_000),
+        ("a very long number", "seed: " + "9" * 100_000),
+        ("a very long hexadecimal", "seed: 0x" + "f" * 5_000),
         ("merges of merges", "a: &a {x: 1}\n" + "b: {<<: [*a, *a]}\n" * 3),
-        ("a date that is none", "seed: 2001-99-99"),
+        ("an invalid date", "seed: 2001-99-99"),
         ("a tag", "seed: !!python/object/apply:os.system ['true']"),
         ("a large file", "# " + "x" * 20_000_000),
         ("NUL", "seed: \0"),
-        ("a list without end", "seed: [" + "1," * 450_000 + "]"),
-        ("keys without end", "".join(f"k{n}: 1\n" for n in range(200_000))),
+        ("a very long list", "seed: [" + "1," * 450_000 + "]"),
+        ("too many keys", "".join(f"k{n}: 1\n" for n in range(200_000))),
         ("many unknown keys", "".join(f"k{n}: 1\n" for n in range(4_900))),
-        ("a long text where a number belongs", f"seed: '{'a' * 900_000}'"),
+        ("a long text instead of a number", f"seed: '{'a' * 900_000}'"),
         ("an alias of a long text", f"seed: &a '{'a' * 20_000}'\ndata: [{'*a, ' * 3_000}]"),
         ("base 60", "%YAML 1.1\n---\nseed: 1" + ":59" * 400 + ".5"),
     ],

@@ -1,4 +1,4 @@
-"""A pickle that says when it is run, in every place where one could lie: it never is."""
+"""Test that pickles and code in models, adapters, checkpoints and datasets are never run."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ CPU = torch.device("cpu")
 
 
 class Canary:
-    """Writes a file when it is unpickled."""
+    """Creates the file `marker` when it is unpickled."""
 
-    def __init__(self, song: Path) -> None:
-        self.song = song
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
 
     def __reduce__(self):
-        return Path.touch, (self.song,)
+        return Path.touch, (self.marker,)
 
 
 @pytest.fixture
-def song(tmp_path):
-    return tmp_path / "song"
+def marker(tmp_path):
+    return tmp_path / "marker"
 
 
-def test_the_canary_sings(song):
-    pickle.loads(pickle.dumps(Canary(song)))
-    assert song.exists()
+def test_unpickling_a_canary_creates_the_marker(marker):
+    pickle.loads(pickle.dumps(Canary(marker)))
+    assert marker.exists()
 
 
 @pytest.fixture
-def refused(song):
-    def refuses(work):
+def assert_rejected(marker):
+    def check(work):
         with pytest.raises(UserError):
             work()
-        assert not song.exists()
+        assert not marker.exists()
 
-    return refuses
+    return check
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
 @pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_in_a_models_weights(tiny_model_dir, tmp_path, song, refused, tally, name, how):
+def test_pickle_in_model_weights(
+    tiny_model_dir, tmp_path, marker, assert_rejected, tally, name, how
+):
     from gptj8 import Blockwise8bitConfig, convert_checkpoint
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     (folder / "model.safetensors").unlink()
-    content = {"transformer.wte.weight": Canary(song)}
+    content = {"transformer.wte.weight": Canary(marker)}
     if how == "torch":
         torch.save(content, folder / name)
     else:
@@ -66,32 +68,32 @@ def test_in_a_models_weights(tiny_model_dir, tmp_path, song, refused, tally, nam
     if "-of-" in name:
         index = {"weight_map": {"transformer.wte.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    refused(lambda: convert_checkpoint(folder, tmp_path / "8bit", Blockwise8bitConfig()))
-    refused(lambda: load_model(folder, torch.float32, CPU))
-    tally("pickle in a model's weights", not song.exists())
+    assert_rejected(lambda: convert_checkpoint(folder, tmp_path / "8bit", Blockwise8bitConfig()))
+    assert_rejected(lambda: load_model(folder, torch.float32, CPU))
+    tally("pickle in a model's weights", not marker.exists())
 
 
-def test_in_an_adapters_weights(tiny_8bit_dir, tmp_path, song, refused, tally):
+def test_pickle_in_adapter_weights(tiny_8bit_dir, tmp_path, marker, assert_rejected, tally):
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    torch.save({"x": Canary(song)}, tmp_path / "adapter_model.bin")
+    torch.save({"x": Canary(marker)}, tmp_path / "adapter_model.bin")
     model = load_model(tiny_8bit_dir, torch.float32, CPU)
-    refused(lambda: load_adapter(model, tmp_path))
-    tally("pickle in an adapter's weights", not song.exists())
+    assert_rejected(lambda: load_adapter(model, tmp_path))
+    tally("pickle in an adapter's weights", not marker.exists())
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "state.json"])
-def test_in_a_checkpoint(tmp_path, song, tally, name):
+def test_pickle_in_a_checkpoint(tmp_path, marker, tally, name):
     states = SavedStates(tmp_path / "states", "k" * 64, None)
     folder = states.save(1, {"weight": torch.zeros(3)})
-    (folder / name).write_bytes(pickle.dumps(Canary(song)))
+    (folder / name).write_bytes(pickle.dumps(Canary(marker)))
     states.latest()
-    assert not song.exists()
-    tally("pickle in a checkpoint", not song.exists())
+    assert not marker.exists()
+    tally("pickle in a checkpoint", not marker.exists())
 
 
 @pytest.mark.parametrize("name", ["train.pkl", "train.pt", "train.npy", "train.csv", "train.json"])
-def test_in_a_dataset(tmp_path, song, tally, name):
+def test_pickle_in_a_dataset(tmp_path, marker, tally, name):
     from gptj8.dataset.prepared.prompts import TextEncoder
     from gptj8.dataset.validation.run import validate
     from tests.helpers.labelled_rows import byte_tokenizer
@@ -99,9 +101,9 @@ def test_in_a_dataset(tmp_path, song, tally, name):
     file = tmp_path / "data" / name
     file.parent.mkdir()
     if name.endswith(".npy"):
-        np.save(file, np.array([Canary(song)], dtype=object), allow_pickle=True)
+        np.save(file, np.array([Canary(marker)], dtype=object), allow_pickle=True)
     else:
-        file.write_bytes(pickle.dumps([Canary(song)]))
+        file.write_bytes(pickle.dumps([Canary(marker)]))
     data = Data(train=str(file))
     encoder = TextEncoder(byte_tokenizer(), eos_id=0)
 
@@ -114,11 +116,13 @@ def test_in_a_dataset(tmp_path, song, tally, name):
 
     with pytest.raises(UserError):
         work()
-    assert not song.exists()
-    tally("pickle in a dataset", not song.exists())
+    assert not marker.exists()
+    tally("pickle in a dataset", not marker.exists())
 
 
-def test_code_beside_a_model_is_not_run(tiny_model_dir, tmp_path, song, refused, tally):
+def test_code_in_a_model_folder_is_not_run(
+    tiny_model_dir, tmp_path, marker, assert_rejected, tally
+):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -130,6 +134,6 @@ def test_code_beside_a_model_is_not_run(tiny_model_dir, tmp_path, song, refused,
         },
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(song)!r}).touch()\n")
-    refused(lambda: load_model(folder, torch.float32, CPU))
-    tally("code beside a model", not song.exists())
+    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    assert_rejected(lambda: load_model(folder, torch.float32, CPU))
+    tally("code in a model folder", not marker.exists())

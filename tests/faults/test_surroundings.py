@@ -1,4 +1,4 @@
-"""A machine that lacks what most have: HOME, room for temporary files, shared memory."""
+"""Test machines without HOME, space for temporary files or shared memory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tests.helpers.project_clone import STAGES
         ("HOME is a folder that does not exist", {"HOME": "/nonexistent"}),
         ("HOME is empty", {"HOME": ""}),
         ("TMPDIR does not exist", {"TMPDIR": "/nonexistent"}),
-        ("no variable but PATH", None),
+        ("only PATH is set", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_stages_run_all_the_same(
-    undisturbed, tmp_path, monkeypatch, tally, stage, lacks, environment
+def test_stages_run_without_environment_variables(
+    reference, tmp_path, monkeypatch, tally, stage, lacks, environment
 ):
-    project = undisturbed.copy(tmp_path / "project")
+    project = reference.copy(tmp_path / "project")
     if environment is None:
         for name in set(os.environ) - {"PATH"}:
             monkeypatch.delenv(name)
     process = project.run(stage, **(environment or {}))
-    held = process.returncode == 0 and project.outcome() == undisturbed.outcome()
-    tally(lacks, held)
-    assert held, process.stderr
+    survived = process.returncode == 0 and project.outcome() == reference.outcome()
+    tally(lacks, survived)
+    assert survived, process.stderr
 
 
 def mounted(options: str, folder: str) -> list[str]:
-    """Return the beginning of a command that has an empty file system of its own at a folder."""
+    """Return a command prefix that mounts an empty file system at a folder."""
     script = f'mount -t tmpfs -o {options} none "$0" && exec "$@"'
     return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, folder]
 
@@ -43,14 +43,14 @@ def mounted(options: str, folder: str) -> list[str]:
 @pytest.mark.faults
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("lacks", ["no /dev/shm", "TMPDIR of 64 KB on another file system"])
-def test_stages_run_with_file_systems_of_no_use(undisturbed, tmp_path, tally, stage, lacks):
-    project = undisturbed.copy(tmp_path / "project")
+def test_stages_run_with_unusable_file_systems(reference, tmp_path, tally, stage, lacks):
+    project = reference.copy(tmp_path / "project")
     if lacks == "no /dev/shm":
         process = project.run(stage, prefix=mounted("ro", "/dev/shm"))
     else:
         tiny = tmp_path / "tiny"
         tiny.mkdir()
         process = project.run(stage, prefix=mounted("size=64k", str(tiny)), TMPDIR=str(tiny))
-    held = process.returncode == 0 and project.outcome() == undisturbed.outcome()
-    tally(lacks, held)
-    assert held, process.stderr
+    survived = process.returncode == 0 and project.outcome() == reference.outcome()
+    tally(lacks, survived)
+    assert survived, process.stderr

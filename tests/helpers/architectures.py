@@ -1,4 +1,4 @@
-"""Small configs of other families of causal language models, by what transformers calls them."""
+"""Small configs of several causal language model families, by a short name of the family."""
 
 COMMON = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -1,4 +1,4 @@
-"""Good files of every text format, seeded, and what may happen to one on its way."""
+"""Valid files in every text format, generated from a seed, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Damage = Callable[[bytes, random.Random], bytes]
 
 
 def random_rows(rng: random.Random, lines: bool = True, count: int = 24) -> list[dict[str, str]]:
-    """Return rows whose texts are distinct and use what a CSV has to quote, some several lines."""
+    """Return rows with distinct texts that need quoting in CSV; with `lines` some have newlines."""
     letters = LETTERS + "äßéжд語😀"
     rows = []
     for number in range(count):
@@ -33,7 +33,7 @@ def random_rows(rng: random.Random, lines: bool = True, count: int = 24) -> list
 
 
 def delimited(rows: list[list[str]], delimiter: str, end: str, rng: random.Random) -> str:
-    """Write rows as RFC 4180 has it, with quotes where they are needed and here and there more."""
+    """Return rows as RFC 4180 text, with quotes where needed and sometimes where not needed."""
     special = re.compile(f'[{delimiter}"\r\n]')
     lines = []
     for row in rows:
@@ -73,7 +73,7 @@ def compressed(data: bytes, suffix: str) -> bytes:
 
 
 def at_random(pieces: list[bytes]) -> Damage:
-    """Insert one of `pieces` at a few places."""
+    """Insert random pieces at up to three random places."""
 
     def damage(data: bytes, rng: random.Random) -> bytes:
         for _ in range(rng.randint(1, 3)):

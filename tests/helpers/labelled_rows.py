@@ -1,4 +1,4 @@
-"""Distinct labelled texts, and a tokenizer by which their tokens can be counted by hand."""
+"""Distinct labelled texts, and a byte tokenizer, which makes token counts easy to predict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = "red green blue cyan lime teal navy gold pink gray plum rust sand snow m
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer whose tokens are bytes, so that lengths can be counted by hand."""
+    """Return a tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""Small random models, and a tokenizer trained on the spot."""
+"""Fixtures: small random models and a newly trained tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def any_model(request, make_model):
 
 @pytest.fixture(scope="session")
 def encoder():
-    """A byte-level encoder of `VOCABULARY` tokens at most, without a BOS; id 0 ends a text."""
+    """Return a byte-level encoder with at most `VOCABULARY` tokens, no BOS and the EOS id 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""A prepared dataset as `validate` leaves it, made without reading any file."""
+"""Write a prepared dataset, as the stage `validate` does, without reading any files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptj8.dataset.prepared.dataset import FIELDS, PreparedWriter
 def write_prepared(
     directory: Path, task: str, splits: Mapping[str, pd.DataFrame], template: str = "{text}"
 ) -> None:
-    """Write rows with the task's fields, `file` and `row`; every one has the tokens 1, 2, 3."""
+    """Write rows with the task's fields, `file` and `row`. Every row has the tokens 1, 2, 3."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     labels = {label for rows in splits.values() for label in rows.get("label", ())}
     with closing(PreparedWriter(directory, task, template, max_length=4)) as writer:

@@ -1,4 +1,4 @@
-"""A project in a temporary folder, as a newcomer has it, small enough to be run many times."""
+"""A fresh clone of the project in a temporary folder, small enough to be run many times."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STAGES = ("validate", "convert", "finetune", "evaluate", "export")
 
 
 def hear_interrupts() -> None:
-    """In a child, before it begins: not to inherit that a job in the background ignores SIGINT."""
+    """Restore SIGINT in a child process: background jobs inherit that it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Clone:
-    """A clone of the working tree, as a newcomer has it, with a small model and dataset in it."""
+    """A clone of the working tree with a small model and dataset, as in a fresh checkout."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Clone:
             cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
         for name in listed:
-            # A dvc.lock tells what was run here, and a newcomer has run nothing.
+            # dvc.lock records earlier runs, which a fresh checkout does not have.
             if (ROOT / name).is_file() and Path(name).name != "dvc.lock":
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
@@ -64,7 +64,7 @@ class Clone:
         scripts = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": ""}
         environment.pop("MLFLOW_TRACKING_URI", None)
-        environment.pop("TRANSFORMERS_VERBOSITY", None)  # users hear all that it has to say
+        environment.pop("TRANSFORMERS_VERBOSITY", None)  # users see all its messages
         command = [sys.executable, "-m", "dvc", *arguments]
         return subprocess.run(
             command, cwd=self.folder, capture_output=True, text=True, env=environment
@@ -86,8 +86,11 @@ class Clone:
         return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
     def client(self) -> mlflow.MlflowClient:
-        """Return a client of the database that is there now: MLflow keeps one open by its address,
-        also when another file has taken its place."""
+        """Return a client of the current database.
+
+        MLflow keeps a database open by its URI, even if the file was replaced. Each file therefore
+        gets its own path, through a link.
+        """
         number = (self.folder / "mlflow.db").stat().st_ino
         link = self.folder.parent / f"database-{number}"
         if not link.is_symlink():
@@ -105,7 +108,7 @@ MAGIC = "wizard spell wand potion witch rune charm curse staff orb".split()
 
 
 def write_rows(path: Path, text: str, label: str, vocabulary: dict[str, list[str]]) -> None:
-    """Write 120 distinct rows a label, words drawn from the label's own vocabulary."""
+    """Write 120 distinct rows per label, with words drawn from the label's vocabulary."""
     generator = random.Random(0)
     with open(path, "w", newline="") as stream:
         writer = csv.writer(stream)
@@ -123,7 +126,7 @@ def ran(process: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def assert_complete(run: mlflow.entities.Run, clone: Clone, stages=STAGES) -> None:
-    """Every number of every stage's metrics.json is in the row, every param, and it is finished."""
+    """Assert that an MLflow run is finished and has all params and all metrics of the stages."""
     from gptj8.tracking.journal import flatten
 
     assert run.info.status == "FINISHED"

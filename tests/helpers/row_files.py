@@ -1,4 +1,4 @@
-"""The same rows in every format, written by other means than the code under test."""
+"""Write the same rows in every format, without using the code under test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_csv(
 
 
 def write_rows(path: Path) -> Path:
-    """Write ROWS in the format of the suffix, by other means than the code under test."""
+    """Write ROWS in the format of the path's suffix."""
     records = [{"text": text, "label": label} for text, label in ROWS]
     if path.suffix in (".csv", ".tsv"):
         return write_csv(path, ["text", "label"], ROWS, "," if path.suffix == ".csv" else "\t")

@@ -1,4 +1,4 @@
-"""Exports of small models for each task, and a server that answers on loopback."""
+"""Exports of small models for each task, and a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def data_of(task):
 
 @pytest.fixture(scope="session")
 def adapter(tiny_8bit_dir, tmp_path_factory):
-    """As finetune leaves it, and large enough for answers to differ."""
+    """Return an adapter as `finetune` writes it, with weights large enough to change answers."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     model = load_model(tiny_8bit_dir, torch.float32, torch.device("cpu"))
@@ -63,7 +63,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exports(adapter, tiny_8bit_dir, tmp_path_factory):
-    """By task, the folder that the stage `export` makes."""
+    """Return the folders written by the stage `export`, by task."""
     folders = {}
     for task in TASKS:
         folders[task] = tmp_path_factory.mktemp(f"export-{task}")
@@ -82,13 +82,13 @@ def exports(adapter, tiny_8bit_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def predictors(exports, tiny_8bit_dir):
-    """By task, and `base` for the model without an adapter."""
+    """Return the predictors by task; `base` is the model without an adapter."""
     found = {t: Predictor.load(tiny_8bit_dir, folder, "float32") for t, folder in exports.items()}
     return {**found, "base": Predictor.load(tiny_8bit_dir, None, "float32")}
 
 
 def greedy(predictor, prompt, tokens):
-    """Return the ids that the model finds likeliest, asked alone."""
+    """Return the ids that greedy decoding of a single prompt gives."""
     encoder = predictor.encoder
     (ids,) = generate_greedily(
         predictor.model,
@@ -102,7 +102,7 @@ def greedy(predictor, prompt, tokens):
 
 @contextmanager
 def running(predictor, limits=Limits(), max_batch=4, max_waiting=256, token=None):  # noqa: B008  # frozen
-    """Yield the address and the engine of a server in a thread of its own."""
+    """Yield the URL and the engine of a server that runs in its own thread."""
     engine = Engine(predictor, max_batch, max_waiting)
     port = free_port()
     config = uvicorn.Config(create_app(engine, limits, token), port=port, log_level="error")
@@ -119,16 +119,16 @@ def running(predictor, limits=Limits(), max_batch=4, max_waiting=256, token=None
 
 
 def until(condition, seconds=20.0):
-    """Wait for what another thread or process does."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)
 
 
 @contextmanager
 def held(engine, monkeypatch):
-    """Hold the engine before its next step: what is asked meanwhile stays active or waits."""
+    """Block the engine before its next step, so that new requests stay active or waiting."""
     gate = threading.Event()
     step = engine._batch.step
 

@@ -1,4 +1,4 @@
-"""Servers on this machine: a port that is free, and MLflow's tracking server."""
+"""Local servers: a free port, and an MLflow tracking server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, *options: str, environment: dict[str, str] | None = None):
-    """A real MLflow server on loopback; yield its port."""
+    """Start an MLflow server on the loopback interface and yield its port."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]

@@ -1,4 +1,4 @@
-"""Small random models of each architecture, large enough in their weights for tokens to differ."""
+"""Small random models of several architectures, with weights large enough to vary the tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARCHITECTURES = {
 def make_model(
     architecture: str, attention: str | None = None, context: int = 64
 ) -> torch.nn.Module:
-    """Return a float32 model in eval mode; its token 0 begins and ends a text."""
+    """Return a float32 model in eval mode. Token 0 is both BOS and EOS."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(

@@ -1,4 +1,4 @@
-"""A stop for what must not take long."""
+"""Limit the run time of a block of code."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 
 class LateError(BaseException):
-    """No `Exception`, which the code under test might take for one of its own."""
+    """The time limit has passed. Not an `Exception`, which the code under test might catch."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Fail, and where Python still runs stop, what takes longer."""
+    """Fail if the block takes longer. Python code is also interrupted."""
 
     def stop(number: int, frame: object) -> None:
-        raise LateError(f"takes more than {seconds} s")
+        raise LateError(f"took more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     started = time.monotonic()
@@ -27,4 +27,4 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        assert time.monotonic() - started < seconds, "takes too long"
+        assert time.monotonic() - started < seconds, "took too long"

@@ -1,4 +1,4 @@
-"""What a stage leaves, and what MLflow has of it, in the working folder."""
+"""Write a stage's reports, and read its MLflow runs, in the working directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training of seconds, to interrupt and to compare."""
+"""A training run of a few seconds, for tests that interrupt or compare runs."""
 
 from dataclasses import asdict, replace
 
@@ -22,13 +22,13 @@ SETTINGS = TrainingSettings(
     warmup_ratio=0.2,
     seed=3,
 )
-"""Three steps an epoch, nine in all; loss at 2, 4, 6, 8 and validation at 4, 8, 9."""
+"""Three steps per epoch, nine in total; loss at 2, 4, 6, 8 and validation at 4, 8, 9."""
 
-_OF_TIME = ("seconds", "tokens_per_second", "samples_per_second", "memory_gib")
+_TIMINGS = ("seconds", "tokens_per_second", "samples_per_second", "memory_gib")
 
 
 def rows(folder):
-    """Return examples of different lengths for the model in a folder."""
+    """Return examples of different lengths, encoded for the model in a folder."""
     prompts = PromptEncoder(TextEncoder.load(folder), "{text} =", 32)
     encoded = [prompts.example(text, completion) for text, completion in ROWS]
     return [
@@ -38,7 +38,7 @@ def rows(folder):
 
 
 def adapted_model(folder, method="lora", dropout=0.1, dtype=torch.float32):
-    """Return the model with an untrained adapter, the same each time."""
+    """Return the model with an untrained adapter, identical on every call."""
     torch.manual_seed(0)
     model = load_model(folder, dtype, CPU)
     return add_adapter(model, AdapterSpec(method, "all-linear", 4, 8, dropout))
@@ -49,10 +49,10 @@ def weights_of(model):
 
 
 def lasting(result):
-    """Return what of a result does not depend on time."""
-    found = {k: v for k, v in asdict(result).items() if k not in _OF_TIME}
+    """Return a training result without its timings."""
+    found = {k: v for k, v in asdict(result).items() if k not in _TIMINGS}
     found["history"] = [
-        {k: v for k, v in point.items() if k not in _OF_TIME} for point in found["history"]
+        {k: v for k, v in point.items() if k not in _TIMINGS} for point in found["history"]
     ]
     return found
 
@@ -62,7 +62,7 @@ def changed(**changes):
 
 
 def accuracy(model, batch_size):
-    """Something of the weights, which draws random numbers as a measure might."""
+    """Return a number computed from the weights; draws random numbers, as a metric might."""
     return float(sum(w.abs().sum() for w in weights_of(model).values()) + torch.rand(()) * 0)
 
 

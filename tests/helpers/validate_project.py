@@ -1,4 +1,4 @@
-"""A small project in which the stage `validate` runs in a process of its own."""
+"""A small project in which the stage `validate` runs as a separate process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_project(tmp_path: Path) -> Path:
 
 def write_params(folder: Path, **data: object) -> None:
     content = {"data": {"train": "mine.csv"} | data, "model": {"path": "model"}}
-    content["tracking"] = {"uri": None}  # a new database takes MLflow ten seconds
+    content["tracking"] = {"uri": None}  # MLflow takes ten seconds to create a database
     (folder / "params.yaml").write_text(json.dumps(content))  # JSON is YAML
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels against the torch reference, bit for bit."""
+"""Compare the compiled CPU kernels with the torch reference, bit for bit."""
 
 import importlib.machinery
 import math
@@ -21,12 +21,12 @@ from tests.helpers.paths import ROOT
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 compiled = pytest.mark.skipif(
-    cpu.library() is None and shutil.which("cc") is None, reason="there is no compiler here"
+    cpu.library() is None and shutil.which("cc") is None, reason="needs a C compiler"
 )
 
 
 def some_weights(dtype: torch.dtype, n: int) -> torch.Tensor:
-    """Random weights with what is awkward among them: zeros, subnormals, a block of each."""
+    """Return random weights that include zeros and subnormals, with complete blocks of each."""
     weights = torch.randn(n, generator=torch.Generator().manual_seed(n))
     weights[::7] = 0.0
     weights[1::11] *= 1e-6
@@ -37,7 +37,7 @@ def some_weights(dtype: torch.dtype, n: int) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes: comparing values would take -0 for 0."""
+    """Return the bytes of a tensor, to distinguish -0 from 0."""
     return tensor.contiguous().view(torch.uint8)
 
 
@@ -50,7 +50,7 @@ def threads(request):
 
 
 @compiled
-def test_the_kernels_were_compiled_where_there_is_a_compiler():
+def test_kernels_are_compiled_if_a_compiler_is_available():
     assert cpu.library() is not None
     assert dispatch.describe(torch.device("cpu")) == "compiled kernels"
 
@@ -59,7 +59,7 @@ def test_the_kernels_were_compiled_where_there_is_a_compiler():
 @pytest.mark.parametrize("n", [1, 255, 4096, 50_001])
 @pytest.mark.parametrize("block_size", [64, 512, 1024, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_operation_is_bit_equal_to_the_reference(dtype, block_size, n, threads):
+def test_operations_are_bit_identical_to_the_reference(dtype, block_size, n, threads):
     flat = some_weights(dtype, n)
     absmax = reference.absmax(flat, block_size)
     assert torch.equal(cpu.absmax(flat, block_size), absmax)
@@ -87,8 +87,8 @@ def test_each_operation_is_bit_equal_to_the_reference(dtype, block_size, n, thre
 
 @compiled
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not-aligned"])
-def test_what_goes_past_the_caches_is_the_same(offset):
-    """From 2^24 weights on restored ones are streamed, if their memory begins where they may."""
+def test_streaming_stores_match_the_reference(offset):
+    """From 2^24 weights on, the output bypasses the caches if its memory is aligned."""
     n, block_size = (1 << 24) + 777, 4096
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (n,), dtype=torch.uint8)
@@ -100,8 +100,8 @@ def test_what_goes_past_the_caches_is_the_same(offset):
 
 
 @compiled
-def test_a_crowded_codebook_is_searched_to_its_end():
-    # 128 boundaries in one cell of the kernel's table.
+def test_encode_handles_many_boundaries_in_one_cell():
+    # The codebook puts 128 boundaries into one cell of the kernel's table.
     codebook = torch.cat([torch.linspace(0, 1e-5, 128), torch.linspace(0.5, 1, 128)])
     flat = torch.cat([torch.linspace(0, 1.2e-5, 4095), torch.ones(1)])
     absmax, boundaries = reference.absmax(flat, 4096), reference.exact_midpoints(codebook)
@@ -113,8 +113,9 @@ def test_a_crowded_codebook_is_searched_to_its_end():
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", [512, 4096])
-def test_every_16_bit_value_and_the_ties_between_them_round_as_torch_rounds(dtype, block_size):
-    # Blocks whose absmax is a value, or exactly between two, restored through codebook value 1.
+def test_all_16_bit_values_and_ties_round_like_torch(dtype, block_size):
+    # Each block's absmax is a 16-bit value or the midpoint of two, multiplied by a codebook value
+    # of 1 or -1.
     values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     values = values[values.isfinite()]
     between = ((values[1:].double() + values[:-1].double()) / 2).float()
@@ -136,7 +137,7 @@ def test_every_16_bit_value_and_the_ties_between_them_round_as_torch_rounds(dtyp
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_absmax_shows_what_is_not_finite(dtype, value):
+def test_absmax_is_not_finite_if_a_weight_is_not(dtype, value):
     flat = torch.ones(200, dtype=dtype)
     flat[70] = value
     assert cpu.absmax(flat, 64).isfinite().tolist() == [True, False, True, True]
@@ -144,7 +145,7 @@ def test_absmax_shows_what_is_not_finite(dtype, value):
 
 @compiled
 @pytest.mark.parametrize("reach", [1.2e6, 1e7, 1e10])
-def test_a_codebook_beyond_one_is_searched_right(reach):
+def test_encode_with_a_codebook_beyond_one_matches_the_reference(reach):
     codebook = torch.cat([torch.linspace(-1, 1, 255), torch.tensor([reach])])
     for table in (codebook, torch.linspace(-reach, reach, 256)):
         flat = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
@@ -164,7 +165,7 @@ def test_a_codebook_beyond_one_is_searched_right(reach):
     [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)],
     ids=str,
 )
-def test_few_rows_are_multiplied_from_the_codes(dtype, tolerance, out, columns, block_size, rows):
+def test_linear_from_codes_is_accurate(dtype, tolerance, out, columns, block_size, rows):
     torch.manual_seed(rows)
     q = quantize_blockwise(torch.randn(out, columns), block_size)
     x = torch.randn(rows, columns).to(dtype)
@@ -176,7 +177,7 @@ def test_few_rows_are_multiplied_from_the_codes(dtype, tolerance, out, columns, 
 
 
 @compiled
-def test_what_does_not_fit_together_never_reaches_the_kernel():
+def test_mismatched_tensors_raise_before_the_kernel_is_called():
     q = quantize_blockwise(torch.randn(96, 64), 64)
     parts = {"codes": q.codes, "absmax": q.absmax, "codebook": q.codebook}
     wrong = [
@@ -195,15 +196,15 @@ def test_what_does_not_fit_together_never_reaches_the_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replacement", ["absent", "of another interface", "wrong"])
-def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
-    if replacement != "absent" and shutil.which("cc") is None:
-        pytest.skip("there is no compiler here")
+@pytest.mark.parametrize("replacement", ["missing", "other-interface", "wrong-results"])
+def test_results_are_the_same_without_usable_kernels(replacement, tmp_path):
+    if replacement != "missing" and shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
     package = tmp_path / "gptj8"
     shutil.copytree(ROOT / "gptj8", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if replacement != "absent":
+    if replacement != "missing":
         source = (package / "kernels" / "cpu_kernels.c").read_text()
-        if replacement == "wrong":
+        if replacement == "wrong-results":
             source = source.replace("code[i] = at;", "code[i] = at / 2;")
         else:
             source = source.replace("#define INTERFACE ", "#define INTERFACE 9")
@@ -228,10 +229,10 @@ def test_without_usable_kernels_results_are_the_same(replacement, tmp_path):
     assert here.stdout.startswith("compiled kernels") or shutil.which("cc") is None
     assert there.stdout.startswith("bitsandbytes' operator")
     assert here.stdout.split()[2:] == there.stdout.split()[2:]
-    assert ("disagree" in there.stderr) == (replacement == "wrong")
+    assert ("disagree" in there.stderr) == (replacement == "wrong-results")
 
 
-def test_a_gpu_restores_into_what_it_is_given():
+def test_dequantize_on_cuda_writes_to_out():
     names = []
 
     class Recorder(TorchDispatchMode):
@@ -239,8 +240,8 @@ def test_a_gpu_restores_into_what_it_is_given():
             names.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    dispatch._bitsandbytes()  # its import makes tensors of its own
-    with FakeTensorMode():  # tensors of a GPU that need not be there
+    dispatch._bitsandbytes()  # its import creates tensors, which must not be recorded
+    with FakeTensorMode():  # CUDA tensors without a GPU
         codes = torch.empty(3, 4096, dtype=torch.uint8, device="cuda")
         absmax, codebook = torch.empty(3, device="cuda"), torch.empty(256, device="cuda")
         out = torch.empty(3, 4096, dtype=torch.bfloat16, device="cuda")
@@ -252,13 +253,13 @@ def test_a_gpu_restores_into_what_it_is_given():
 
 DECOY = """
 #include <stdio.h>
-__attribute__((constructor)) static void sing(void) { fclose(fopen("loaded", "w")); }
+__attribute__((constructor)) static void mark(void) { fclose(fopen("loaded", "w")); }
 int gptj8_interface(void) { return %d; }
 """
 
 
 @compiled
-def test_a_library_in_the_working_folder_is_not_loaded(tmp_path):
+def test_a_library_in_the_working_directory_is_not_loaded(tmp_path):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / "decoy.c").write_text(DECOY % cpu._INTERFACE)
     for folder in ("gptj8", "gptj8/kernels"):
@@ -267,7 +268,7 @@ def test_a_library_in_the_working_folder_is_not_loaded(tmp_path):
         command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "decoy.c"]
         subprocess.run(command, check=True)
     script = "from gptj8.kernels import cpu; print(cpu.library()._name)"
-    for options in ((), ("-P",)):  # with the working folder on Python's path, and without it
+    for options in ((), ("-P",)):  # with and without the working directory on sys.path
         found = subprocess.run(
             [sys.executable, *options, "-c", script],
             cwd=tmp_path,

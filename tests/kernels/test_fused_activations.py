@@ -1,4 +1,4 @@
-"""Activation functions in one operation: the same functions."""
+"""Compare fused activation functions with those of transformers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
-def test_value_and_gradient_are_those_of_float64(name):
+def test_values_and_gradients_match_transformers(name):
     original = nn.Sequential(ACT2FN[name])
     fused = nn.Sequential(ACT2FN[name])
     fuse_activations(fused)
@@ -33,14 +33,14 @@ def test_value_and_gradient_are_those_of_float64(name):
 
 
 @pytest.mark.parametrize("name", ["gelu", "relu", "silu", "gelu_pytorch_tanh"])
-def test_others_stay(name):
+def test_other_activations_are_not_replaced(name):
     module = nn.Sequential(ACT2FN[name])
     before = module[0]
     fuse_activations(module)
     assert module[0] is before
 
 
-def test_the_original_and_its_8bit_copy_have_the_same(tiny_model_dir, tiny_8bit_dir):
+def test_original_and_8bit_models_use_the_fused_activation(tiny_model_dir, tiny_8bit_dir):
     for folder in (tiny_model_dir, tiny_8bit_dir):
         model = load_model(folder, torch.float32, CPU)
         kinds = {type(m) for n, m in model.named_modules() if n.endswith(".act")}

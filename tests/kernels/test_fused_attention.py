@@ -1,4 +1,4 @@
-"""Fused attention against the attention of transformers."""
+"""Compare fused attention with the eager attention of transformers."""
 
 import copy
 
@@ -19,7 +19,7 @@ LEFT[2, :9] = 0
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def pair(request):
-    """The same model with transformers' attention and with ours."""
+    """Return the same model with transformers' eager attention and with fused attention."""
     register_fused_attention()
     torch.manual_seed(0)
     eager = GPTJForCausalLM._from_config(gptj_config(), attn_implementation="eager")
@@ -28,15 +28,17 @@ def pair(request):
     return eager.to(request.param).eval(), fused.to(request.param).eval()
 
 
-def test_fused_is_what_eight_bit_models_get(tiny_8bit_dir):
+def test_8bit_models_use_fused_attention_by_default(tiny_8bit_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
     assert type(model.transformer.h[0].attn) is GPTJFusedAttention
     original = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir, attn_implementation="eager")
     assert type(original.transformer.h[0].attn) is not GPTJFusedAttention
 
 
-@pytest.mark.parametrize("mask", [None, MASK, LEFT], ids=["whole", "right-padded", "left-padded"])
-def test_logits_and_gradients_are_those_of_transformers(pair, mask):
+@pytest.mark.parametrize(
+    "mask", [None, MASK, LEFT], ids=["no-padding", "right-padded", "left-padded"]
+)
+def test_logits_and_gradients_match_transformers(pair, mask):
     eager, fused = pair
     tolerance = 1e-5 if next(eager.parameters()).dtype == torch.float32 else 3e-2
     real = torch.ones_like(IDS, dtype=torch.bool) if mask is None else mask.bool()
@@ -52,19 +54,19 @@ def test_logits_and_gradients_are_those_of_transformers(pair, mask):
         torch.testing.assert_close(our_grads[name], gradient, rtol=0, atol=tolerance * scale)
 
 
-def test_generation_with_a_cache_is_that_without(pair):
+def test_generation_is_the_same_with_and_without_a_cache(pair):
     _, fused = pair
     arguments = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
     cached = fused.generate(IDS, attention_mask=LEFT, **arguments)
     if next(fused.parameters()).dtype == torch.float32:
-        whole = fused.generate(IDS, attention_mask=LEFT, use_cache=False, **arguments)
-        assert torch.equal(cached, whole)
+        uncached = fused.generate(IDS, attention_mask=LEFT, use_cache=False, **arguments)
+        assert torch.equal(cached, uncached)
         eager, _ = pair
         assert torch.equal(cached, eager.generate(IDS, attention_mask=LEFT, **arguments))
     assert cached.shape == (3, 36)
 
 
-def test_dropout_is_applied_in_training_only():
+def test_dropout_is_applied_only_in_training():
     register_fused_attention()
     torch.manual_seed(0)
     config = gptj_config(attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0)

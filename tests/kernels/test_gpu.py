@@ -1,8 +1,7 @@
-"""Triton's kernels against the torch reference: on a GPU, or else interpreted on the CPU.
+"""Compare the Triton kernels with the torch reference, on a GPU or in Triton's CPU interpreter.
 
-Triton decides when it is imported whether its functions are interpreted, and bitsandbytes imports
-it. So without a GPU the tests of `TestKernels` run in a pytest of their own, with TRITON_INTERPRET
-set from its start.
+Triton reads TRITON_INTERPRET when it is imported, and bitsandbytes imports it. Without a GPU, the
+tests of `TestKernels` therefore run in a separate pytest process with TRITON_INTERPRET set.
 """
 
 import os
@@ -25,23 +24,23 @@ RUNS_HERE = INTERPRETED or DEVICE.type == "cuda"
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-# (in, out, block_size), by where blocks end in a row of the matrix.
+# (in, out, block_size), named by the position of block ends in the rows of the matrix.
 SHAPES = {
-    "a block is a row": (1024, 9, 1024),
-    "several blocks a row": (2048, 5, 1024),
+    "one block per row": (1024, 9, 1024),
+    "several blocks per row": (2048, 5, 1024),
     "small blocks": (256, 33, 64),
-    "several rows a block": (256, 37, 4096),
-    "more rows than in the last block": (64, 70, 4096),
-    "blocks end anywhere": (1100, 9, 1024),
-    "blocks end anywhere, many a row": (1000, 9, 64),
-    "rows of odd length": (77, 35, 64),
+    "several rows per block": (256, 37, 4096),
+    "short last block": (64, 70, 4096),
+    "unaligned blocks": (1100, 9, 1024),
+    "many unaligned blocks per row": (1000, 9, 64),
+    "odd row length": (77, 35, 64),
     "narrow": (3, 50, 64),
     "one weight": (1, 1, 64),
 }
 
 
 def quantized(shape: tuple[int, ...], block_size: int) -> tuple[torch.Tensor, ...]:
-    """Codes, absmax and codebook with every code, and a block of zeros and a tiny one in it."""
+    """Return random codes, absmax and codebook; one block is zero and one has tiny values."""
     generator = torch.Generator().manual_seed(block_size)
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     absmax = torch.rand(-(-codes.numel() // block_size), generator=generator) + 0.01
@@ -51,27 +50,27 @@ def quantized(shape: tuple[int, ...], block_size: int) -> tuple[torch.Tensor, ..
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes: comparing values would take -0 for 0."""
+    """Return the bytes of a tensor, to distinguish -0 from 0."""
     return tensor.contiguous().view(torch.uint8)
 
 
 class TestKernels:
     __test__ = RUNS_HERE
 
-    def test_they_are_available(self):
+    def test_kernels_are_available(self):
         assert gpu.is_available(DEVICE)
 
     @pytest.mark.parametrize("n", [1, 255, 4096, 20_001])
     @pytest.mark.parametrize("block_size", [64, 1024, 4096])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_dequantize_is_bit_equal_to_the_reference(self, dtype, block_size, n):
+    def test_dequantize_is_bit_identical_to_the_reference(self, dtype, block_size, n):
         codes, absmax, codebook = quantized((n,), block_size)
         expected = reference.dequantize(codes, absmax, codebook, block_size, dtype)
         ours = gpu.dequantize(codes, absmax, codebook, block_size, dtype)
         assert ours.dtype == dtype
         assert torch.equal(bits(ours), bits(expected))
 
-    def test_dequantize_fills_what_it_is_given(self):
+    def test_dequantize_writes_to_out(self):
         codes, absmax, codebook = quantized((5, 100), 64)
         out = torch.empty(5, 100, dtype=torch.bfloat16, device=DEVICE)
         assert gpu.dequantize(codes, absmax, codebook, 64, out.dtype, out) is out
@@ -80,8 +79,9 @@ class TestKernels:
         assert not gpu.dequantize(nothing, absmax[:0], codebook, 64, out.dtype).numel()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_values_and_the_ties_between_them_round_as_torch_rounds(self, dtype):
-        # Blocks whose absmax is a value, or exactly between two, restored through 1 and -1.
+    def test_16_bit_values_and_ties_round_like_torch(self, dtype):
+        # Each block's absmax is a 16-bit value or the midpoint of two, multiplied by a codebook
+        # value of 1 or -1.
         values = torch.arange(0, 1 << 15, 31, dtype=torch.int32).to(torch.int16).view(dtype).float()
         values = values[values.isfinite()]
         above = torch.nextafter(values.to(dtype), torch.tensor(torch.inf, dtype=dtype)).float()
@@ -99,7 +99,7 @@ class TestKernels:
     @pytest.mark.parametrize("rows", [1, 3, 16])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_linear_is_the_product_of_the_restored_matrix(self, dtype, shape, rows):
+    def test_linear_matches_the_product_with_the_restored_matrix(self, dtype, shape, rows):
         in_features, out_features, block_size = shape
         codes, absmax, codebook = quantized((out_features, in_features), block_size)
         generator = torch.Generator().manual_seed(rows)
@@ -107,7 +107,7 @@ class TestKernels:
         bias = torch.randn(out_features, generator=generator).to(DEVICE, dtype)
         restored = reference.dequantize(codes, absmax, codebook, block_size, torch.float32)
         products = x.double() @ restored.double().t()
-        # What any order of adding the magnitudes may lose, and one rounding to the output's dtype.
+        # The bound covers any order of summation, and one rounding to the output dtype.
         magnitudes = x.double().abs() @ restored.double().abs().t() + bias.double().abs()
         for addend in (bias, None):
             y = gpu.linear(x, codes, absmax, codebook, addend, block_size)
@@ -116,18 +116,18 @@ class TestKernels:
             lost = magnitudes * 2e-6 + expected.abs() * (torch.finfo(dtype).eps / 2 * 1.001) + 1e-7
             assert ((y.double() - expected).abs() <= lost).all()
 
-    def test_linear_takes_any_layout_of_x_and_another_dtype_of_bias(self):
+    def test_linear_accepts_strided_x_and_another_bias_dtype(self):
         codes, absmax, codebook = quantized((20, 128), 64)
         wide = torch.randn(128, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
         bias = torch.arange(20.0, device=DEVICE)
         x = wide.t()[1::3]
         ours = gpu.linear(x, codes, absmax, codebook, bias, 64)
         same = gpu.linear(x.contiguous(), codes, absmax, codebook, bias.half(), 64)
-        torch.testing.assert_close(ours, same, rtol=2e-3, atol=1e-4)  # tuned each on its own
+        torch.testing.assert_close(ours, same, rtol=2e-3, atol=1e-4)  # tuned separately
 
     @pytest.mark.parametrize("rows", [1, 2])
-    def test_linear_adds_nothing_from_beyond_the_matrix(self, rows):
-        # An infinite number in x times a weight that is not there would be NaN.
+    def test_linear_ignores_memory_beyond_the_matrix(self, rows):
+        # A weight outside the matrix, loaded as 0, times an infinite x would be NaN.
         codes, absmax, codebook = quantized((7, 70), 64)
         x = torch.zeros(rows, 70, device=DEVICE, dtype=torch.bfloat16)
         x[0, 69] = torch.inf
@@ -136,32 +136,32 @@ class TestKernels:
         assert torch.equal(y[0].isnan(), weight[:, 69] == 0)
         assert not y[1:].any()
 
-    def test_a_sum_that_is_not_a_number_stays_none_in_bfloat16(self):
-        # GPUs make a NaN of all ones; rounded up like a number it would become -0.
+    def test_linear_keeps_nan_in_bfloat16(self):
+        # On GPUs the bits of NaN are all ones; rounding them up like a number would give -0.
         codes, absmax, codebook = quantized((2, 64), 64)
         x = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16)
         bias = torch.tensor([0x7FFFFFFF, 0], dtype=torch.int32, device=DEVICE).view(torch.float32)
         y = gpu.linear(x, codes, absmax, codebook, bias, 64)
         assert y.isnan().tolist() == [[True, False]]
 
-    def test_linear_of_no_rows(self):
+    def test_linear_without_rows(self):
         codes, absmax, codebook = quantized((7, 70), 64)
         x = torch.empty(0, 70, device=DEVICE)
         assert gpu.linear(x, codes, absmax, codebook, None, 64).shape == (0, 7)
 
-    def test_linear_refuses_what_does_not_fit(self):
+    def test_linear_raises_for_invalid_shapes(self):
         codes, absmax, codebook = quantized((7, 70), 64)
         for x, bias, message in (
             (torch.zeros(17, 70), None, "at most 16"),
-            (torch.zeros(2, 71), None, "does not fit"),
-            (torch.zeros(2, 70), torch.zeros(8), "does not fit"),
+            (torch.zeros(2, 71), None, "shapes do not match"),
+            (torch.zeros(2, 70), torch.zeros(8), "shapes do not match"),
         ):
             bias = bias if bias is None else bias.to(DEVICE)
             with pytest.raises(ValueError, match=message):
                 gpu.linear(x.to(DEVICE), codes, absmax, codebook, bias, 64)
 
     @pytest.mark.skipif(DEVICE.type != "cuda", reason="more than 2^31 weights need a GPU")
-    def test_more_weights_than_32_bits_count(self):
+    def test_more_than_2_to_the_31_weights(self):
         if torch.cuda.mem_get_info()[0] < 10 << 30:
             pytest.skip("needs 10 GiB of GPU memory")
         in_features, block_size = 4096, 4096
@@ -183,7 +183,7 @@ class TestKernels:
 
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_the_kernels_under_the_interpreter():
+def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
@@ -193,15 +193,15 @@ def test_the_kernels_under_the_interpreter():
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_without_a_gpu_or_the_interpreter_they_are_not_available():
+def test_kernels_are_not_available_without_gpu_or_interpreter():
     assert not gpu.is_available(torch.device("cpu"))
     assert not gpu.is_available(torch.device("cuda"))
     assert not gpu.is_available(torch.device("meta"))
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_an_interpreter_asked_for_too_late_is_not_used(monkeypatch, caplog):
-    import triton.language  # noqa: F401 (decides that it is compiled)
+def test_the_interpreter_is_not_used_if_enabled_after_the_import(monkeypatch, caplog):
+    import triton.language  # noqa: F401 (the import reads TRITON_INTERPRET)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     gpu._works.cache_clear()
@@ -210,8 +210,8 @@ def test_an_interpreter_asked_for_too_late_is_not_used(monkeypatch, caplog):
     gpu._works.cache_clear()
 
 
-@pytest.mark.parametrize("without", ["triton", "a compiler that works"])
-def test_what_does_not_work_is_not_used(without, monkeypatch, caplog):
+@pytest.mark.parametrize("without", ["triton", "compiler"])
+def test_kernels_are_not_available_without_triton_or_a_compiler(without, monkeypatch, caplog):
     if without == "triton":
         monkeypatch.setitem(sys.modules, "triton", None)
     else:
@@ -228,11 +228,11 @@ def test_what_does_not_work_is_not_used(without, monkeypatch, caplog):
     gpu._works.cache_clear()
 
 
-# The interpreter accepts what the compiler refuses. bfloat16 is written as integers.
+# The interpreter accepts code that the compiler rejects. bfloat16 is stored as integers.
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
 @pytest.mark.parametrize("capability", [75, 80, 90, 120])
 @pytest.mark.parametrize(("x", "out"), [("*fp16", "*fp16"), ("*bf16", "*i16"), ("*fp32", "*fp32")])
-def test_they_compile_for_gpus_that_are_not_here(x, out, capability, tmp_path, monkeypatch):
+def test_kernels_compile_for_other_gpus(x, out, capability, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -254,7 +254,7 @@ def test_they_compile_for_gpus_that_are_not_here(x, out, capability, tmp_path, m
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
-def test_tiles_never_hold_the_end_of_a_block_where_one_absmax_serves_them():
+def test_no_block_ends_inside_a_tile_with_one_absmax():
     for in_features in (1, 3, 63, 64, 96, 1000, 1024, 1100, 4096, 4160, 12_288, 16_384):
         for block_size in (64, 1024, 4096):
             width, one_scale = gpu._tile_width(in_features, block_size)
@@ -264,17 +264,17 @@ def test_tiles_never_hold_the_end_of_a_block_where_one_absmax_serves_them():
                 assert all(end % width == 0 for end in ends) and in_features % width == 0
 
 
-def test_the_tuner_has_a_choice_for_every_number_of_rows():
+def test_at_least_one_configuration_remains_for_every_number_of_rows():
     from triton import Config
 
     configs = [Config({"TILE": tile}, num_warps=warps) for tile, warps in gpu._TILES]
     for rows in (1, 2, 4, 8, 16):
-        assert gpu._that_fit(configs, {}, ROWS=rows)
+        assert gpu._prune_configs(configs, {}, ROWS=rows)
     assert all(tile >= gpu._WIDEST for tile, _ in gpu._TILES)
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="loads the kernels again")
-def test_threads_may_load_the_kernels_at_the_same_time():
+@pytest.mark.skipif(RUNS_HERE, reason="reloads the kernels")
+def test_threads_can_load_the_kernels_concurrently():
     gpu._load.cache_clear()
     threads = [threading.Thread(target=gpu._load) for _ in range(4)]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""The estimate of memory: what it counts is what a loaded model has and what a step allocates."""
+"""Test that memory estimates match the bytes of loaded models and the allocations of real steps."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def gptj(**changes):
     return transformers.GPTJConfig(**{**sizes, "rotary_dim": 8, **changes})
 
 
-def config_alone(folder, config):
+def only_config(folder, config):
     folder.mkdir()
     config.save_pretrained(folder)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
@@ -58,7 +58,7 @@ def config_alone(folder, config):
 @pytest.mark.parametrize(
     ("method", "target"), [("lora", "all-linear"), ("lora", "attention"), ("layernorm", "-")]
 )
-def test_counts_are_those_of_the_loaded_model(tiny_8bit_dir, tmp_path, method, target):
+def test_counts_match_the_loaded_model(tiny_8bit_dir, tmp_path, method, target):
     folder = tmp_path / "alone"
     folder.mkdir()
     shutil.copy(tiny_8bit_dir / "config.json", folder)
@@ -70,7 +70,7 @@ def test_counts_are_those_of_the_loaded_model(tiny_8bit_dir, tmp_path, method, t
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch"])
-def test_the_optimizers_state_is_counted_exactly(optim):
+def test_optimizer_state_is_counted_exactly(optim):
     import bitsandbytes
 
     weights = [torch.nn.Parameter(torch.randn(n)) for n in (8, 4095, 4096, 10_000)]
@@ -91,7 +91,7 @@ def test_the_optimizers_state_is_counted_exactly(optim):
         )
 
 
-FAST = ("gptj", "llama")  # the others take a minute together
+FAST = ("gptj", "llama")  # the others take a minute in total
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ FAST = ("gptj", "llama")  # the others take a minute together
         for name in ARCHITECTURES
     ],
 )
-def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
+def test_architectures_are_estimated_from_only_the_config(name, tmp_path):
     kind, sizes = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**sizes, **COMMON)
-    folder = config_alone(tmp_path / "alone", config)
+    folder = only_config(tmp_path / "alone", config)
     found = Estimator(plan(folder))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -117,8 +117,8 @@ def test_every_architecture_is_estimated_from_its_config_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", KINDS["cuda"])
-def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpointing):
-    # Short rows: on fake tensors transformers makes a causal mask that a real step does without.
+def test_recorded_step_allocates_as_much_as_a_real_step(tiny_8bit_dir, checkpointing):
+    # Short rows, because with fake tensors transformers makes a causal mask that a real step skips.
     batch = Batch(6, 10, 9, padded=False)
     shape = AdapterSpec(r=4, lora_alpha=8.0)
     config = read_config(tiny_8bit_dir)
@@ -140,7 +140,7 @@ def test_a_recorded_step_allocates_what_a_real_one_does(tiny_8bit_dir, checkpoin
         assert sum(peak.values()) == pytest.approx(sum(real.peaks[phase].values()), rel=0.02), phase
 
 
-def test_what_is_recorded_changes_no_random_number(tmp_path):
+def test_estimating_does_not_change_random_numbers(tmp_path):
     found = Estimator(plan(gptj()))
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -150,7 +150,7 @@ def test_what_is_recorded_changes_no_random_number(tmp_path):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_more_takes_more():
+def test_larger_settings_need_more_memory():
     def total(rows=2, **changes):
         length = changes.pop("length", 64)
         checkpointing = changes.pop("checkpointing", "full")
@@ -169,34 +169,34 @@ def test_more_takes_more():
         assert total(**changes).total > least, changes
 
 
-def test_a_deep_model_goes_on_as_a_shallow_one(monkeypatch):
+def test_extrapolated_depth_matches_the_recorded_depth(monkeypatch):
     deep = plan(gptj(n_layer=7))
     extrapolated = Estimator(deep).training(2).components
     monkeypatch.setattr(estimating, "_DEEP", 7)
     recorded = Estimator(deep).training(2).components
     for name in recorded:
-        # The heap's is a multiple of what lives in it, which is itself right to 2 KiB.
+        # The unused heap is a multiple of the live bytes, which are accurate to 2 KiB.
         near = 2048 * (estimating._UNUSED if name == "unused heap" else 1)
         assert extrapolated[name] == pytest.approx(recorded[name], rel=0.01, abs=near), name
 
 
-def test_what_a_cpu_holds_beside_what_lives():
+def test_cpu_components_outside_of_tensors():
     changes = {"length": 100, "eval_rows": 1}
     half = dataclasses.replace(plan(gptj(), **changes), dtype=torch.bfloat16)
     components = Estimator(half).training(4).components
     some = process.COMPILED_PRODUCTS * estimating._COMPILED
-    assert some <= components["compiled products"] < 2 * some  # small matrices, each some 0.7 MB
+    assert some <= components["compiled products"] < 2 * some  # small matrices, about 0.7 MB each
     assert 0 < components["unused heap"] < estimating._MOST_UNUSED
     assert Estimator(plan(gptj())).training(4).components["compiled products"] == 0
     on_gpu = Estimator(dataclasses.replace(half, device="cuda")).training(4).components
     assert not {"compiled products", "unused heap"} & set(on_gpu)
-    # Rows that differ are padded to a length that few batches have; one row is not.
+    # Rows of different lengths are padded to a multiple of 16; a single row is not.
     longer = {rows: Estimator(plan(gptj(), length=112)).training(rows).total for rows in (1, 4)}
     same = {rows: Estimator(plan(gptj(), length=100)).training(rows).total for rows in (1, 4)}
     assert same[4] == pytest.approx(longer[4], rel=0.01) and same[1] < 0.95 * longer[1]
 
 
-def test_only_what_is_in_the_heap_counts_as_such(monkeypatch):
+def test_only_small_blocks_count_as_heap(monkeypatch):
     batch = Batch(3, 20, 19)
     model = build(gptj(), QUANTIZATION, torch.float32, AdapterSpec("lora", "attention", 4, 8.0, 0))
     trace = trace_training_step(model, batch, "full")
@@ -207,7 +207,7 @@ def test_only_what_is_in_the_heap_counts_as_such(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 23])
-def test_the_largest_micro_batch_is_the_largest(rows):
+def test_largest_micro_batch_is_the_largest_that_fits(rows):
     found = Estimator(plan(gptj()))
     memory = found.training(rows).total
     largest = found.largest_micro_batch(memory)
@@ -223,28 +223,29 @@ def finetune_params(**changes):
 AUTO = {"per_device_train_batch_size": "auto", "train_batch_size": 12}
 
 
-def test_auto_takes_the_largest_divisor_that_fits():
+def test_auto_chooses_the_largest_divisor_that_fits():
     found = Estimator(plan(gptj()))
     finetune = finetune_params(**AUTO, checkpointing="full")
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert choose_fit(found, finetune, found.training(5).total) == Fit(4, "full")
     assert choose_fit(found, finetune, 1 << 50) == Fit(12, "full")
-    with pytest.raises(UserError, match=r"for one sequence of 32 tokens, and 1\.00 kB may be used"):
+    message = r"for one sequence of 32 tokens, and only 1\.00 kB can be used"
+    with pytest.raises(UserError, match=message):
         choose_fit(found, finetune, 1000)
 
 
-def test_auto_computes_again_no_more_than_memory_requires():
+def test_auto_recomputes_no_more_than_memory_requires():
     found = Estimator(plan(gptj()))
     needed = {kind: found.training(8, kind).total for kind in KINDS["cuda"]}
     assert needed["none"] > needed["selective"] > needed["full"] < needed["reuse"]
     finetune = finetune_params(per_device_train_batch_size=8)
     assert finetune.checkpointing == "auto"
-    for kind in ("none", "selective"):  # twice: half of a CPU's memory is left alone
+    for kind in ("none", "selective"):  # twice, because only half of a CPU's memory is used
         assert choose_fit(found, finetune, 2 * needed[kind]) == Fit(8, kind)
     assert choose_fit(found, finetune, 2 * needed["selective"] - 2) == Fit(8, "full")
-    # More than fits in any way is not refused: a number was given, and estimates may be wrong.
+    # A given micro-batch size that does not fit raises no error, because estimates may be wrong.
     assert choose_fit(found, finetune, 1000) == Fit(8, "full")
-    # Both open: all 12 sequences at a time first, then the kind; fewer at a time come last.
+    # Both auto: the kind is chosen for all 12 sequences first; the micro-batch size shrinks last.
     both = finetune_params(**AUTO)
     whole = found.training(12, "none").total
     assert choose_fit(found, both, 2 * whole) == Fit(12, "none")
@@ -252,8 +253,8 @@ def test_auto_computes_again_no_more_than_memory_requires():
     assert choose_fit(found, both, found.training(5, "full").total) == Fit(4, "full")
 
 
-def test_a_gpu_keeps_matrices_for_gradients_where_it_has_no_room_for_activations():
-    # Long rows: a block's matrices then take less than what its products return.
+def test_gpu_reuses_matrices_if_activations_do_not_fit():
+    # Long rows, so that a block's matrices take less memory than its activations.
     config = gptj(n_positions=1024)
     found = Estimator(dataclasses.replace(plan(config, length=1024), device="cuda"))
     needed = {kind: found.training(2, kind).total for kind in KINDS["cuda"]}
@@ -265,14 +266,14 @@ def test_a_gpu_keeps_matrices_for_gradients_where_it_has_no_room_for_activations
         assert choose_fit(found, finetune, needed[kind]) == Fit(2, kind)
 
 
-def test_enough_tokens_at_a_time_are_not_bought_with_recomputation():
+def test_recomputation_is_not_used_to_exceed_enough_tokens():
     found = Estimator(plan(gptj(n_positions=1024), length=1024))
     finetune = finetune_params(**AUTO)
     memory = 2 * found.training(3, "none").total
     assert choose_fit(found, finetune, memory) == Fit(3, "none")
 
 
-def test_what_does_not_fit_after_all_is_made_smaller():
+def test_confirm_reduces_a_fit_that_runs_out_of_memory():
     tried = []
 
     def step(rows, kind):
@@ -315,7 +316,7 @@ def some_examples(count=8):
     ]
 
 
-def test_trying_a_step_leaves_no_trace_in_what_is_trained(tiny_8bit_dir):
+def test_try_step_does_not_change_training(tiny_8bit_dir):
     examples = some_examples()
     lengths, learned = lengths_of(examples)
     assert (lengths.max(), learned.max()) == (20, 3)
@@ -334,22 +335,24 @@ def test_trying_a_step_leaves_no_trace_in_what_is_trained(tiny_8bit_dir):
         assert torch.equal(one, other)
 
 
-def test_batch_sizes_that_contradict_each_other_are_refused():
+def test_contradicting_batch_sizes_raise():
     finetune = finetune_params
     auto = {"per_device_train_batch_size": "auto"}
     assert finetune().sequences_a_step == 8
     assert finetune(**auto).sequences_a_step == 8
     assert finetune(**auto, train_batch_size=32).sequences_a_step == 32
-    with pytest.raises(UserError, match=r"gradient_accumulation_steps = 4 beside .* leave it at 1"):
+    with pytest.raises(
+        UserError, match=r"gradient_accumulation_steps = 4 conflicts with .* leave it at 1"
+    ):
         finetune(**auto, gradient_accumulation_steps=4)
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert finetune(**sizes, train_batch_size=8).sequences_a_step == 8
-    with pytest.raises(UserError, match="train_batch_size = 16 is not") as refused:
+    with pytest.raises(UserError, match="train_batch_size = 16 is not") as caught:
         finetune(**sizes, train_batch_size=16)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_calibration_is_kept_and_a_damaged_one_is_none(tmp_path, monkeypatch):
+def test_calibration_is_saved_and_a_damaged_one_is_ignored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert measured_speed.read("a CPU", "float32") is None
     measured = measured_speed.Calibration(2.5e11, 600_000_000)
@@ -362,8 +365,8 @@ def test_a_calibration_is_kept_and_a_damaged_one_is_none(tmp_path, monkeypatch):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with params.yaml and a model that is nothing but its config.json."""
-    config_alone(tmp_path / "model", gptj())
+    """A folder with params.yaml and a model folder that contains only config.json."""
+    only_config(tmp_path / "model", gptj())
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -377,7 +380,7 @@ def run_command(monkeypatch, *arguments):
     main.main()
 
 
-def test_the_command_prints_a_table_and_json(project, monkeypatch, capsys):
+def test_command_prints_a_table_and_json(project, monkeypatch, capsys):
     run_command(monkeypatch, "--model", "model", "--memory", "2GB")
     shown = capsys.readouterr().out
     assert "process and libraries" in shown
@@ -413,7 +416,7 @@ def gptj8_dtype():
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_the_command_refuses_in_one_line(project, monkeypatch, capsys, arguments, parts):
+def test_command_prints_one_line_errors(project, monkeypatch, capsys, arguments, parts):
     (project / "strange").mkdir()
     (project / "strange" / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(SystemExit) as ended:
@@ -424,7 +427,7 @@ def test_the_command_refuses_in_one_line(project, monkeypatch, capsys, arguments
     assert all(part in lines[0] for part in parts)
 
 
-def test_sizes_are_read_in_either_unit():
+def test_parse_bytes_accepts_decimal_and_binary_units():
     assert parse_bytes("8GB") == 8_000_000_000
     assert parse_bytes("1.5 GiB") == 3 << 29
     assert parse_bytes("123") == 123
@@ -433,11 +436,11 @@ def test_sizes_are_read_in_either_unit():
 def test_params_become_a_plan():
     params = parse_params({**MINIMAL, "data": {"train": "x", "max_length": 4096, "task": "text"}})
     found = plan_of(params, gptj(), torch.float32, "cpu")
-    assert (found.length, found.learned) == (512, 511)  # no longer than the model's context
+    assert (found.length, found.learned) == (512, 511)  # limited by the model's context
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [0, 6])
-def test_the_estimate_is_right_to_a_tenth(number, tmp_path):
+def test_estimate_is_accurate_to_10_percent(number, tmp_path):
     found = benchmark.compare(number, tmp_path)
     assert found["estimated"] == pytest.approx(found["measured"], rel=0.1)

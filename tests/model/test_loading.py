@@ -1,4 +1,4 @@
-"""Loading models within a bound of memory."""
+"""Models are loaded within a memory limit."""
 
 import pytest
 import torch
@@ -21,34 +21,34 @@ def measured(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layers_that_stay_on_the_disk_change_no_number(tiny_model_dir, dtype):
-    whole = load_model(tiny_model_dir, dtype, CPU)
-    most = int(0.8 * whole.get_memory_footprint())
-    bounded = load_model(tiny_model_dir, dtype, CPU, max_resident_bytes=most)
+def test_layers_on_disk_give_identical_results(tiny_model_dir, dtype):
+    complete = load_model(tiny_model_dir, dtype, CPU)
+    limit = int(0.8 * complete.get_memory_footprint())
+    bounded = load_model(tiny_model_dir, dtype, CPU, max_resident_bytes=limit)
     assert set(bounded.hf_device_map.values()) == {"cpu", "disk"}
     held = sum(p.numel() * p.element_size() for p in bounded.parameters() if p.device == CPU)
-    assert held <= most
-    assert measured(bounded) == measured(whole)
+    assert held <= limit
+    assert measured(bounded) == measured(complete)
 
 
-def test_a_bound_that_not_even_the_first_layer_fits_is_given_up(tiny_model_dir):
+def test_limit_too_small_for_the_first_layer_is_ignored(tiny_model_dir):
     model = load_model(tiny_model_dir, torch.float32, CPU, max_resident_bytes=1000)
     assert model.device == CPU
     assert measured(model) == measured(load_model(tiny_model_dir, torch.float32, CPU))
 
 
-def test_a_model_within_the_bound_is_held(tiny_model_dir):
+def test_model_within_the_limit_stays_in_memory(tiny_model_dir):
     model = load_model(tiny_model_dir, torch.float32, CPU, max_resident_bytes=1 << 30)
     assert not hasattr(model, "hf_device_map")
 
 
-def test_the_original_takes_no_more_than_its_copy(tiny_model_dir, tiny_8bit_dir, monkeypatch):
-    asked = []
+def test_original_is_limited_by_the_size_of_its_copy(tiny_model_dir, tiny_8bit_dir, monkeypatch):
+    limits = []
     monkeypatch.setattr(
-        loading, "load_model", lambda *a, max_resident_bytes: asked.append(max_resident_bytes)
+        loading, "load_model", lambda *a, max_resident_bytes: limits.append(max_resident_bytes)
     )
     size = sum(file.stat().st_size for file in tiny_8bit_dir.iterdir())
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
     monkeypatch.setattr(loading, "LARGE_BYTES", 0)
     load_original(tiny_model_dir, tiny_8bit_dir, torch.float32, CPU)
-    assert asked == [1 << 30, size // 2]
+    assert limits == [1 << 30, size // 2]

@@ -1,4 +1,4 @@
-"""The wheel that a stranger installs: everything imports and works outside the repository."""
+"""The built wheel: every module imports and the commands work outside the repository."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 IMPORT_ALL = """
 import importlib, pkgutil, gptj8
 names = [m.name for m in pkgutil.walk_packages(gptj8.__path__, "gptj8.")]
-names.remove("gptj8.tracking.__main__")  # runs when it is imported
-names = [n for n in names if not n.endswith("._cpu_kernels")]  # no extension of Python: by ctypes
+names.remove("gptj8.tracking.__main__")  # importing it runs it
+names = [n for n in names if not n.endswith("._cpu_kernels")]  # loaded by ctypes, not a module
 for name in names:
     importlib.import_module(name)
 from gptj8.kernels import cpu
@@ -38,7 +38,7 @@ def run(*command: object, cwd: Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from what git knows, so that nothing from an earlier build gets into it."""
+    """Build the wheel from a copy of the repository's files, without files of earlier builds."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     listed = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
     for name in listed:
@@ -53,12 +53,12 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The Python of an environment with the wheel, and the dependencies beside it."""
-    folder = tmp_path_factory.mktemp("stranger") / "env"
+    """Return the Python of a new environment with the wheel and this environment's dependencies."""
+    folder = tmp_path_factory.mktemp("installed") / "env"
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
-    # A line of a .pth file is a folder to import from, whose own .pth files (an editable gptj8's)
-    # are not read.
+    # A folder added by a .pth file is importable, but its own .pth files, such as that of an
+    # editable gptj8, are ignored.
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
@@ -66,16 +66,16 @@ def python(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_the_wheel_holds_every_file_of_the_package(wheel):
-    held = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_contains_every_file_of_the_package(wheel):
+    contained = set(zipfile.ZipFile(wheel).namelist())
     sources = run("git", "ls-files", "-co", "--exclude-standard", "gptj8", cwd=ROOT).splitlines()
     expected = {name for name in sources if (ROOT / name).is_file() and not name.endswith(".c")}
-    assert expected <= held
+    assert expected <= contained
     assert {"gptj8/py.typed", "gptj8/dataset/validation/report.html"} <= expected
-    assert not [name for name in held if name.startswith(("tests", "stages", "benchmarks"))]
+    assert not [name for name in contained if name.startswith(("tests", "stages", "benchmarks"))]
 
 
-def test_every_module_imports_and_the_library_is_the_packages_own(python, tmp_path):
+def test_every_module_and_the_packages_own_library_load(python, tmp_path):
     where, count, library = run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()
     assert Path(where).is_relative_to(python.parents[1])
     assert int(count) > 100
@@ -83,7 +83,7 @@ def test_every_module_imports_and_the_library_is_the_packages_own(python, tmp_pa
         assert Path(library).is_relative_to(python.parents[1])
 
 
-def test_a_model_is_converted_and_answers(python, tiny_model_dir, tmp_path):
+def test_a_model_is_converted_and_generates(python, tiny_model_dir, tmp_path):
     gptj8 = python.with_name("gptj8")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     converted = run(gptj8, "convert", tiny_model_dir, "model-8bit", cwd=tmp_path, env=environment)

@@ -1,4 +1,4 @@
-"""params.yaml: every problem named, all of them at once."""
+"""params.yaml is validated, and all its problems are reported together."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def problems(**sections):
     return str(caught.value).splitlines()
 
 
-def test_the_projects_own_params_are_valid_and_name_every_key():
+def test_the_projects_own_params_are_valid_and_complete():
     from ruamel.yaml import YAML
 
     params = load_params(ROOT / "params.yaml")
@@ -26,14 +26,14 @@ def test_the_projects_own_params_are_valid_and_name_every_key():
     }
 
 
-def test_defaults_fill_in_what_is_not_written():
+def test_missing_keys_get_defaults():
     params = parse_params(MINIMAL)
     assert params.finetune.method == "lora"
     assert "tracking" not in resolved(params)
     assert resolved(params)["data"]["train"] == "rows.csv"
 
 
-def test_no_path_is_null_to_the_code_and_a_file_to_dvc(tmp_path):
+def test_an_unset_path_is_none_in_params_and_a_file_for_dvc(tmp_path):
     params = load_params(ROOT / "params.yaml")
     assert (ROOT / NO_PATH).is_file()
     assert params.data.validation is params.data.test is params.evaluate.perplexity_text is None
@@ -41,7 +41,7 @@ def test_no_path_is_null_to_the_code_and_a_file_to_dvc(tmp_path):
     assert resolved(params)["evaluate"]["predictions"] is None
 
 
-def test_a_null_path_is_refused_by_name(tmp_path):
+def test_null_paths_raise_an_error_that_names_them(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     nulls = text.replace(NO_PATH + "\n", "null\n")
     assert nulls.count("null") == text.count("null") + 4
@@ -51,8 +51,8 @@ def test_a_null_path_is_refused_by_name(tmp_path):
     lines = str(caught.value).splitlines()
     keys = ["data.validation", "data.test", "evaluate.perplexity_text", "evaluate.predictions"]
     assert [line.split(": ")[1].split()[0] for line in lines] == keys
-    assert all("write data/none for none" in line for line in lines)
-    (tmp_path / "None").write_text("as in commits before")
+    assert all("use data/none for no path" in line for line in lines)
+    (tmp_path / "None").write_text("as in earlier commits")
     assert load_params(tmp_path / "params.yaml").data.test is None
 
 
@@ -72,7 +72,7 @@ def test_an_unknown_section_gets_a_suggestion():
         parse_params({**MINIMAL, "fintune": {"r": 4}})
 
 
-def test_all_problems_are_shown_at_once():
+def test_all_problems_are_reported_together():
     lines = problems(
         data={"task": "regression", "max_length": "long"},
         quantization={"block_size": 3},
@@ -91,23 +91,23 @@ def test_all_problems_are_shown_at_once():
 
 
 def test_a_missing_key_is_named():
-    with pytest.raises(UserError, match=r"model\.path is required and not given"):
+    with pytest.raises(UserError, match=r"model\.path is required but missing"):
         parse_params({"data": {"train": "x"}, "model": {}})
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("no field", "must hold a field, such as {text}"),
-        ("{text} {label}", "cannot hold {label}"),
-        ("{text", "not a template"),
+        ("no field", "must contain a field, such as {text}"),
+        ("{text} {label}", "cannot contain {label}"),
+        ("{text", "not a valid template"),
         ("{}", "a field is a column's name in braces"),
         ("{text!r}", "a field is a column's name in braces"),
-        ("{prompt}", "must hold {text} and not {prompt}"),
-        ("{messages}", "its task is completion"),
+        ("{prompt}", "must contain {text} and not {prompt}"),
+        ("{messages}", "needs task=completion"),
     ],
 )
-def test_a_template_without_its_field_is_refused(template, message):
+def test_an_invalid_template_raises(template, message):
     (line,) = problems(data={"prompt_template": template})
     assert line.startswith("params.yaml: data: ")
     assert message in line
@@ -121,18 +121,18 @@ def test_a_template_without_its_field_is_refused(template, message):
         {"task": "completion", "prompt_template": "{prompt}", "completion_column": "prompt"},
     ],
 )
-def test_a_prompt_never_holds_its_answer(data):
+def test_a_template_with_the_answer_column_raises(data):
     (line,) = problems(data=data)
-    assert "is a column of prompt_template as well" in line
+    assert "is also a column of prompt_template" in line
 
 
-def test_labels_belong_to_a_classification():
+def test_labels_require_a_classification_task():
     (line,) = problems(data={"task": "text", "labels": ["a", "b"]})
-    assert "labels are for task=classification" in line
+    assert "labels apply to task=classification" in line
 
 
 @pytest.mark.parametrize("target", ["attention", "all-linear", ["q_proj", "fc_in"]], ids=str)
-def test_targets_are_groups_or_names(target):
+def test_targets_are_groups_or_module_names(target):
     params = parse_params({**MINIMAL, "finetune": {"target": target}})
     assert params.finetune.target == (tuple(target) if isinstance(target, list) else target)
 
@@ -142,7 +142,7 @@ def test_a_wrong_target_is_one_problem():
     assert all(line.startswith("params.yaml: finetune.target = 'everything': ") for line in lines)
 
 
-def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text("data: {train: a}\nmodel: {path: b}\nfinetune: {learning_rate: 1e-4}\n")
     assert load_params(file).finetune.learning_rate == 1e-4
@@ -152,14 +152,14 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     ("content", "message"),
     [
         ("data: [", "not valid YAML"),
-        ("- a\n- b\n", "holds no keys"),
-        ("", "holds no keys"),
+        ("- a\n- b\n", "must contain keys"),
+        ("", "must contain keys"),
         ("seed: 1\nseed: 2\n", "not valid YAML"),
-        ("data: !!python/object/apply:os.system ['true']\n", "tags are not read"),
+        ("data: !!python/object/apply:os.system ['true']\n", "YAML tags are not supported"),
     ],
     ids=["broken", "list", "empty", "duplicate-key", "python-tag"],
 )
-def test_files_that_are_no_params_are_refused(tmp_path, content, message):
+def test_files_that_are_not_params_raise(tmp_path, content, message):
     file = tmp_path / "params.yaml"
     file.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -174,38 +174,38 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("key", ["data.train", "data.test", "model.path", "evaluate.predictions"])
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secrets.csv", "data/../../x.csv"])
-def test_inputs_lie_in_the_project(tmp_path, key, path):
+def test_paths_outside_the_project_raise(tmp_path, key, path):
     from ruamel.yaml import YAML
 
     section, name = key.split(".")
     content = {**MINIMAL, section: {**MINIMAL.get(section, {}), name: path}}
     YAML().dump(content, tmp_path / "params.yaml")
-    with pytest.raises(UserError, match=rf"{key} = '{path}' leads out of the project; put the da"):
+    with pytest.raises(UserError, match=rf"{key} = '{path}' is outside the project; put the da"):
         load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("path", ["--config=x", "-x", "a\0b"])
-def test_an_option_is_no_path(tmp_path, path):
+def test_options_and_nul_bytes_are_not_paths(tmp_path, path):
     from ruamel.yaml import YAML
 
     YAML().dump({**MINIMAL, "model": {"path": path}}, tmp_path / "params.yaml")
-    with pytest.raises(UserError, match=r"model\.path = .* is no path"):
+    with pytest.raises(UserError, match=r"model\.path = .* is not a path"):
         load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("seed: !!int 3\n", "line 1: tags are not read"),
-        ("data: {}\nmodel:\n  <<: {path: x}\n", "line 3: merge keys are not read"),
+        ("seed: !!int 3\n", "line 1: YAML tags are not supported"),
+        ("data: {}\nmodel:\n  <<: {path: x}\n", "line 3: YAML merge keys are not supported"),
     ],
 )
-def test_values_are_all_that_is_read(tmp_path, text, reason):
+def test_yaml_tags_and_merge_keys_raise(tmp_path, text, reason):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=reason):
         load_params(tmp_path / "params.yaml")
 
 
-def test_a_folder_is_no_params_file(tmp_path):
+def test_a_folder_as_params_file_raises(tmp_path):
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         load_params(tmp_path)

@@ -1,7 +1,7 @@
-"""MLflow's page as people see it: three experiments, a real browser, and what it shows.
+"""MLflow's page with three experiments in a real browser.
 
-`make test-browser`; the pictures are kept in $GPTJ8_SCREENSHOTS. docs/compare.png shows the charts
-after `make repro` and `make compare`.
+Run with `make test-browser`; screenshots are saved in $GPTJ8_SCREENSHOTS. docs/compare.png shows
+the charts after `make repro` and `make compare`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.helpers.servers import free_port
 
 pytestmark = pytest.mark.browser
 
-SECONDS = 120  # of patience: the machine may be busy
+SECONDS = 120  # timeout; the machine may be busy
 EXPERIMENTS = {
     "rows-lora-r8": ["repro"],
     "rank-2": ["exp", "run", "-n", "rank-2", "-S", "finetune.r=2"],
@@ -32,7 +32,7 @@ EXPERIMENTS = {
 
 
 def chromium() -> str:
-    """Return the browser; a check that is left out because there is none would be none."""
+    """Return the path of the browser; fail instead of skipping if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = os.environ.get("GPTJ8_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if found is None:
@@ -44,7 +44,7 @@ def chromium() -> str:
 
 @contextmanager
 def user_interface(project: Path) -> Iterator[str]:
-    """Start `gptj8 ui` as a user does, and yield the address that it prints."""
+    """Start `gptj8 ui` as a user does, and yield the URL that it prints."""
     command = [sys.executable, "-m", "gptj8.commands.main", "ui", "--port", str(free_port())]
     environment = {**os.environ, "PYTHONPATH": str(project)}
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -54,16 +54,18 @@ def user_interface(project: Path) -> Iterator[str]:
     ) as process:  # fmt: skip
         try:
             line = process.stdout.readline()
-            assert re.fullmatch(r"gptj8: http://127\.0\.0\.1:\d+/#/\S+ \(Ctrl\+C ends it\)\n", line)
+            assert re.fullmatch(
+                r"gptj8: http://127\.0\.0\.1:\d+/#/\S+ \(press Ctrl\+C to stop\)\n", line
+            )
             yield line.split()[1]
         finally:
             process.terminate()
-            said = process.communicate(timeout=60)
-    assert said == ("", "")  # that line is all
+            output = process.communicate(timeout=60)
+    assert output == ("", "")  # nothing else is printed
 
 
 class Browser:
-    """A page of the user interface, and whatever it asked others or complained about."""
+    """Open pages of the user interface and record external and failed requests."""
 
     def __init__(self, context, address: str, folder: Path) -> None:
         self.address, self.folder = address, folder
@@ -73,8 +75,8 @@ class Browser:
         self._context = context
 
     def open(self, path: str, *texts: str):
-        """Open a page afresh, and wait until it shows all of `texts`."""
-        for earlier in self._context.pages:  # they go on asking and drawing
+        """Open a new page and wait until it shows all of `texts`."""
+        for earlier in self._context.pages:  # open pages keep sending requests and drawing
             earlier.close()
         page = self._context.new_page()
         page.set_default_timeout(SECONDS * 1000)
@@ -85,7 +87,7 @@ class Browser:
         return page
 
     def expect(self, page, *texts: str) -> str:
-        """Wait for texts, and return all that is shown, whitespace of any kind as one space."""
+        """Wait for texts; return the page's text with whitespace collapsed to single spaces."""
         for text in texts:
             script = r"text => document.body.innerText.replace(/\s+/g, ' ').includes(text)"
             page.wait_for_function(script, arg=text)
@@ -96,7 +98,7 @@ class Browser:
 
     def picture(self, page, name: str) -> Path:
         file = self.folder / f"{name}.png"
-        page.wait_for_timeout(1500)  # charts are drawn after they are there
+        page.wait_for_timeout(1500)  # charts are drawn after their elements appear
         page.screenshot(path=file)
         return file
 
@@ -105,7 +107,7 @@ class Browser:
             self.outside.append(url)
 
     def _judge(self, response) -> None:
-        # Of a server without accounts there is no current user.
+        # A server without accounts has no current user.
         if response.status >= 400 and not response.url.endswith("/users/current"):
             self.failed.append(f"{response.status} {response.url}")
 
@@ -117,7 +119,7 @@ def opened(address: str, folder: Path) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium())
         context = browser.new_context(viewport={"width": 1440, "height": 900})
-        # MLflow's assistant opens itself beside the very first page, until it is closed.
+        # MLflow's assistant opens on the first page unless this is set.
         context.add_init_script(
             "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
         )
@@ -127,7 +129,7 @@ def opened(address: str, folder: Path) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_model_dir) -> Path:
-    chromium()  # before minutes of training
+    chromium()  # fail before minutes of training
     clone = Clone(tmp_path_factory.mktemp("clone") / "project", tiny_model_dir)
     clone.edit_params(finetune={"learning_rate": 0.01, "num_train_epochs": 3})
     clone.git("commit", "-aqm", "learns")
@@ -139,7 +141,7 @@ def project(tmp_path_factory, tiny_model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(project):
-    """The rows by name, as a client reads them."""
+    """The recorded runs by name, read with an MLflow client."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
@@ -156,7 +158,7 @@ def browser(project, tmp_path_factory):
     folder.mkdir(parents=True, exist_ok=True)
     with user_interface(project) as address, opened(address, folder) as browser:
         yield browser
-    assert browser.outside == []  # nothing is loaded from elsewhere, nothing phones home
+    assert browser.outside == []  # no external resources, no telemetry
     assert browser.failed == []
 
 
@@ -164,8 +166,8 @@ def page_of(run, tab: str = "") -> str:
     return f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}"
 
 
-def test_the_table_opens_with_the_columns_that_matter(browser, recorded):
-    page = browser.open(browser.address, "rank-2", "What matters", "Model training")
+def test_run_table_shows_key_columns(browser, recorded):
+    page = browser.open(browser.address, "rank-2", "Key metrics", "Model training")
     shown = browser.expect(page, "evaluate/tuned/accuracy", "finetune.r=2", "finetune.method=")
     browser.picture(page, "runs")
     assert "Agent versions" not in shown  # the page for models, not the one for agents
@@ -174,18 +176,18 @@ def test_the_table_opens_with_the_columns_that_matter(browser, recorded):
         assert f"{run.data.metrics['evaluate/tuned/accuracy']:.4f}"[:5].rstrip("0") in shown
 
 
-def test_the_charts_begin_with_what_matters_and_what_differs(browser, recorded):
+def test_charts_start_with_key_metrics_and_differences(browser, recorded):
     page = browser.open(
-        f"{browser.address}&compareRunsMode=CHART", "What matters (7)", "finetune/loss"
+        f"{browser.address}&compareRunsMode=CHART", "Key metrics (7)", "finetune/loss"
     )
     page.set_viewport_size({"width": 1440, "height": 1400})
     shown = browser.expect(page, "Show differences only", "finetune.method")
     browser.picture(page, "charts")
-    charts = shown.partition("What matters (7)")[2]
+    charts = shown.partition("Key metrics (7)")[2]
     assert charts.index("evaluate/tuned/accuracy") < charts.index("Model metrics (")
 
 
-def test_the_comparison_shows_params_that_differ_and_metrics(browser, recorded):
+def test_comparison_shows_differing_params_and_metrics(browser, recorded):
     runs = json.dumps([recorded[name].info.run_id for name in EXPERIMENTS])
     experiment = recorded["norms"].info.experiment_id
     path = f'/compare-runs?runs={runs}&experiments=["{experiment}"]'
@@ -197,7 +199,7 @@ def test_the_comparison_shows_params_that_differ_and_metrics(browser, recorded):
     assert {name for name in cells if "." in name and not name.startswith("gptj8")} >= {
         "finetune.r", "finetune.method"
     }  # fmt: skip
-    assert "finetune.learning_rate" not in cells  # nor any other that is the same in all
+    assert "finetune.learning_rate" not in cells  # equal in all runs, so not shown
     shown = {
         name: dict(zip(cells["Run Name"], values, strict=True)) for name, values in cells.items()
     }
@@ -213,16 +215,19 @@ def test_the_comparison_shows_params_that_differ_and_metrics(browser, recorded):
 
 
 def scrolled_to(page, metric: str) -> list[float]:
-    """Scroll the page's table of metrics, which holds only what is seen, to one; its values."""
+    """Scroll to a metric in the virtualized table, which renders only visible rows.
+
+    Return the metric's values.
+    """
     name = page.get_by_text(metric, exact=True)
-    page.locator(".ReactVirtualized__Grid").last.hover()  # the values; the names follow
+    page.locator(".ReactVirtualized__Grid").last.hover()  # the names scroll with the values
     for _ in range(100):
         if name.count():
             break
         page.mouse.wheel(0, 200)
         page.wait_for_timeout(50)
     page.wait_for_timeout(500)
-    page.mouse.wheel(0, 10)  # the names follow the values one event late
+    page.mouse.wheel(0, 10)  # the names lag one event behind the values
     page.wait_for_timeout(500)
     cells = page.locator(".ReactVirtualized__Grid__innerScrollContainer > *").evaluate_all(
         "cells => cells.map(cell => [cell.getBoundingClientRect().top, cell.innerText])"
@@ -231,7 +236,7 @@ def scrolled_to(page, metric: str) -> list[float]:
     return [float(text) for top, text in cells if abs(top - height) < 15 and text != metric]
 
 
-def test_a_run_tells_what_it_measured_and_how_to_do_it_again(browser, recorded):
+def test_run_page_shows_results_and_command(browser, recorded):
     run = recorded["rank-2"]
     page = browser.open(page_of(run), "Description", "accuracy after: fine-tuned")
     shown = browser.expect(page, "rows.csv")
@@ -242,7 +247,7 @@ def test_a_run_tells_what_it_measured_and_how_to_do_it_again(browser, recorded):
     assert "dvc exp run -S finetune.r=2" in shown
 
 
-def test_curves_of_training(browser, recorded):
+def test_training_curves_are_drawn(browser, recorded):
     page = browser.open(page_of(recorded["rank-2"], "/model-metrics"), "convert (")
     page.get_by_placeholder("Search metric charts").fill("finetune/loss")
     page.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
@@ -267,12 +272,12 @@ def test_system_metrics_have_a_time_axis(browser, recorded):
     ],
     ids=str,
 )
-def test_artifacts_are_read_in_the_page(browser, recorded, file, texts):
+def test_artifacts_are_shown_in_page(browser, recorded, file, texts):
     page = browser.open(page_of(recorded["rank-2"], f"/artifacts/{file}"), Path(file).name, *texts)
     browser.picture(page, Path(file).name.replace(".", "_"))
 
 
-def test_the_report_on_the_dataset_is_read_in_the_page(browser, recorded):
+def test_dataset_report_is_shown_in_page(browser, recorded):
     run = recorded["rows-lora-r8"]
     assert all(f"stage.{stage}" in run.data.tags for stage in STAGES)
     page = browser.open(page_of(run, "/artifacts/reports/validate/report.html"), "report.html")

@@ -1,4 +1,4 @@
-"""dvc.yaml: what each stage depends on is what can change its outputs, and nothing else."""
+"""The deps of each stage in dvc.yaml are exactly the files that can change its outputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ruamel.yaml import YAML
 from tests.helpers.paths import ROOT
 from tests.helpers.project_clone import STAGES
 
-# Modules that decide how a stage talks to its surroundings (the system, MLflow, people) and not
-# what it writes. Were they deps, every new param, every change of tracking and every other line on
-# the terminal would reconvert the model. Nor what estimates memory: it decides only how
-# `auto` splits a batch, which depends on the memory that is free, and so on what no file tells.
+# Modules that affect how a stage interacts with the system, MLflow or the user, but not what it
+# writes. If they were deps, every change of params, tracking or progress output would reconvert the
+# model. The memory estimate is neutral too: it only decides how `auto` splits a batch, which
+# depends on the free memory and not on any file.
 NEUTRAL = (
     "gptj8/__init__.py",
     "gptj8/memory/",
@@ -24,9 +24,9 @@ NEUTRAL = (
     "gptj8/tracking/",
 )
 WATCHED = ("gptj8/params/templates.py", "gptj8/runtime/distributed.py", "gptj8/runtime/manifest.py")
-# Whatever the kernels are, conversion writes the same bytes (tests/kernels/test_cpu.py), and it
-# never computes with a model: a faster kernel is no reason to convert again. Loading a model shares
-# a module with conversion, and never converts.
+# The output of the conversion does not depend on the kernels (tests/kernels/test_cpu.py), so a
+# faster kernel is no reason to convert again. They are imported only because loading a model shares
+# a module with the conversion.
 UNUSED = {
     "convert": tuple(
         f"gptj8/kernels/{name}.py" for name in ("cpu", "dispatch", "fused", "gpu", "operators")
@@ -35,7 +35,7 @@ UNUSED = {
 
 
 def imports_of(file: Path) -> set[Path]:
-    """Return the project's files that a file imports, at any depth of its code."""
+    """Return the project's files that a file imports, including imports inside functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def closure(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_declared_deps_are_the_import_closure(stage):
+def test_declared_deps_equal_import_closure(stage):
     definition = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"][stage]
     declared = {dep for dep in definition["deps"] if dep.startswith(("gptj8/", "stages/"))}
     unused = set(UNUSED.get(stage, ()))
@@ -78,7 +78,7 @@ def test_declared_deps_are_the_import_closure(stage):
     assert declared - folders == needed
 
 
-def test_every_param_is_declared_by_some_stage():
+def test_every_param_is_declared_by_a_stage():
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     declared = {name for stage in stages.values() for name in stage["params"]}

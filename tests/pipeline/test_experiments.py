@@ -1,6 +1,6 @@
-"""Experiments in DVC and MLflow together: a row each, whole, whatever came from the cache.
+"""Experiments with DVC and MLflow: each gives one complete run, also for cached stages.
 
-Real runs of a small project, minutes of them.
+The tests run a small project for several minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXPERIMENTS = {
     "other-data": OTHER,
     "one-shot": ["-S", "evaluate.few_shot=1"],
 }
-"""Two methods, more than two ranks, another dataset, and a change of the evaluation alone."""
+"""Two methods, three ranks, another dataset, and a change of only the evaluation."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def clone(tmp_path_factory, tiny_model_dir):
 
 
 def experiment(clone: Clone, name: str, *options: str) -> list[str]:
-    """Run one, starting from what is committed, and return the stages that ran."""
+    """Run an experiment from the committed state, and return the stages that ran."""
     clone.git("checkout", "--", ".")
     clone.dvc("checkout")
     process = clone.dvc("exp", "run", "--name", name, *options)
@@ -57,8 +57,8 @@ def experiment(clone: Clone, name: str, *options: str) -> list[str]:
     return ran(process)
 
 
-def assert_whole(clone: Clone, run: mlflow.entities.Run, revision: str) -> None:
-    """Nothing is missing that the experiment's own commit has, and nothing is there twice."""
+def assert_complete(clone: Clone, run: mlflow.entities.Run, revision: str) -> None:
+    """Check that a run contains everything in the experiment's commit, without duplicates."""
     client = clone.client()
     refs = clone.git("for-each-ref", "--format=%(refname)", "refs/exps").split()
     revision = next((ref for ref in refs if ref.endswith(f"/{revision}")), revision)
@@ -92,28 +92,28 @@ def named(clone: Clone) -> dict[str, mlflow.entities.Run]:
     return {run.info.run_name: run for run in clone.runs().values()}
 
 
-def test_six_experiments_are_six_whole_rows(clone):
+def test_six_experiments_are_six_complete_runs(clone):
     first = set(clone.runs())
     assert len(first) == 1
     started = {
         name: experiment(clone, name, *options)
         for name, options in EXPERIMENTS.items()
-        if name != "lora-8"  # what `dvc repro` did
+        if name != "lora-8"  # already run by `dvc repro`
     }
     assert started["lora-4"] == started["norms"] == ["finetune", "evaluate", "export"]
     assert started["one-shot"] == ["evaluate", "export"]
     rows = named(clone)
     assert len(rows) == len(EXPERIMENTS) == len(clone.runs())
     for name in started:
-        assert_whole(clone, rows[name], name)
+        assert_complete(clone, rows[name], name)
     (default,) = first
-    assert_whole(clone, clone.runs()[default], "HEAD")
+    assert_complete(clone, clone.runs()[default], "HEAD")
     assert rows["lora-4"].data.tags["stage.convert"] == "cached"
     assert rows["one-shot"].data.tags["stage.finetune"] == "cached"
     assert rows["one-shot"].data.tags["stage.evaluate"] == "ran"
 
 
-def test_running_them_again_changes_nothing(clone):
+def test_rerunning_experiments_changes_nothing(clone):
     before = {run_id: (run.data.params, run.data.metrics) for run_id, run in clone.runs().items()}
     for name, options in EXPERIMENTS.items():
         if name != "lora-8":
@@ -126,20 +126,20 @@ def test_running_them_again_changes_nothing(clone):
         assert {k: v for k, v in after[run_id][1].items() if not k.startswith("system/")} == own
 
 
-def test_a_lost_database_is_filled_again_from_the_cache(clone):
-    """Or a new tracking server, or a colleague's: no stage runs, and every row is whole."""
+def test_lost_database_is_refilled_from_cache(clone):
+    """The same applies to a new tracking server: no stage runs, and every run is complete."""
     (clone.folder / "mlflow.db").rename(clone.folder / "lost.db")
     for name, options in EXPERIMENTS.items():
         if name != "lora-8":
-            assert experiment(clone, f"{name}-anew", *options) == []
+            assert experiment(clone, f"{name}-refilled", *options) == []
     rows = named(clone)
-    assert set(rows) == {f"{name}-anew" for name in EXPERIMENTS if name != "lora-8"}
+    assert set(rows) == {f"{name}-refilled" for name in EXPERIMENTS if name != "lora-8"}
     for name, run in rows.items():
-        assert_whole(clone, run, name)
+        assert_complete(clone, run, name)
         assert {run.data.tags[f"stage.{stage}"] for stage in STAGES} == {"cached"}
     clone.git("checkout", "--", ".")
     clone.dvc("checkout")
-    assert "row was completed" in gptj8(clone, "sync").stdout
+    assert "MLflow run was completed" in gptj8(clone, "sync").stdout
     assert len(clone.runs()) == len(EXPERIMENTS)
 
 
@@ -153,7 +153,7 @@ def gptj8(clone: Clone, *arguments: str) -> subprocess.CompletedProcess[str]:
     return process
 
 
-def test_a_sweep_is_one_command_and_has_a_parent(clone):
+def test_sweep_has_a_parent_run(clone):
     clone.git("checkout", "--", ".")
     known = set(clone.runs())
     queued = clone.dvc("exp", "run", "--queue", "--name", "ranks", "-S", "finetune.r=3,5")
@@ -175,21 +175,21 @@ def test_a_sweep_is_one_command_and_has_a_parent(clone):
     assert len(children) == 2 == len(new) - 1
     assert {run.data.params["finetune.r"] for run in children} == {"3", "5"}
     for run in children:
-        assert_whole(clone, run, run.info.run_name)
+        assert_complete(clone, run, run.info.run_name)
 
 
-def test_a_run_is_reproduced_to_the_byte(clone):
+def test_reproduced_run_is_byte_identical(clone):
     clone.git("checkout", "--", ".")
     (found,) = gptj8(clone, "find", "lora-4").stdout.split("\n")[:1]
     run_id = found.split()[0]
     shown = gptj8(clone, "reproduce", run_id)
-    assert f"run {run_id} is reproduced: the adapter is the same to the byte" in shown.stdout
+    assert f"run {run_id} is reproduced: the adapter is byte-identical" in shown.stdout
     assert not list((clone.folder / ".gptj8" / "reproduce").glob("*"))
     assert clone.git("worktree", "list").count("\n") == 1
 
 
-def test_results_travel_by_a_dvc_remote(clone, tmp_path):
-    """A colleague's clone gets code from git, results from DVC's remote, and runs nothing."""
+def test_results_are_shared_through_dvc_remote(clone, tmp_path):
+    """A second clone gets code from git and results from the DVC remote, and reruns nothing."""
     clone.git("checkout", "--", ".")
     clone.dvc("checkout")
     repository = tmp_path / "repository.git"
@@ -236,7 +236,7 @@ def test_dvc_shows_metrics_plots_and_experiments(clone, tmp_path):
     assert "finetune" in clone.dvc("dag").stdout
 
 
-def test_the_columns_of_dvc_fit_a_screen(clone):
+def test_experiments_table_fits_a_screen(clone):
     clone.git("checkout", "--", ".")
     shown = gptj8(clone, "experiments").stdout
     header = shown.splitlines()[0]
@@ -247,9 +247,11 @@ def test_the_columns_of_dvc_fit_a_screen(clone):
         assert name in shown
 
 
-def test_a_server_that_asks_who_is_there(clone, tmp_path):
-    """A real MLflow server with its own authentication: the right password records, a wrong one
-    costs nothing but a message, and no password is written to a file."""
+def test_server_with_authentication(clone, tmp_path):
+    """With a wrong password a stage only warns, and with the right one sync sends its journal.
+
+    No password is written to a file.
+    """
     from tests.helpers.servers import mlflow_server
 
     settings = tmp_path / "auth.ini"
@@ -266,12 +268,12 @@ def test_a_server_that_asks_who_is_there(clone, tmp_path):
         wrong = {**user, "MLFLOW_TRACKING_PASSWORD": "guess"}
         clone.git("checkout", "--", ".")
         clone.dvc("checkout")
-        refused = with_environment(clone, {**address, **wrong}, "-m", "stages.record")
-        assert refused.returncode == 0
-        assert "MLflow has not received all of record yet" in refused.stderr
+        unsent = with_environment(clone, {**address, **wrong}, "-m", "stages.record")
+        assert unsent.returncode == 0
+        assert "MLflow has not received all of record yet" in unsent.stderr
         sent = with_environment(clone, {**address, **user}, "-m", "gptj8.commands.main", "sync")
         assert sent.returncode == 0, sent.stderr
-        assert "sent: the record of 1 stages" in sent.stdout
+        assert "stages sent: 1\n" in sent.stdout
         for file in Path(clone.folder / ".gptj8").rglob("*"):
             assert not file.is_file() or b"guess" not in file.read_bytes()
         count = (
@@ -279,8 +281,8 @@ def test_a_server_that_asks_who_is_there(clone, tmp_path):
             "(r,) = c.search_runs([e.experiment_id]);"
             "print(r.info.status, sum(k.startswith('stage.') for k in r.data.tags))"
         )
-        told = with_environment(clone, {**address, **user}, "-c", count)
-        assert told.stdout.split() == ["FINISHED", "5"], told.stderr
+        counted = with_environment(clone, {**address, **user}, "-c", count)
+        assert counted.stdout.split() == ["FINISHED", "5"], counted.stderr
 
 
 def with_environment(

@@ -1,4 +1,4 @@
-"""The real pipeline, run by DVC in a temporary clone, on a small model and a small dataset."""
+"""The real pipeline, run by DVC in a temporary clone with a small model and a small dataset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def first_run(clone):
     return clone.dvc("repro")
 
 
-def test_the_pipeline_runs_from_rows_to_an_exported_adapter(clone, first_run):
+def test_pipeline_exports_an_adapter(clone, first_run):
     assert ran(first_run) == list(STAGES)
     evaluation = clone.metrics("evaluate")
     flat = json.dumps(evaluation)
@@ -51,7 +51,7 @@ def test_the_pipeline_runs_from_rows_to_an_exported_adapter(clone, first_run):
     }
 
 
-# What DVC says itself.
+# DVC's own output.
 DVC_LINES = (
     r"Running stage '\w+':|> python -m stages\.\w+|(Generating|Updating) lock file 'dvc.lock'"
     r"|To track the changes with git, run:|\tgit add .*|To enable auto staging, run:"
@@ -59,29 +59,29 @@ DVC_LINES = (
 )
 
 
-def test_the_log_tells_the_story_and_nothing_else(clone, first_run):
+def test_log_contains_only_stage_lines(clone, first_run):
     for line in filter(None, first_run.stdout.splitlines()):
         assert re.fullmatch(rf"{DVC_LINES}|({'|'.join(STAGES)}|record): .+|  .*", line), line
-    for line in first_run.stderr.splitlines():  # no bar, no dict, no warning of a library
+    for line in first_run.stderr.splitlines():  # no bar, dict or library warning
         assert re.fullmatch(r"finetune: training: \d+ of 24 steps, .+ (left|took .+)", line), line
     assert "\r" not in first_run.stdout + first_run.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_says_why_it_runs_and_what_came_of_it(clone, first_run, stage):
-    said = [line for line in first_run.stdout.splitlines() if line.startswith(f"{stage}: ")]
-    assert said[0] == f"{stage}: first run"
-    assert len(said) >= 3
-    assert re.search(r"; [\d.]+ s$", said[-1])
+def test_stage_logs_reason_and_result(clone, first_run, stage):
+    lines = [line for line in first_run.stdout.splitlines() if line.startswith(f"{stage}: ")]
+    assert lines[0] == f"{stage}: first run"
+    assert len(lines) >= 3
+    assert re.search(r"; [\d.]+ s$", lines[-1])
 
 
-def test_a_skipped_stage_is_told(clone, first_run):
+def test_skipped_stages_are_logged(clone, first_run):
     again = clone.dvc("repro", "validate", "convert")
     for stage in ("validate", "convert"):
         assert f"Stage '{stage}' didn't change, skipping" in again.stdout
 
 
-def test_the_first_run_is_one_complete_row(clone, first_run):
+def test_first_run_is_one_complete_mlflow_run(clone, first_run):
     client = clone.client()
     (run,) = clone.runs().values()
     assert_complete(run, clone)
@@ -93,7 +93,7 @@ def test_the_first_run_is_one_complete_row(clone, first_run):
     }
 
 
-def test_the_run_names_its_datasets_by_the_digests_of_dvc(clone, first_run):
+def test_dataset_inputs_have_dvc_digests(clone, first_run):
     lock = YAML(typ="safe").load((clone.folder / "dvc.lock").read_text())["stages"]["validate"]
     digests = {item["path"]: item["md5"] for item in (*lock["deps"], *lock["outs"])}
     (run,) = clone.runs().values()
@@ -107,33 +107,33 @@ def test_the_run_names_its_datasets_by_the_digests_of_dvc(clone, first_run):
     }
 
 
-def test_a_second_run_does_nothing(clone, first_run):
+def test_second_repro_does_nothing(clone, first_run):
     again = clone.dvc("repro")
     assert ran(again) == []
     assert "up to date" in again.stdout
     assert len(clone.runs()) == 1
 
 
-def test_nothing_but_results_is_left_in_the_tree(clone, first_run):
+def test_only_results_change_in_working_tree(clone, first_run):
     changed = {line[3:] for line in clone.git("status", "--porcelain").splitlines()}
     assert all(name == "dvc.lock" or name.startswith("reports/") for name in changed), changed
 
 
-def test_the_same_seed_gives_the_same_bytes(clone, first_run):
+def test_same_seed_gives_byte_identical_adapter(clone, first_run):
     before, metrics = clone.adapter_digest(), clone.metrics("finetune")
     forced = clone.dvc("repro", "--force", "--single-item", "finetune")
     assert ran(forced) == ["finetune"]
-    assert "finetune: runs again: it was asked to" in forced.stdout
+    assert "finetune: rerun: forced, or its outputs were changed" in forced.stdout
     assert clone.adapter_digest() == before
     timed = {"seconds", "tokens_per_second", "samples_per_second"}
-    timed |= {"peak_memory_gib", "estimated_memory_gib"}  # libraries take what they take
+    timed |= {"peak_memory_gib", "estimated_memory_gib"}  # library memory varies
     again = clone.metrics("finetune")
     assert {k: v for k, v in again.items() if k not in timed} == {
         k: v for k, v in metrics.items() if k not in timed
     }
 
 
-def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, tmp_path):
+def test_auto_batch_size_equals_explicit_batch_size(clone, first_run, monkeypatch, tmp_path):
     from gptj8.memory import fitting
     from stages import finetune
 
@@ -145,7 +145,7 @@ def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, 
         return sizes, clone.adapter_digest()
 
     def room_for_five(estimator, params, memory, choose=fitting.choose_fit):
-        assert memory > estimator.training(12).total  # of this machine, which is not so small
+        assert memory > estimator.training(12).total  # the real machine has more memory
         return choose(estimator, params, estimator.training(5).total)
 
     monkeypatch.chdir(clone.folder)
@@ -160,25 +160,25 @@ def test_auto_learns_what_the_same_numbers_learn(clone, first_run, monkeypatch, 
         numbers = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
         assert train(**numbers, train_batch_size=None) == ((4, 3), chosen)
         other = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
-        assert train(**other)[1] != chosen  # rounding, if nothing else
+        assert train(**other)[1] != chosen  # differs at least by rounding
     finally:
         clone.git("checkout", "--", "params.yaml")
-        for number, folder in enumerate(results):  # no stage of DVC made what is there now
+        for number, folder in enumerate(results):  # restore the results of DVC's stage
             shutil.rmtree(folder)
             shutil.copytree(tmp_path / str(number), folder)
 
 
-def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
+def test_failed_gate_registers_no_version(clone, first_run):
     client = clone.client()
     name = ["-S", "tracking.registered_model_name=animals"]
-    refused = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
-    assert refused.returncode != 0
-    assert [s for s in STAGES if f"Running stage '{s}'" in refused.stdout] == ["export"]
+    rejected = clone.dvc("exp", "run", *name, "-S", "evaluate.require=['tuned/accuracy > 2']")
+    assert rejected.returncode != 0
+    assert [s for s in STAGES if f"Running stage '{s}'" in rejected.stdout] == ["export"]
     reason = "evaluate.require is ['tuned/accuracy > 2'] (was [])"
-    assert f"export: runs because {reason}" in refused.stdout
-    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert f"export: runs because {reason}" in rejected.stdout
+    errors = [line for line in rejected.stderr.splitlines() if line.startswith("error: ")]
     assert "tuned/accuracy > 2 is not met" in errors[0] and "misses by" in errors[0]
-    assert "exited with 2" in refused.stderr
+    assert "exited with 2" in rejected.stderr
     assert not client.search_registered_models()
     assert not (clone.folder / "artifacts" / "export").exists()
 
@@ -192,7 +192,7 @@ def test_a_gate_that_fails_leaves_no_registered_version(clone, first_run):
     clone.git("checkout", "--", "params.yaml")
 
 
-def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
+def test_experiments_rerun_changed_stages_and_are_complete_runs(clone, first_run):
     known = set(clone.runs())
     assert ran(clone.dvc("exp", "run", "-S", "finetune.r=4")) == ["finetune", "evaluate", "export"]
     (new,) = set(clone.runs()) - known
@@ -210,7 +210,7 @@ def test_experiments_rerun_what_changed_and_are_complete_rows(clone, first_run):
     assert client.list_artifacts(new, "adapter")
 
 
-def test_ones_own_csv_needs_params_only(clone, first_run):
+def test_own_csv_needs_only_params(clone, first_run):
     vocabulary = {"wild and tame animals": ANIMALS, "works of magic": MAGIC}
     write_rows(clone.folder / "mine.csv", "tweet", "class", vocabulary)
     known = set(clone.runs())
@@ -232,7 +232,7 @@ def test_ones_own_csv_needs_params_only(clone, first_run):
         ("finetune.method=full", ["finetune.method", "full"]),
     ],
 )
-def test_bad_params_stop_the_stage_with_one_line(clone, first_run, change, parts):
+def test_invalid_params_fail_with_one_line(clone, first_run, change, parts):
     before = clone.adapter_digest()
     process = clone.dvc("exp", "run", "-S", change)
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""What DVC shares: a colleague's clone, an applied experiment, while recipes are not in use."""
+"""Share results with DVC: a second clone and an applied experiment, without recipes in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tiny_model_dir):
-    """A project with its own dataset and model, run once: none of the recipes is in use."""
+    """A project with its own dataset and model, run once; no recipe is in use."""
     clone = Clone(tmp_path_factory.mktemp("sharing") / "project", tiny_model_dir)
     assert ran(clone.dvc("repro")) == list(STAGES)
     clone.dvc("remote", "add", "--default", "store", str(clone.folder.parent / "store"))
@@ -25,7 +25,7 @@ def assert_done(process):
     assert "ERROR" not in process.stderr
 
 
-def test_checkout_ends_well_and_brings_back_what_was_removed(clone):
+def test_checkout_restores_removed_outputs(clone):
     adapter = clone.folder / "artifacts" / "adapter" / "adapter_model.safetensors"
     content = adapter.read_bytes()
     adapter.unlink()
@@ -34,7 +34,7 @@ def test_checkout_ends_well_and_brings_back_what_was_removed(clone):
     assert ran(clone.dvc("repro")) == []
 
 
-def test_a_colleague_pulls_and_runs_nothing(clone):
+def test_second_clone_pulls_and_reruns_nothing(clone):
     assert_done(clone.dvc("push"))
     colleague = object.__new__(Clone)
     colleague.folder = clone.folder.parent / "colleague"
@@ -44,7 +44,7 @@ def test_a_colleague_pulls_and_runs_nothing(clone):
     assert ran(colleague.dvc("repro")) == []
 
 
-def test_an_experiment_is_applied(clone):
+def test_applied_experiment_is_up_to_date(clone):
     assert_done(clone.dvc("exp", "run", "--name", "smaller", "-S", "finetune.r=2"))
     clone.git("checkout", "--", ".")
     assert_done(clone.dvc("checkout", "--force"))
@@ -53,8 +53,8 @@ def test_an_experiment_is_applied(clone):
     assert ran(clone.dvc("repro")) == []
 
 
-def test_a_recipe_that_has_made_nothing_runs_when_it_is_needed(clone):
-    """The first run replaces the empty output, which is taken for none."""
+def test_unused_recipe_runs_when_needed(clone):
+    """The first run replaces the empty output, which counts as missing."""
     clone.edit_params(data={"train": "data/datasets/hub/splits"})
     failed = clone.dvc("repro", "validate")
     assert "data/datasets/hub/dvc.yaml:fetch" in failed.stdout

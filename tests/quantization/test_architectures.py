@@ -1,4 +1,4 @@
-"""Causal language models of other families: each converts, trains a LoRA step and generates."""
+"""Test conversion, LoRA training and generation with causal language models of other families."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CONFIG = gptj8.Blockwise8bitConfig(block_size=64)
 
 @pytest.fixture(params=ARCHITECTURES)
 def saved(request, tmp_path):
-    """A small random model of one architecture and the directory it was saved in."""
+    """Return a small random model of one architecture and the directory it is saved in."""
     name, sizes = ARCHITECTURES[request.param]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes, **COMMON)).eval()
@@ -27,7 +27,7 @@ def saved(request, tmp_path):
     return model, tmp_path / "model"
 
 
-def test_it_converts_trains_and_generates(saved, tmp_path):
+def test_convert_train_and_generate(saved, tmp_path):
     original, folder = saved
     gptj8.convert_checkpoint(folder, tmp_path / "8bit", CONFIG)
     load = AutoModelForCausalLM.from_pretrained
@@ -62,11 +62,11 @@ def test_it_converts_trains_and_generates(saved, tmp_path):
 
 
 def is_offset_table(name: str) -> bool:
-    """OPT shifts the rows of its positions, in a subclass of Embedding that is left as it is."""
+    """Return whether a name is OPT's position table, a subclass of Embedding, so not converted."""
     return name == "model.decoder.embed_positions.weight"
 
 
-def test_every_large_matrix_is_in_eight_bits_and_stored_once(saved, tmp_path):
+def test_all_large_matrices_are_in_8_bits_and_stored_once(saved, tmp_path):
     original, folder = saved
     report = gptj8.convert_checkpoint(folder, tmp_path / "8bit", CONFIG)
     with safe_open(tmp_path / "8bit" / "model.safetensors", "pt") as stored:
@@ -90,7 +90,7 @@ def test_every_large_matrix_is_in_eight_bits_and_stored_once(saved, tmp_path):
         assert head.absmax.data_ptr() == embedding.absmax.data_ptr()
 
 
-def test_a_tied_module_is_skipped_with_its_twin(tmp_path):
+def test_skipping_a_tied_module_skips_both(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2, **COMMON)).eval()
     model.save_pretrained(tmp_path / "model")
@@ -101,7 +101,7 @@ def test_a_tied_module_is_skipped_with_its_twin(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-def test_a_config_that_ties_what_differs_is_refused(tmp_path):
+def test_tied_weights_that_differ_raise(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2, **COMMON))
@@ -113,10 +113,10 @@ def test_a_config_that_ties_what_differs_is_refused(tmp_path):
         gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG)
 
 
-def test_rows_that_come_and_go_are_generated_as_alone(saved):
+def test_batched_generation_matches_single_prompts(saved):
     model, _ = saved
     with torch.no_grad():
-        for parameter in model.parameters():  # far enough from each other for any rounding
+        for parameter in model.parameters():  # separates the logits, so rounding has no effect
             parameter.mul_(8 if parameter.dim() > 1 else 1)
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16]]
     expected = []

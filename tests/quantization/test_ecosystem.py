@@ -1,4 +1,4 @@
-"""What transformers, PEFT, accelerate and DDP do with an 8-bit model, with no special call."""
+"""Test 8-bit models with transformers, PEFT, accelerate and DDP, without special calls."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ ON_THE_FLY = {"quantization_config": gptj8.Blockwise8bitConfig(block_size=256)}
 
 @pytest.fixture(params=["converted", "on-the-fly"])
 def source(request, tiny_model_dir, tiny_8bit_dir):
-    """Arguments of from_pretrained for the same 8-bit model."""
+    """Return arguments of from_pretrained that load the same 8-bit model in one of two ways."""
     return (tiny_8bit_dir, {}) if request.param == "converted" else (tiny_model_dir, ON_THE_FLY)
 
 
@@ -38,8 +38,8 @@ def test_a_device_map_places_the_model(source, device_map):
     assert torch.equal(placed(IDS).logits, plain(IDS).logits)
 
 
-def test_layers_that_do_not_fit_are_kept_on_the_disk(tiny_8bit_dir, tmp_path):
-    """What device_map="auto" does with a model larger than the machine's memory."""
+def test_layers_can_be_offloaded_to_disk(tiny_8bit_dir, tmp_path):
+    """device_map="auto" does this if a model is larger than the memory of the machine."""
     device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
     device_map |= {"transformer.ln_f": "cpu", "transformer.drop": "cpu", "lm_head": "disk"}
     placed = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +51,7 @@ def test_layers_that_do_not_fit_are_kept_on_the_disk(tiny_8bit_dir, tmp_path):
         assert torch.equal(placed(IDS).logits, plain(IDS).logits)
 
 
-def test_trainer_accepts_the_model(source, tmp_path):
+def test_trainer_trains_the_model(source, tmp_path):
     path, arguments = source
     model = AutoModelForCausalLM.from_pretrained(path, **arguments)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
@@ -71,7 +71,7 @@ def test_trainer_accepts_the_model(source, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["all", "lora_only"])
-def test_biases_are_trained_beside_lora(tiny_8bit_dir, which):
+def test_biases_can_be_trained_with_lora(tiny_8bit_dir, which):
     def biases(model):
         torch.manual_seed(0)
         config = LoraConfig(r=2, target_modules=["fc_in"], bias=which, init_lora_weights=False)
@@ -86,7 +86,7 @@ def test_biases_are_trained_beside_lora(tiny_8bit_dir, which):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_layer_norms_are_tuned_through_peft(tiny_8bit_dir):
+def test_layer_norms_can_be_tuned_with_peft(tiny_8bit_dir):
     def norms(model):
         config = LNTuningConfig(target_modules=["ln_1", "ln_f"])
         return gradients(get_peft_model(model, config), IDS)
@@ -98,7 +98,7 @@ def test_layer_norms_are_tuned_through_peft(tiny_8bit_dir):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_without_gradients_it_computes_the_same(tiny_8bit_dir):
+def test_logits_are_the_same_without_gradients(tiny_8bit_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
     expected = model(IDS).logits
     with torch.no_grad():
@@ -117,19 +117,20 @@ def _worker(rank: int, model: torch.nn.Module, folder: Path) -> None:
         found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         save_file(found, folder / "gradients")
     distributed.barrier()
-    # At once: gloo's destructors have been seen to wait for each other for ever.
+    # Exit immediately, because gloo's destructors can deadlock.
     os._exit(0)
 
 
 @pytest.mark.slow
-def test_data_parallel_workers_get_the_model_and_agree_with_one_process(tiny_8bit_dir, tmp_path):
+def test_data_parallel_gradients_match_a_single_process(tiny_8bit_dir, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(model, config)
     multiprocessing.spawn(_worker, (model, tmp_path), nprocs=2)
     averaged = load_file(tmp_path / "gradients")
-    alone = gradients(model, IDS)  # rows are of one length: the mean of two means is the mean
-    assert averaged.keys() == alone.keys() and len(alone) == 4
-    for name, gradient in alone.items():
+    # All rows have the same length, so the mean over workers is the mean over all rows.
+    single = gradients(model, IDS)
+    assert averaged.keys() == single.keys() and len(single) == 4
+    for name, gradient in single.items():
         torch.testing.assert_close(averaged[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

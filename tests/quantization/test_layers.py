@@ -1,4 +1,4 @@
-"""Frozen layers against their full-precision twins that hold the restored weight."""
+"""Compare frozen layers with full-precision layers that hold the restored weight (twins)."""
 
 import copy
 import pickle
@@ -43,7 +43,11 @@ def frozen_pair(make, block_size=64):
 
 
 def gradients(module: nn.Module, x: torch.Tensor, use_checkpoint: bool | None):
-    """Return output, gradient of the input and of the bias; `None`: no checkpointing."""
+    """Return the output and the gradients of input and bias.
+
+    Args:
+        use_checkpoint: `use_reentrant` of activation checkpointing; None to disable it.
+    """
     x = x.clone().requires_grad_()
     if use_checkpoint is None:
         y = module(x)
@@ -58,7 +62,7 @@ def gradients(module: nn.Module, x: torch.Tensor, use_checkpoint: bool | None):
     "use_checkpoint", [None, True, False], ids=["plain", "reentrant", "non-reentrant"]
 )
 @pytest.mark.parametrize("make", LINEARS)
-def test_gradients_equal_the_twins(make, use_checkpoint):
+def test_gradients_match_full_precision(make, use_checkpoint):
     frozen, twin = frozen_pair(make)
     x = torch.randn(3, 5, 48)
     for ours, theirs in zip(
@@ -69,7 +73,7 @@ def test_gradients_equal_the_twins(make, use_checkpoint):
 
 
 @pytest.mark.parametrize("make", LINEARS)
-def test_backward_keeps_nothing_but_the_modules_own_tensors(make):
+def test_only_the_modules_tensors_are_kept_for_backward(make):
     frozen, _ = frozen_pair(make)
     kept = []
 
@@ -102,7 +106,7 @@ def test_checkpointing_does_not_repeat_the_last_product(make, monkeypatch):
 
 
 @pytest.mark.parametrize("make", LINEARS)
-def test_autocast_computes_in_its_dtype(make):
+def test_autocast_dtype_is_used(make):
     frozen, twin = frozen_pair(make)
     x = torch.randn(4, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -113,7 +117,7 @@ def test_autocast_computes_in_its_dtype(make):
 
 @pytest.mark.parametrize("block_size", [64, 256], ids=lambda b: f"block{b}")
 @pytest.mark.parametrize("columns", [48, 64, 80])
-def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, block_size):
+def test_restoring_a_matrix_in_pieces_gives_the_same_results(monkeypatch, columns, block_size):
     torch.manual_seed(4)
     original = nn.Linear(columns, 100)
     frozen = frozen_twin(original, block_size, torch.float32)
@@ -130,28 +134,30 @@ def test_a_matrix_restored_in_pieces_computes_the_same(monkeypatch, columns, blo
 
 @pytest.mark.parametrize("rows", [3, 20], ids=["few-rows", "restored"])
 @pytest.mark.parametrize("make", LINEARS)
-def test_second_derivatives_equal_the_twins(make, rows):
+def test_second_derivatives_match_full_precision(make, rows):
     frozen, twin = frozen_pair(make)
     second = []
     for module in (frozen, twin):
         torch.manual_seed(5)
         x = torch.randn(rows, 48, requires_grad=True)
         (first,) = torch.autograd.grad(module(x.tanh()).tanh().sum(), x, create_graph=True)
-        module(torch.randn(rows, 48))  # uses the memory that restored weights share
+        module(torch.randn(rows, 48))  # overwrites the shared memory of restored weights
         second.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", LINEARS)
-def test_input_of_another_width_is_refused(make):
+def test_inputs_of_the_wrong_width_raise(make):
     frozen, _ = frozen_pair(make)
     for width in (32, 96):
-        with pytest.raises(RuntimeError, match="does not end in 48 features"):
+        with pytest.raises(
+            RuntimeError, match=rf"x has shape \(2, {width}\); its last dimension must be 48"
+        ):
             frozen(torch.randn(2, width))
 
 
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48)], ids=str)
-def test_odd_shapes_compute_what_the_twin_computes(shape):
+def test_unusual_shapes_match_full_precision(shape):
     frozen, twin = frozen_pair(linear)
     x = torch.randn(shape)
     torch.testing.assert_close(frozen(x), twin(x))
@@ -160,13 +166,13 @@ def test_odd_shapes_compute_what_the_twin_computes(shape):
     torch.testing.assert_close(frozen.bias.grad, twin.bias.grad)
 
 
-def test_float64_is_computed_in_float64():
+def test_float64_matches_full_precision():
     frozen, twin = frozen_pair(linear)
     x = torch.randn(3, 48, dtype=torch.float64)
     assert torch.equal(frozen.double()(x), twin.double()(x))
 
 
-def test_a_default_device_is_of_no_consequence():
+def test_results_do_not_depend_on_the_default_device():
     frozen, _ = frozen_pair(linear)
     x = torch.randn(12, 48)
     expected = frozen(x), frozen(x[:2])
@@ -177,7 +183,7 @@ def test_a_default_device_is_of_no_consequence():
 
 @pytest.mark.parametrize("rows", [2, 20], ids=["few-rows", "restored"])
 @pytest.mark.parametrize("make", LINEARS)
-def test_compiled_and_exported_and_on_the_meta_device(make, rows):
+def test_compile_export_and_meta_device(make, rows):
     frozen, _ = frozen_pair(make)
     x = torch.randn(rows, 48)
     expected = gradients(frozen, x, None)
@@ -189,7 +195,7 @@ def test_compiled_and_exported_and_on_the_meta_device(make, rows):
     assert frozen.to("meta")(x.to("meta")).shape == (rows, 40)
 
 
-def test_output_may_be_changed_in_place():
+def test_output_can_be_changed_in_place():
     frozen, _ = frozen_pair(linear)
     x = torch.randn(2, 48, requires_grad=True)
     y = frozen(x)
@@ -198,7 +204,7 @@ def test_output_may_be_changed_in_place():
     assert x.grad is not None
 
 
-def test_the_weight_gets_no_gradient():
+def test_the_weight_has_no_gradient():
     frozen, _ = frozen_pair(linear)
     frozen(torch.randn(2, 48, requires_grad=True)).sum().backward()
     assert not frozen.weight.requires_grad
@@ -206,7 +212,7 @@ def test_the_weight_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dim", [8, 48, 64, 128, 200], ids=lambda d: f"dim{d}")
-def test_embedding_restores_exactly_the_rows_asked_for(dim):
+def test_embedding_matches_full_precision(dim):
     torch.manual_seed(1)
     original = nn.Embedding(31, dim)
     frozen = frozen_twin(original, 64, torch.float32)
@@ -218,7 +224,7 @@ def test_embedding_restores_exactly_the_rows_asked_for(dim):
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_casts_leave_absmax_and_codebook_alone(cast):
+def test_casts_do_not_change_absmax_and_codebook(cast):
     frozen, _ = frozen_pair(linear)
     before = frozen.quantized_weight
     getattr(frozen, cast)()
@@ -228,7 +234,7 @@ def test_casts_leave_absmax_and_codebook_alone(cast):
     assert frozen.bias.dtype == getattr(torch.ones(1), cast)().dtype
 
 
-def test_moving_to_another_device_moves_everything():
+def test_moving_to_another_device_moves_all_tensors():
     frozen, _ = frozen_pair(linear)
     moved = frozen.to("meta")
     assert {t.device.type for t in (moved.weight, moved.absmax, moved.codebook, moved.bias)} == {
@@ -238,7 +244,7 @@ def test_moving_to_another_device_moves_everything():
 
 @pytest.mark.parametrize("make", [*LINEARS, lambda: nn.Embedding(11, 48)])
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_and_pickles_compute_the_same(make, through):
+def test_copied_and_pickled_modules_give_the_same_results(make, through):
     torch.manual_seed(2)
     original = make()
     frozen = frozen_twin(original, 64, torch.float32)
@@ -258,7 +264,7 @@ def test_copies_and_pickles_compute_the_same(make, through):
     ],
     ids=["new", "cast", "deepcopy", "pickle", "assigned-state-dict"],
 )
-def test_codes_refuse_arithmetic_in_place(after):
+def test_in_place_arithmetic_on_codes_raises(after):
     frozen, _ = frozen_pair(linear)
     changed = after(frozen)
     codes = changed.weight.detach().clone()
@@ -270,7 +276,7 @@ def test_codes_refuse_arithmetic_in_place(after):
     assert torch.equal(changed.weight, codes)
 
 
-def test_state_dict_round_trip_is_bit_equal():
+def test_state_dict_round_trip_is_bit_identical():
     frozen, _ = frozen_pair(linear)
     other = frozen_twin(linear(), 64, torch.float32)
     other.load_state_dict(frozen.state_dict())
@@ -278,15 +284,15 @@ def test_state_dict_round_trip_is_bit_equal():
     assert torch.equal(other(x), frozen(x))
 
 
-def test_subclasses_have_no_twin():
+def test_subclasses_have_no_frozen_version():
     class Masked(nn.Linear):
-        """Computes something else."""
+        """A subclass, which may compute something else."""
 
     assert frozen_twin(Masked(4, 4), 64, None) is None
     assert frozen_twin(nn.LayerNorm(4), 64, None) is None
 
 
-def test_frozen_modules_are_what_peft_looks_for():
+def test_frozen_modules_are_recognized_by_peft():
     frozen, _ = frozen_pair(linear)
     assert isinstance(frozen, nn.Linear)
     assert isinstance(frozen, Frozen8bitModule)

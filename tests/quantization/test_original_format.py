@@ -1,4 +1,4 @@
-"""Models in the original 8-bit GPT-J format, made here as its code made them."""
+"""Test the conversion of models in the original 8-bit GPT-J format, created like the original."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from gptj8.quantization.codec import QuantizationError, dequantize_blockwise, qu
 from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config
 
-CONFIG = gptj8.Blockwise8bitConfig()  # what the user asks for does not matter: codes are kept
+CONFIG = gptj8.Blockwise8bitConfig()  # has no effect on modules whose codes are kept
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def full_precision_model():
-    """Wide enough for several blocks of 4096 a matrix."""
+    """Return a model wide enough for several blocks of 4096 per matrix."""
     torch.manual_seed(1)
     return GPTJForCausalLM(gptj_config(n_embd=96, n_layer=2)).eval()
 
@@ -29,7 +29,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def legacy_state(model: nn.Module, adapter_rank: int = 0) -> dict[str, torch.Tensor]:
-    """Return the state dict that the original code saved."""
+    """Return a state dict as saved by the original code."""
     state = {}
     for name, module in model.named_modules():
         if is_quantized(module):
@@ -68,7 +68,7 @@ def save_legacy(folder, state, model):
 
 
 def legacy_logits(model, state):
-    """Compute what the original code computed: restored weights, plus adapter(input) unscaled."""
+    """Compute logits like the original code: restored weights plus unscaled adapters."""
     for name, module in model.named_modules():
         if is_quantized(module):
             q = gptj8.quantization.codec.QuantizedTensor(
@@ -83,7 +83,7 @@ def legacy_logits(model, state):
     return model(IDS).logits
 
 
-def test_codes_are_kept_byte_for_byte(tmp_path):
+def test_codes_are_kept_byte_identical(tmp_path):
     model = full_precision_model()
     state = legacy_state(model)
     save_legacy(tmp_path / "old", state, model)
@@ -130,7 +130,7 @@ def test_adapters_are_kept(tmp_path):
     ],
     ids=["absmax-short", "code-short", "code-descending", "codes-float"],
 )
-def test_damaged_parts_are_named(tmp_path, part, change, message):
+def test_damaged_parts_raise_and_are_named(tmp_path, part, change, message):
     model = full_precision_model()
     state = legacy_state(model)
     name = f"transformer.h.1.attn.q_proj.{part}"

@@ -1,4 +1,4 @@
-"""The quantizer inside transformers and PEFT, on small random models."""
+"""Test the quantizer with transformers and PEFT on small random models."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ from gptj8.runtime.errors import UserError
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def test_importing_the_package_needs_no_torch():
+def test_importing_the_package_does_not_import_torch():
     code = "import sys, gptj8; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -34,7 +34,7 @@ def test_importing_the_package_needs_no_torch():
         "import gptj8.quantization.quantizer",
     ],
 )
-def test_the_quantizer_is_registered_in_any_order_of_imports(first):
+def test_the_quantizer_is_registered_for_any_import_order(first):
     code = (
         f"{first}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
         "assert m['blockwise_8bit'].__module__ == 'gptj8.quantization.quantizer'"
@@ -54,7 +54,7 @@ def test_conversion_on_the_fly_equals_conversion_on_disk(tiny_model_dir, tiny_8b
     assert isinstance(on_disk.transformer.wte, Frozen8bitEmbedding)
 
 
-def test_save_pretrained_writes_the_bytes_that_were_loaded(tiny_8bit_dir, tmp_path):
+def test_save_pretrained_writes_the_loaded_tensors_unchanged(tiny_8bit_dir, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).save_pretrained(tmp_path)
     before = load_file(tiny_8bit_dir / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
@@ -63,7 +63,7 @@ def test_save_pretrained_writes_the_bytes_that_were_loaded(tiny_8bit_dir, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_loading_in_16_bits_keeps_the_scales_in_32(tiny_8bit_dir, dtype):
+def test_loading_in_another_dtype_does_not_change_the_scales(tiny_8bit_dir, dtype):
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir, dtype=dtype)
     stored = load_file(tiny_8bit_dir / "model.safetensors")
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def test_loading_in_16_bits_keeps_the_scales_in_32(tiny_8bit_dir, dtype):
     assert model(IDS).logits.dtype == dtype
 
 
-def test_the_model_equals_its_restored_twin(tiny_8bit_dir):
+def test_logits_match_the_restored_model(tiny_8bit_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).eval()
     expected = model(IDS).logits
     twin = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).dequantize(torch.float32).eval()
@@ -81,7 +81,7 @@ def test_the_model_equals_its_restored_twin(tiny_8bit_dir):
     torch.testing.assert_close(twin(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rotary_tables_survive_loading_and_moves(tiny_model_dir, tiny_8bit_dir):
+def test_loading_and_moving_preserve_rotary_tables(tiny_model_dir, tiny_8bit_dir):
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).to("cpu")
     expected = original.transformer.h[1].attn.embed_positions
@@ -101,7 +101,7 @@ def test_skipped_modules_stay_in_full_precision(tiny_model_dir):
     [(["q_proj", "v_proj"], 4), ("all-linear", 12), (["wte", "q_proj"], 3)],
     ids=["attention", "all-linear", "embedding"],
 )
-def test_lora_gradients_equal_the_full_precision_twins(tiny_8bit_dir, target, adapted):
+def test_lora_gradients_match_the_restored_model(tiny_8bit_dir, target, adapted):
     def losses_and_gradients(model, checkpointing):
         torch.manual_seed(0)
         config = LoraConfig(
@@ -123,7 +123,7 @@ def test_lora_gradients_equal_the_full_precision_twins(tiny_8bit_dir, target, ad
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_an_adapter_saved_and_loaded_answers_the_same(tiny_8bit_dir, tmp_path):
+def test_an_adapter_gives_the_same_logits_after_saving_and_loading(tiny_8bit_dir, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
@@ -134,7 +134,7 @@ def test_an_adapter_saved_and_loaded_answers_the_same(tiny_8bit_dir, tmp_path):
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["plain", "safe"])
-def test_merging_into_eight_bits_is_refused_in_words(tiny_8bit_dir, safe):
+def test_merging_an_adapter_into_8bit_weights_raises(tiny_8bit_dir, safe):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
     expected = model(IDS).logits
@@ -143,7 +143,7 @@ def test_merging_into_eight_bits_is_refused_in_words(tiny_8bit_dir, safe):
     assert torch.equal(model(IDS).logits, expected)
 
 
-def test_merging_after_restoring_is_right(tiny_8bit_dir, tmp_path):
+def test_merging_into_a_restored_model_gives_the_same_logits(tiny_8bit_dir, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_8bit_dir), config).eval()
     expected = model(IDS).logits
@@ -164,7 +164,7 @@ def continued(model, answers):
     torch.manual_seed(3)
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     weights = [p for p in model.parameters() if p.requires_grad]
-    # From 64 weights on in 8 bits, or the optimizer would keep matrices this small in 32.
+    # Use 8-bit state from 64 weights on; by default it is 32-bit for such small matrices.
     optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=1e-2, min_8bit_size=64)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -179,8 +179,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, tmp_path):
-    """Quantize, save, load in a new process, train on: bit for bit what the first one computes."""
+def test_training_a_reloaded_model_is_bit_identical(tiny_model_dir, tmp_path):
+    """A quantized model gives the same results if it is saved and loaded in a new process first."""
     config = gptj8.Blockwise8bitConfig(block_size=256)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
     model.save_pretrained(tmp_path / "model")
@@ -201,21 +201,21 @@ def test_a_model_continued_after_saving_matches_one_never_saved(tiny_model_dir, 
     ("part", "change", "message"),
     [
         ("codebook", lambda t: t.flip(0), "codebook is not ascending"),
-        ("codebook", lambda t: t[:255], r"shape \(255,\), and config.json implies \(256,\)"),
+        ("codebook", lambda t: t[:255], r"shape \(255,\), but config.json implies \(256,\)"),
         ("codebook", lambda t: t * float("nan"), "is not finite"),
         ("absmax", lambda t: t / 0.0, "is not finite"),
-        ("absmax", lambda t: t[:-1], r"shape \(63,\), and .* implies \(64,\)"),
-        ("weight", lambda t: t[:-1], r"shape \(255, 64\), and .* implies \(256, 64\)"),
+        ("absmax", lambda t: t[:-1], r"shape \(63,\), but .* implies \(64,\)"),
+        ("weight", lambda t: t[:-1], r"shape \(255, 64\), but .* implies \(256, 64\)"),
     ],
     ids=["descending", "255", "nan", "infinite", "absmax-short", "weight-short"],
 )
-def test_damaged_scales_are_refused_by_name(tiny_8bit_dir, tmp_path, part, change, message):
+def test_damaged_tensors_raise_and_are_named(tiny_8bit_dir, tmp_path, part, change, message):
     folder = shutil.copytree(tiny_8bit_dir, tmp_path / "model")
     state = load_file(folder / "model.safetensors")
     name = f"transformer.h.1.mlp.fc_in.{part}"
     state[name] = change(state[name]).contiguous()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "manifest.json").unlink()  # it would name the file, and not the tensor
+    (folder / "manifest.json").unlink()  # its checksum error would name the file, not the tensor
     with pytest.raises((ValueError, RuntimeError, UserError), match=message) as caught:
         load_model(folder, torch.float32, torch.device("cpu"))
     assert "fc_in" in str(caught.value)
@@ -225,6 +225,6 @@ def test_damaged_scales_are_refused_by_name(tiny_8bit_dir, tmp_path, part, chang
     ("arguments", "message"),
     [({"block_size": 3}, "block_size = 3"), ({"codebook": "linear"}, "codebook = 'linear'")],
 )
-def test_wrong_configs_are_refused(arguments, message):
+def test_invalid_configs_raise(arguments, message):
     with pytest.raises(QuantizationError, match=message):
         gptj8.Blockwise8bitConfig(**arguments)

@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same adapter, the same scores, one row of MLflow."""
+"""Two processes give the same adapter and scores as one process, and one MLflow run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.helpers.project_clone import STAGES, Clone, assert_complete
 
 LAUNCHER = "torchrun --nproc-per-node 2"
 MINIMAL = {"data": {"train": "x"}, "model": {"path": "y"}}
-# In each of two processes: shares of 5 and of 1 item, one decision, one sum.
+# Run in each of two processes: distribute 5 items and 1 item, make a decision, compute a sum.
 SHARES = """
 import json, os
 from gptj8.runtime import distributed
@@ -41,20 +41,20 @@ from gptj8.runtime import distributed
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.process import run
 main = distributed.is_main_process()
-def refuse():
-    raise UserError(f"refused by {distributed.process_number()}")
+def fail():
+    raise UserError(f"raised by {distributed.process_number()}")
 def all_late():
     time.sleep(2 * main)
-    refuse()
-def one_alone():
+    fail()
+def only_one():
     if not main:
-        refuse()
+        fail()
     time.sleep(60)
-def a_decision():
-    distributed.from_main(refuse)
-def a_share():
-    distributed.each_a_share(lambda numbers: [] if main else refuse(), 4)
-def a_code():
+def decision():
+    distributed.from_main(fail)
+def share():
+    distributed.each_a_share(lambda numbers: [] if main else fail(), 4)
+def exit_code():
     if not main:
         sys.exit(7)
     time.sleep(60)
@@ -66,7 +66,7 @@ run(work)
 
 
 def launched(folder, source, launcher=LAUNCHER, **kwargs):
-    """Start a module made of `source` by a launcher, in a process of its own."""
+    """Start a module with the given source through a launcher, in a new process."""
     (folder / "work.py").write_text(source)
     command = f"from gptj8.runtime.distributed import launch; launch({launcher!r}, 'work')"
     return subprocess.Popen(
@@ -90,7 +90,7 @@ def test_shares_decisions_and_sums(tmp_path):
         assert found == [[0, 10, 20, 30, 40], ["0"], is_main, [1, 3.0], is_main]
 
 
-def test_one_process_needs_no_other():
+def test_a_single_process_needs_no_process_group():
     assert distributed.launch(None, "work") is False
     assert distributed.each_a_share(lambda numbers: [2 * i for i in numbers], 3) == [0, 2, 4]
     assert distributed.from_main(lambda: 5) == 5
@@ -101,23 +101,23 @@ def test_one_process_needs_no_other():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "code", "said"),
+    ("how", "code", "stderr"),
     [
-        ("all_late", 2, "error: refused by 0\n"),
-        ("one_alone", 2, "error: refused by 1\n"),
-        ("a_decision", 2, "error: refused by 0\n"),
-        ("a_share", 2, "error: refused by 1\n"),
-        ("a_code", 7, ""),
+        ("all_late", 2, "error: raised by 0\n"),
+        ("only_one", 2, "error: raised by 1\n"),
+        ("decision", 2, "error: raised by 0\n"),
+        ("share", 2, "error: raised by 1\n"),
+        ("exit_code", 7, ""),
     ],
 )
-def test_a_failure_is_said_once_and_has_its_code(tmp_path, how, code, said):
+def test_an_error_is_printed_once_and_sets_the_exit_code(tmp_path, how, code, stderr):
     with launched(tmp_path, FAILS.replace("HOW", how)) as process:
         _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (code, said)
+    assert (process.returncode, errors) == (code, stderr)
 
 
 @pytest.mark.slow
-def test_ending_the_launcher_ends_all(tmp_path):
+def test_terminating_the_launcher_terminates_all_processes(tmp_path):
     waits = "import time, os; open(f'{os.getpid()}.pid', 'w'); time.sleep(100)"
     with launched(tmp_path, waits) as process:
         until = time.monotonic() + 60
@@ -138,32 +138,32 @@ def test_ending_the_launcher_ends_all(tmp_path):
     [
         ("torchrun --nproc-per-node 2 --nope", "--nope"),
         ("torchrun --nproc-per-node two", "two"),
-        ("torchrun --nproc-per-node 0", "1 process or more"),
-        ("torchrun other.py", "options of torchrun alone"),
+        ("torchrun --nproc-per-node 0", "at least 1 process"),
+        ("torchrun other.py", "give only torchrun options"),
         ("torchrun --help", "finetune.launcher"),
     ],
 )
-def test_what_torchrun_does_not_understand_is_said_in_a_line(launcher, reason):
-    with pytest.raises(UserError) as refused:
+def test_invalid_torchrun_arguments_raise_a_one_line_error(launcher, reason):
+    with pytest.raises(UserError) as raised:
         distributed.launch(launcher, "work")
-    assert len(str(refused.value).splitlines()) == 1
-    assert f"finetune.launcher = {launcher}: " in str(refused.value)
-    assert reason in str(refused.value)
+    assert len(str(raised.value).splitlines()) == 1
+    assert f"finetune.launcher = {launcher}: " in str(raised.value)
+    assert reason in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("launcher", "reason"),
     [
-        ("rm -rf x", "'rm -rf x' is not a command line of torchrun"),
+        ("rm -rf x", "'rm -rf x' is not a torchrun command line"),
         ("torchrun 'x", "quotation"),
     ],
 )
-def test_other_launchers_are_refused(launcher, reason):
+def test_launchers_other_than_torchrun_raise(launcher, reason):
     with pytest.raises(UserError, match=f"finetune.launcher.*{reason}"):
         parse_params({**MINIMAL, "finetune": {"launcher": launcher}})
 
 
-def test_processes_share_an_optimizer_step():
+def test_an_optimizer_step_is_divided_among_processes():
     def for_one_of(processes, **finetune):
         params = parse_params({**MINIMAL, "finetune": {"launcher": LAUNCHER, **finetune}})
         return params.for_one_of(processes).finetune

@@ -1,4 +1,4 @@
-"""Why a stage runs, told from dvc.lock."""
+"""The reasons why a stage runs, derived from dvc.lock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def entry(folder: Path, path: str) -> dict[str, object]:
 
 @pytest.fixture
 def project(tmp_path):
-    """A project whose stage has just run."""
+    """Return a project whose stage has just run."""
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.csv").write_text("a")
     (tmp_path / "code.py").write_text("x = 1")
@@ -55,78 +55,78 @@ def lock(folder: Path, made: dict[str, object], outs: list[dict[str, object]]) -
     write_yaml(folder / "dvc.lock", {"schema": "2.0", "stages": stages})
 
 
-def test_the_first_run_is_named(tmp_path, project):
+def test_a_stage_without_a_lock_entry_is_a_first_run(tmp_path, project):
     assert explain("evaluate", project) == FIRST
     (project / "dvc.lock").unlink()
     assert explain("train", project) == FIRST
 
 
-def test_a_recipe_that_was_never_needed_has_its_first_run(tmp_path):
+def test_a_recipe_that_has_not_run_is_a_first_run(tmp_path):
     write_yaml(tmp_path / "dvc.yaml", {"stages": {"fetch": {"cmd": "python fetch.py"}}})
     write_yaml(tmp_path / "dvc.lock", {"schema": "2.0", "stages": {"fetch": {"cmd": NOT_MADE}}})
     assert explain("fetch", tmp_path) == FIRST
 
 
-def test_an_experiments_copy_may_know_of_no_run(tmp_path, monkeypatch):
+def test_an_experiments_copy_without_a_lock_is_a_first_run(tmp_path, monkeypatch):
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     assert explain("train") == FIRST_IN_COPY
 
 
-def test_what_dvc_ignores_is_no_reason(project):
+def test_ignored_files_are_not_a_reason(project):
     (project / ".dvc").mkdir()
     (project / ".dvcignore").write_text("__pycache__\n*.so\n")
     for name in ("__pycache__/a.pyc", "kernels.so"):
         (project / "rows" / name).parent.mkdir(exist_ok=True)
         (project / "rows" / name).write_text("compiled here")
-    assert explain("train", project).startswith("runs again: it was asked to")
+    assert explain("train", project).startswith("rerun: forced, or its outputs were changed")
     (project / "rows" / "b.csv").write_text("b")
     assert explain("train", project) == "runs because rows changed"
 
 
-def test_nothing_changed_means_that_it_was_asked_to(project):
-    assert explain("train", project).startswith("runs again: it was asked to")
+def test_without_changes_the_stage_was_forced(project):
+    assert explain("train", project).startswith("rerun: forced, or its outputs were changed")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({"seed": 1}, "seed is 1 (was 0)"),
         ({"train": {"r": 4, "warm": None}}, "train.r is 4 (was 8)"),
         ({"train": {"r": 8, "warm": 0.5}}, "train.warm is 0.5 (was null)"),
-        ({"train": {"r": 8}}, "train.warm is gone (was null)"),
-        ({"train": {"r": 8, "warm": None, "k": True}}, "train.k is true (was not there)"),
+        ({"train": {"r": 8}}, "train.warm was removed (was null)"),
+        ({"train": {"r": 8, "warm": None, "k": True}}, "train.k is true (was not set)"),
     ],
     ids=str,
 )
-def test_params_are_told_with_what_they_were(project, change, said):
+def test_changed_params_are_shown_with_old_and_new_values(project, change, reason):
     write_yaml(project / "params.yaml", PARAMS | change)
-    assert explain("train", project) == f"runs because {said}"
+    assert explain("train", project) == f"runs because {reason}"
 
 
-def test_changed_files_are_told(project):
+def test_changed_files_are_named(project):
     (project / "code.py").write_text("x = 2")
     assert explain("train", project) == "runs because code.py changed"
     (project / "rows" / "a.csv").write_text("b")
     assert explain("train", project) == "runs because code.py changed, rows changed"
 
 
-def test_what_another_stage_made_is_told_by_its_lock(project):
+def test_outputs_of_other_stages_are_compared_by_their_lock_entries(project):
     before = {"path": "made", "hash": "md5", "md5": "1.dir", "size": 1, "nfiles": 1}
     lock(project, before, [{**before, "md5": "2.dir"}])
     assert explain("train", project) == "runs because made changed"
 
 
-def test_another_input_is_told(project):
+def test_added_and_removed_dependencies_are_named(project):
     (project / "mine").write_text("")
     data = {"data": {"train": "mine", "test": None}}
     write_yaml(project / "params.yaml", PARAMS | data)
     assert "mine is a new dependency" in explain("train", project)
-    assert "rows is no dependency any more" in explain("train", project)
+    assert "rows is no longer a dependency" in explain("train", project)
 
 
-def test_what_takes_long_to_compare_is_not_called_unchanged(project, monkeypatch):
+def test_folders_too_large_to_hash_are_possible_changes(project, monkeypatch):
     monkeypatch.setattr(dvc_changes, "_MOST_BYTES", 0)
     assert "or something in rows changed" in explain("train", project)
     (project / "rows" / "a.csv").write_text("longer")
@@ -135,9 +135,9 @@ def test_what_takes_long_to_compare_is_not_called_unchanged(project, monkeypatch
 
 def test_many_changes_are_counted(project):
     write_yaml(project / "params.yaml", PARAMS | {"seed": 5, "train": {"a": 1, "b": 2, "r": 8}})
-    assert explain("train", project).endswith("train.b is 2 (was not there) and 1 more")
+    assert explain("train", project).endswith("train.b is 2 (was not set) and 1 more")
 
 
-def test_a_project_that_cannot_be_read_stops_nothing(project):
+def test_an_unreadable_project_does_not_raise(project):
     (project / "dvc.lock").write_text("{")
     assert explain("train", project) == "runs"

@@ -1,4 +1,4 @@
-"""Digests of files and folders are those of DVC itself, .dvcignore included."""
+"""Digests of files and folders equal those of DVC, including the effect of .dvcignore."""
 
 import hashlib
 import subprocess
@@ -41,7 +41,7 @@ def project(tmp_path_factory):
     return folder
 
 
-def test_a_folder_has_the_digest_that_dvc_gives_it(project, monkeypatch):
+def test_a_folders_digest_equals_the_one_in_dvc_lock(project, monkeypatch):
     locked = YAML(typ="safe").load((project / "dvc.lock").read_text())["stages"]["watch"]
     (dep,) = locked["deps"]
     assert dvc_digest(project / "data") == dep["md5"]
@@ -50,7 +50,7 @@ def test_a_folder_has_the_digest_that_dvc_gives_it(project, monkeypatch):
     assert dvc_digest("data") == dep["md5"]
 
 
-def test_what_dvc_ignores_is_not_seen(project):
+def test_ignored_files_are_not_listed(project):
     seen = {file.relative_to(project).as_posix() for file in dvc_files(project / "data")}
     ignored = {"data/code/kernels.so", "data/code/__pycache__/b.pyc", "data/logs/1.log"}
     ignored |= {"data/only-here/e.csv"}
@@ -58,15 +58,15 @@ def test_what_dvc_ignores_is_not_seen(project):
     assert seen == given - ignored | {"data/file.csv"}
 
 
-def test_a_compiled_file_changes_nothing(project):
+def test_an_ignored_file_does_not_change_the_digest(project):
     before = dvc_digest(project / "data")
-    (project / "data" / "code" / "other.so").write_text("of another machine")
+    (project / "data" / "code" / "other.so").write_text("from another machine")
     assert dvc_digest(project / "data") == before
     (project / "data" / "code" / "b.py").write_text("b2")
     assert dvc_digest(project / "data") != before
 
 
-def test_a_folder_that_is_being_written_has_the_digest_of_its_final_name(tmp_path):
+def test_a_staging_folder_has_the_same_digest_as_the_final_folder(tmp_path):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvcignore").write_text("*.incomplete\n")
     (tmp_path / ".out.incomplete" / "sub").mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_a_folder_that_is_being_written_has_the_digest_of_its_final_name(tmp_pat
     assert dvc_digest(tmp_path / "out") == before
 
 
-def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
+def test_a_folders_digest_depends_only_on_names_and_bytes(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder / "sub").mkdir(parents=True)
         (tmp_path / folder / "sub" / "x").write_text("x")
@@ -86,7 +86,7 @@ def test_tree_digest_depends_on_names_and_bytes_alone(tmp_path):
     assert dvc_digest(tmp_path / "a") != dvc_digest(tmp_path / "b")
 
 
-def test_known_digests_are_used_and_never_trusted_blindly(tmp_path):
+def test_cached_digests_are_used_until_the_file_changes(tmp_path):
     data, known = tmp_path / "data", {}
     data.write_text("one")
     first = dvc_digest(data, known)

@@ -1,4 +1,4 @@
-"""Outputs are whole or absent; digests depend on names and bytes alone."""
+"""Outputs are written atomically."""
 
 import pytest
 
@@ -9,12 +9,11 @@ from gptj8.runtime.files import (
     replace_directory,
     replace_file,
     require_free_space,
-    write_csv,
     write_json,
 )
 
 
-def test_what_libraries_make_private_is_shared_as_other_files_are(tmp_path):
+def test_private_files_get_the_default_permissions(tmp_path):
     with replace_directory(tmp_path / "out") as staging:
         for name, mode in (("private", 0o600), ("usual", None)):
             (staging / name).write_text("x")
@@ -26,7 +25,7 @@ def test_what_libraries_make_private_is_shared_as_other_files_are(tmp_path):
     assert modes == {(tmp_path / "new").stat().st_mode}
 
 
-def test_a_directory_appears_whole(tmp_path):
+def test_a_directory_appears_when_it_is_complete(tmp_path):
     with replace_directory(tmp_path / "out") as staging:
         (staging / "a").write_text("1")
         assert not (tmp_path / "out").exists()
@@ -34,7 +33,7 @@ def test_a_directory_appears_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_error_leaves_the_earlier_directory(tmp_path):
+def test_an_error_keeps_the_existing_directory(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "out") as staging:
@@ -43,7 +42,7 @@ def test_an_error_leaves_the_earlier_directory(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
 
 
-def test_success_replaces_all_of_the_earlier_directory(tmp_path):
+def test_success_replaces_the_existing_directory_completely(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with replace_directory(tmp_path / "out") as staging:
@@ -51,7 +50,7 @@ def test_success_replaces_all_of_the_earlier_directory(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
 
 
-def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
+def test_files_left_by_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".out.incomplete").mkdir()
     (tmp_path / ".out.incomplete" / "half").write_text("half")
     with replace_directory(tmp_path / "out") as staging:
@@ -59,7 +58,7 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
 
 
-def test_a_process_killed_between_the_renames_loses_nothing(tmp_path):
+def test_a_kill_between_the_two_renames_loses_no_data(tmp_path):
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced" / "old").write_text("old")
     with pytest.raises(ZeroDivisionError), replace_directory(tmp_path / "out"):
@@ -67,7 +66,7 @@ def test_a_process_killed_between_the_renames_loses_nothing(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
 
 
-def test_what_is_no_folder_is_not_replaced_by_one(tmp_path):
+def test_a_file_or_link_is_not_replaced_by_a_folder(tmp_path):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
@@ -76,7 +75,7 @@ def test_what_is_no_folder_is_not_replaced_by_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
-def test_a_file_is_replaced_or_left(tmp_path):
+def test_a_file_is_replaced_or_left_unchanged(tmp_path):
     file = tmp_path / "deep" / "a.json"
     write_json(file, {"x": 1})
     with pytest.raises(ValueError), replace_file(file) as staging:
@@ -86,15 +85,10 @@ def test_a_file_is_replaced_or_left(tmp_path):
     assert [p.name for p in file.parent.iterdir()] == ["a.json"]
 
 
-def test_json_refuses_nan(tmp_path):
+def test_write_json_rejects_nan(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert not list(tmp_path.iterdir())
-
-
-def test_csv_has_all_columns(tmp_path):
-    write_csv(tmp_path / "a.csv", [{"a": 1}, {"a": 2, "b": "x,y"}])
-    assert (tmp_path / "a.csv").read_text() == 'a,b\n1,\n2,"x,y"\n'
 
 
 def test_read_json_names_the_file(tmp_path):
@@ -105,7 +99,7 @@ def test_read_json_names_the_file(tmp_path):
         read_json(tmp_path / "bad.json")
 
 
-def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
+def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path):
     require_free_space(tmp_path / "not" / "yet", 1, "nothing")
     with pytest.raises(UserError, match=r"a model needs 1000000\.00 TB"):
         require_free_space(tmp_path / "not" / "yet", 10**18, "a model")

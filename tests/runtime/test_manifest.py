@@ -1,4 +1,4 @@
-"""Every way that a model's files can differ from what was written."""
+"""The manifest detects every kind of change to a model's files."""
 
 import json
 import shutil
@@ -19,17 +19,17 @@ def flip(path, offset):
 
 @pytest.fixture
 def model(tiny_8bit_dir, tmp_path):
-    """A copy that a test may damage."""
+    """Return a copy of a model that the test may damage."""
     return shutil.copytree(tiny_8bit_dir, tmp_path / "model")
 
 
-def test_an_untouched_model_is_as_it_was_written(model, tiny_model_dir):
+def test_an_unchanged_model_passes(model, tiny_model_dir):
     assert verify_manifest(model) == len(list(model.iterdir())) - 1
     assert verify_manifest(tiny_model_dir) is None
 
 
 @pytest.mark.parametrize("offset", [3, 200, -70_000, -1])
-def test_a_flipped_bit_is_found_before_the_weights_are_used(model, offset):
+def test_a_flipped_bit_is_detected_before_the_weights_are_loaded(model, offset):
     flip(model / "model.safetensors", offset)
     with pytest.raises(UserError, match=r"model\.safetensors was altered: its SHA-256 is \w{64}"):
         load_model(model, torch.float32, torch.device("cpu"))
@@ -44,11 +44,11 @@ def test_a_flipped_bit_is_found_before_the_weights_are_used(model, offset):
             lambda m: shutil.copy(m / "model.safetensors", m / "model-2.safetensors"),
             r"model-2\.safetensors is not in manifest\.json",
         ),
-        (lambda m: (m / "manifest.json").write_text("[]"), "is no manifest"),
+        (lambda m: (m / "manifest.json").write_text("[]"), "is not a manifest"),
         (lambda m: (m / "manifest.json").write_text("{"), "is not valid JSON"),
         (
             lambda m: (m / "manifest.json").write_text(json.dumps({"../x": "0" * 64})),
-            "is no manifest",
+            "is not a manifest",
         ),
     ],
     ids=["missing", "config", "added", "list", "truncated", "outside"],
@@ -59,7 +59,7 @@ def test_damage_is_named(model, damage, message):
         verify_manifest(model)
 
 
-def test_all_damage_is_shown_at_once(model):
+def test_all_damage_is_reported_together(model):
     flip(model / "model.safetensors", 500)
     (model / "tokenizer.json").unlink()
     with pytest.raises(UserError) as caught:

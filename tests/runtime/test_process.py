@@ -1,4 +1,4 @@
-"""How a process begins: the settings of its heap, and how many compiled products it keeps."""
+"""The start-up of a process: malloc settings, cached matrix products, imports and signals."""
 
 import os
 import platform
@@ -16,9 +16,9 @@ from tests.helpers.project_clone import hear_interrupts
 SCRIPT = """
 import os, sys
 from gptj8.runtime.process import run
-print("begun", os.getpid(), sys.flags.optimize, sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+print("started", os.getpid(), sys.flags.optimize, sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
 def main():
-    print("goes on", os.getpid(), os.environ.get("GLIBC_TUNABLES"))
+    print("running", os.getpid(), os.environ.get("GLIBC_TUNABLES"))
     print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 run(main, computes=True)
 """
@@ -29,7 +29,7 @@ def lines_of(tmp_path, how, **own):
     (tmp_path / "script.py").write_text(SCRIPT)
     unset = ("GLIBC_TUNABLES", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     environment = {
-        # Dask, in another test, sets MALLOC_TRIM_THRESHOLD_ for its workers.
+        # Dask sets MALLOC_TRIM_THRESHOLD_ for its workers in another test.
         name: value
         for name, value in os.environ.items()
         if name not in unset and not name.startswith("MALLOC_")
@@ -46,38 +46,38 @@ def lines_of(tmp_path, how, **own):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.parametrize("how", [["script.py"], ["-m", "script"]], ids=["file", "module"])
 @pytest.mark.parametrize("own", [None, "glibc.cpu.x86_ibt=off"])
-def test_a_process_begins_anew_once_with_its_arguments(tmp_path, how, own):
+def test_a_process_restarts_once_with_its_arguments(tmp_path, how, own):
     first, second, last, kept = lines_of(tmp_path, how, **({"GLIBC_TUNABLES": own} if own else {}))
     _, process, *rest = first.split()
     assert " ".join(rest) == f"1 ['an argument', '--flag'] {own}"
-    assert second.startswith(f"begun {process} 1 ['an argument', '--flag'] ")  # the same process
+    assert second.startswith(f"started {process} 1 ['an argument', '--flag'] ")  # the same process
     tunables = second.split()[-1].split(":")
     assert SETTING in tunables and (own is None or own in tunables)
-    assert last == f"goes on {process} {own}"  # children have what the user has set
+    assert last == f"running {process} {own}"  # children get the user's settings
     assert kept == "32 32"
 
 
 @pytest.mark.parametrize(
     "own", [{"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, {"MALLOC_ARENA_MAX": "1"}], ids=str
 )
-def test_settings_of_the_users_own_stay(tmp_path, own):
+def test_the_users_own_settings_are_kept(tmp_path, own):
     first, last, kept = lines_of(tmp_path, ["script.py"], **own, LRU_CACHE_CAPACITY="7")
     value = own.get("GLIBC_TUNABLES")
-    assert first.startswith("begun") and last.startswith("goes on")
+    assert first.startswith("started") and last.startswith("running")
     assert last.endswith(f" {value}")
     assert kept == "7 32"
 
 
-def test_what_computes_with_a_model_asks_for_it():
-    asking = {
+def test_stages_that_compute_with_a_model_request_the_settings():
+    computing = {
         path.stem
         for path in (ROOT / "stages").glob("*.py")
         if re.search(r"run\(main, computes=True\b", path.read_text())
     }
-    assert asking == {"finetune", "evaluate", "export"}
+    assert computing == {"finetune", "evaluate", "export"}
 
 
-LEFT_OUT = """
+IMPORTS_OF_TRAINING = """
 import sys
 from gptj8.runtime.process import UNUSED_IN_TRAINING, run
 def main():
@@ -95,23 +95,23 @@ run(main, computes=True, unused=UNUSED_IN_TRAINING)
 """
 
 
-def test_training_imports_nothing_of_what_it_never_uses(tmp_path):
-    (tmp_path / "script.py").write_text(LEFT_OUT)
+def test_training_does_not_import_unused_packages(tmp_path):
+    (tmp_path / "script.py").write_text(IMPORTS_OF_TRAINING)
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
 
 
-BEGINS_ANEW = """
+SLOW_RESTART = """
 import sys, time
 from gptj8.runtime.process import run
 if "gptj8_heap" in sys._xoptions:
-    print("begun", flush=True)
+    print("started", flush=True)
     time.sleep(1)
 run(lambda: time.sleep(30), computes=True)
 """
 
 
 def interrupted(command, folder):
-    """Send SIGINT when a process has printed a line; return how it ended, and what it said."""
+    """Send SIGINT after a process has printed a line; return its exit code and stderr."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     with subprocess.Popen(
         [sys.executable, *command],
@@ -124,19 +124,45 @@ def interrupted(command, folder):
     ) as process:
         assert process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
-    return process.returncode, said
+        _, stderr = process.communicate(timeout=20)
+    return process.returncode, stderr
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_an_interrupt_waits_until_the_process_has_begun_anew(tmp_path):
-    (tmp_path / "script.py").write_text(BEGINS_ANEW)
+def test_an_interrupt_is_deferred_until_the_restart_is_complete(tmp_path):
+    (tmp_path / "script.py").write_text(SLOW_RESTART)
     assert interrupted(["script.py"], tmp_path) == (130, "interrupted\n")
 
 
-def test_an_interrupt_while_a_stage_is_imported_says_nothing(tmp_path):
+def test_an_interrupt_during_a_stages_imports_prints_nothing(tmp_path):
     stages = tmp_path / "stages"
     stages.mkdir()
     shutil.copy(ROOT / "stages" / "__init__.py", stages)
-    (stages / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
+    (stages / "slow.py").write_text("import time\nprint('started', flush=True)\ntime.sleep(30)\n")
     assert interrupted(["-m", "stages.slow"], tmp_path) == (-signal.SIGINT, "")
+
+
+PRINTS = """
+import sys
+from gptj8.runtime.process import run
+run(lambda: [print(number) for number in range(int(sys.argv[1]))])
+"""
+
+
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_a_reader_that_leaves_causes_no_traceback(lines):
+    """As in `gptj8 X | head`; few lines are written only when the process exits."""
+    command = [sys.executable, "-c", PRINTS, str(lines)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, b"")
+
+
+def test_another_broken_pipe_is_still_an_error():
+    code = "from gptj8.runtime.process import run\ndef main(): raise BrokenPipeError(32, 'lost')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}run(main)"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "BrokenPipeError: [Errno 32] lost" in done.stderr

@@ -1,4 +1,4 @@
-"""What is said at the terminal and in a log, and what is imported before anything is said."""
+"""Progress on a terminal and in a log, and the imports of the entry points."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def be_terminal(monkeypatch):
-    """To be called in a test: pytest's stderr is another one while fixtures are made."""
+    """Return a function that makes stderr a terminal.
+
+    Tests call it themselves because pytest replaces stderr after fixtures are set up.
+    """
     return lambda: _be_terminal(monkeypatch)
 
 
@@ -42,17 +45,17 @@ def _be_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
-def test_a_story_names_its_stage_and_its_time(capsys, monkeypatch):
+def test_a_story_prints_the_stage_name_and_the_duration(capsys, monkeypatch):
     monkeypatch.delenv("DVC_STAGE", raising=False)
     story = Story("finetune")
     story.say("LoRA r=8")
     story.end("done")
-    begun, ended = capsys.readouterr().out.splitlines()
-    assert begun == "finetune: LoRA r=8"
-    assert re.fullmatch(r"finetune: done; \d\.\d s", ended)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "finetune: LoRA r=8"
+    assert re.fullmatch(r"finetune: done; \d\.\d s", last)
 
 
-def test_under_dvc_it_begins_with_the_reason(capsys, monkeypatch, tmp_path):
+def test_a_story_under_dvc_begins_with_the_reason(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_STAGE", "finetune")
     monkeypatch.chdir(tmp_path)
     Story("finetune").end("done")
@@ -64,11 +67,11 @@ def test_under_dvc_it_begins_with_the_reason(capsys, monkeypatch, tmp_path):
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99, "99 s"), (100, "2 min"),
      (5940, "99 min"), (6000, "1 h 40 min"), (90000, "25 h 0 min")],
 )  # fmt: skip
-def test_durations_are_told_as_people_do(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert format_seconds(seconds) == text
 
 
-def test_a_log_has_a_line_each_half_minute_with_the_time_left(capsys, clock):
+def test_a_log_has_a_line_every_half_minute_with_the_time_left(capsys, clock):
     with progress(100, "base: labels", "rows") as advance:
         for _ in range(100):
             clock.now += 1
@@ -83,12 +86,12 @@ def test_a_log_has_a_line_each_half_minute_with_the_time_left(capsys, clock):
     ]
 
 
-def test_a_log_has_no_word_of_what_is_done_sooner(capsys, clock):
+def test_a_log_has_no_lines_for_short_work(capsys, clock):
     assert list(each("abc", 3, "read", "files")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
 
 
-def test_what_failed_is_not_told_as_done(capsys, clock):
+def test_failed_work_is_not_reported_as_done(capsys, clock):
     with pytest.raises(KeyError), progress(10, "read", "bytes") as advance:
         clock.now = 40
         advance(5)
@@ -96,7 +99,7 @@ def test_what_failed_is_not_told_as_done(capsys, clock):
     assert capsys.readouterr().err == "read: 5 B of 10 B, 40 s left\n"
 
 
-def test_a_terminal_has_a_bar_that_leaves(capsys, be_terminal):
+def test_a_terminal_has_a_bar_that_is_removed(capsys, be_terminal):
     be_terminal()
     with progress(4, "read", "files") as advance:
         advance(2)
@@ -108,7 +111,7 @@ def test_a_terminal_has_a_bar_that_leaves(capsys, be_terminal):
 
 
 def train_with(shown: TrainingProgress, measured: SimpleNamespace, clock: Clock) -> None:
-    """Send the events of 40 steps of 2 s with a validation of 3 batches after 20."""
+    """Send the events of 40 steps of 2 s, with a validation of 3 batches after step 20."""
     state = SimpleNamespace(max_steps=40, global_step=0)
     shown.on_train_begin(None, state, None)
     for step in range(1, 41):
@@ -127,7 +130,7 @@ def train_with(shown: TrainingProgress, measured: SimpleNamespace, clock: Clock)
             shown.on_evaluate(None, state, None)
 
 
-def test_training_in_a_log(capsys, clock):
+def test_training_progress_in_a_log(capsys, clock):
     measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with TrainingProgress(measured) as shown:
         train_with(shown, measured, clock)
@@ -139,7 +142,7 @@ def test_training_in_a_log(capsys, clock):
     ]
 
 
-def test_training_on_a_terminal_is_one_bar(capsys, clock, be_terminal):
+def test_training_progress_on_a_terminal_is_one_bar(capsys, clock, be_terminal):
     be_terminal()
     measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with TrainingProgress(measured) as shown:
@@ -147,11 +150,11 @@ def test_training_on_a_terminal_is_one_bar(capsys, clock, be_terminal):
     err = capsys.readouterr().err
     last = [part for part in err.split("\r") if "40 of 40 steps" in part][-1]
     assert "loss 0.500, accuracy 81.2%, 500 tokens/s" in last
-    assert "validation loss: " in err  # a bar beside it, while it lasts
+    assert "validation loss: " in err  # a second bar during validation
     assert err.split("\r")[-1].strip() == ""
 
 
-def test_an_error_in_training_takes_its_bars_away(capsys, be_terminal):
+def test_an_error_in_training_removes_the_bars(capsys, be_terminal):
     be_terminal()
     measured = SimpleNamespace(history=[], tokens_per_second=0.0)
     with pytest.raises(KeyError), TrainingProgress(measured) as shown:
@@ -160,7 +163,7 @@ def test_an_error_in_training_takes_its_bars_away(capsys, be_terminal):
     assert capsys.readouterr().err.split("\r")[-1].strip() == ""
 
 
-def test_progress_begins_with_the_stage_that_speaks(capsys, clock, monkeypatch):
+def test_progress_lines_begin_with_the_stage_name(capsys, clock, monkeypatch):
     monkeypatch.setattr("gptj8.runtime.progress._speaker", "convert")
     for description in ("convert", "read"):
         shown = Progress(10, description, "rows")
@@ -175,7 +178,7 @@ def test_progress_begins_with_the_stage_that_speaks(capsys, clock, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "modules"),
     [
-        # `gptj8 --help` answers in a fifth of a second, and DVC may start a stage for nothing.
+        # `gptj8 --help` takes 0.2 s, and DVC may start a stage that has nothing to do.
         (
             "import gptj8.commands.main; gptj8.commands.main._parser()",
             ("torch", "mlflow", "transformers", "pandas"),
@@ -186,7 +189,7 @@ def test_progress_begins_with_the_stage_that_speaks(capsys, clock, monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_nothing_heavy_is_imported_before_it_is_needed(code, modules):
+def test_large_packages_are_imported_only_when_needed(code, modules):
     code = f"{code}\nimport sys; print([m for m in {modules!r} if m in sys.modules])"
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

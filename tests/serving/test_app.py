@@ -1,4 +1,4 @@
-"""A real server on loopback, asked by real clients, also by rude ones."""
+"""A real server on loopback with real clients, including misbehaving ones."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def events_of(response):
     return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
-def assert_refused(response, status, reason):
-    """A JSON body with nothing but a line that says why."""
+def assert_rejected(response, status, reason):
+    """Check that the JSON body contains only a one-line reason."""
     assert response.status_code == status, response.text
     body = response.json()
     assert list(body) == ["detail"]
@@ -55,7 +55,7 @@ def assert_refused(response, status, reason):
     assert reason in body["detail"]
 
 
-def test_health_says_what_is_running(server):
+def test_health_reports_model_and_load(server):
     health = requests.get(server + "/health", timeout=30).json()
     assert health["status"] == "ok"
     assert health["task"] == "classification"
@@ -63,7 +63,7 @@ def test_health_says_what_is_running(server):
     assert (health["active"], health["waiting"]) == (0, 0)
 
 
-def test_a_prompt_is_continued_as_transformers_does(server, predictors):
+def test_generate_equals_transformers(server, predictors):
     predictor = predictors["classification"]
     answer = post(server, "/generate", prompt="the quick", max_new_tokens=20).json()
     ids = predictor.encoder.encode("the quick")
@@ -82,12 +82,12 @@ def test_a_prompt_is_continued_as_transformers_does(server, predictors):
         assert out.pop() == eos
     whole = predictor.encoder.decode(out)
     assert whole.startswith(answer["completion"])
-    assert set(whole[len(answer["completion"]) :]) <= {"\ufffd"}  # a last, torn character
+    assert set(whole[len(answer["completion"]) :]) <= {"\ufffd"}  # an incomplete last character
     assert (answer["prompt_tokens"], answer["new_tokens"]) == (len(ids), len(out))
 
 
-def test_200_requests_at_once_are_answered_as_alone(server):
-    """Completions, sampled ones, streams, rows and classifications at the same time."""
+def test_200_concurrent_requests_equal_sequential_ones(server):
+    """Greedy and sampled completions, streams, rows and classifications at the same time."""
     bodies = []
     for n in range(200):
         prompt = PROMPTS[n % len(PROMPTS)]
@@ -119,18 +119,18 @@ def test_200_requests_at_once_are_answered_as_alone(server):
                 return [await ask(session, *body) for body in bodies]
             return await asyncio.gather(*(ask(session, *body) for body in bodies))
 
-    together, alone = asyncio.run(ask_all(200)), asyncio.run(ask_all(1))
-    for (path, _), got, expected in zip(bodies, together, alone, strict=True):
+    concurrent, sequential = asyncio.run(ask_all(200)), asyncio.run(ask_all(1))
+    for (path, _), got, expected in zip(bodies, concurrent, sequential, strict=True):
         if path == "/classify":
             assert got["scores"] == pytest.approx(expected["scores"], abs=1e-5)
         else:
             assert got == expected
-    assert len({str(answer) for answer in alone}) > 25
+    assert len({str(answer) for answer in sequential}) > 25
     health = requests.get(server + "/health", timeout=30).json()
     assert (health["active"], health["waiting"]) == (0, 0)
 
 
-def test_events_are_the_completion(server):
+def test_events_join_to_the_completion(server):
     body = {"prompt": "jugs", "max_new_tokens": 30, "temperature": 2.0, "seed": 5}
     whole = post(server, "/generate", **body).json()
     with post(server, "/generate", **body, stream=True) as response:
@@ -141,22 +141,22 @@ def test_events_are_the_completion(server):
     assert events[-1] == whole
 
 
-def test_a_character_of_many_bytes_comes_whole(predictors, monkeypatch):
-    """A model that says one text, whose characters are up to 13 tokens of a byte."""
+def test_multibyte_characters_are_streamed_complete(predictors, monkeypatch):
+    """The model generates a fixed text whose characters have up to 13 single-byte tokens."""
     text = "é漢字 👩‍👩‍👧 ½"
     predictor = predictors["base"]
     prompt = predictor.encode_prompt("fox")
     script = [*predictor.encoder.encode(text), predictor.encoder.eos_id]
     assert len(script) > len(text) + 10
 
-    def say(batch, ids, mask, positions, cache):
+    def scripted(batch, ids, mask, positions, cache):
         logits = read(batch, ids, mask, positions, cache)
         logits.fill_(-10.0)
         logits[0, script[int(positions[0, -1]) + 1 - len(prompt)]] = 10.0
         return logits
 
     read = GenerationBatch._logits
-    monkeypatch.setattr(GenerationBatch, "_logits", say)
+    monkeypatch.setattr(GenerationBatch, "_logits", scripted)
     with running(predictor) as (url, _):
         with post(url, "/generate", prompt="fox", stream=True) as response:
             *pieces, last = events_of(response)
@@ -176,14 +176,14 @@ def test_a_character_of_many_bytes_comes_whole(predictors, monkeypatch):
         "\u202e\u0000 fox",
     ],
 )
-def test_no_text_invents_a_class(server, text):
+def test_classify_returns_only_known_labels(server, text):
     answer = post(server, "/classify", row={"text": text}).json()
     assert list(answer["scores"]) == LABELS
     assert sum(answer["scores"].values()) == pytest.approx(1)
     assert answer["scores"][answer["label"]] == max(answer["scores"].values())
 
 
-def test_a_text_too_long_is_cut_and_said_to_be(server):
+def test_long_text_is_truncated_and_reported(server):
     answer = post(server, "/classify", row={"text": "lazy dog " * 100}).json()
     assert answer["cut_tokens"] > 50
     answer = post(server, "/generate", row={"text": "lazy " * 400}, max_new_tokens=30)
@@ -194,18 +194,18 @@ BAD = [
     ({}, "send either prompt or row"),
     ({"prompt": "a", "row": {"text": "a"}}, "send either prompt or row"),
     ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": "fox " * 300}, "tokens, and at most 95 are allowed"),
+    ({"prompt": "fox " * 300}, "tokens; at most 95 are allowed"),
     (
         {"prompt": "fox " * 90, "max_new_tokens": 40},
         "with max_new_tokens = 40 there is room for 88",
     ),
-    ({"prompt": "a", "max_new_tokens": 41}, "max_new_tokens = 41 is more than 40"),
+    ({"prompt": "a", "max_new_tokens": 41}, "max_new_tokens = 41 exceeds the limit of 40"),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens: input should be greater than"),
     ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens: input should be a valid integer"),
     ({"prompt": "a", "max_new_tokens": "9"}, "max_new_tokens: input should be a valid integer"),
     ({"prompt": "a", "max_new_tokens": 10**30}, "max_new_tokens"),
     ({"prompt": "a", "temperature": -1}, "temperature: input should be greater than or equal"),
-    ({"prompt": "a", "temperature": 0.001}, "temperature is 0 or at least 0.01"),
+    ({"prompt": "a", "temperature": 0.001}, "temperature must be 0 or at least 0.01"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature: input should be a finite"),
     ({"prompt": "a", "temperature": float("inf")}, "temperature: input should be"),
     ({"prompt": "a", "top_p": 0}, "top_p: input should be greater than 0"),
@@ -215,23 +215,23 @@ BAD = [
     ({"prompt": "a", "seed": 2**63}, "seed: input should be less than"),
     ({"prompt": "a", "stream": "yes"}, "stream: input should be a valid boolean"),
     ({"prompt": ["a"]}, "prompt: input should be a valid string"),
-    ({"prompt": "a\ud800"}, "half a character"),
+    ({"prompt": "a\ud800"}, "lone surrogate"),
     ({"prompt": "a", "tempreature": 1}, "tempreature: extra inputs are not permitted"),
     ({"prompt": "a", "\ud800\n": 1}, "unable to parse raw data"),
     ({"prompt": "a", "k\n\u202e": 1}, "extra inputs are not permitted"),
-    ({"row": {"txt": "a"}}, "txt is no column, did you mean text?"),
-    ({"row": {"text": 1}}, "text is not a text"),
-    ({"row": {"text": "a\ud800"}}, "half a character"),
+    ({"row": {"txt": "a"}}, "txt is not a column, did you mean text?"),
+    ({"row": {"text": 1}}, "text is not a string"),
+    ({"row": {"text": "a\ud800"}}, "lone surrogate"),
     ({"row": "a"}, "row: input should be a valid dictionary"),
 ]
 
 
 @pytest.mark.parametrize(("body", "reason"), BAD, ids=lambda part: ascii(part)[:60])
-def test_a_bad_request_is_told_what_is_bad(server, body, reason):
-    data = json.dumps(body)  # spells NaN, Infinity and lone surrogates, as a client might
+def test_invalid_generate_request_is_rejected(server, body, reason):
+    data = json.dumps(body)  # writes NaN, Infinity and lone surrogates, as some clients do
     headers = {"Content-Type": "application/json"}
     response = requests.post(server + "/generate", data=data, headers=headers, timeout=30)
-    assert_refused(response, 422, reason)
+    assert_rejected(response, 422, reason)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_a_bad_request_is_told_what_is_bad(server, body, reason):
     ],
     ids=str,
 )
-def test_a_bad_classification_is_told_what_is_bad(server, body, reason):
-    assert_refused(post(server, "/classify", **body), 422, reason)
+def test_invalid_classify_request_is_rejected(server, body, reason):
+    assert_rejected(post(server, "/classify", **body), 422, reason)
 
 
 @pytest.mark.parametrize(
@@ -253,25 +253,25 @@ def test_a_bad_classification_is_told_what_is_bad(server, body, reason):
     [b"{", b"", b"null", b"[]", b'"fox"', b"\xff\xfe", b"[" * 9_000, b'{"seed": ' + b"9" * 5_000],
     ids=lambda data: ascii(data[:8]),
 )
-def test_what_is_no_json_object_is_refused(server, data):
+def test_body_that_is_not_a_json_object_is_rejected(server, data):
     headers = {"Content-Type": "application/json"}
     response = requests.post(server + "/generate", data=data, headers=headers, timeout=30)
     assert response.status_code in (400, 422)
     assert isinstance(response.json()["detail"], str)
 
 
-def test_a_thousand_wrong_keys_are_told_in_a_line(server):
+def test_thousand_unknown_keys_are_reported_in_one_line(server):
     response = post(server, "/generate", **{f"k{n}": n for n in range(1000)})
-    assert_refused(response, 422, "k0: extra inputs")
+    assert_rejected(response, 422, "k0: extra inputs")
 
 
-def test_a_body_too_large_is_refused(server):
-    assert_refused(
+def test_body_above_limit_is_rejected(server):
+    assert_rejected(
         post(server, "/generate", prompt="a" * 20_001), 413, "the body has more than 20000 bytes"
     )
 
 
-def test_a_body_too_large_that_does_not_say_so_is_refused(server):
+def test_chunked_body_above_limit_is_rejected(server):
     def chunks():
         yield b'{"prompt": "'
         for _ in range(50):
@@ -280,28 +280,28 @@ def test_a_body_too_large_that_does_not_say_so_is_refused(server):
     headers = {"Content-Type": "application/json"}
     try:
         response = requests.post(server + "/generate", data=chunks(), headers=headers, timeout=30)
-    except requests.ConnectionError:  # refused while it was still being sent
+    except requests.ConnectionError:  # rejected while it was being sent
         return
-    assert_refused(response, 413, "the body has more than 20000 bytes")
+    assert_rejected(response, 413, "the body has more than 20000 bytes")
 
 
-def test_who_does_not_say_how_many_tokens_gets_what_is_allowed(server):
+def test_default_max_new_tokens_respects_limit(server):
     assert 0 < post(server, "/generate", prompt="liquor").json()["new_tokens"] <= 40
 
 
-def test_what_has_no_labels_says_so(base_server):
-    assert_refused(
-        post(base_server, "/classify", row={"text": "a"}), 422, "was not tuned to classify"
+def test_base_model_rejects_rows_and_classification(base_server):
+    assert_rejected(
+        post(base_server, "/classify", row={"text": "a"}), 422, "is not fine-tuned to classify"
     )
-    assert_refused(post(base_server, "/generate", row={"text": "a"}), 422, "knows no rows")
+    assert_rejected(post(base_server, "/generate", row={"text": "a"}), 422, "cannot answer rows")
     assert requests.get(base_server + "/health", timeout=30).json()["task"] is None
 
 
-def test_a_prompt_and_its_answer_stay_within_the_context(base_server, predictors):
+def test_prompt_and_new_tokens_must_fit_into_context(base_server, predictors):
     fits = {"prompt": "the " * 100, "max_new_tokens": 28}
     assert len(predictors["base"].encode_prompt(fits["prompt"])) + 28 > 128
-    assert_refused(post(base_server, "/generate", **fits), 422, "there is room for 100")
-    assert_refused(
+    assert_rejected(post(base_server, "/generate", **fits), 422, "there is room for 100")
+    assert_rejected(
         post(base_server, "/generate", prompt="a", max_new_tokens=200),
         422,
         "the model has 128 positions",
@@ -309,30 +309,30 @@ def test_a_prompt_and_its_answer_stay_within_the_context(base_server, predictors
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
-def test_what_is_not_sent_as_json_is_told_how_to(server, kind):
+def test_other_content_types_are_rejected(server, kind):
     answer = requests.post(
         server + "/classify",
         data='{"row": {"text": "fox"}}',
         headers={"Content-Type": kind},
         timeout=30,
     )
-    assert_refused(answer, 415, "send JSON with Content-Type: application/json")
+    assert_rejected(answer, 415, "send JSON with Content-Type: application/json")
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe", b"[" * 15_000], ids=["not-utf-8", "nested"])
-def test_a_body_that_cannot_be_read_is_told_so(server, body):
+def test_unreadable_body_is_rejected(server, body):
     kind = {"Content-Type": "application/json"}
     answer = requests.post(server + "/classify", data=body, headers=kind, timeout=30)
     assert answer.status_code in (400, 422)
     assert "not JSON" in answer.json()["detail"]
 
 
-def test_other_paths_and_methods(server):
+def test_unknown_paths_and_methods_are_rejected(server):
     assert requests.get(server + "/nothing", timeout=30).status_code == 404
     assert requests.get(server + "/generate", timeout=30).status_code == 405
 
 
-def test_it_describes_itself_without_the_internet(server):
+def test_docs_work_offline(server):
     described = requests.get(server + "/openapi.json", timeout=30).json()
     assert {"/generate", "/classify", "/health"} <= set(described["paths"])
     page = requests.get(server + "/docs", timeout=30)
@@ -345,14 +345,14 @@ def test_it_describes_itself_without_the_internet(server):
     assert "://" not in page.text
 
 
-def test_who_comes_when_too_many_wait_is_told_to_come_again(predictors, monkeypatch):
+def test_full_queue_returns_503_with_retry_after(predictors, monkeypatch):
     with running(predictors["base"], max_batch=1, max_waiting=1) as (url, engine):
         with held(engine, monkeypatch):
             futures = [engine.generate([5, 6], sampling(5))]
             until(lambda: engine.active == 1)
             futures.append(engine.generate([5, 6], sampling(5)))
             response = post(url, "/generate", prompt="a")
-            assert_refused(response, 503, "1 requests are waiting already")
+            assert_rejected(response, 503, "1 requests are already waiting")
             assert int(response.headers["retry-after"]) >= 1
             assert requests.get(url + "/health", timeout=30).json()["waiting"] == 1
         assert [len(f.result(20).ids) for f in futures] == [5, 5]
@@ -365,22 +365,22 @@ def sampling(tokens):
     return Sampling(tokens)
 
 
-def test_what_takes_too_long_is_given_up(predictors, monkeypatch):
+def test_slow_requests_time_out(predictors, monkeypatch):
     with running(predictors["base"], Limits(seconds=0.3)) as (url, engine):
         with held(engine, monkeypatch):
-            assert_refused(post(url, "/generate", prompt="a"), 504, "not done after 0.3 s")
+            assert_rejected(post(url, "/generate", prompt="a"), 504, "timed out after 0.3 s")
             with post(url, "/generate", prompt="a", stream=True) as response:
-                assert events_of(response)[-1] == {"detail": "not done after 0.3 s"}
+                assert events_of(response)[-1] == {"detail": "timed out after 0.3 s"}
         until(lambda: engine.active == engine.waiting == 0)
         assert post(url, "/generate", prompt="a", max_new_tokens=2).status_code == 200
 
 
-def test_a_fault_is_a_500_and_the_next_request_works(predictors, monkeypatch, capfd):
+def test_model_error_returns_500_and_next_request_works(predictors, monkeypatch, capfd):
     with running(predictors["base"]) as (url, _):
         with monkeypatch.context() as broken:
             broken.setattr(GenerationBatch, "add", lambda *_: [][0])
-            refused = post(url, "/generate", prompt="a")
-            assert_refused(refused, 500, "the model failed: IndexError")
+            response = post(url, "/generate", prompt="a")
+            assert_rejected(response, 500, "the model failed: IndexError")
             with post(url, "/generate", prompt="a", stream=True) as response:
                 assert events_of(response) == [{"detail": "the model failed: IndexError"}]
         assert post(url, "/generate", prompt="a").status_code == 200
@@ -388,7 +388,7 @@ def test_a_fault_is_a_500_and_the_next_request_works(predictors, monkeypatch, ca
 
 
 def raw_request(url, body):
-    """Send a request and return the connection, with nothing read from it."""
+    """Send a request and return the connection without reading the response."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     data = json.dumps(body).encode()
@@ -399,7 +399,7 @@ def raw_request(url, body):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("where", ["active", "waiting"])
-def test_a_client_that_goes_away_frees_its_place(predictors, monkeypatch, stream, where):
+def test_disconnected_client_frees_its_place(predictors, monkeypatch, stream, where):
     with running(predictors["base"], max_batch=1) as (url, engine):
         with held(engine, monkeypatch) as gate:
             other = None
@@ -421,7 +421,7 @@ def test_a_client_that_goes_away_frees_its_place(predictors, monkeypatch, stream
         assert engine.waiting == 0
 
 
-def test_clients_that_are_gone_at_once_leave_nothing_behind(predictors):
+def test_immediate_disconnects_leave_no_requests(predictors):
     with running(predictors["base"], max_batch=2) as (url, engine):
         for n in range(30):
             raw_request(url, {"prompt": "a", "max_new_tokens": 100, "stream": n % 2 == 0}).close()
@@ -430,7 +430,7 @@ def test_clients_that_are_gone_at_once_leave_nothing_behind(predictors):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_an_end_tells_those_who_are_being_answered(predictors, monkeypatch, stream):
+def test_shutdown_is_reported_to_active_requests(predictors, monkeypatch, stream):
     def slowly(batch):
         time.sleep(0.1 * bool(batch.rows))
         return step(batch)
@@ -447,4 +447,4 @@ def test_an_end_tells_those_who_are_being_answered(predictors, monkeypatch, stre
     if stream:
         assert events_of(response)[-1] == {"detail": "the server is shutting down"}
     else:
-        assert_refused(response, 503, "the server is shutting down")
+        assert_rejected(response, 503, "the server is shutting down")

@@ -1,4 +1,4 @@
-"""One thread for all: places are freed, faults are contained, the end is an end."""
+"""The engine frees places in its batch, isolates errors and closes cleanly."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def make_engine(predictor):
         engine.close()
 
 
-def test_tokens_come_one_by_one_and_in_order(make_engine, predictor):
+def test_on_token_receives_tokens_in_order(make_engine, predictor):
     engine, tokens = make_engine(), []
     row = engine.generate([5, 6, 7], Sampling(20), tokens.append).result(20)
     assert tokens == row.ids == greedy(predictor, [5, 6, 7], 20)
     until(lambda: engine.active == 0)
 
 
-def test_more_requests_than_places_are_all_answered_as_alone(make_engine, predictor):
+def test_more_requests_than_places_give_sequential_results(make_engine, predictor):
     engine = make_engine(max_batch=3)
     prompts = [[5 + n, 6, 7][: 1 + n % 3] for n in range(20)]
     futures = [engine.generate(p, Sampling(5 + n % 7)) for n, p in enumerate(prompts)]
@@ -50,7 +50,7 @@ def test_more_requests_than_places_are_all_answered_as_alone(make_engine, predic
         assert np.allclose(future.result(30), predictor.classify([prompt])[0], atol=1e-5)
 
 
-def test_no_more_rows_than_places(make_engine, monkeypatch):
+def test_batch_has_at_most_max_batch_rows(make_engine, monkeypatch):
     engine = make_engine(max_batch=2)
     with held(engine, monkeypatch):
         futures = [engine.generate([5, 6], Sampling(5)) for _ in range(6)]
@@ -59,7 +59,7 @@ def test_no_more_rows_than_places(make_engine, monkeypatch):
     assert [len(f.result(20).ids) for f in futures] == [5] * 6
 
 
-def test_a_cancelled_row_frees_its_place(make_engine, predictor, monkeypatch):
+def test_cancelled_row_frees_its_place(make_engine, predictor, monkeypatch):
     engine = make_engine(max_batch=1)
     with held(engine, monkeypatch):
         first = engine.generate([5, 6], LONG)
@@ -70,13 +70,13 @@ def test_a_cancelled_row_frees_its_place(make_engine, predictor, monkeypatch):
     assert engine._batch.rows == []
 
 
-def test_a_cancelled_request_frees_its_place_in_the_queue_at_once(make_engine, monkeypatch):
+def test_cancelled_request_frees_its_place_in_queue(make_engine, monkeypatch):
     engine = make_engine(max_batch=1, max_waiting=2)
     with held(engine, monkeypatch):
         active = engine.generate([5, 6], Sampling(3))
         until(lambda: engine.active == 1)
         waiting = [engine.generate([5, 6], Sampling(3)) for _ in range(2)]
-        with pytest.raises(BusyError, match="2 requests are waiting already"):
+        with pytest.raises(BusyError, match="2 requests are already waiting"):
             engine.generate([5, 6], Sampling(3))
         with pytest.raises(BusyError):
             engine.classify([5, 6])
@@ -86,29 +86,27 @@ def test_a_cancelled_request_frees_its_place_in_the_queue_at_once(make_engine, m
     assert active.result(20).ids == waiting[1].result(20).ids
 
 
-def test_a_fault_in_a_step_is_the_answer_and_the_next_request_works(
-    make_engine, predictor, monkeypatch, capfd
-):
+def test_error_in_step_is_raised_and_next_request_works(make_engine, predictor, monkeypatch, capfd):
     engine = make_engine()
 
     def fail(self):
         if self.rows:
-            raise RuntimeError("a bit fell over")
+            raise RuntimeError("step failed")
         return []
 
     with monkeypatch.context() as broken:
         broken.setattr(GenerationBatch, "step", fail)
         futures = [engine.generate([5, 6], LONG) for _ in range(2)]
         for future in futures:
-            with pytest.raises(RuntimeError, match="a bit fell over"):
+            with pytest.raises(RuntimeError, match="step failed"):
                 future.result(20)
     assert engine.active == 0
-    assert "a bit fell over" in capfd.readouterr().err
+    assert "step failed" in capfd.readouterr().err
     assert engine.generate([5, 6], Sampling(4)).result(20).ids == greedy(predictor, [5, 6], 4)
 
 
-def test_a_fault_of_one_is_not_the_others(make_engine, predictor, monkeypatch, capfd):
-    """Of a new prompt, of a classification, of what is called with each token."""
+def test_error_of_one_request_does_not_affect_others(make_engine, predictor, monkeypatch, capfd):
+    """Errors in adding a prompt, in a classification and in the token callback."""
     engine = make_engine()
     bad = [9, 9]
     add, classify = GenerationBatch.add, predictor.classify
@@ -121,7 +119,7 @@ def test_a_fault_of_one_is_not_the_others(make_engine, predictor, monkeypatch, c
     def fail(prompts):
         raise MemoryError("of the classification")
 
-    def break_at_the_third(token, seen=[]):  # noqa: B006
+    def fail_at_third_token(token, seen=[]):  # noqa: B006
         seen.append(token)
         if len(seen) == 3:
             raise LookupError("of the token")
@@ -132,7 +130,7 @@ def test_a_fault_of_one_is_not_the_others(make_engine, predictor, monkeypatch, c
     good = engine.generate([5, 6], LONG, lambda token: begun.set())
     assert begun.wait(20)
     with pytest.raises(LookupError, match="of the token"):
-        engine.generate([5, 6], LONG, break_at_the_third).result(20)
+        engine.generate([5, 6], LONG, fail_at_third_token).result(20)
     with pytest.raises(MemoryError, match="of the prompt"):
         engine.generate(bad, LONG).result(20)
     with pytest.raises(MemoryError, match="of the classification"):
@@ -143,7 +141,7 @@ def test_a_fault_of_one_is_not_the_others(make_engine, predictor, monkeypatch, c
     assert len(engine.classify([5, 6]).result(20)) == 3
 
 
-def test_close_cancels_what_is_not_done(make_engine, monkeypatch):
+def test_close_cancels_unfinished_requests(make_engine, monkeypatch):
     engine = make_engine(max_batch=1)
     with held(engine, monkeypatch) as gate:
         active = engine.generate([5, 6], LONG)
@@ -159,12 +157,12 @@ def test_close_cancels_what_is_not_done(make_engine, monkeypatch):
     assert not engine._thread.is_alive()
     with pytest.raises(BusyError, match="shutting down"):
         engine.generate([5, 6], LONG)
-    engine.close()  # twice is once
+    engine.close()  # a second call has no effect
 
 
 @pytest.mark.parametrize("leaving", ["cancelled", "finished"])
-def test_no_memory_to_take_a_row_out_is_survived(make_engine, predictor, monkeypatch, leaving):
-    """Taking a row out copies the cache of the others."""
+def test_out_of_memory_while_removing_a_row(make_engine, predictor, monkeypatch, leaving):
+    """Removing a row copies the cache of the others, which can run out of memory."""
     engine = make_engine()
     begun = threading.Event()
     other = engine.generate([5, 6, 7], LONG, lambda token: begun.set())

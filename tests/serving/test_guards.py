@@ -1,4 +1,4 @@
-"""Clients that send slowly, or not to the end, or without the token."""
+"""Clients that send slowly, send incomplete requests or lack the token."""
 
 import socket
 import time
@@ -20,7 +20,7 @@ def connected(url):
 
 
 def rest(connection):
-    """Return what a server sends until it closes the connection."""
+    """Return everything that the server sends until it closes the connection."""
     received = b""
     while piece := connection.recv(4096):
         received += piece
@@ -28,7 +28,7 @@ def rest(connection):
 
 
 def ask_for_health(connection):
-    """Ask on a connection that stays open, and read the answer."""
+    """Request /health on a connection that stays open, and read the response."""
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     received = b""
     while not received.endswith(b"}"):
@@ -45,7 +45,7 @@ def impatient(predictors):
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /gen", HEAD], ids=["nothing", "a word", "no end"])
-def test_a_head_that_does_not_end_is_not_waited_for(impatient, sent):
+def test_incomplete_head_closes_connection(impatient, sent):
     begun = time.monotonic()
     with connected(impatient[0]) as connection:
         connection.sendall(sent)
@@ -58,32 +58,32 @@ def test_a_head_that_does_not_end_is_not_waited_for(impatient, sent):
     [b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"],
     ids=["length", "chunks"],
 )
-def test_a_body_that_does_not_end_is_not_waited_for(impatient, framing):
+def test_incomplete_body_returns_408(impatient, framing):
     begun = time.monotonic()
     with connected(impatient[0]) as connection:
         piece = b'{"prompt": "a' if b"Length" in framing else b"d\r\n" + b'{"prompt": "a\r\n'
         connection.sendall(HEAD + framing + b"Connection: close\r\n\r\n" + piece)
         answer = rest(connection)
     assert b" 408 " in answer.splitlines()[0]
-    assert b"the body did not come within 0.5 s" in answer
+    assert b"the body did not arrive within 0.5 s" in answer
     assert time.monotonic() - begun < 5
 
 
-def test_a_second_request_that_does_not_end_is_not_waited_for(impatient):
+def test_incomplete_second_request_closes_connection(impatient):
     with connected(impatient[0]) as connection:
         ask_for_health(connection)
         connection.sendall(HEAD)
         assert rest(connection) == b""
 
 
-def test_a_client_that_asks_often_is_not_cut_off(impatient):
+def test_frequent_requests_keep_connection_open(impatient):
     with connected(impatient[0]) as connection:
-        for _ in range(15):  # three times as long as a head may take
+        for _ in range(15):  # three times the timeout of a head
             ask_for_health(connection)
             time.sleep(0.11)
 
 
-def test_an_answer_that_is_not_read_ends(predictors, monkeypatch):
+def test_unread_response_closes_connection(predictors, monkeypatch):
     monkeypatch.setattr("gptj8.serving.app._GRACE_SECONDS", 0.5)
     limits = Limits(seconds=0.5, seconds_to_send=0.5)
     with running(predictors["base"], limits) as (url, _):
@@ -103,7 +103,7 @@ def test_an_answer_that_is_not_read_ends(predictors, monkeypatch):
             assert requests.get(url + "/health", timeout=10).ok
 
 
-def test_slow_clients_do_not_keep_others_waiting(impatient):
+def test_slow_clients_do_not_block_others(impatient):
     url, _ = impatient
     slow = [connected(url) for _ in range(50)]
     for connection in slow:
@@ -115,7 +115,7 @@ def test_slow_clients_do_not_keep_others_waiting(impatient):
         connection.close()
 
 
-def test_an_answer_may_take_longer_than_sending_may(impatient):
+def test_response_may_take_longer_than_send_timeout(impatient):
     body = {"prompt": "fox", "max_new_tokens": 100, "stream": True}
     begun = time.monotonic()
     with requests.post(impatient[0] + "/generate", json=body, stream=True, timeout=20) as answer:
@@ -139,7 +139,7 @@ def guarded(predictors):
     ids=str,
 )
 @pytest.mark.parametrize("path", ["/generate", "/docs", "/openapi.json"])
-def test_without_the_token_nothing_is_answered(guarded, path, headers):
+def test_requests_without_token_are_rejected(guarded, path, headers):
     method = "POST" if path == "/generate" else "GET"
     response = requests.request(method, guarded + path, json={}, headers=headers, timeout=10)
     assert response.status_code == 401
@@ -147,7 +147,7 @@ def test_without_the_token_nothing_is_answered(guarded, path, headers):
     assert response.json() == {"detail": "send Authorization: Bearer and the server's token"}
 
 
-def test_with_the_token_it_answers(guarded):
+def test_requests_with_token_are_answered(guarded):
     headers = {"Authorization": "Bearer open-sesame"}
     body = {"prompt": "fox", "max_new_tokens": 4}
     response = requests.post(guarded + "/generate", json=body, headers=headers, timeout=10)

@@ -1,4 +1,4 @@
-"""A registered version answers wherever it is loaded, as the model that was exported."""
+"""A registered model version can be loaded anywhere and answers like the exported model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(json.dumps([gptj8.__file__, *answers]))
 
 @pytest.fixture(scope="module")
 def store(exports, tiny_8bit_dir, tmp_path_factory):
-    """A store with a classifier and a model that writes, version 1 of each."""
+    """A store with version 1 of a classifier and of a model that writes completions."""
     import mlflow
 
     folder = tmp_path_factory.mktemp("store")
@@ -48,20 +48,20 @@ def store(exports, tiny_8bit_dir, tmp_path_factory):
         mlflow_run = (client, run.info.run_id)
         arguments = (lambda found=mlflow_run: found, name, tiny_8bit_dir, exports[task])
         assert str(register_export(*arguments, {"evaluate": {"tuned/accuracy": 0.5}})) == "1"
-        assert str(register_export(*arguments, {})) == "1"  # the same one is registered once
+        assert str(register_export(*arguments, {})) == "1"  # an identical export is registered once
     return uri
 
 
 def environment(store):
-    """Without this checkout: the code that is registered has to do."""
+    """Return an environment without this checkout, so that the registered code is used."""
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    # MLflow starts `uvicorn` by its name, wherever PATH finds it.
+    # MLflow finds `uvicorn` through PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**kept, "MLFLOW_TRACKING_URI": store, "PATH": path}
 
 
 @pytest.mark.slow
-def test_they_answer_the_same_in_a_fresh_process(store, predictors, tmp_path):
+def test_registered_models_work_in_a_new_process(store, predictors, tmp_path):
     rows = [{"instruction": "jump"}, {"instruction": "box", "input": "the dog"}]
     asked = [["classifier", {"text": TEXTS}, None], ["writer", rows, {"max_new_tokens": 9}]]
     process = subprocess.run(
@@ -80,13 +80,13 @@ def test_they_answer_the_same_in_a_fresh_process(store, predictors, tmp_path):
     expected = predictor.classify(prompts)
     assert list(classified) == ["label", *(f"score_{label}" for label in LABELS)]
     found = np.array([classified[f"score_{label}"] for label in LABELS]).T
-    assert np.allclose(found, expected, atol=0.02)  # its dtype is chosen by the device
+    assert np.allclose(found, expected, atol=0.02)  # the device determines the dtype
     assert classified["label"] == [LABELS[row.argmax()] for row in found]
     assert list(written) == ["completion"]
     assert len(written["completion"]) == 2
 
 
-def test_a_model_that_writes(predictors):
+def test_completion_model_answers_rows_independently(predictors):
     predictor = predictors["instructions"]
     rows = pd.DataFrame({"instruction": ["jump", "box"], "input": [np.nan, "the dog"]})
     found = Model(predictor).predict(rows, {"max_new_tokens": 9})
@@ -101,26 +101,26 @@ def test_a_model_that_writes(predictors):
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
-def test_no_tokens_are_refused(predictors, tokens):
+def test_max_new_tokens_below_1_raises(predictors, tokens):
     rows = pd.DataFrame({"instruction": ["jump"]})
     with pytest.raises(UserError, match=f"max_new_tokens = {tokens} must be at least 1"):
         Model(predictors["instructions"]).predict(rows, {"max_new_tokens": tokens})
 
 
-def test_a_row_that_cannot_be_asked_is_named(predictors):
+def test_invalid_row_is_named_in_error(predictors):
     rows = pd.DataFrame({"text": ["a", None]})
     with pytest.raises(UserError, match="row 1: text is empty"):
         Model(predictors["classification"]).predict(rows)
 
 
 @pytest.mark.parametrize("task", ["classification", "instructions"])
-def test_no_rows_are_no_answers(predictors, task):
+def test_empty_table_gives_no_answers(predictors, task):
     columns = list(predictors[task].task.columns)
     assert len(Model(predictors[task]).predict(pd.DataFrame(columns=columns))) == 0
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it(store, tmp_path):
+def test_mlflow_models_serve(store, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/classifier/1"]
     command += ["--env-manager", "local", "--port", str(port)]
@@ -159,5 +159,5 @@ def test_mlflow_serves_it(store, tmp_path):
         assert "row 0: text is empty" in answer.text
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # the session of this server alone
+            os.killpg(process.pid, signal.SIGTERM)  # only this server's session
         process.wait(20)

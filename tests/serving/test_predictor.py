@@ -1,4 +1,4 @@
-"""A row becomes the very prompt of training; the labels' probabilities are the model's."""
+"""Prompts of rows equal those of training, and label probabilities equal the model's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ANSWERS = {
 
 
 def trained_prompt(task, row, base):
-    """What validate makes of a row: the table's fields, then an example with its answer."""
+    """Return the prompt ids of a row and its number of answer tokens, as prepared for training."""
     data = parse_params({"data": data_of(task), "model": {"path": "m"}}).data
     shape = shape_of(data)
     cells = {field: row.get(column) for field, column in shape.columns.items()}
@@ -68,13 +68,13 @@ def trained_prompt(task, row, base):
 @pytest.mark.parametrize(
     ("task", "number"), [(task, n) for task in TASKS for n in range(len(ROWS[task]))]
 )
-def test_a_row_becomes_the_prompt_of_training(predictors, tiny_8bit_dir, task, number):
+def test_encode_row_equals_training_prompt(predictors, tiny_8bit_dir, task, number):
     row = ROWS[task][number]
     expected, answer_tokens = trained_prompt(task, row, tiny_8bit_dir)
     assert predictors[task].encode_row(row, answer_tokens).ids == expected
 
 
-def test_a_long_row_is_cut_at_its_text_and_says_so(predictors):
+def test_long_row_is_truncated_in_its_text_and_reported(predictors):
     encoded = predictors["classification"].encode_row({"text": "lazy dog " * 80}, 5)
     assert len(encoded.ids) == 96 - 5
     assert encoded.cut_tokens > 0
@@ -83,7 +83,7 @@ def test_a_long_row_is_cut_at_its_text_and_says_so(predictors):
     assert text.endswith("\n\nLabel:")
 
 
-def test_names_of_special_tokens_are_text(predictors):
+def test_special_token_names_are_encoded_as_text(predictors):
     predictor = predictors["classification"]
     encoder = predictor.encoder
     assert encoder.eos_id not in predictor.encode_prompt("a <|endoftext|> b")
@@ -95,53 +95,57 @@ def test_names_of_special_tokens_are_text(predictors):
     ("task", "row", "reason"),
     [
         ("classification", {}, "text is missing"),
-        ("classification", {"TEXT": "a"}, "TEXT is no column, did you mean text"),
+        ("classification", {"TEXT": "a"}, "TEXT is not a column, did you mean text"),
         ("classification", {"text": " \n\u200b"}, "text is empty"),
         ("classification", {"text": None}, "text is empty"),
-        ("classification", {"text": 7}, "text is not a text"),
-        ("classification", {"text": ["a"]}, "text is not a text"),
-        ("classification", {"text": "a\ud800"}, "half a character"),
+        ("classification", {"text": 7}, "text is not a string"),
+        ("classification", {"text": ["a"]}, "text is not a string"),
+        ("classification", {"text": "a\ud800"}, "lone surrogate"),
         ("columns", {"body": "a"}, "title is missing"),
-        ("columns", {"title": "a", "body": 1.5}, "body is not a text"),
+        ("columns", {"title": "a", "body": 1.5}, "body is not a string"),
         ("instructions", {"input": "a"}, "instruction is missing"),
         ("messages", {}, "chat is not a list of messages"),
         ("messages", {"chat": "hello"}, "chat is not a list of messages"),
         ("messages", {"chat": []}, "chat has fewer than two messages"),
-        ("messages", {"chat": [{"role": "fox", "content": "a"}]}, "chat message 1 has no role"),
+        (
+            "messages",
+            {"chat": [{"role": "fox", "content": "a"}]},
+            "chat message 1 has no valid role",
+        ),
         ("messages", {"chat": [{"role": "user", "content": 1}]}, "chat message 1 has no text"),
-        ("base", {"text": "a"}, "not tuned and knows no rows"),
+        ("base", {"text": "a"}, "not fine-tuned and cannot answer rows"),
     ],
     ids=str,
 )
-def test_a_row_that_cannot_be_asked_is_refused(predictors, task, row, reason):
+def test_invalid_row_raises(predictors, task, row, reason):
     with pytest.raises(ValueError, match=reason):
         predictors[task].encode_row(row, 5)
 
 
-def test_a_row_that_is_nested_without_end_is_refused(predictors):
+def test_deeply_nested_row_raises(predictors):
     deep = []
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         predictors["messages"].encode_row({"chat": [{"role": "user", "content": deep}]}, 5)
-    while deep:  # freed level by level
+    while deep:  # free it level by level to avoid deep recursion
         deep = deep[0]
 
 
-@pytest.mark.parametrize(("prompt", "reason"), [("", "empty"), ("\udfff", "half a character")])
-def test_a_prompt_that_cannot_be_asked_is_refused(predictors, prompt, reason):
+@pytest.mark.parametrize(("prompt", "reason"), [("", "empty"), ("\udfff", "lone surrogate")])
+def test_invalid_prompt_raises(predictors, prompt, reason):
     with pytest.raises(ValueError, match=reason):
         predictors["base"].encode_prompt(prompt)
 
 
 @pytest.mark.parametrize("task", ["instructions", "messages", "base"])
-def test_what_has_no_labels_does_not_classify(predictors, task):
-    with pytest.raises(ValueError, match="not tuned to classify"):
+def test_encode_for_labels_without_labels_raises(predictors, task):
+    with pytest.raises(ValueError, match="not fine-tuned to classify"):
         predictors[task].encode_for_labels(ROWS.get(task, [{"text": "a"}])[0])
 
 
-def test_probabilities_are_the_models_own(predictors):
-    """Against one plain forward pass for each pair, and a softmax over the labels."""
+def test_classify_equals_plain_forward_passes(predictors):
+    """Compare with one forward pass per prompt and label, normalized over the labels."""
     predictor = predictors["classification"]
     prompts = [predictor.encode_for_labels(row).ids for row in ROWS["classification"]]
     expected = []
@@ -156,13 +160,13 @@ def test_probabilities_are_the_models_own(predictors):
         expected.append(np.exp(sums) / np.exp(sums).sum())
     found = predictor.classify(prompts)
     assert np.allclose(found, expected, atol=1e-5)
-    assert np.ptp(found, axis=1).min() > 0.01  # no coin is tossed
+    assert np.ptp(found, axis=1).min() > 0.01  # the probabilities are not uniform
 
 
 @pytest.mark.parametrize(
     ("of_row", "text"), [(True, "a  fox é "), (False, "   a  fox é ")], ids=["row", "prompt"]
 )
-def test_the_space_that_an_answer_was_learned_behind_is_no_part_of_it(predictors, of_row, text):
+def test_answer_stream_strips_leading_space_only_for_rows(predictors, of_row, text):
     encoder = predictors["base"].encoder
     stream = AnswerStream(encoder, of_row)
     pieces = [stream.put(token) for token in encoder.encode("   a  fox é ")]

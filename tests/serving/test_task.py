@@ -1,4 +1,4 @@
-"""What an export says of its task, also an export of another version, and one that says nothing."""
+"""Load the task of exports, including exports of other versions and invalid ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def export(exports, tmp_path):
     return shutil.copytree(exports["classification"], tmp_path / "export")
 
 
-def test_sections_that_are_of_no_use_to_it_may_be_of_another_version(export):
+def test_unknown_keys_of_other_versions_are_ignored(export):
     content = json.loads((export / "params.json").read_text())
     content["finetune"] = {"a_key_of_another_version": 1}
     content["another_section"] = {}
@@ -26,7 +26,7 @@ def test_sections_that_are_of_no_use_to_it_may_be_of_another_version(export):
     assert TunedTask.load(export).labels == tuple(LABELS)
 
 
-def test_a_dataset_of_many_files_is_served(export):
+def test_dataset_with_many_files_loads(export):
     content = json.loads((export / "dataset.json").read_text())
     content["files"] *= 20_000
     (export / "dataset.json").write_text(json.dumps(content))
@@ -34,19 +34,19 @@ def test_a_dataset_of_many_files_is_served(export):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reason"),
     [
-        ("params.json", "{}", "data is required and not given"),
+        ("params.json", "{}", "data is required but missing"),
         ("params.json", "[]", "file = []: input should be keys and values"),
         ("params.json", '{"data": {"train": 3}}', "data.train = 3"),
-        ("dataset.json", "{}", "names no labels"),
+        ("dataset.json", "{}", "contains no labels"),
         ("dataset.json", "[]", "file = []: input should be keys and values"),
         ("dataset.json", '{"labels": [1]}', "labels = [1]: input should be a valid string"),
     ],
 )
-def test_what_says_nothing_is_named(export, name, content, said):
+def test_invalid_export_files_raise(export, name, content, reason):
     (export / name).write_text(content)
     with pytest.raises(UserError) as error:
         TunedTask.load(export)
-    assert name in str(error.value) and said in str(error.value)
+    assert name in str(error.value) and reason in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Several approaches as DVC experiments, and the table of them."""
+"""Approaches run as DVC experiments, and their table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outcomes(**changes) -> list[Outcome]:
     return [Outcome("layernorm", "layernorm-1", None), Outcome("lora-attention", "lora-2", metrics)]
 
 
-def test_a_row_an_approach_and_a_row_an_untrained_system():
+def test_table_rows_include_approaches_and_untrained_systems():
     rows = table_rows(outcomes())
     assert [(row["approach"], row["status"]) for row in rows] == [
         ("layernorm", "failed"),
@@ -53,15 +53,15 @@ def test_a_row_an_approach_and_a_row_an_untrained_system():
     assert rows[1]["accuracy_high"] == 0.87
     assert rows[1]["training_seconds"] == 1234.5
     assert rows[1]["evaluation_seconds"] == 12.0
-    assert rows[2]["training_seconds"] is None  # the evaluation's own seconds are of all systems
+    assert rows[2]["training_seconds"] is None  # "seconds" of the evaluation covers all systems
     assert len({tuple(row) for row in rows}) == 1
 
 
-def test_the_table_for_people():
+def test_markdown_table_formats_values():
     lines = markdown_table(table_rows(outcomes())).splitlines()
     assert "accuracy (95 % interval)" in lines[0]
     assert "perplexity" not in lines[0]
-    assert "evaluation: peak GiB" not in lines[0]  # nobody measured it
+    assert "evaluation: peak GiB" not in lines[0]  # not measured
     assert len({len(line) for line in lines if "\\|" not in line}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert cells[2] == ["LayerNorms only: failed", *[""] * 6]
@@ -78,7 +78,7 @@ def test_the_table_for_people():
     assert "a\\|b" in lines[6]
 
 
-def test_without_labels_perplexity_and_loss_take_the_place_of_accuracy():
+def test_table_without_labels_shows_perplexity_and_loss():
     evaluate = {"tuned/perplexity": 20.5, "base/perplexity": 43.25, "quantized/perplexity": 43.3}
     rows = table_rows(outcomes(evaluate=evaluate, finetune={**FINETUNE, "eval_loss": 2.5}))
     table = markdown_table(rows)
@@ -89,12 +89,12 @@ def test_without_labels_perplexity_and_loss_take_the_place_of_accuracy():
     assert "2.5000" in table
 
 
-def test_a_table_of_failures_alone_is_a_table():
+def test_table_with_only_failed_approaches():
     rows = table_rows([Outcome("layernorm", "layernorm-1", None)])
     assert markdown_table(rows).splitlines()[2] == "| LayerNorms only: failed |"
 
 
-def test_the_files_hold_every_number(tmp_path, monkeypatch):
+def test_write_table_writes_csv_and_markdown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table, text = write_table(table_rows(outcomes()))
     read = list(csv.DictReader(table.open()))
@@ -103,8 +103,7 @@ def test_the_files_hold_every_number(tmp_path, monkeypatch):
     assert text.read_text().startswith("| approach ")
 
 
-def test_a_failure_is_told_after_the_table_of_the_others(tmp_path, monkeypatch, capsys):
-
+def test_failed_approach_raises_after_table_is_written(tmp_path, monkeypatch, capsys):
     recorded = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(approaches, "overridden_params", lambda overrides: None)
@@ -121,15 +120,15 @@ def test_a_failure_is_told_after_the_table_of_the_others(tmp_path, monkeypatch, 
     ("names", "parts"),
     [
         (["lora-atention"], ["lora-atention", "did you mean lora-attention?", "known: layernorm"]),
-        (["layernorm", "layernorm"], ["layernorm is named twice"]),
-        ([], ["names none"]),
+        (["layernorm", "layernorm"], ["layernorm appears more than once"]),
+        ([], ["--approaches is empty"]),
     ],
 )
-def test_names_that_are_none_are_refused(names, parts):
-    with pytest.raises(UserError) as refused:
+def test_invalid_approach_names_raise(names, parts):
+    with pytest.raises(UserError) as error:
         check_names(names)
     for part in parts:
-        assert part in str(refused.value)
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_names_that_are_none_are_refused(names, parts):
         ("finetune.r=0", "finetune.r = 0"),
     ],
 )
-def test_a_wrong_change_is_refused_before_anything_runs(tmp_path, monkeypatch, change, part):
+def test_invalid_override_raises_before_anything_runs(tmp_path, monkeypatch, change, part):
     content = "data: {train: rows.csv}\nmodel: {path: m}\nfinetune: {r: 8}\n"
     (tmp_path / "params.yaml").write_text(content)
     monkeypatch.chdir(tmp_path)
@@ -152,7 +151,7 @@ def test_a_wrong_change_is_refused_before_anything_runs(tmp_path, monkeypatch, c
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A project of which git knows some files."""
+    """A project with tracked and untracked files."""
     monkeypatch.chdir(tmp_path)
     for name in ("gptj8/known.py", "data/known.csv"):
         Path(name).parent.mkdir()
@@ -172,8 +171,9 @@ def copied(outs=(), **data) -> list[str]:
     return [path.as_posix() for path in approaches.paths_to_copy(params, made)]
 
 
-def test_what_git_does_not_know_is_copied(repository):
-    # A folder for a file whose folder is new to git: DVC copies a file only to where one is.
+def test_untracked_inputs_and_code_are_copied(repository):
+    # The folder of mine/train.csv is untracked, so the complete folder is copied: DVC copies a file
+    # only into an existing folder.
     assert copied(train="mine/train.csv") == ["mine", "models/a", "gptj8/new.py"]
     assert copied(train="rows.csv") == ["rows.csv", "models/a", "gptj8/new.py"]
     assert copied(train="data") == ["data/new.csv", "models/a", "gptj8/new.py"]
@@ -182,22 +182,22 @@ def test_what_git_does_not_know_is_copied(repository):
     assert copied(train="mine", test="mine/test.csv") == ["mine", "models/a", "gptj8/new.py"]
 
 
-def test_what_dvc_keeps_is_not_copied(repository):
+def test_dvc_outputs_are_not_copied(repository):
     outs = {"big/out.csv": "data/known.csv", "models": "data/known.csv"}
     assert copied(outs, train="big/out.csv") == ["gptj8/new.py"]
 
 
-def test_inputs_that_an_experiment_cannot_see_are_refused(repository):
+def test_inputs_missing_in_experiment_copies_raise(repository):
     (repository.parent / "outside.csv").touch()
-    with pytest.raises(UserError, match="outside the project") as refused:
+    with pytest.raises(UserError, match="outside the project") as error:
         copied(train="../outside.csv")
-    assert str((repository.parent / "outside.csv").resolve()) in str(refused.value)
+    assert str((repository.parent / "outside.csv").resolve()) in str(error.value)
     with pytest.raises(UserError, match="git add big"):
         copied({"big/out.csv": "big/dvc.yaml"}, train="big/out.csv")
 
 
 def state(clone: Clone) -> dict[str, object]:
-    """What compare must leave as it was."""
+    """Return the state of the workspace, which compare must not change."""
     files = [f for f in (clone.folder / "artifacts").rglob("*") if f.is_file()]
     return {
         "status": clone.git("status", "--porcelain", "--untracked-files=all"),
@@ -231,9 +231,9 @@ def experiments(clone: Clone) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_approaches_are_experiments_beside_the_workspace(tiny_model_dir, tmp_path):
+def test_compare_runs_experiments_without_changing_workspace(tiny_model_dir, tmp_path):
     clone = Clone(tmp_path / "project", tiny_model_dir)
-    # As users have it: changes that are not committed, and a file that git does not know.
+    # A realistic workspace: uncommitted changes and an untracked file.
     write_rows(clone.folder / "mine.csv", "text", "label", {"animals": ANIMALS, "magic": MAGIC})
     clone.edit_params(data={"train": "mine.csv"}, finetune={"r": 2})
     (clone.folder / "artifacts" / "mine.txt").write_text("mine")
@@ -260,7 +260,7 @@ def test_approaches_are_experiments_beside_the_workspace(tiny_model_dir, tmp_pat
         assert float(row["trainable_parameters"]) == finetune["trainable_parameters"]
         assert float(row["training_seconds"]) == finetune["seconds"]
         assert float(row["macro_f1"]) == evaluate["tuned/macro_f1"]
-    # Two layers, two projections, rank 2: the change that is not committed took part.
+    # Two layers, two projections, rank 2: the uncommitted change was used.
     assert float(rows[1]["trainable_parameters"]) == 2 * 2 * 2 * (64 + 64)
     assert {row["approach"] for row in rows[2:]} >= {"base", "baseline", "few_shot"}
 

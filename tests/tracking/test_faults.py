@@ -1,4 +1,4 @@
-"""A tracking server that goes away, hangs or fails: the stage goes on, and nothing is lost."""
+"""Tracking servers that disconnect, hang or fail: the stage continues, and no data is lost."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ STEPS = 40
 
 
 class Proxy:
-    """What stands between the stage and a real server, and can be told to misbehave.
+    """A proxy between the stage and a real server that can simulate faults.
 
     Attributes:
-        mode: `pass`, `refuse` (nobody listens), `hang` (no answer ever) or `fail` (500).
+        mode: `pass`, `refuse` (connections are closed), `hang` (no response) or `fail` (500).
     """
 
     def __init__(self, upstream: int) -> None:
@@ -42,7 +42,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def switch(self, mode: str) -> None:
-        """Change the mode; connections that are open are cut, as when a server dies."""
+        """Change the mode and, unless it is `pass`, close open connections."""
         self.mode = mode
         if mode != "pass":
             for connection in list(self._open):
@@ -99,7 +99,7 @@ def proxy(project, server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    # The rows of one test are its own.
+    # Each test has its own MLflow experiment.
     (project / "params.yaml").write_text(
         "data: {train: rows.csv}\nmodel: {path: model}\n"
         f"tracking: {{experiment: {project.name}}}\n"
@@ -108,8 +108,11 @@ def proxy(project, server, monkeypatch):
 
 
 def train(proxy: Proxy, faults: dict[int, str]) -> tuple[float, float]:
-    """Record a stage of steps of 0.1 s, the server misbehaving from given steps on; return the
-    seconds that the steps waited for the recording, and those that the end of the stage did."""
+    """Record a stage with steps of 0.1 s while the proxy switches modes at the given steps.
+
+    Return the seconds that recording added to the steps, and the seconds that the stage waited at
+    its end.
+    """
     from gptj8.params.sections import load_params
 
     folder = Path("reports/finetune")
@@ -131,7 +134,7 @@ def train(proxy: Proxy, faults: dict[int, str]) -> tuple[float, float]:
     return waited, time.monotonic() - ended
 
 
-def the_row(server: int, name: str):
+def only_run(server: int, name: str):
     client = mlflow.MlflowClient(f"http://127.0.0.1:{server}")
     experiment = client.get_experiment_by_name(name)
     (run,) = client.search_runs([experiment.experiment_id])
@@ -139,7 +142,7 @@ def the_row(server: int, name: str):
 
 
 def assert_complete_once(server: int, name: str) -> None:
-    client, run = the_row(server, name)
+    client, run = only_run(server, name)
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "finetune/loss")
     assert [(p.step, p.value) for p in history] == [(n, 1 / n) for n in range(1, STEPS + 1)]
@@ -166,28 +169,28 @@ def assert_complete_once(server: int, name: str) -> None:
     ],
     ids=str,
 )
-def test_a_row_is_complete_once_after_sync(proxy, server, project, faults, capsys, monkeypatch):
+def test_sync_completes_run_without_duplicates(proxy, server, project, faults, capsys, monkeypatch):
     waited, ended = train(proxy, faults)
     assert waited < 0.05 * STEPS * 0.1
-    assert ended < 10  # 3 s for a server that is silent, and what a busy machine adds
-    assert "`gptj8 sync` sends what is missing" in capsys.readouterr().err
+    assert ended < 10  # 3 s for an unresponsive server, plus delays on a busy machine
+    assert "run `gptj8 sync` to send the rest" in capsys.readouterr().err
     proxy.switch("pass")
     monkeypatch.setattr(sys, "argv", ["gptj8", "sync"])
     main()
     assert_complete_once(server, project.name)
     assert not list(journals_folder().glob("*"))
     main()
-    assert "nothing was left to send" in capsys.readouterr().out
+    assert "nothing to send" in capsys.readouterr().out
     assert_complete_once(server, project.name)
 
 
-def test_a_server_that_comes_back_during_the_stage_needs_no_sync(proxy, server, project, capsys):
+def test_server_that_recovers_during_stage_needs_no_sync(proxy, server, project, capsys):
     train(proxy, {5: "fail", 10: "pass"})
     assert capsys.readouterr().err == ""
     assert_complete_once(server, project.name)
 
 
-def test_sync_tells_what_it_could_not_send(proxy, project, capsys, monkeypatch):
+def test_sync_reports_unsent_stages(proxy, project, capsys, monkeypatch):
     train(proxy, {1: "refuse"})
     monkeypatch.setattr(sys, "argv", ["gptj8", "sync"])
     with pytest.raises(SystemExit) as stopped:
@@ -195,7 +198,7 @@ def test_sync_tells_what_it_could_not_send(proxy, project, capsys, monkeypatch):
     assert stopped.value.code == 2
     (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert f"127.0.0.1:{proxy.port}" in error
-    assert "the record of 1 stages stays in" in error
+    assert "stages not sent: 1 (kept in" in error
     (folder,) = [f for f in journals_folder().glob("*") if f.is_dir()]
     assert len(journals_of(folder)) == 1
 
@@ -211,20 +214,20 @@ with stage_run("finetune", load_params()) as run:
 """
 
 
-def test_a_stage_that_is_killed_outright_is_marked(proxy, server, project):
+def test_killed_stage_is_marked_as_killed(proxy, server, project):
     subprocess.run([sys.executable, "-c", KILLED, "4"], cwd=project, check=False)
     until = time.monotonic() + 60
     while any(journals_of(folder) for folder in journals_folder().glob("*")):
-        assert time.monotonic() < until, "the recorder has not come to its end"
+        assert time.monotonic() < until, "the recorder did not finish"
         time.sleep(0.5)
-    _, run = the_row(server, project.name)
+    _, run = only_run(server, project.name)
     assert run.info.status == "KILLED"
     assert run.data.tags["gptj8.error"] == "the process was killed"
     assert run.data.metrics["finetune/loss"] == 1.0
 
 
 def lose_power(project: Path) -> None:
-    """Kill a stage and its recorder once something was recorded."""
+    """Kill a stage and its recorder after some data was recorded."""
     process = subprocess.Popen([sys.executable, "-c", KILLED, "60"], cwd=project)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + 30
@@ -236,13 +239,13 @@ def lose_power(project: Path) -> None:
     process.wait()
 
 
-def test_so_is_one_whose_recorder_was_killed_with_it(proxy, server, project, monkeypatch, capsys):
-    """Nobody is left to tell, and sync finds it."""
+def test_sync_marks_stage_killed_with_recorder(proxy, server, project, monkeypatch, capsys):
+    """No process is left to mark the stage as killed, so sync does it."""
     lose_power(project)
     monkeypatch.setattr(sys, "argv", ["gptj8", "sync"])
     main()
-    assert "sent: the record of 1 stages" in capsys.readouterr().out
-    assert the_row(server, project.name)[1].info.status == "KILLED"
+    assert "stages sent: 1\n" in capsys.readouterr().out
+    assert only_run(server, project.name)[1].info.status == "KILLED"
 
 
 TURNS = """
@@ -262,14 +265,14 @@ while time.monotonic() < end:
 """
 
 
-def test_a_turn_is_one_processs_though_its_folder_comes_and_goes(tmp_path):
+def test_turn_is_exclusive_while_folder_is_recreated(tmp_path):
     command = [sys.executable, "-c", TURNS, tmp_path / "journals" / "key", tmp_path / "mine"]
     processes = [subprocess.Popen(command, env={**os.environ}) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
     assert not (tmp_path / "journals" / "key").exists()
 
 
-def test_of_many_syncs_at_once_one_sends(proxy, server, project):
+def test_only_one_of_concurrent_syncs_sends(proxy, server, project):
     lose_power(project)
     command = [sys.executable, "-m", "gptj8.commands.main", "sync"]
     syncs = [
@@ -278,16 +281,16 @@ def test_of_many_syncs_at_once_one_sends(proxy, server, project):
         )
         for _ in range(3)
     ]
-    said = [sync.communicate(timeout=120)[0] for sync in syncs]
-    assert [sync.returncode for sync in syncs] == [0, 0, 0], said
-    assert sum("sent: the record of 1 stages" in text for text in said) == 1, said
-    client, run = the_row(server, project.name)
+    outputs = [sync.communicate(timeout=120)[0] for sync in syncs]
+    assert [sync.returncode for sync in syncs] == [0, 0, 0], outputs
+    assert sum("stages sent: 1\n" in text for text in outputs) == 1, outputs
+    client, run = only_run(server, project.name)
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "finetune/loss")) == 1
     assert not list(journals_folder().glob("*"))
 
 
-def test_a_full_disk_does_not_stop_the_stage(project, monkeypatch, capsys):
+def test_full_disk_does_not_stop_stage(project, monkeypatch, capsys):
     from gptj8.params.sections import parse_params
     from gptj8.tracking.journal import JournalWriter
 

@@ -1,4 +1,4 @@
-"""Where a run comes from, and back again from a commit, in real git repositories."""
+"""The lineage of a run, and finding a run by its commit, in real git repositories."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def commit(folder: Path) -> str:
     return lineage.git("rev-parse", "HEAD", folder=folder) or ""
 
 
-def test_a_clean_commit_is_reproduced_by_itself(repository):
+def test_clean_commit_needs_only_checkout_and_repro(repository):
     commit = lineage.git("rev-parse", "HEAD", folder=repository)
     tags = lineage.lineage_tags(repository)
     assert tags["mlflow.source.git.commit"] == commit
@@ -49,7 +49,7 @@ def test_a_clean_commit_is_reproduced_by_itself(repository):
     assert lineage.changes(repository) == ""
 
 
-def test_changed_params_become_overrides_and_changed_code_a_patch(repository, tmp_path):
+def test_changed_params_become_overrides_and_changed_code_becomes_patch(repository, tmp_path):
     (repository / "params.yaml").write_text(PARAMS.replace("r: 8", "r: 4"))
     tags = lineage.lineage_tags(repository)
     assert tags["git.dirty"] == "true"
@@ -68,7 +68,7 @@ def test_changed_params_become_overrides_and_changed_code_a_patch(repository, tm
     assert "r: 4" in (repository / "params.yaml").read_text()
 
 
-def test_results_are_no_changes(repository):
+def test_results_are_not_changes(repository):
     (repository / "reports").mkdir()
     (repository / "reports" / "x.json").write_text("1")
     (repository / "dvc.lock").write_text("a: 1\n")
@@ -87,7 +87,7 @@ def test_results_are_no_changes(repository):
         ["tuned/accuracy > base/accuracy"], "ü", "tab\there", "[a]", "~", "1_000",
     ],
 )  # fmt: skip
-def test_overrides_are_read_by_dvc_as_they_were(tmp_path, value):
+def test_overrides_round_trip_through_dvc(tmp_path, value):
     from dvc.utils.cli_parse import to_path_overrides
     from dvc.utils.hydra import apply_overrides
 
@@ -98,12 +98,12 @@ def test_overrides_are_read_by_dvc_as_they_were(tmp_path, value):
     assert YAML(typ="safe", pure=True).load(file.read_text()) == {"a": {"b": value}}
 
 
-def test_no_password_is_written_down():
+def test_without_password_removes_credentials():
     assert identity.without_password("http://me:secret@host:1/x") == "http://host:1/x"
     assert identity.without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
 
 
-def test_a_commit_tells_its_run_without_its_data(repository):
+def test_run_is_found_from_commit_without_data(repository):
     digests = identity.input_digests(load_params())
     lock = {"stages": {"validate": {"deps": [
         {"path": "rows.csv", "md5": digests["data.train"]},
@@ -119,15 +119,15 @@ def test_a_commit_tells_its_run_without_its_data(repository):
     (run,) = lookup.find(revision[:10], load_params())
     assert run.data.params["finetune.r"] == "8"
     assert lookup.find(run.info.run_id, load_params())[0].info.run_id == run.info.run_id
-    with pytest.raises(UserError, match="as it is now has no run yet"):
+    with pytest.raises(UserError, match=r"the current params\.yaml has no run yet"):
         lookup.find(None, load_params())
-    with pytest.raises(UserError, match="nothing-like-it is no run, no DVC experiment"):
+    with pytest.raises(UserError, match="nothing-like-it is not a known run, DVC"):
         lookup.find("nothing-like-it", load_params())
     (repository / "params.yaml").write_text(PARAMS)
     assert lookup.find(None, load_params())[0].info.run_id == run.info.run_id
 
 
-def test_an_experiment_is_found_by_each_of_its_names(repository, monkeypatch):
+def test_run_is_found_by_each_experiment_name(repository, monkeypatch):
     for name in ("brave-fox", "calm-owl"):
         monkeypatch.setenv("DVC_EXP_NAME", name)
         with stage_run("validate", load_params()):
@@ -136,10 +136,10 @@ def test_an_experiment_is_found_by_each_of_its_names(repository, monkeypatch):
     found = [lookup.find(name, load_params())[0].info.run_id for name in ("brave-fox", "calm-owl")]
     assert len(set(found)) == 1
     with pytest.raises(UserError):
-        lookup.find("brave", load_params())  # a part of a name is not a name
+        lookup.find("brave", load_params())  # a part of a name must not match
 
 
-def test_a_stage_that_ran_before_there_was_a_key_is_said_to_have_run(repository):
+def test_stage_that_ran_before_inputs_existed_is_tagged_ran(repository):
     folder = repository / "reports" / "convert"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"relative_rmse": 0.006}')
@@ -160,22 +160,22 @@ def test_a_stage_that_ran_before_there_was_a_key_is_said_to_have_run(repository)
     assert run.data.tags["stage.convert"] == "cached"
 
 
-def test_a_sweep_is_known_by_its_baseline_and_name(repository, monkeypatch):
+def test_sweep_name_contains_baseline_and_experiment_name(repository, monkeypatch):
     assert identity.sweep_name() is None
     copy = repository / ".dvc" / "tmp" / "exps" / "tmp1"
-    alone = repository / ".dvc" / "tmp" / "exps" / "standalone" / "tmp2"
-    for folder in (copy, alone):
+    standalone = repository / ".dvc" / "tmp" / "exps" / "standalone" / "tmp2"
+    for folder in (copy, standalone):
         folder.mkdir(parents=True)
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "0123456789")
     monkeypatch.chdir(copy)
     assert identity.sweep_name() == "queue from 0123456"
     monkeypatch.setenv("DVC_EXP_NAME", "ranks-2")
     assert identity.sweep_name() == "ranks from 0123456"
-    monkeypatch.chdir(alone)
+    monkeypatch.chdir(standalone)
     assert identity.sweep_name() is None
 
 
-def test_find_prints_what_leads_further(repository, monkeypatch, capsys):
+def test_find_prints_status_and_command(repository, monkeypatch, capsys):
     from gptj8.commands.main import main
 
     with stage_run("validate", load_params()):

@@ -1,4 +1,4 @@
-"""What MLflow's page is told to show first, and how `gptj8 ui` is refused."""
+"""Tags that configure MLflow's page, and errors of `gptj8 ui`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(accuracy: float) -> None:
 
 
 @INLINE
-def test_a_run_is_described_by_what_it_measured(project):
+def test_run_note_contains_metrics_and_is_updated(project):
     measure(0.8)
     _, (row,) = runs()
     note = row.data.tags[page.NOTE_TAG]
@@ -35,15 +35,15 @@ def test_a_run_is_described_by_what_it_measured(project):
 
 
 @INLINE
-def test_a_description_of_ones_own_is_left_alone(project):
+def test_user_written_note_is_not_overwritten(project):
     measure(0.8)
     client, (row,) = runs()
-    client.set_tag(row.info.run_id, page.NOTE_TAG, "the one that we shipped")
+    client.set_tag(row.info.run_id, page.NOTE_TAG, "the shipped model")
     measure(0.9)
-    assert runs()[1][0].data.tags[page.NOTE_TAG] == "the one that we shipped"
+    assert runs()[1][0].data.tags[page.NOTE_TAG] == "the shipped model"
 
 
-def test_a_note_tells_intervals_changes_and_the_command():
+def test_run_note_contains_intervals_changes_and_command():
     measured = {
         "evaluate/quantized/perplexity_ratio": 1.0002,
         "evaluate/quantized/perplexity_ratio_low": 1.0,
@@ -56,7 +56,7 @@ def test_a_note_tells_intervals_changes_and_the_command():
     assert page.run_note({}, {}) is None
 
 
-def test_an_experiment_gets_what_it_lacks_and_keeps_what_was_changed(project):
+def test_connect_sets_missing_experiment_tags_only(project):
     uri = f"sqlite:///{project / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri)
     old = client.create_experiment("old", tags={page.NOTE_TAG: "mine"})
@@ -73,7 +73,8 @@ def test_an_experiment_gets_what_it_lacks_and_keeps_what_was_changed(project):
         assert len(tags[page.VIEW_TAG]) < 5000  # MLflow's limit
 
 
-def refused(monkeypatch, capsys, *options: str) -> str:
+def ui_error(monkeypatch, capsys, *options: str) -> str:
+    """Run `gptj8 ui`, which must fail, and return its error line."""
     monkeypatch.setattr(sys, "argv", ["gptj8", "ui", *options])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -88,21 +89,21 @@ def with_params(project):
     return project
 
 
-def test_without_runs_there_is_nothing_to_browse(with_params, monkeypatch, capsys):
+def test_ui_without_database_raises(with_params, monkeypatch, capsys):
     Path("mlflow.db").unlink()
-    line = refused(monkeypatch, capsys)
+    line = ui_error(monkeypatch, capsys)
     assert line.startswith("error: no run is recorded yet") and "mlflow.db does not exist" in line
     assert not Path("mlflow.db").exists()
 
 
-def test_a_port_in_use_is_told(with_params, monkeypatch, capsys):
+def test_ui_with_port_in_use_raises(with_params, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        line = refused(monkeypatch, capsys, "--port", port)
+        line = ui_error(monkeypatch, capsys, "--port", port)
     assert line.startswith(f"error: --host 127.0.0.1 --port {port}: ")
     assert "in use" in line
 
 
-def test_a_database_that_is_none_is_told(with_params, monkeypatch, capsys):
-    Path("mlflow.db").write_text("no database at all, and not a short text either\n" * 100)
-    assert "not a database" in refused(monkeypatch, capsys, "--port", "0")
+def test_ui_with_invalid_database_raises(with_params, monkeypatch, capsys):
+    Path("mlflow.db").write_text("not a database, but longer than a database header\n" * 100)
+    assert "not a database" in ui_error(monkeypatch, capsys, "--port", "0")

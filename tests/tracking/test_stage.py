@@ -1,4 +1,4 @@
-"""One experiment, one MLflow row, read back through a client of its own."""
+"""Stages of one experiment write to one MLflow run, which is read back with a separate client."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.helpers.tracked_project import params, report, runs
 pytestmark = pytest.mark.usefixtures("recorded_inline")
 
 
-def test_stages_of_one_experiment_share_a_row(project):
+def test_stages_of_one_experiment_share_a_run(project):
     for stage in STAGES:
         with stage_run(stage, params()) as run:
             run.log_metrics({"live": 1.5, "nested": {"deep": 2}, "speed": 10}, step=3)
@@ -29,7 +29,7 @@ def test_stages_of_one_experiment_share_a_row(project):
         assert row.data.metrics[f"{stage}/live"] == 1.5
         assert row.data.metrics[f"{stage}/nested/deep"] == 2
         assert row.data.metrics[f"{stage}/seconds"] == 4
-        assert row.data.metrics[f"{stage}/speed"] == 11  # the result, not the curve's last point
+        assert row.data.metrics[f"{stage}/speed"] == 11  # the result, not the last live value
         assert row.data.tags[f"stage.{stage}"] == "ran"
         assert client.list_artifacts(row.info.run_id, f"reports/{stage}")
     assert [m.step for m in client.get_metric_history(row.info.run_id, "finetune/live")] == [3]
@@ -38,7 +38,7 @@ def test_stages_of_one_experiment_share_a_row(project):
     assert row.data.params["data.train"] == "rows.csv"
 
 
-def test_stages_that_came_from_the_cache_are_recorded_too(project):
+def test_cached_stages_are_recorded_too(project):
     report("validate", rows=7)
     report("convert", relative_rmse=0.006)
     report("finetune", eval_loss=1.0)
@@ -64,7 +64,7 @@ def test_stages_that_came_from_the_cache_are_recorded_too(project):
     }
 
 
-def test_other_params_other_data_or_another_model_are_other_rows(project):
+def test_experiment_key_depends_on_params_data_and_model(project):
     first = identity.key_of(params())
     assert identity.key_of(params()) == first
     assert identity.key_of(params(tracking={"experiment": "other"})) == first
@@ -80,13 +80,13 @@ def test_other_params_other_data_or_another_model_are_other_rows(project):
     ("error", "status"),
     [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
 )
-def test_a_stage_that_does_not_finish_is_marked(project, error, status):
+def test_failed_or_interrupted_stage_is_marked(project, error, status):
     with pytest.raises(error), stage_run("convert", params()):
         raise error
     assert runs()[1][0].info.status == status
 
 
-def test_a_relative_database_lies_in_the_project_even_inside_a_dvc_experiment(project, monkeypatch):
+def test_relative_database_path_starts_at_project_in_dvc_experiments(project, monkeypatch):
     copy = project / ".dvc" / "tmp" / "exps" / "standalone" / "tmp123"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
@@ -95,7 +95,7 @@ def test_a_relative_database_lies_in_the_project_even_inside_a_dvc_experiment(pr
     assert tracking_uri(params()) == "http://127.0.0.1:1"
 
 
-def test_the_experiments_name_is_the_rows(project, monkeypatch):
+def test_run_has_name_of_dvc_experiment(project, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
     with stage_run("validate", params()):
         pass
@@ -105,7 +105,7 @@ def test_the_experiments_name_is_the_rows(project, monkeypatch):
 
 
 @pytest.mark.usefixtures("recorded_beside")
-def test_without_a_server_the_work_goes_on(project, monkeypatch, capsys):
+def test_stage_continues_without_server(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/none/mlflow.db")
     done = []
     with stage_run("validate", params()) as run:
@@ -125,8 +125,8 @@ def test_flatten():
     }
 
 
-def test_a_conversion_does_not_take_over_another_datasets_report(project):
-    report("validate", rows=999)  # of the experiment before
+def test_convert_does_not_record_report_of_other_dataset(project):
+    report("validate", rows=999)  # from the previous experiment
     with stage_run("convert", params()):
         report("convert", relative_rmse=0.006)
     _, (row,) = runs()
@@ -134,7 +134,7 @@ def test_a_conversion_does_not_take_over_another_datasets_report(project):
     assert row.data.metrics["convert/relative_rmse"] == 0.006
 
 
-def test_before_the_inputs_exist_there_is_no_row(project):
+def test_no_run_is_created_before_inputs_exist(project):
     (project / "rows.csv").unlink()
     with stage_run("convert", params()):
         report("convert", relative_rmse=0.006)
@@ -143,7 +143,7 @@ def test_before_the_inputs_exist_there_is_no_row(project):
 
 
 @pytest.mark.usefixtures("recorded_beside")
-def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
+def test_unreachable_server_delays_stage_by_seconds(project, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     started = time.monotonic()
     with stage_run("validate", params()):
@@ -152,7 +152,7 @@ def test_a_server_that_is_away_costs_seconds(project, monkeypatch, capsys):
     assert "MLflow has not received all of validate yet" in capsys.readouterr().err
 
 
-def test_a_project_that_was_moved_is_told_where_its_artifacts_go(project, capsys, monkeypatch):
+def test_moved_project_warns_about_artifact_location(project, capsys, monkeypatch):
     with stage_run("validate", params()):
         pass
     assert "artifacts" not in capsys.readouterr().err
@@ -161,21 +161,21 @@ def test_a_project_that_was_moved_is_told_where_its_artifacts_go(project, capsys
     monkeypatch.chdir(moved)
     with stage_run("validate", params()):
         pass
-    assert "keep their artifacts in" in capsys.readouterr().err
+    assert "the artifacts of experiment gptj8 are stored in" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("recorded_beside")
-def test_a_model_that_cannot_be_registered_is_an_error(project, monkeypatch):
-    """Unlike all else that is recorded: whoever deploys relies on it."""
+def test_failed_registration_raises(project, monkeypatch):
+    """Other recording errors are only warnings, but a deployment relies on the registration."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     with (
-        pytest.raises(UserError, match="registered_model_name = sentiment: not registered"),
+        pytest.raises(UserError, match="registered_model_name = sentiment: registration failed"),
         stage_run("export", params()) as run,
     ):
         register_export(run.open_run, "sentiment", project / "base", project / "export", {})
 
 
-def test_a_comparison_is_one_run_however_often_it_is_made(project):
+def test_repeated_comparison_updates_one_run(project):
     rows = [
         {"approach": "lora: tuned", "status": "done", "experiment": "a-1", "accuracy": 0.5},
         {"approach": "base", "status": "evaluated", "experiment": "", "accuracy": 0.25},

@@ -1,4 +1,4 @@
-"""What is trained on, and where its states are kept."""
+"""Fixtures for training: examples and a folder for checkpoints."""
 
 import pytest
 

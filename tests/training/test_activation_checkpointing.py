@@ -1,4 +1,4 @@
-"""What each kind of checkpointing computes again."""
+"""Test what each kind of activation checkpointing recomputes."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from gptj8.training.activation_checkpointing import KINDS, set_checkpointing
 from gptj8.training.fit import Fit
 from tests.helpers.architectures import ARCHITECTURES, COMMON
 
-BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # products of a block
+BLOCKS = {"gptj": 6, "llama": 7, "gpt2": 4}  # matrix products per block
 
 
 def gradients_and_products(model, kind, monkeypatch):
-    """Return the gradients of a step, and how many products its forward and backward computed."""
+    """Return the gradients of a step and the number of matrix products in forward and backward."""
     products = []
     restored_pieces = operators._restored_pieces
     with monkeypatch.context() as patch:
@@ -32,7 +32,7 @@ def gradients_and_products(model, kind, monkeypatch):
         patch.setattr(operators, "_restored_pieces", counted)
         set_checkpointing(model, kind)
         model.zero_grad()
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         ids = torch.arange(60).view(2, 30)
         model(input_ids=ids, labels=ids).loss.backward()
         assert not operators.kept_bytes()
@@ -41,7 +41,7 @@ def gradients_and_products(model, kind, monkeypatch):
 
 @pytest.mark.parametrize("target", ["attention", "all-linear"])
 @pytest.mark.parametrize("architecture", BLOCKS)
-def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_path):
+def test_selective_recomputes_no_matrix_product(architecture, target, monkeypatch, tmp_path):
     name, sizes = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**sizes, **COMMON)
@@ -56,8 +56,9 @@ def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_pat
     every = config.num_hidden_layers * BLOCKS[architecture]
     if target == "all-linear":
         assert counts["full"] == counts["none"] + every
-        assert counts["reuse"] == 2 * (every + 1)  # and the head's, which is not checkpointed
-    else:  # the first block needs no gradient of its MLP, and a last product may not be repeated
+        assert counts["reuse"] == 2 * (every + 1)  # +1: the head, which is not checkpointed
+    else:
+        # The first block's MLP needs no gradient, and a block's last product may be skipped.
         assert counts["none"] < counts["full"] <= counts["none"] + every
         assert counts["reuse"] < counts["full"]
     for kind in KINDS["cuda"]:
@@ -65,7 +66,7 @@ def test_selective_repeats_no_product(architecture, target, monkeypatch, tmp_pat
             assert torch.equal(gradient, expected), kind
 
 
-def test_a_graph_that_is_kept_gives_its_gradients_twice(tiny_8bit_dir):
+def test_retained_graph_gives_the_same_gradients_twice(tiny_8bit_dir):
     model = load_model(tiny_8bit_dir, torch.float32, torch.device("cpu"))
     model = add_adapter(model, AdapterSpec(r=4, lora_alpha=8)).train()
     set_checkpointing(model, "reuse")
@@ -83,20 +84,20 @@ OLMO = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 128,
-    "clip_qkv": 1.0,  # which clips what the products return in place
+    "clip_qkv": 1.0,  # clips the outputs of matrix products in place
 }
 
 
-def test_a_model_that_changes_products_in_place_is_never_chosen_selective():
+def test_selective_is_not_chosen_for_models_that_change_outputs_in_place():
     config = transformers.OlmoConfig(**OLMO, **COMMON)
     shape = AdapterSpec("lora", ["gate_proj"], 4, 8.0, 0.0)
     plan = Plan(
         config, gptj8.Blockwise8bitConfig(block_size=256), shape, torch.float32, "cpu", 32, 31
     )
     estimator = Estimator(plan)
-    with pytest.raises(RuntimeError, match="selective activation checkpoint") as refused:
+    with pytest.raises(RuntimeError, match="selective activation checkpoint") as caught:
         estimator.training(1, "selective")
-    assert "set it to full or none" in process._explain(refused.value)
+    assert "set it to full or none" in process._explain(caught.value)
     finetune = parse_params({"data": {"train": "x"}, "model": {"path": "y"}}).finetune
     assert choose_fit(estimator, finetune, 2 * estimator.training(8, "none").total - 2) == Fit(
         8, "full"

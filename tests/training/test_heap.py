@@ -1,4 +1,4 @@
-"""The heap of a process that trains large blocks gives back what lies free in it."""
+"""Test that free heap memory is returned to the operating system when large blocks are trained."""
 
 import platform
 
@@ -28,20 +28,23 @@ class Block(GradientCheckpointingLayer):
         return x + 1
 
 
-def full_of_holes(mib):
-    """Return what keeps a heap of so many MiB from being given back, though nearly all is free."""
-    pieces = [b"1" * 99_000 for _ in range((mib << 20) // 99_000)]  # smaller than is mapped
+def fragmented(mib):
+    """Fill `mib` MiB of the heap, free all but the last piece and return that piece.
+
+    The last piece keeps the heap from shrinking.
+    """
+    pieces = [b"1" * 99_000 for _ in range((mib << 20) // 99_000)]  # below malloc's mmap threshold
     last = pieces[-1]
     pieces.clear()
     return last
 
 
-def left_of(weights, mib):
-    """Return how much of so many MiB a process keeps, once they are free and a block was run."""
+def fraction_kept(weights, mib):
+    """Return the fraction of `mib` free MiB that the process keeps after a block has run."""
     model = nn.Sequential(Block(weights))
     with trimmed(model):
         before = own_bytes()
-        last = full_of_holes(mib)
+        last = fragmented(mib)
         model(torch.zeros(3))
         left = own_bytes() - before
         assert last
@@ -50,15 +53,15 @@ def left_of(weights, mib):
     return left / (mib << 20)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's heap")
-def test_a_large_block_gives_back_what_is_free():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tests glibc's heap")
+def test_only_large_blocks_return_free_memory():
     own = own_bytes()
-    mib = max(256, own >> 20)  # more than a process may grow by
-    assert left_of(1 << 27, mib) < 0.1
-    assert left_of(1 << 20, mib) > 0.9  # a small block leaves it
+    mib = max(256, own >> 20)  # more than the growth that triggers a trim
+    assert fraction_kept(1 << 27, mib) < 0.1
+    assert fraction_kept(1 << 20, mib) > 0.9  # a small block does not trim
 
 
-def test_which_blocks_are_large():
+def test_large_blocks():
     quantization = gptj8.Blockwise8bitConfig()
     sizes = dict(benchmark.FULL_SIZE[1])
     config = transformers.AutoConfig.for_model(**{**sizes, "n_layer": 3}, **benchmark._COMMON)

@@ -1,4 +1,4 @@
-"""Training on the frozen model: it learns, only where it should, and the same every time."""
+"""Test training on the frozen model: batches, losses, accuracy, checkpointing and accumulation."""
 
 import types
 
@@ -50,7 +50,7 @@ def _collator(context=64):
     return Collator(0, model)
 
 
-def test_only_the_completion_is_learned(encoder, examples):
+def test_only_completion_tokens_are_learned(encoder, examples):
     batch = _collator()(examples[:3])
     for row, (_, completion) in enumerate(ROWS[:3]):
         learned = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
@@ -58,7 +58,7 @@ def test_only_the_completion_is_learned(encoder, examples):
     assert encoder.decode(prompt_ids(examples[0])) == "the quick brown fox ="
 
 
-def test_batches_are_padded_on_the_right_and_masked(examples):
+def test_batches_are_right_padded_and_masked(examples):
     batch = _collator()(examples[:3])
     for row, example in enumerate(examples[:3]):
         length = len(example["input_ids"])
@@ -74,20 +74,20 @@ def _batch_shape(*lengths, context=64):
     return tuple(_collator(context)(rows)["input_ids"].shape)
 
 
-def test_batches_of_rows_that_differ_have_few_lengths():
+def test_padded_lengths_are_multiples_of_16_within_the_context():
     assert [_batch_shape(1, n)[1] for n in (2, 15, 16, 17, 33)] == [16, 16, 16, 32, 48]
-    assert _batch_shape(60, 61, context=62) == (2, 62)  # within the model's context
-    assert _batch_shape(60, 61, context=50) == (2, 61)  # the model will say so
+    assert _batch_shape(60, 61, context=62) == (2, 62)  # limited by the model's context
+    assert _batch_shape(60, 61, context=50) == (2, 61)  # too long: the model raises the error
 
 
-def test_rows_of_one_length_are_not_padded():
+def test_rows_of_equal_length_are_not_padded():
     assert _batch_shape(17) == (1, 17)
     assert _batch_shape(17, 17) == (2, 17)
 
 
 @pytest.mark.parametrize("method", ["lora", "layernorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_learns_and_leaves_the_base_alone(tiny_8bit_dir, examples, method, dtype):
+def test_training_reduces_the_loss_and_keeps_the_base(tiny_8bit_dir, examples, method, dtype):
     model = adapted_model(tiny_8bit_dir, method, dtype=dtype)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -107,7 +107,7 @@ def test_training_learns_and_leaves_the_base_alone(tiny_8bit_dir, examples, meth
 
 @pytest.mark.parametrize("method", ["lora", "layernorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_accuracy_is_followed_wherever_the_loss_is(tiny_8bit_dir, examples, encoder, method, dtype):
+def test_accuracy_is_measured_with_the_loss(tiny_8bit_dir, examples, encoder, method, dtype):
     model = adapted_model(tiny_8bit_dir, method, dtype=dtype)
     prompts = [prompt_ids(example) for example in examples]
     labels = [PromptEncoder(encoder, "{text} =", 64).completion_ids(c) for _, c in ROWS[:3]]
@@ -134,7 +134,7 @@ def test_accuracy_is_followed_wherever_the_loss_is(tiny_8bit_dir, examples, enco
         assert (scores.argmax(1) == [0, 1, 2] * 4).mean() == result.eval_accuracy
 
 
-def test_the_end_is_measured_once(tiny_8bit_dir, examples):
+def test_final_evaluation_runs_once(tiny_8bit_dir, examples):
     settings = TrainingSettings(**{**SETTINGS.__dict__, "eval_steps": 9, "max_eval_samples": 2})
     result = train(adapted_model(tiny_8bit_dir), examples, examples, settings, 0)
     points = [point for point in result.history if "eval_loss" in point]
@@ -147,7 +147,7 @@ def test_the_end_is_measured_once(tiny_8bit_dir, examples):
     assert result.eval_loss != twelve.eval_loss
 
 
-def test_speed_counts_training_tokens_only(tiny_8bit_dir, examples):
+def test_speed_counts_only_training_tokens(tiny_8bit_dir, examples):
     result = train(adapted_model(tiny_8bit_dir), examples, examples * 5, SETTINGS, 0)
     tokens = sum(len(e["input_ids"]) for e in examples) * SETTINGS.num_train_epochs
     seconds = tokens / result.tokens_per_second
@@ -168,7 +168,7 @@ def test_checkpointing_does_not_change_the_result(tiny_8bit_dir, examples, check
         assert torch.equal(base[name], again[name]), name
 
 
-def test_eight_bit_adam_is_what_trains(tiny_8bit_dir, examples, monkeypatch):
+def test_default_optimizer_is_8bit_adam(tiny_8bit_dir, examples, monkeypatch):
     import bitsandbytes.optim as optim
 
     steps = []
@@ -196,12 +196,12 @@ def test_targets(tiny_8bit_dir, target, modules):
     assert isinstance(model.get_base_model().lm_head, Frozen8bitModule)
 
 
-def test_an_unknown_target_is_named(tiny_8bit_dir):
+def test_unknown_target_raises(tiny_8bit_dir):
     with pytest.raises(UserError, match=r"finetune\.target = \['query'\]"):
         adapted_model(tiny_8bit_dir, target=["query"])
 
 
-def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples, tmp_path):
+def test_reloaded_adapter_equals_the_trained_model(tiny_8bit_dir, examples, tmp_path):
     model = adapted_model(tiny_8bit_dir)
     train(model, examples, examples, SETTINGS, 0)
     prompts = [prompt_ids(e) for e in examples[:3]]
@@ -219,7 +219,7 @@ def test_a_reloaded_adapter_answers_as_the_trained_model(tiny_8bit_dir, examples
 
 
 @pytest.mark.parametrize("items", [None, 50], ids=["mean", "of-accumulated-tokens"])
-def test_the_loss_equals_the_models_own(tiny_8bit_dir, examples, items):
+def test_loss_equals_the_models_own_loss(tiny_8bit_dir, examples, items):
     model = adapted_model(tiny_8bit_dir)
     batch = _collator()(examples[:3])
     trainer = CompletionTrainer(

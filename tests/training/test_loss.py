@@ -1,4 +1,4 @@
-"""The chunked loss of a frozen head against cross-entropy on all logits."""
+"""Compare the chunked loss of a frozen head with cross-entropy on all logits."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def heads(dtype=torch.float32):
     ids=str,
 )
 @pytest.mark.parametrize("rows", [1, 4, 30])
-def test_value_and_gradient_equal_float64s(monkeypatch, dtype, tolerance, chunk, rows):
+def test_value_and_gradient_match_float64(monkeypatch, dtype, tolerance, chunk, rows):
     monkeypatch.setattr(loss, "_CHUNK_BYTES", chunk)
     monkeypatch.setitem(loss._SLICE_LOGITS, "cpu", rows * 500)
     frozen, twin = heads(dtype)
@@ -49,7 +49,7 @@ def test_value_and_gradient_equal_float64s(monkeypatch, dtype, tolerance, chunk,
     assert float(error) < tolerance
 
 
-def test_no_token_is_no_loss():
+def test_loss_of_no_tokens_is_zero():
     frozen, _ = heads()
     hidden = torch.zeros(0, 64, requires_grad=True)
     value = frozen_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), frozen)
@@ -66,7 +66,7 @@ def test_autocast_computes_in_its_dtype():
     assert 0 < abs(float(rounded - exact)) < 2e-2 * float(exact)
 
 
-def test_the_head_hands_over_its_input_and_works_again_afterwards(tiny_8bit_dir):
+def test_input_of_collects_inputs_and_restores_the_head(tiny_8bit_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
     expected = model(IDS).logits
     head = frozen_head(model.requires_grad_(False))
@@ -79,7 +79,7 @@ def test_the_head_hands_over_its_input_and_works_again_afterwards(tiny_8bit_dir)
     assert torch.equal(model(IDS).logits, expected)
 
 
-def test_heads_that_are_trained_or_in_full_precision_are_left_alone(tiny_8bit_dir, tiny_model_dir):
+def test_frozen_head_is_none_for_trained_or_full_precision_heads(tiny_8bit_dir, tiny_model_dir):
     load = AutoModelForCausalLM.from_pretrained
     plain = get_peft_model(load(tiny_8bit_dir), LoraConfig(target_modules=["q_proj"]))
     assert frozen_head(plain) is plain.get_base_model().lm_head

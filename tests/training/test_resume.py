@@ -1,4 +1,4 @@
-"""A training that was interrupted, wherever that was, ends as one that was not."""
+"""Test that training interrupted at any point gives the same result as uninterrupted training."""
 
 import contextlib
 import itertools
@@ -19,8 +19,8 @@ def slow(*values):
 
 
 @contextlib.contextmanager
-def ended_at(monkeypatch, call, error=KeyboardInterrupt):
-    """Let the n-th micro-batch raise, once."""
+def interrupted_at(monkeypatch, call, error=KeyboardInterrupt):
+    """Make the micro-batch with number `call` raise an error once."""
     original, calls = CompletionTrainer.compute_loss, []
 
     def compute_loss(self, *args, **kwargs):
@@ -34,17 +34,17 @@ def ended_at(monkeypatch, call, error=KeyboardInterrupt):
         yield
 
 
-# Eighteen micro-batches of training and as many of validation between them.
+# 18 micro-batches of training with 18 micro-batches of validation between them.
 @pytest.mark.parametrize(
     "call",
     [call if call in (2, 9) else slow(call) for call in range(1, 37)],
 )
-def test_an_interrupted_training_ends_as_an_undisturbed_one(
+def test_resumed_training_equals_uninterrupted_training(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, call
 ):
     wanted = trained(tiny_8bit_dir, examples)
-    states = checkpoints(None)  # written at the interruption alone
-    with ended_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
+    states = checkpoints(None)  # written only at the interruption
+    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
         trained(tiny_8bit_dir, examples, checkpoints=states)
     assert (states.latest() is None) == (call <= 2)
     assert_same(trained(tiny_8bit_dir, examples, checkpoints=states), wanted)
@@ -60,7 +60,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     ],
     ids=str,
 )
-def test_whatever_the_settings_it_may_end_again_and_again(
+def test_repeated_interruptions_do_not_change_the_result(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, kind
 ):
     settings = changed(**kind)
@@ -69,7 +69,7 @@ def test_whatever_the_settings_it_may_end_again_and_again(
     attempts = 0
     while attempts < 50:
         try:
-            with ended_at(monkeypatch, 9):  # an evaluation takes up to six
+            with interrupted_at(monkeypatch, 9):  # an evaluation has up to six micro-batches
                 found = trained(tiny_8bit_dir, examples, settings, states)
             break
         except KeyboardInterrupt:
@@ -79,19 +79,19 @@ def test_whatever_the_settings_it_may_end_again_and_again(
 
 
 @pytest.mark.parametrize("method", ["layernorm", slow("lora")])
-def test_bfloat16_and_layernorms_go_on_too(
+def test_bfloat16_and_layernorm_training_resumes(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, method
 ):
     kind = {"method": method, "dtype": torch.bfloat16}
     wanted = trained(tiny_8bit_dir, examples, **kind)
     states = checkpoints(None)
-    with ended_at(monkeypatch, 15), pytest.raises(KeyboardInterrupt):
+    with interrupted_at(monkeypatch, 15), pytest.raises(KeyboardInterrupt):
         trained(tiny_8bit_dir, examples, checkpoints=states, **kind)
     assert states.latest() is not None
     assert_same(trained(tiny_8bit_dir, examples, checkpoints=states, **kind), wanted)
 
 
-def test_an_interruption_while_accuracy_is_measured_loses_nothing(
+def test_interruption_while_measuring_accuracy_repeats_no_step(
     tiny_8bit_dir, examples, checkpoints, monkeypatch
 ):
     wanted = trained(tiny_8bit_dir, examples)
@@ -110,10 +110,10 @@ def test_an_interruption_while_accuracy_is_measured_loses_nothing(
         ),
         wanted,
     )
-    assert min(steps) == 8  # no step is made again
+    assert min(steps) == 8  # no step is repeated
 
 
-def test_states_are_written_as_time_passes_and_two_are_kept(tiny_8bit_dir, examples, checkpoints):
+def test_states_are_saved_periodically_and_two_are_kept(tiny_8bit_dir, examples, checkpoints):
     seen = []
     states = checkpoints(0.0)
 
@@ -127,7 +127,7 @@ def test_states_are_written_as_time_passes_and_two_are_kept(tiny_8bit_dir, examp
     assert states.latest() is None and not states.folder.exists()
 
 
-def test_a_finished_training_is_only_measured_again(tiny_8bit_dir, examples, checkpoints):
+def test_resuming_finished_training_only_evaluates(tiny_8bit_dir, examples, checkpoints):
     states, steps = checkpoints(3600.0), []
     wanted = trained(tiny_8bit_dir, examples, checkpoints=states)
     assert [path.name for path in states.folder.glob("*")] == ["step-000000009"]
@@ -138,14 +138,14 @@ def test_a_finished_training_is_only_measured_again(tiny_8bit_dir, examples, che
     assert set(steps) == {9}
 
 
-def test_saving_changes_nothing(tiny_8bit_dir, examples, checkpoints):
+def test_saving_does_not_change_the_result(tiny_8bit_dir, examples, checkpoints):
     assert_same(
         trained(tiny_8bit_dir, examples, checkpoints=checkpoints(0.0)),
         trained(tiny_8bit_dir, examples),
     )
 
 
-_DAMAGED_FIRST = [("tensors.safetensors", "flipped"), ("manifest.json", "gone")]
+_FAST_CASES = [("tensors.safetensors", "flipped"), ("manifest.json", "missing")]
 
 
 def flip(file, offset):
@@ -157,13 +157,13 @@ def flip(file, offset):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        case if case in _DAMAGED_FIRST else slow(*case)
+        case if case in _FAST_CASES else slow(*case)
         for case in itertools.product(
-            ["state.json", "tensors.safetensors", "manifest.json"], ["flipped", "cut", "gone"]
+            ["state.json", "tensors.safetensors", "manifest.json"], ["flipped", "cut", "missing"]
         )
     ],
 )
-def test_a_damaged_state_is_named_and_the_one_before_it_used(
+def test_damaged_state_is_reported_and_the_previous_one_used(
     tiny_8bit_dir, examples, checkpoints, capsys, name, how
 ):
     wanted = trained(tiny_8bit_dir, examples)
@@ -181,7 +181,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert_same(trained(tiny_8bit_dir, examples, checkpoints=states), wanted)
 
 
-def test_states_that_are_not_usable_do_not_push_out_good_ones(tmp_path, capsys):
+def test_unusable_states_do_not_displace_usable_ones(tmp_path, capsys):
     states = SavedStates(tmp_path, "k" * 64, None)
     for step in (500, 520):
         (states.save(step, {"x": torch.zeros(2)}) / "state.json").unlink()
@@ -192,22 +192,22 @@ def test_states_that_are_not_usable_do_not_push_out_good_ones(tmp_path, capsys):
     assert [folder.name[-2:] for folder in sorted(states.folder.iterdir())] == ["20", "30"]
 
 
-def test_a_key_needs_its_inputs(tmp_path):
+def test_missing_input_of_the_key_raises(tmp_path):
     with pytest.raises(UserError, match="does not exist; rerun the stage that writes it"):
         training_key({}, tmp_path / "manifest.json")
 
 
-def test_what_another_training_saved_is_not_used(tiny_8bit_dir, examples, tmp_path, capsys):
+def test_states_of_another_training_run_are_not_used(tiny_8bit_dir, examples, tmp_path, capsys):
     first = SavedStates(tmp_path, "a" * 64, 0.0)
     trained(tiny_8bit_dir, examples, checkpoints=first)
     other = SavedStates(tmp_path, "b" * 64, 0.0)
     assert other.latest() is None
     first.folder.rename(other.folder)
     assert other.latest() is None
-    assert "was saved by another training" in capsys.readouterr().err
+    assert "belongs to another training run" in capsys.readouterr().err
 
 
-def test_the_key_changes_with_all_that_decides(tmp_path):
+def test_key_depends_on_settings_and_inputs(tmp_path):
     (tmp_path / "file").write_text("1")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("1")
@@ -221,7 +221,7 @@ def test_the_key_changes_with_all_that_decides(tmp_path):
     assert len(keys) == 4
 
 
-def test_no_state_is_a_pickle(tiny_8bit_dir, examples, checkpoints):
+def test_states_contain_no_pickles(tiny_8bit_dir, examples, checkpoints):
     states = checkpoints(0.0)
     trained(tiny_8bit_dir, examples, checkpoints=states)
     folder = states.latest().folder
@@ -233,16 +233,16 @@ def test_no_state_is_a_pickle(tiny_8bit_dir, examples, checkpoints):
     assert json.loads((folder / "state.json").read_text())["step"] == 9
 
 
-def test_one_training_at_a_time(checkpoints):
+def test_same_training_cannot_run_twice_at_once(checkpoints):
     with checkpoints().alone():
-        with pytest.raises(UserError, match="the same training is under way in another process"):
+        with pytest.raises(UserError, match="the same training is running in another process"):
             with checkpoints().alone():
                 pass
     with checkpoints().alone():
         pass
 
 
-def test_a_later_epoch_finds_its_order_alone(examples):
+def test_order_of_an_epoch_does_not_depend_on_earlier_epochs(examples):
     order = RowOrder(examples, 4, seed=1)
     orders = [order.of(epoch) for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]

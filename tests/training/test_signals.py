@@ -1,4 +1,4 @@
-"""Signals wait while they are held, and come then."""
+"""Test that held signals are delayed and delivered on release."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from gptj8.training.signals import HeldSignals
 
 
 @pytest.fixture
-def came():
-    """Signals that were delivered; the handlers of before are put back."""
+def delivered():
+    """Signals that were delivered; the previous handlers are restored afterwards."""
     found = []
     before = {
         number: signal.signal(number, lambda number, frame: found.append(number))
@@ -23,45 +23,45 @@ def came():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_a_signal_waits_until_it_is_released(came, number):
+def test_signal_is_delayed_until_release(delivered, number):
     held = HeldSignals()
     held.hold()
     os.kill(os.getpid(), number)
-    assert came == []
+    assert delivered == []
     held.release()
-    assert came == [number]
-    os.kill(os.getpid(), number)  # the handler of before is back
-    assert came == [number, number]
+    assert delivered == [number]
+    os.kill(os.getpid(), number)  # the previous handler is restored
+    assert delivered == [number, number]
 
 
-def test_holding_twice_and_releasing_twice_is_as_once(came):
+def test_hold_and_release_are_idempotent(delivered):
     held = HeldSignals()
     held.hold()
     held.hold()
     os.kill(os.getpid(), signal.SIGTERM)
     held.release()
     held.release()
-    assert came == [signal.SIGTERM]
+    assert delivered == [signal.SIGTERM]
 
 
-def test_one_inside_another_delivers_at_the_outer_end(came):
+def test_nested_holds_deliver_at_the_outer_release(delivered):
     with HeldSignals():
         with HeldSignals():
             os.kill(os.getpid(), signal.SIGINT)
-        assert came == []
-    assert came == [signal.SIGINT]
+        assert delivered == []
+    assert delivered == [signal.SIGINT]
 
 
-def test_an_error_inside_releases_too(came):
+def test_error_inside_the_context_releases(delivered):
     with pytest.raises(ValueError), HeldSignals():
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError
-    assert came == [signal.SIGTERM]
+    assert delivered == [signal.SIGTERM]
 
 
-def test_in_another_thread_it_does_nothing(came):
+def test_hold_does_nothing_in_another_thread(delivered):
     thread = threading.Thread(target=lambda: HeldSignals().__enter__().release())
     thread.start()
     thread.join()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert came == [signal.SIGTERM]
+    assert delivered == [signal.SIGTERM]

@@ -1,7 +1,7 @@
-"""What `CompletionTrainer` relies on of transformers' Trainer that is not its public interface.
+"""Test the private interface of transformers' Trainer that `CompletionTrainer` relies on.
 
-A new version of transformers may change any of it without notice: pyproject.toml admits one minor
-version, and whoever raises that looks here first.
+A new version of transformers may change it without notice. So pyproject.toml allows only one minor
+version; check these tests first when raising it.
 """
 
 import inspect
@@ -32,32 +32,32 @@ METHODS = {
         "start_time",
         "learning_rate",
     ],
-    "_run_epoch": ["self", "model", "epoch"],  # the first ones; the others are passed on
+    "_run_epoch": ["self", "model", "epoch"],  # only the first; the others are passed through
 }
 ATTRIBUTES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 
 
-def test_every_overridden_private_method_is_named_here():
+def test_all_overridden_private_methods_are_listed():
     own = {name for name in vars(CompletionTrainer) if re.match("_[a-z]", name)}
     assert own & set(dir(Trainer)) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_has_the_parameters_that_are_relied_on(name):
+def test_method_has_the_expected_parameters(name):
     found = list(inspect.signature(getattr(Trainer, name)).parameters)
     assert found[: len(METHODS[name])] == METHODS[name]
     if name != "_run_epoch":
         assert found == METHODS[name]
 
 
-def test_attributes_that_are_read_and_set_are_still_used_by_trainer():
+def test_trainer_still_uses_the_private_attributes():
     source = inspect.getsource(Trainer)
     own = inspect.getsource(CompletionTrainer)
     for name in ATTRIBUTES:
         assert f"self.{name}" in own and f"self.{name}" in source
 
 
-def test_the_version_of_transformers_is_bounded():
+def test_transformers_version_is_bounded():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (requirement,) = [d for d in project["dependencies"] if d.startswith("transformers")]
     assert re.fullmatch(r"transformers>=5\.\d+,<5\.\d+", requirement)

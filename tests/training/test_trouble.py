@@ -1,4 +1,4 @@
-"""What goes wrong in a training: losses that are no numbers, and memory that ends."""
+"""Test failures in training: losses of NaN or infinity, and running out of memory."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from tests.helpers.training_rows import SETTINGS, assert_same, changed, trained
 
 
 def poison(monkeypatch, at, what):
-    """Let the loss or the gradients of one step be no number."""
+    """Make the loss NaN or the gradients infinite in the micro-batch with number `at`."""
     original, calls = CompletionTrainer.training_step, []
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -46,7 +46,7 @@ def poison(monkeypatch, at, what):
         ("gradient", "the norm of the gradients is inf at step 6"),
     ],
 )
-def test_a_lost_loss_names_its_rows_and_keeps_the_weights_before(
+def test_nonfinite_loss_names_the_rows_and_keeps_the_previous_weights(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, what, message
 ):
     states = checkpoints(None)
@@ -56,25 +56,25 @@ def test_a_lost_loss_names_its_rows_and_keeps_the_weights_before(
             trained(tiny_8bit_dir, examples, checkpoints=states)
     expected = RowOrder(examples, 4, SETTINGS.seed).rows_of_step(5)
     assert caught.value.examples == expected
-    assert f"on examples {', '.join(map(str, expected))}; look at those rows" in str(caught.value)
+    assert f"on examples {', '.join(map(str, expected))}; check the rows" in str(caught.value)
     assert states.latest().step == 5
     assert_same(
         trained(tiny_8bit_dir, examples, checkpoints=states), trained(tiny_8bit_dir, examples)
     )
 
 
-def test_a_loss_that_explodes_stops_the_training(tiny_8bit_dir, examples, monkeypatch):
+def test_exploding_loss_stops_training(tiny_8bit_dir, examples, monkeypatch):
     original = CompletionTrainer.compute_loss
     monkeypatch.setattr(
         CompletionTrainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * 5
     )
     with pytest.raises(
-        TrainingDivergedError, match=r"the loss has grown to \S+ at step 2; look at those"
+        TrainingDivergedError, match=r"the loss grew to \S+ at step 2; check the rows"
     ):
         trained(tiny_8bit_dir, examples)
 
 
-def test_out_of_memory_takes_fewer_rows_at_a_time(
+def test_out_of_memory_reduces_the_micro_batch_size(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, capsys
 ):
     settings = changed(
@@ -93,15 +93,16 @@ def test_out_of_memory_takes_fewer_rows_at_a_time(
     states = checkpoints(None)
     found = trained(tiny_8bit_dir, examples, settings, checkpoints=states, dropout=0.0)
     assert {4, 2, 1} <= set(calls)
-    said = capsys.readouterr().out
-    assert "out of memory; goes on with 2 sequences at a time, 2 times an optimizer step" in said
-    assert re.search(r"goes on after step 4, saved \S+ s ago", said)
+    output = capsys.readouterr().out
+    message = "out of memory; continuing with a micro-batch size of 2, gradient accumulation 2"
+    assert message in output
+    assert re.search(r"resuming after step 4, saved \S+ s ago", output)
     for name, weight in wanted[0].items():
         torch.testing.assert_close(found[0][name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_sizes_that_memory_asked_for_are_kept(tiny_8bit_dir, examples, checkpoints, monkeypatch):
-    def ending(fails_at):
+def test_reduced_micro_batch_size_is_kept(tiny_8bit_dir, examples, checkpoints, monkeypatch):
+    def failing(fails_at):
         original, calls = CompletionTrainer.compute_loss, []
 
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -117,7 +118,7 @@ def test_sizes_that_memory_asked_for_are_kept(tiny_8bit_dir, examples, checkpoin
     settings = changed(per_device_train_batch_size=4, gradient_accumulation_steps=1)
     states = checkpoints(None)
     with monkeypatch.context() as patch:
-        patch.setattr(CompletionTrainer, "compute_loss", ending(3))
+        patch.setattr(CompletionTrainer, "compute_loss", failing(3))
         with pytest.raises(KeyboardInterrupt):
             trained(tiny_8bit_dir, examples, settings, states)
     _, result = trained(tiny_8bit_dir, examples, settings, states)
@@ -125,16 +126,14 @@ def test_sizes_that_memory_asked_for_are_kept(tiny_8bit_dir, examples, checkpoin
     assert result["gradient_accumulation_steps"] == 2
 
 
-def test_a_step_that_ends_in_an_error_is_not_saved_half(
-    tiny_8bit_dir, examples, checkpoints, monkeypatch
-):
+def test_failed_step_is_not_saved(tiny_8bit_dir, examples, checkpoints, monkeypatch):
     import bitsandbytes.optim as optim
 
     original, calls = optim.AdamW.update_step, []
 
     def update_step(self, *args, **kwargs):
         calls.append(None)
-        if len(calls) == 40:  # in the midst of a step's weights
+        if len(calls) == 40:  # in the middle of an update
             raise torch.OutOfMemoryError("out of memory")
         return original(self, *args, **kwargs)
 
@@ -153,14 +152,14 @@ def test_a_step_that_ends_in_an_error_is_not_saved_half(
     assert_same(found, wanted)
 
 
-def test_a_gpus_loss_is_looked_at_later(tiny_8bit_dir, examples, monkeypatch):
-    """As on a device where looking waits: what was lost is named with its step, two steps later."""
+def test_deferred_check_names_the_step(tiny_8bit_dir, examples, monkeypatch):
+    """On a GPU the loss is checked later; the error still names the step of the NaN."""
 
-    def look_at(self, value, what):
+    def check_finite(self, value, what):
         step = self.state.global_step
-        self._unseen.append((step, value.detach() * (math.nan if step == 2 else 1)))
+        self._unchecked.append((step, value.detach() * (math.nan if step == 2 else 1)))
 
-    monkeypatch.setattr(CompletionTrainer, "_look_at", look_at)
+    monkeypatch.setattr(CompletionTrainer, "_check_finite", check_finite)
     reason = "the loss or the norm of its gradients is nan at step 3"
     with pytest.raises(TrainingDivergedError, match=reason) as caught:
         trained(tiny_8bit_dir, examples)
@@ -168,24 +167,24 @@ def test_a_gpus_loss_is_looked_at_later(tiny_8bit_dir, examples, monkeypatch):
     assert not caught.value.weights_are_good
 
 
-def test_memory_that_ends_with_one_row_is_said(tiny_8bit_dir, examples, monkeypatch):
+def test_out_of_memory_at_micro_batch_size_1_raises(tiny_8bit_dir, examples, monkeypatch):
     def compute_loss(self, *args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(CompletionTrainer, "compute_loss", compute_loss)
-    with pytest.raises(UserError, match="out of memory with one sequence at a time; lower data"):
+    with pytest.raises(UserError, match="out of memory at micro-batch size 1; lower data"):
         trained(tiny_8bit_dir, examples)
 
 
-def test_the_stage_names_rows_as_the_user_knows_them(tmp_path):
+def test_naming_rows_names_files_and_rows(tmp_path):
     columns = ["text", "label", "file", "row"]
     rows = pd.DataFrame([["t", "l", f"{n % 2}.csv", 10 + n] for n in range(6)], columns=columns)
     splits = {"train": rows, "validation": rows[:1], "test": rows[:1]}
     write_prepared(tmp_path, "classification", splits)
     diverged = TrainingDivergedError("the loss is nan at step 3", [4, 1])
-    with pytest.raises(UserError) as told, naming_rows(load_prepared(tmp_path)):
+    with pytest.raises(UserError) as caught, naming_rows(load_prepared(tmp_path)):
         raise diverged
-    assert str(told.value) == (
-        "the loss is nan at step 3 on 0.csv:14, 1.csv:11; look at those rows, or lower "
+    assert str(caught.value) == (
+        "the loss is nan at step 3 on 0.csv:14, 1.csv:11; check the rows, or lower "
         "finetune.learning_rate or max_grad_norm"
     )

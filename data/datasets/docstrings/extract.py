@@ -1,18 +1,17 @@
 """Make the default dataset: docstrings of installed libraries, labelled with their library.
 
-The libraries are read with `ast` and never imported, so their text is all that is used of them.
-What is installed is decided by the exact pins of requirements.txt, which is why DVC watches that
-file: the same pins give the same bytes.
+The source files are parsed with `ast` and never imported. requirements.txt pins the versions of the
+libraries, so DVC tracks that file: the same pins give byte-identical outputs.
 
-A row is the opening of a docstring (`max_chars` at most). Rows that are equal or nearly equal form
-a group (by `gptj8.dataset.validation.near_duplicates`, as `validate` does); one row of each group
-is kept, and none when the group spans libraries, since its label would be a guess. Only then are
-the rows split, by the hash of their text, so that no text and no near-duplicate of it is in two
-splits, and a new version of one library leaves the other libraries' splits as they were.
+A row is the start of a docstring, at most `max_chars` long. Equal rows and near-duplicates form a
+group (found by `gptj8.dataset.validation.near_duplicates`, as in `validate`). One row per group is
+kept; a group that spans libraries is dropped, because its label would be a guess. The remaining
+rows are split by the hash of their text. So no text or near-duplicate is in two splits, and a new
+version of one library does not change the splits of the others.
 
-Writes `splits/{train,validation,test}.jsonl` (`text`, `label`) and `corpus.jsonl` (`text`,
-`source`): every row that is in neither validation nor test, in the order of the source files,
-for training a base model.
+Outputs: `splits/{train,validation,test}.jsonl` (`text`, `label`), and `corpus.jsonl` (`text`,
+`source`) for training a base model. The corpus has every row outside validation and test, in the
+order of the source files.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ CORPUS = "corpus.jsonl"
 
 
 class Params(Section):
-    """The keys of params.yaml, which explains them."""
+    """The keys of params.yaml, which documents them."""
 
     libraries: Annotated[tuple[str, ...], Field(min_length=2)]
     skip_folders: tuple[str, ...]
@@ -69,13 +68,13 @@ class Params(Section):
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not the name of an installed package")
         if len(set(names)) < len(names):
-            raise ValueError("a library is named twice")
+            raise ValueError("a library is listed twice")
         return names
 
 
 @dataclass(frozen=True)
 class Row:
-    """The opening of one docstring and where it was found (`pandas/core/frame.py`)."""
+    """The start of one docstring, and its source file (`pandas/core/frame.py`)."""
 
     text: str
     label: str
@@ -90,7 +89,7 @@ def find_libraries(names: Sequence[str]) -> dict[str, Path]:
     """Return the folder of each installed library, without importing it.
 
     Raises:
-        UserError: naming every library that is not installed.
+        UserError: with every library that is not installed.
     """
     roots: dict[str, Path] = {}
     for name in names:
@@ -106,17 +105,17 @@ def find_libraries(names: Sequence[str]) -> dict[str, Path]:
 
 
 def source_files(root: Path, skip_folders: Sequence[str]) -> list[Path]:
-    """Return the library's Python files in an order that does not depend on the file system."""
+    """Return the library's Python files, sorted so that the file system has no influence."""
     files = [path.relative_to(root) for path in root.rglob("*.py")]
     kept = [path for path in files if not set(path.parts[:-1]) & set(skip_folders)]
     return [root / path for path in sorted(kept, key=lambda path: path.as_posix())]
 
 
 def definitions(body: Iterable[ast.stmt]) -> Iterator[Definition]:
-    """Yield classes and functions in source order, methods and conditional ones included.
+    """Yield classes and functions in source order, including methods and conditional definitions.
 
-    The bodies of functions are left out: what they define is not part of the documentation, and
-    `ast.walk` over every expression takes three times as long.
+    Function bodies are skipped: nested definitions are not documentation, and `ast.walk` over every
+    expression takes three times as long.
     """
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -129,7 +128,7 @@ def definitions(body: Iterable[ast.stmt]) -> Iterator[Definition]:
 
 
 def opening(text: str, max_chars: int) -> str:
-    """Cut the text to `max_chars` at the last end of a line, or of a word where there is none."""
+    """Cut the text to `max_chars` at the last line end, or at a word end if that is too early."""
     text = text.strip()
     if len(text) <= max_chars:
         return text
@@ -141,13 +140,13 @@ def opening(text: str, max_chars: int) -> str:
 
 
 def docstrings(path: Path, min_chars: int, max_chars: int) -> list[str]:
-    """Return the openings of a file's docstrings, in source order.
+    """Return the starts of a file's docstrings, in source order.
 
-    A file in a newer Python's syntax than the running one has none: libraries ship such files
-    behind version checks.
+    The result is empty for a file that needs a newer Python; libraries ship such files behind
+    version checks.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # escapes in other people's code
+        warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in library code
         try:
             module = ast.parse(path.read_bytes())
         except SyntaxError:
@@ -158,7 +157,7 @@ def docstrings(path: Path, min_chars: int, max_chars: int) -> list[str]:
 
 
 def extract(roots: dict[str, Path], params: Params) -> list[Row]:
-    """Return the rows of all libraries, in the order of libraries, files and lines."""
+    """Return the rows of all libraries, ordered by library, file and line."""
     files = [
         (label, root, path)
         for label, root in roots.items()
@@ -176,7 +175,7 @@ def extract(roots: dict[str, Path], params: Params) -> list[Row]:
 
 
 def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
-    """Return the pairs (pairs x 2) of texts that are at least so similar, as `validate` sees it."""
+    """Return the pairs (pairs x 2) of texts with at least this similarity, as in `validate`."""
     normalized = [normalize(text) for text in texts]
     hashes = band_hashes(normalized, *banding(max_similarity, len(texts)))
     one_group = np.zeros(len(texts), dtype=np.uint8)
@@ -185,10 +184,10 @@ def similar_pairs(texts: Sequence[str], max_similarity: float) -> np.ndarray:
 
 
 def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
-    """Keep the first row of each group of equal or similar rows, if the group has one label.
+    """Keep the first row of each group of equal or similar rows if the group has one label.
 
-    Groups are connected components: similarity is followed from row to row, so no two kept
-    rows are similar, whatever the order of the libraries.
+    Groups are connected components of the similarity graph, so no two kept rows are similar, for
+    any order of the libraries.
     """
     labels: dict[str, set[str]] = {}
     unique: dict[str, Row] = {}
@@ -213,14 +212,14 @@ def deduplicate(rows: Sequence[Row], max_similarity: float) -> list[Row]:
 
 
 def split(rows: Sequence[Row], params: Params) -> dict[str, list[Row]]:
-    """Split the rows by the hash of their text, with the same number of rows a label.
+    """Split the rows by the hash of their text, with the same number of rows per label.
 
     Returns:
-        The rows of train, validation and test in the order of their hashes, which mixes the
-        labels, and under `corpus` all rows outside validation and test, in the given order.
+        The rows of train, validation and test in hash order, which mixes the labels, and under
+        `corpus` all rows outside validation and test, in the given order.
 
     Raises:
-        UserError: naming each label with too few rows.
+        UserError: with each label that has too few rows.
     """
     ordered = sorted(rows, key=lambda row: row.digest)
     sizes = {
@@ -233,7 +232,10 @@ def split(rows: Sequence[Row], params: Params) -> dict[str, list[Row]]:
     short = [f"{label} has {n}" for label, n in sorted(counts.items()) if n < needed]
     short += [f"{label} has 0" for label in params.libraries if label not in counts]
     if short:
-        raise UserError(f"{needed} different docstrings a library are needed: {', '.join(short)}")
+        raise UserError(
+            f"each library needs {needed} different docstrings, but {', '.join(short)}; lower "
+            "train_per_class, validation_per_class or test_per_class"
+        )
 
     splits: dict[str, list[Row]] = {name: [] for name in sizes}
     seen: Counter[str] = Counter()
@@ -254,7 +256,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write(splits: dict[str, list[Row]], folder: Path) -> None:
-    """Write splits/ and corpus.jsonl into the folder, each as a whole."""
+    """Write splits/ and corpus.jsonl into the folder, each atomically."""
     with replace_directory(folder / "splits") as staging, replace_file(folder / CORPUS) as corpus:
         for key in SPLITS:
             rows = [{"text": row.text, "label": row.label} for row in splits[key]]
@@ -266,7 +268,7 @@ def write(splits: dict[str, list[Row]], folder: Path) -> None:
 def main(folder: Path = HERE) -> None:
     story = Story("extract")
     params = read_checked(Params, folder / "params.yaml")
-    story.say(f"docstrings of {len(params.libraries)} installed libraries as a labelled dataset")
+    story.say(f"a labelled dataset of docstrings from {len(params.libraries)} installed libraries")
     rows = extract(find_libraries(params.libraries), params)
     kept = deduplicate(rows, params.max_similarity)
     splits = split(kept, params)

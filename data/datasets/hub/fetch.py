@@ -1,20 +1,20 @@
-"""Fetch the Hub's dataset of params.yaml into `splits/`: a Parquet file for each split.
+"""Download the Hub dataset in params.yaml into `splits/`, one Parquet file per split.
 
-The revision is resolved to a commit first and everything is read at that commit, so `source.json`
-is right even if a branch moves meanwhile. Parquet keeps what CSV would lose: the types of columns,
-and the names of class labels, which `datasets` stores in its metadata. No code of a dataset is run;
-`datasets` has no way to any more.
+The revision is first resolved to a commit, and everything is read at that commit, so `source.json`
+is correct even if a branch moves meanwhile. Parquet keeps the column types and, in the metadata of
+`datasets`, the names of class labels; CSV would lose both. A dataset's own code is never run,
+because `datasets` no longer supports it.
 
-`datasets` parses a file table by table (some 10 MB, or a row group) and its builder writes each
-straight into the Parquet file, so memory does not grow with the dataset and the disk holds it
-twice at most: as downloaded and as written. Rejected: `load_dataset` and `to_parquet`, the same
-with a third copy in Arrow's format; streaming, which stores no download, but tries for more
-than a minute before it says that a connection is lost.
+`datasets` parses a file table by table (about 10 MB, or a row group), and its builder writes each
+table directly to the Parquet file. So memory does not grow with the dataset, and the disk holds at
+most two copies: the download and the output. Alternatives considered: `load_dataset` and
+`to_parquet` were rejected because they store a third copy in Arrow format; streaming was rejected
+because it retries for more than a minute before it reports a lost connection.
 
-The caches of both libraries lie inside the staging directory of `splits/`: one step removes them on
-success, on an error and after a killed run, and the user's home is never written to. Rejected:
-`HF_HOME`, which would hide the user's token; the user's own cache, which would keep a second copy
-of every dataset for ever.
+The caches of both libraries are inside the staging directory of `splits/`. They are removed
+together with it after a success, an error or a killed run, and nothing is written to the user's
+home. Alternatives considered: `HF_HOME` was rejected because it would hide the user's token; the
+user's own cache was rejected because it would keep a second copy of every dataset.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gptj8.runtime.process import run
 PARAMS = Path("params.yaml")
 TARGET = Path("splits")
 SPARE_BYTES = 1 << 26
-LISTED = 20  # names of files, configs or splits that an error shows
+LISTED = 20  # maximum number of files, configs or splits in an error message
 
 SPLITS = {
     "train": "train",
@@ -57,12 +57,12 @@ SPLITS = {
     "testing": "test",
 }
 NAME = r"[\w.-]+/[\w.-]+"
-# A revision with a slash is written %2F, except for the Hub's own refs; as in HfFileSystem.
+# As in HfFileSystem, a slash in a revision is written %2F, except in the Hub's own refs.
 URL = rf"hf://datasets/({NAME})(?:@(refs/(?:convert/\w+|pr/\d+)|[^/@]+))?(?:/(.*))?"
 
 
 class Params(Section):
-    """The keys of params.yaml, which explains them."""
+    """The keys of params.yaml, which documents them."""
 
     dataset: str | None = None
     revision: str | None = None
@@ -71,15 +71,15 @@ class Params(Section):
     @field_validator("*", mode="before")
     @classmethod
     def check_text(cls, value: object) -> object:
-        # A commit of digits alone is a number to YAML.
+        # YAML reads a commit that has only digits as a number.
         if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError("not a text; put it in quotes, or null")
+            raise ValueError("not a string; put it in quotes, or set null")
         return value
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to fetch: a dataset or, with `path`, some of its files."""
+    """A dataset on the Hub or, with `path`, some of its files."""
 
     repo: str
     revision: str | None
@@ -91,7 +91,7 @@ class Source:
 
 
 def main() -> None:
-    """Look the dataset up, fetch it and put it into place."""
+    """Look up the dataset, download it and move it to `splits/`."""
     source = read_params(PARAMS)
     with replace_directory(TARGET) as staging:
         cache = staging.absolute() / "cache"
@@ -103,8 +103,8 @@ def main() -> None:
         left_out = [name for name in originals if name not in splits]
         needed = download_size(builder, info) + SPARE_BYTES
         require_free_space(TARGET, needed, f"the download of {source.repo}")
-        with mendable(source):
-            # A size that is never reached, so that each split is one file.
+        with user_errors(source):
+            # A shard size that is never reached gives one file per split.
             written = cache / "parquet"
             builder.download_and_prepare(
                 str(written), file_format="parquet", max_shard_size=sys.maxsize
@@ -126,17 +126,17 @@ def main() -> None:
             "columns": list(builder.info.features),
         }
         write_json(staging / "source.json", content)
-    print(f"{info.id} at {info.sha}: " + ", ".join(f"{n:,} rows of {s}" for s, n in rows.items()))
+    print(f"{info.id} at {info.sha}: " + ", ".join(f"{n:,} {s} rows" for s, n in rows.items()))
     if left_out:
-        print(f"left out: {listed(left_out)}")
+        print(f"splits not used: {listed(left_out)}")
 
 
 def read_params(path: Path) -> Source:
-    """Return what params.yaml asks for."""
+    """Return the source that params.yaml describes."""
     params = read_checked(Params, path)
     dataset, revision, config = params.dataset, params.revision, params.config
     if dataset is None:
-        raise UserError(f"{path}: dataset = null; set it to the owner/name of a dataset on the Hub")
+        raise UserError(f"{path}: dataset = null; set it to the owner/name of a Hub dataset")
     if re.fullmatch(NAME, dataset):
         return Source(dataset, revision, config, None)
     match = re.fullmatch(URL, dataset)
@@ -147,26 +147,30 @@ def read_params(path: Path) -> Source:
         )
     repo, pinned, files = match[1], match[2] and unquote(match[2]), (match[3] or "").strip("/")
     if pinned and revision and pinned != revision:
-        raise UserError(f"{path}: revision = {revision}, but dataset = {dataset}; name one of them")
+        raise UserError(
+            f"{path}: revision = {revision} conflicts with dataset = {dataset}; set revision: null"
+        )
     if files and config:
-        raise UserError(f"{path}: config = {config}, but dataset names files; set config: null")
+        raise UserError(
+            f"{path}: config = {config}, but dataset has a path to files; set config: null"
+        )
     return Source(repo, pinned or revision, config, files or None)
 
 
 def prepare_libraries(cache: Path) -> None:
-    """Keep the libraries' files in `cache` and their messages off the terminal."""
-    # Read once, when the libraries are imported.
+    """Make the libraries store their files in `cache`, and silence their messages."""
+    # The libraries read these when they are imported.
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE"):
         os.environ[name] = str(cache / name.lower())
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # it phones home
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # no telemetry
     import datasets
     import huggingface_hub
 
-    # What they log as an error they raise as well, and it is shown once; so is a full disk.
+    # The libraries also raise what they log here, so without this each error is shown twice.
     warnings.filterwarnings("ignore", message="Not enough free disk space")
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     huggingface_hub.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():  # in a log file progress bars bury the line that matters
+    if not sys.stderr.isatty():  # progress bars make a log file unreadable
         datasets.utils.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
 
@@ -175,17 +179,17 @@ def look_up(source: Source) -> Any:
     """Return the Hub's description of the dataset: its name, commit and files."""
     from huggingface_hub import HfApi
 
-    with mendable(source):
+    with user_errors(source):
         return HfApi().dataset_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=30
         )
 
 
 def open_dataset(source: Source, info: Any) -> Any:
-    """Return the builder of the dataset, which knows its splits and files and has fetched none."""
+    """Return the dataset's builder, which has its splits and files but has downloaded nothing."""
     from datasets import get_dataset_config_names, load_dataset_builder
 
-    repo = f"hf://datasets/{info.id}"  # without the prefix a folder of that name would be read
+    repo = f"hf://datasets/{info.id}"  # without the prefix, a local folder of that name is read
     chosen: dict[str, Any] = {}
     if source.path is not None:
         names = [file.rfilename for file in info.siblings]
@@ -193,47 +197,47 @@ def open_dataset(source: Source, info: Any) -> Any:
         if not folder and not glob.has_magic(source.path) and source.path not in names:
             raise UserError(f"{source} has no file {source.path}; its files: {listed(names)}")
         chosen = {"data_dir": source.path} if folder else {"data_files": source.path}
-    with mendable(source):
+    with user_errors(source):
         try:
             return load_dataset_builder(repo, source.config, revision=info.sha, **chosen)
         except ValueError:
             configs = get_dataset_config_names(repo, revision=info.sha)
             if source.config is None and len(configs) > 1:
-                problem = f"{source} has several configs and no default one"
+                problem = f"{source} has several configs but no default"
             elif source.config is not None and source.config not in configs:
-                problem = f"config = {source.config} is not one of {source.repo}"
+                problem = f"config = {source.config} does not exist in {source.repo}"
             else:
                 raise
             raise UserError(f"{problem}; set config to one of: {listed(configs)}") from None
 
 
 def name_splits(originals: Iterable[str], source: Source) -> dict[str, str]:
-    """Return the pipeline's name for those of the dataset's splits that have one."""
+    """Map the dataset's split names to train, validation and test; other splits are not used."""
     originals = list(originals)
-    if len(originals) == 1:  # validation and test are held out of it
+    if len(originals) == 1:  # `validate` holds out validation and test rows
         return {originals[0]: "train"}
     splits = {name: SPLITS[name.lower()] for name in originals if name.lower() in SPLITS}
     used = list(splits.values())
     if len(set(used)) < len(used) or "train" not in used:
         raise UserError(
-            f"{source} has the splits {listed(originals)}, among which train, validation and test "
-            f"cannot be told; name the files of one with hf://datasets/{source.repo}/..."
+            f"{source} has the splits {listed(originals)}, which do not map to train, validation "
+            f"and test; set dataset to the files to use: hf://datasets/{source.repo}/..."
         )
     return splits
 
 
 def download_size(builder: Any, info: Any) -> int:
-    """Return the bytes of the files that the builder reads."""
+    """Return the size in bytes of the files that the builder reads."""
     root = f"hf://datasets/{info.id}@{info.sha}/"
     sizes = {root + file.rfilename: file.size or 0 for file in info.siblings}
     return sum(sizes.get(name, 0) for names in builder.config.data_files.values() for name in names)
 
 
 @contextmanager
-def mendable(source: Source) -> Iterator[None]:
-    """Say in one line what keeps a library from reading the dataset.
+def user_errors(source: Source) -> Iterator[None]:
+    """Convert the libraries' exceptions to a `UserError` of one line.
 
-    Everything is caught, because it is a stranger's files that are parsed within.
+    All exceptions are caught, because untrusted files are parsed inside.
     """
     try:
         yield
@@ -244,26 +248,26 @@ def mendable(source: Source) -> Iterator[None]:
 
 
 def explain(error: BaseException, source: Source) -> str:
-    """Return the first that is known of an error and those it arose from, outermost first.
+    """Return a message for the first known exception in the chain, outermost first.
 
-    The libraries wrap errors in others, and some of those lose the number or the type.
+    The libraries wrap exceptions in others, and some wrappers lose the errno or the type.
     """
     from datasets.exceptions import DataFilesNotFoundError, DatasetsError
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     hub_url = constants.ENDPOINT
-    # The client's HTTP library has changed before; this is whatever its errors derive from.
+    # The base classes of HfHubHTTPError, because the client's HTTP library has changed before.
     network = (ConnectionError, *(t for t in hub.HfHubHTTPError.__bases__ if t is not OSError))
     cause: BaseException | None = error
     while cause is not None:
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # Of errors of Rust, and of the check that `datasets` makes, the text is all there is.
+        # Rust errors and the disk check in `datasets` have only a text, not an errno.
         if full or re.search("No space left|Not enough disk space", str(cause)):
-            return f"{source}: no space left on the disk for it; make room and run again"
+            return f"{source}: no space left on the disk; free some space and rerun"
         if isinstance(cause, hub.GatedRepoError) or "is a gated dataset" in str(cause):
             return (
-                f"{source} is gated; ask for access at {hub_url}/datasets/{source.repo} and set "
+                f"{source} is gated; request access at {hub_url}/datasets/{source.repo} and set "
                 "HF_TOKEN, or log in with `hf auth login`"
             )
         if isinstance(cause, hub.RevisionNotFoundError):
@@ -273,32 +277,32 @@ def explain(error: BaseException, source: Source) -> str:
             )
         if isinstance(cause, hub.RepositoryNotFoundError):
             return (
-                f"{source} does not exist on {hub_url}, or is private; mend the name, or set "
+                f"{source} does not exist on {hub_url}, or is private; fix the name, or set "
                 "HF_TOKEN"
             )
         if "Dataset scripts are no longer supported" in str(cause):
             return (
-                f"{source} is made by a script, which is not run; the Hub's conversion may exist: "
-                "set revision to refs/convert/parquet"
+                f"{source} needs a loading script, which is not supported; the Hub may have a "
+                "converted copy: set revision to refs/convert/parquet"
             )
         if isinstance(cause, DataFilesNotFoundError) or type(cause).__name__ == "EmptyDatasetError":
             what = f"no file {source.path}" if source.path else "no files"
-            return f"{source} has {what} that could be read as a dataset; see its files on the Hub"
+            return f"{source} has {what} in a supported format; check its files on the Hub"
         if isinstance(cause, hub.RemoteEntryNotFoundError):
-            break  # a file that `datasets` looks for and need not find; more errors follow inside
+            break  # an optional file is missing; the HTTP error in its cause is not the reason
         if isinstance(cause, network):
             answered = getattr(cause, "response", None) is not None
             reason = one_line(cause).partition(" For more information check:")[0]
-            hint = "try again later" if answered else "is there a network?"
-            return f"{source} cannot be fetched from {hub_url}: {reason}; {hint}"
+            hint = "try again later" if answered else "check the network connection"
+            return f"{source} cannot be downloaded from {hub_url}: {reason}; {hint}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, DatasetsError) and error.__cause__ is not None:
-        error = error.__cause__  # the wrapper only says that something went wrong
+        error = error.__cause__  # the wrapper gives no reason
     return f"{source} cannot be read: {type(error).__name__}: {one_line(error)}"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as a person can take them in."""
+    """Return the names sorted, shortened to `LISTED` names."""
     names = sorted(names)
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,12 +1,13 @@
-"""Download the base model at the revision of params.yaml into `model/`.
+"""Download the base model at the revision in params.yaml into `model/`.
 
-Only what the pipeline reads is fetched: the config, the tokenizer and one set of weights,
-safetensors where the revision has them and PyTorch's otherwise. Never code, never other frameworks'
-weights. Every file is compared with the checksum that the Hub reports for it.
+Only the files that the pipeline reads are downloaded: the config, the tokenizer and one set of
+weights (safetensors if the revision has them, otherwise PyTorch), but no code and no weights of
+other frameworks. Every file is verified against the Hub's checksum.
 
-The files gather in `.model.incomplete`, which is renamed when all are there and right. So `model/`
-is whole or absent, and a download that was interrupted goes on where it stopped. (Rejected:
-`snapshot_download`, which throws an incomplete file away; the weights may be one file of 12 GB.)
+The files are downloaded to `.model.incomplete`, which is renamed once all files are verified. So
+`model/` is either complete or missing, and an interrupted download resumes where it stopped.
+Alternative considered: `snapshot_download`; it was rejected because it discards incomplete files,
+and the weights may be one file of 12 GB.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
-WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # in the order of preference
+WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # in order of preference
 SPARE_BYTES = 1 << 28
 
 Result = TypeVar("Result")
 
 
 class Params(Section):
-    """The keys of params.yaml, which explains them."""
+    """The keys of params.yaml, which documents them."""
 
     repo: str
     revision: str
 
 
 def main() -> None:
-    """Download, check and put into place."""
+    """Download and verify the files, and move them to `model/`."""
     params = read_checked(Params, "params.yaml")
     repo, revision = params.repo, params.revision
     from huggingface_hub import HfApi, constants
@@ -70,11 +71,11 @@ def main() -> None:
     STAGING.mkdir(exist_ok=True)
     for name, file in files.items():
         ask_hub(
-            f"the download of {repo} from {constants.ENDPOINT} was interrupted at {name}; run it "
-            "again to go on where it stopped",
+            f"the download of {repo} from {constants.ENDPOINT} was interrupted at {name}; rerun to "
+            "resume it",
             partial(fetch, repo, info.sha, name, file.size),
         )
-    print("checking")
+    print("verifying checksums")
     digests = {name: checked_sha256(STAGING / name, file) for name, file in sorted(files.items())}
     source = {"repo": repo, "revision": info.sha, "sha256": digests}
     write_json(STAGING / "source.json", source)
@@ -82,10 +83,10 @@ def main() -> None:
 
 
 def ask_hub(problem: str, request: Callable[[], Result]) -> Result:
-    """Call the Hub's client and say in one line what keeps it from answering."""
+    """Call the Hub's client; convert its errors to a `UserError` of one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The client's HTTP library has changed before; this is whatever its errors derive from.
+    # The base classes of HfHubHTTPError, because the client's HTTP library has changed before.
     network_errors = (OSError, *HfHubHTTPError.__bases__)
     try:
         return request()
@@ -94,15 +95,15 @@ def ask_hub(problem: str, request: Callable[[], Result]) -> Result:
     except network_errors as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        hint = "" if isinstance(error, HfHubHTTPError) else "; is there a network?"
+        hint = "" if isinstance(error, HfHubHTTPError) else "; check the network connection"
         raise UserError(f"{problem}: {one_line(error)}{hint}") from None
 
 
 def wanted_files(offered: dict[str, Any], repo: str, revision: str) -> dict[str, Any]:
-    """Choose config, tokenizer and one set of weights from what the Hub offers."""
+    """Select config, tokenizer and one set of weights from the files on the Hub."""
     chosen = {name: offered[name] for name in (*CONFIG, *TOKENIZER) if name in offered}
     for stem, suffix in WEIGHTS:
-        # One file, or shards such as model-00001-of-00003.safetensors and their index.
+        # One file, or shards such as model-00001-of-00003.safetensors with their index.
         weights = {
             name: file
             for name, file in offered.items()
@@ -120,15 +121,15 @@ def wanted_files(offered: dict[str, Any], repo: str, revision: str) -> dict[str,
 
 
 def fetch(repo: str, commit: str, name: str, size: int) -> None:
-    """Download what is missing of a file, with a progress bar."""
+    """Download the missing part of a file, with a progress bar."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     present = present_bytes(STAGING / name)
-    if present >= size:  # a longer one is wrong, and found by its checksum
+    if present >= size:  # a file that is too long fails the checksum later
         return
-    # A range of a compressed answer would not be a range of the file.
+    # A range of a compressed response would not be a range of the file.
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     with open(STAGING / name, "ab") as stream:
         http_get(
@@ -142,17 +143,17 @@ def fetch(repo: str, commit: str, name: str, size: int) -> None:
 
 
 def present_bytes(path: Path) -> int:
-    """Return the size of a file, 0 if there is none."""
+    """Return the size of a file, or 0 if it does not exist."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def checked_sha256(path: Path, file: Any) -> str:
-    """Return a file's SHA-256; a file that is not what the Hub reports is removed and refused."""
+    """Return the SHA-256 of a verified file; delete a corrupt file and raise an error."""
     if path.is_file() and path.stat().st_size == file.size:
         digest = sha256_file(path)
         if file.lfs is not None:
             right = digest == file.lfs.sha256
-        else:  # kept by git itself, which names a file by the SHA-1 of its length and bytes
+        else:  # stored in git itself, so its id is the SHA-1 of its length and bytes
             content = path.read_bytes()
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
             right = blob.hexdigest() == file.blob_id
@@ -160,15 +161,15 @@ def checked_sha256(path: Path, file: Any) -> str:
             return digest
     path.unlink(missing_ok=True)
     raise UserError(
-        f"{path.name} is not what the Hub says it is ({format_bytes(file.size)} and its checksum); "
-        "it was removed, run again to download it anew"
+        f"{path.name} does not match the Hub's size ({format_bytes(file.size)}) and checksum; "
+        "it was deleted; rerun to download it again"
     )
 
 
 def put_into_place(names: set[str]) -> None:
-    """Make the staging directory, reduced to `names`, the target."""
+    """Delete files outside `names` from the staging directory and rename it to the target."""
     for path in STAGING.iterdir():
-        if path.name not in names:  # left by the download of another revision
+        if path.name not in names:  # from an interrupted download of another revision
             path.unlink()
     os.sync()
     if TARGET.exists():

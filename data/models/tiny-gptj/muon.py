@@ -1,8 +1,8 @@
-"""Muon (Jordan et al., 2024): momentum whose update is made orthogonal before it is applied.
+"""The Muon optimizer (Jordan et al., 2024): momentum with orthogonalized updates.
 
-`torch.optim.Muon` does the same but always multiplies in bfloat16. On a CPU without bfloat16
-that takes 50 times as long (measured with oneDNN held to AVX2: 480 ms for one 1024 x 256 matrix,
-against 9 ms), so here the dtype is the caller's choice.
+`torch.optim.Muon` does the same but always multiplies in bfloat16. On a CPU without bfloat16, that
+is 50 times slower (measured with oneDNN limited to AVX2: 480 ms for one 1024 x 256 matrix, compared
+with 9 ms), so here the caller chooses the dtype.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that moves singular values to about 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that maps singular values to about 1
 
 
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Return a matrix (m x n) with the singular vectors of the given one, its values near 1.
+    """Return a matrix (m x n) with the same singular vectors and singular values near 1.
 
-    A few Newton-Schulz iterations, X <- aX + (bA + cA^2)X with A = XX^T, on the wide side so that
-    A is small.
+    Runs `steps` Newton-Schulz iterations, X <- aX + (bA + cA^2)X with A = XX^T. A tall matrix is
+    transposed, so that A is small.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
@@ -32,7 +32,7 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized; decoupled weight decay. For matrices (2-d) alone."""
+    """Orthogonalized Nesterov momentum with decoupled weight decay, for 2-d matrices only."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 direction = weight.grad.lerp(average, group["momentum"])
                 update = orthogonalize(direction, self.steps, self.dtype)
-                # A tall matrix gets the same change of its outputs as a square one.
+                # The outputs of a tall matrix then change as much as those of a square one.
                 scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * scale)

@@ -1,23 +1,23 @@
-"""Train the default base model: a byte-level BPE tokenizer and a small GPT-J, in two minutes.
+"""Train the default base model in two minutes: a byte-level BPE tokenizer and a small GPT-J.
 
-The architecture is the real one (rotary positions, attention and MLP in parallel, untied head),
-so that the pipeline does here what it does with GPT-J-6B. It sees the text of the corpus alone:
-no labels, no prompts, nothing of the validation and test rows.
+The architecture is that of GPT-J (rotary positions, attention and MLP in parallel, untied head), so
+the pipeline runs the same code as with GPT-J-6B. The model sees only the text of the corpus: no
+labels, no prompts, and no validation or test rows.
 
-Documents are packed in the order of their source files, each after `<|endoftext|>`, without a
-mask between them. A sequence then holds docstrings of one module, and the model learns to tell
-from the first what the next will be about: the feature that the classification task needs.
+Documents are packed in the order of their source files, each after `<|endoftext|>`, without a mask
+between them. A sequence then holds docstrings of one module, and the model learns to predict the
+topic of a docstring from those before it, which is the feature that the classification task needs.
 
-The number of steps is fixed, not the time, so the same machine makes the same bytes again. In two
-minutes on 2 CPU cores, what counts is text read per second:
+The number of steps is fixed, not the time, so the output is byte-identical on the same machine. To
+read as much text as possible in two minutes on 2 CPU cores, training uses:
 
-- Muon for the matrices, AdamW for the rest: AdamW alone needs twice the time for the same loss;
-- bfloat16 autocast, where the CPU multiplies bfloat16;
+- Muon for the matrices and AdamW for the rest: with only AdamW, the same loss takes twice the time;
+- bfloat16 autocast, if the CPU multiplies bfloat16 natively;
 - two layers and short sequences: four layers read half the text in the same time. Fused attention
-  gains nothing at this length (measured: its backward pass is slower);
+  does not help at this length (measured: its backward pass is slower);
 - the fused GELU;
-- memory kept by the allocator: the logits are tens of megabytes a step, and fetching their pages
-  from the kernel again each time takes a third of the time.
+- an allocator that keeps freed memory: the logits take tens of megabytes per step, and getting
+  their pages from the kernel again takes a third of the time.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class Params(Section):
-    """The keys of params.yaml, which explains them."""
+    """The keys of params.yaml, which documents them."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
-    vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]  # the bytes and the end of text
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]  # at least the bytes and `<|endoftext|>`
     n_positions: Count
     n_embd: Count
     n_layer: Count
@@ -81,31 +81,35 @@ class Params(Section):
     @model_validator(mode="after")
     def check_shapes(self) -> Params:
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.rotary_dim > self.n_embd // self.n_head or self.rotary_dim % 2:
-            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and fit a head")
+            raise ValueError(
+                f"rotary_dim {self.rotary_dim} must be even and at most n_embd / n_head"
+            )
         if self.sequence_length > self.n_positions:
             raise ValueError("sequence_length is greater than n_positions")
         return self
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Return the texts of `path`.
+    """Return the texts in a corpus file.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if the file is missing or malformed.
     """
     try:
         with path.open(encoding="utf-8") as file:
             return [json.loads(line)["text"] for line in file]
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `dvc repro` makes it first") from None
+        raise UserError(f"{path} does not exist; make it with `dvc repro`") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not what the dataset's recipe writes: {error!r}") from None
+        raise UserError(
+            f"{path} was not written by the docstrings recipe: {error!r}; rerun that recipe"
+        ) from None
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer, as GPT-2's and GPT-J's: it can encode any text."""
+    """Return a byte-level BPE tokenizer, as in GPT-2 and GPT-J; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +124,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def pack(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
-    """Return the texts as sequences (n x length) of tokens, each text after an end of text."""
+    """Return the texts as token sequences (n x length), with `<|endoftext|>` before each text."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [token for found in tokenizer.encode_batch(texts) for token in (end, *found.ids)]
     n = len(ids) // length
@@ -135,7 +139,7 @@ def build_model(params: Params, end_of_text: int | None) -> GPTJForCausalLM:
         n_layer=params.n_layer,
         n_head=params.n_head,
         rotary_dim=params.rotary_dim,
-        activation_function="gelu_pytorch_tanh",  # GPT-J's gelu_new in one kernel
+        activation_function="gelu_pytorch_tanh",  # equals GPT-J's gelu_new, in one kernel
         resid_pdrop=0.0,  # no token is seen twice
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -146,7 +150,7 @@ def build_model(params: Params, end_of_text: int | None) -> GPTJForCausalLM:
 
 
 def compute_dtype() -> torch.dtype:
-    """Return bfloat16 where the CPU multiplies it, else float32: emulating it is far slower."""
+    """Return bfloat16 if the CPU multiplies it natively, otherwise the faster float32."""
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
@@ -174,14 +178,18 @@ def optimizers(model: GPTJForCausalLM, params: Params) -> list[torch.optim.Optim
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, cooldown: float) -> float:
-    """Warm up, stay, and fall linearly to zero over the last `cooldown` of the steps."""
+    """Return the factor for linear warmup, a constant phase and linear decay to zero.
+
+    Args:
+        cooldown: fraction of the steps in the decay.
+    """
     up = (step + 1) / warmup_steps
     down = (steps - step) / (cooldown * steps)
     return min(1.0, up, down)
 
 
 def batches(sequences: Tensor, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches in a random order, starting over in another when all were seen."""
+    """Yield batches in random order; each pass over the sequences uses a new order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -192,7 +200,7 @@ def batches(sequences: Tensor, batch_size: int, steps: int, seed: int) -> Iterat
 
 
 def loss_of(model: GPTJForCausalLM, tokens: Tensor) -> Tensor:
-    """Return the mean loss over the tokens (batch x length), in bfloat16 where the CPU has it."""
+    """Return the mean loss over the tokens (batch x length), in bfloat16 if the CPU supports it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() is torch.bfloat16):
         loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss
@@ -230,7 +238,7 @@ def save(model: nn.Module, tokenizer: Tokenizer, n_positions: int, target: Path)
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory; other C libraries are left as they are."""
+    """Make glibc keep freed memory; has no effect with other C libraries."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
@@ -242,8 +250,9 @@ def main(folder: Path = HERE) -> None:
     story = Story("train")
     params = read_checked(Params, folder / "params.yaml")
     story.say(
-        f"a GPT-J of {params.n_layer} layers of {params.n_embd} from scratch, {params.steps:,} "
-        f"steps of {params.batch_size} x {params.sequence_length} tokens of {CORPUS.name}"
+        f"a GPT-J with {params.n_layer} layers of width {params.n_embd} from scratch, on "
+        f"{CORPUS.name}: {params.steps:,} steps of {params.batch_size} x "
+        f"{params.sequence_length} tokens"
     )
     logging.disable_progress_bar()
     torch.manual_seed(params.seed)
@@ -251,10 +260,12 @@ def main(folder: Path = HERE) -> None:
     tokenizer = train_tokenizer(texts, params.vocab_size)
     sequences = pack(tokenizer, texts, params.sequence_length)
     if len(sequences) <= HELD_OUT:
-        raise UserError(f"{CORPUS}: too little text, {len(sequences)} sequences")
+        raise UserError(
+            f"{CORPUS}: {len(sequences)} sequences are too few; more than {HELD_OUT} are needed"
+        )
     mixed = sequences[torch.randperm(len(sequences))]
     model = build_model(params, tokenizer.token_to_id(END_OF_TEXT))
-    with replace_directory(folder / "model") as staging:  # a folder that cannot be had says so now
+    with replace_directory(folder / "model") as staging:  # fails before training if impossible
         train(model, mixed[HELD_OUT:], params)
         with torch.inference_mode():
             held_out_loss = loss_of(model.eval(), mixed[:HELD_OUT]).item()

@@ -1,12 +1,12 @@
-"""The prepared dataset on disk: what `validate` leaves and every later stage begins with.
+"""Read and write the prepared dataset, the output of `validate` and the input of later stages.
 
-Kept apart from the reading and checking of a user's files (`gptj8.dataset.readers.sources`,
-`gptj8.dataset.validation.run`), so that an edit there does not make DVC train again what has not
-changed.
+This module does not import the code that reads and checks the user's files
+(`gptj8.dataset.readers.sources`, `gptj8.dataset.validation.run`), so an edit there does not make
+DVC retrain on unchanged data.
 
-`<split>.parquet` has the rows; `<split>.arrow`, of the splits that training reads, has their tokens
-as an Arrow stream, which `datasets` maps into memory: training on ten million rows takes no more of
-it than training on ten.
+`<split>.parquet` holds the rows. For the splits that training reads, `<split>.arrow` holds their
+tokens as an Arrow stream, which `datasets` memory-maps: training on ten million rows needs no more
+memory than training on ten.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _TOKENS = pa.schema(
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """What `validate` leaves for the later stages.
+    """The output of `validate`.
 
     Attributes:
-        directory: where it lies.
+        directory: its directory.
         task: `classification`, `completion` or `text`.
         labels: sorted; empty unless the task is classification.
-        rows: the number of rows of each split.
-        prompt_template: how a row's text becomes its prompt, with the one field of the task.
-        truncation_side: where a text that is too long is cut: `left` or `right`.
+        rows: the number of rows per split.
+        prompt_template: the template that turns a row's text into its prompt; it has one field.
+        truncation_side: the side where a text that is too long is cut: `left` or `right`.
     """
 
     directory: Path
@@ -68,7 +68,7 @@ class PreparedDataset:
     truncation_side: Literal["left", "right"]
 
     def split(self, name: str) -> pd.DataFrame:
-        """Return a split: the task's fields, `file` and `row`, in the order of the source."""
+        """Return a split in source order: the task's fields, `file` and `row`."""
         path = self._file(name, SPLITS, "parquet")
         try:
             return pq.read_table(path).to_pandas()
@@ -76,11 +76,11 @@ class PreparedDataset:
             raise UserError(f"{path} cannot be read: {error}") from None
 
     def examples(self, name: str) -> Dataset:
-        """Return what of a split is trained on: `input_ids`, of which the first `prompt_length` are
-        not learned, and `length`, how many there are. It stays on the disk.
+        """Return the training examples of a split, memory-mapped from disk.
 
-        Rows of prompt and completion are as they are; running text is packed, so that every example
-        but the last has `data.max_length` tokens.
+        The columns are `input_ids`, `prompt_length` (the number of leading tokens without loss) and
+        `length` (the number of tokens). Rows with a prompt and a completion give one example each.
+        Running text is packed: every example except the last has `data.max_length` tokens.
         """
         from datasets import Dataset
 
@@ -91,11 +91,11 @@ class PreparedDataset:
             raise UserError(f"{path} cannot be read: {error}") from None
 
     def prompt_encoder(self, encoder: TextEncoder, max_length: int) -> PromptEncoder:
-        """Return what makes the prompts that the examples have.
+        """Return an encoder that builds the same prompts as in the examples.
 
         Args:
             encoder: the model's tokenizer.
-            max_length: tokens of prompt and answer together; the examples have `data.max_length`.
+            max_length: tokens of prompt and answer together; `data.max_length` in the examples.
         """
         return PromptEncoder(encoder, self.prompt_template, max_length, self.truncation_side)
 
@@ -106,10 +106,10 @@ class PreparedDataset:
 
 
 def load_prepared(directory: str | Path) -> PreparedDataset:
-    """Open the directory that `validate` wrote, after a look at all its bytes.
+    """Open the directory that `validate` wrote, after verifying its checksums.
 
     Raises:
-        UserError: if it is absent, incomplete or altered.
+        UserError: if it is missing, incomplete or altered.
     """
     directory = Path(directory)
     content = read_json(directory / "dataset.json")
@@ -129,13 +129,14 @@ def load_prepared(directory: str | Path) -> PreparedDataset:
 
 
 class PreparedWriter:
-    """Write a prepared dataset batch by batch; the same rows give the same bytes.
+    """Write a prepared dataset batch by batch; equal rows give byte-identical files.
 
     Args:
-        directory: an existing one; `dataset.json`, without which it cannot be opened, comes last.
+        directory: an existing directory. `dataset.json`, which `load_prepared` needs, is written
+            after the rows.
         task: `classification`, `completion` or `text`.
-        prompt_template: with the task's field.
-        max_length: of packed examples.
+        prompt_template: a template with the task's field.
+        max_length: length of packed examples in tokens.
         truncation_side: see `PreparedDataset`.
     """
 
@@ -184,7 +185,11 @@ class PreparedWriter:
             self._write(split, ids, rows.column("prompt_length"))
 
     def finish(self, labels: Sequence[str]) -> None:
-        """Complete all files; `labels` are those of a classification."""
+        """Complete all files.
+
+        Args:
+            labels: the labels of a classification task, otherwise empty.
+        """
         for name, packer in self._packers.items():
             self._write_examples(name, packer.rest())
         self.close()
@@ -198,12 +203,12 @@ class PreparedWriter:
         write_json(self.directory / "dataset.json", content)
         tables = [self.directory / f"{name}.parquet" for name in SPLITS]
         tokens = [self.directory / f"{name}.arrow" for name in TRAINED_SPLITS]
-        # Of these alone: `validate` leaves more beside them, which is for people.
+        # Only the files of the dataset; `validate` also writes its findings to this directory.
         files = [self.directory / "dataset.json", *tables, *tokens]
         write_manifest(self.directory, files=files)
 
     def close(self) -> None:
-        """Close all files; without `finish` they are no dataset."""
+        """Close all files; without `finish` the dataset is incomplete."""
         self._files.close()
 
     def _write_examples(self, split: str, examples: list[np.ndarray]) -> None:
@@ -219,7 +224,7 @@ class PreparedWriter:
 
 
 class _Packer:
-    """Cut a stream of tokens into examples of one length."""
+    """Cut a stream of tokens into examples of equal length."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -227,11 +232,11 @@ class _Packer:
 
     def add(self, ids: np.ndarray) -> list[np.ndarray]:
         stream = np.concatenate([self._left, ids])
-        whole = len(stream) // self.length * self.length
-        self._left = stream[whole:]
-        return list(stream[:whole].reshape(-1, self.length))
+        end = len(stream) // self.length * self.length
+        self._left = stream[end:]
+        return list(stream[:end].reshape(-1, self.length))
 
     def rest(self) -> list[np.ndarray]:
-        """Return the last, shorter example; one token predicts nothing and is left out."""
+        """Return the last, shorter example; a single token has no loss and is dropped."""
         rest, self._left = self._left, self._left[:0]
         return [rest] if len(rest) > 1 else []

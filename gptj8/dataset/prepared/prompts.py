@@ -1,11 +1,11 @@
-"""From a row to token ids: one place for training, evaluation, export and serving.
+"""Convert rows to token ids; shared by training, evaluation, export and serving.
 
-A prompt is `before + text + after`, the template split at its field, and the three parts are
-tokenized apart. So a text that is too long loses tokens at its own end, the words that ask for the
-answer and the answer itself are never cut, and the ids are the same wherever they are made.
+A prompt is `before + text + after`: the template split at its field. The three parts are tokenized
+separately. If a prompt is too long, only the text is cut, never the template or the answer, and
+every caller gets the same ids.
 
-Text is text: `<|endoftext|>` inside a row is tokenized like any other characters and can never end
-a document or an answer. Works on the `tokenizers` library alone, so that `validate` needs no torch.
+`<|endoftext|>` inside a row is tokenized as ordinary characters and can never end a document or an
+answer. Only the `tokenizers` library is needed, so `validate` does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.m
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a prompt and how many tokens of its text did not fit."""
+    """Token ids of a prompt and the number of text tokens that were cut."""
 
     ids: list[int]
     cut_tokens: int
@@ -39,8 +39,8 @@ class EncodedExample:
     """A prompt with its completion; only `ids[prompt_length:]` are trained on and scored.
 
     Attributes:
-        cut_tokens: how many tokens of the text did not fit.
-        room: how many tokens there were for the text; below 1 the example is of no use.
+        cut_tokens: the number of text tokens that were cut.
+        room: the number of tokens available for the text; below 1 the example is unusable.
     """
 
     ids: list[int]
@@ -50,17 +50,17 @@ class EncodedExample:
 
 
 class TextEncoder:
-    """Turn text into ids without ever producing a special token from what a text says.
+    """Tokenize text; the text itself never produces a special token.
 
     Attributes:
         prefix_ids: the tokens that the tokenizer puts before every text, such as Llama's BOS.
         eos_id: the token that ends a completion.
-        vocab_size: ids are below it; the model may have more embedding rows than that.
-        special_tokens: what the special tokens are called.
+        vocab_size: all ids are below it; the model may have more embedding rows.
+        special_tokens: the special tokens as text.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's stays as it is
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy; the caller's is unchanged
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.prefix_ids: list[int] = tokenizer.encode("").ids
@@ -79,12 +79,12 @@ class TextEncoder:
         """Read the tokenizer of a model directory.
 
         Raises:
-            UserError: if there is no tokenizer, no end-of-text token, or an id that the model's
-                embedding has no row for.
+            UserError: if there is no tokenizer or end-of-text token, or if the tokenizer has more
+                tokens than the model's embedding has rows.
         """
         model_path = Path(model_path)
         if not model_path.is_dir():
-            raise UserError(f"{model_path} does not exist or is no model directory")
+            raise UserError(f"{model_path} does not exist or is not a model directory")
         file = model_path / "tokenizer.json"
         if file.is_file():
             try:
@@ -97,21 +97,21 @@ class TextEncoder:
         rows = _read_optional_json(model_path / "config.json").get("vocab_size")
         if isinstance(rows, int) and encoder.vocab_size > rows:
             raise UserError(
-                f"{model_path}: the tokenizer has {encoder.vocab_size} tokens and the model's "
-                f"embedding {rows} rows; use the tokenizer that the model was trained with"
+                f"{model_path}: the tokenizer has {encoder.vocab_size} tokens, but the model's "
+                f"embedding has {rows} rows; use the tokenizer that the model was trained with"
             )
         return encoder
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` alone, without prefix or end."""
+        """Return the ids of `text`, without prefix or end-of-text token."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text; the tokenizer uses all cores.
 
-        A text of more than `_PIECE` characters is encoded in pieces that begin at a space: a
-        tokenizer takes a hundred bytes for each character of a word, and a cell of ten megabytes
-        without a space would take a gigabyte.
+        A text of more than `_PIECE` characters is encoded in pieces that start at a space where
+        possible. This limits memory: a tokenizer needs 100 bytes per character of a word, so a cell
+        of 10 MB without a space would take 1 GB.
         """
         pieces = [_pieces(text) for text in texts]
         flat = [piece for text in pieces for piece in text]
@@ -124,7 +124,7 @@ class TextEncoder:
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A tokenizer forgets that special tokens are text when it is sent to another process.
+        # Pickling loses `encode_special_tokens`, so the constructor has to set it again.
         return TextEncoder, (self._tokenizer, self.eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -132,20 +132,22 @@ class TextEncoder:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def decode_stream(self) -> Callable[[int], str]:
-        """Return a function that takes one id after another and returns the text that it adds:
-        nothing while a character is not complete."""
+        """Return a function that decodes one id per call.
+
+        Each call returns the text that the id adds, which is empty while a character is incomplete.
+        """
         stream = DecodeStream(skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token) or ""
 
 
 class PromptEncoder:
-    """Render rows through a template, within a length.
+    """Render rows through a template and limit their length.
 
     Args:
         encoder: the model's tokenizer.
         template: text with one field in braces, for example `"{text}\\n\\nLabel:"`.
         max_length: tokens of prompt and completion together.
-        truncation_side: `right` cuts a text that is too long at its end, `left` at its beginning.
+        truncation_side: `right` cuts a text that is too long at its end, `left` at its start.
     """
 
     def __init__(
@@ -164,10 +166,10 @@ class PromptEncoder:
         self._after_ids = encoder.encode(self.after)
 
     def completion_ids(self, completion: str) -> list[int]:
-        """Return the ids of a completion: a space, the text, the end-of-text token.
+        """Return the ids of a completion: a space, the text and the end-of-text token.
 
-        The end is part of it, so that the model learns to stop and so that a label which is the
-        beginning of another one (`sql`, `sqlalchemy`) can be told from it.
+        The end-of-text token teaches the model to stop. It also distinguishes a label from another
+        label that starts with it (`sql`, `sqlalchemy`).
         """
         return [*self.encoder.encode(" " + completion.strip()), self.encoder.eos_id]
 
@@ -178,12 +180,13 @@ class PromptEncoder:
 
         Args:
             text: the row's text.
-            reserve: tokens to keep free behind the prompt.
-            examples: solved examples (text, completion) to put before the prompt; all texts share
-                the room evenly, and what one does not need the next ones get.
+            reserve: tokens to keep free after the prompt.
+            examples: few-shot examples (text, completion) to put before the prompt. All texts share
+                the available tokens evenly; tokens that a short text does not need go to longer
+                ones.
 
         Raises:
-            UserError: if the template and the completions alone do not fit into `max_length`.
+            UserError: if the template and the completions leave no room for text in `max_length`.
         """
         completions = [self.completion_ids(completion) for _, completion in examples]
         fixed = len(self._before_ids) + len(self._after_ids)
@@ -209,7 +212,7 @@ class PromptEncoder:
     def examples(
         self, texts: Sequence[str], completions: Sequence[str]
     ) -> Iterator[EncodedExample]:
-        """Encode rows for training: each prompt and, uncut, its completion."""
+        """Encode rows for training: each prompt with its complete completion."""
         known = {completion: self.completion_ids(completion) for completion in set(completions)}
         before = [*self.encoder.prefix_ids, *self._before_ids]
         encoded = self.encoder.encode_batch([text.strip() for text in texts])
@@ -225,7 +228,7 @@ class PromptEncoder:
         """Encode one row; see `examples`.
 
         Raises:
-            UserError: if the template and the completion alone do not fit into `max_length`.
+            UserError: if the template and the completion leave no room for text in `max_length`.
         """
         (example,) = self.examples([text], [completion])
         if example.room < 1:
@@ -239,23 +242,23 @@ class PromptEncoder:
 
     def _no_room(self, shots: str) -> str:
         return (
-            f"data.max_length = {self.max_length} leaves no room for any text beside the prompt "
+            f"data.max_length = {self.max_length} leaves no room for the text after the prompt "
             f"template{shots} and the completion; raise it"
         )
 
 
 def check_context(model_path: str | Path, max_length: int) -> None:
-    """Refuse a length that the model has no positions for.
+    """Raise an error if `max_length` exceeds the model's number of positions.
 
     Raises:
-        UserError: naming both.
+        UserError: with both numbers.
     """
     config = _read_optional_json(Path(model_path) / "config.json")
     for key in ("n_positions", "max_position_embeddings"):
         positions = config.get(key)
         if isinstance(positions, int) and max_length > positions:
             raise UserError(
-                f"data.max_length = {max_length} is more than the {positions} positions of "
+                f"data.max_length = {max_length} exceeds the {positions} positions of "
                 f"{model_path} ({key}); lower it"
             )
 
@@ -274,7 +277,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _share_room(lengths: Sequence[int], room: int) -> list[int]:
-    """Divide `room`: no text gets more than it needs, none is cut while another has spare."""
+    """Divide `room` tokens evenly; tokens that short texts do not need go to longer ones."""
     shares = [0] * len(lengths)
     left = len(lengths)
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -296,12 +299,15 @@ def _find_eos_id(model_path: Path, tokenizer: Tokenizer) -> int:
     if isinstance(eos, int):
         return eos
     raise UserError(
-        f"{model_path}: neither tokenizer_config.json nor config.json names an eos token"
+        f"{model_path}: neither tokenizer_config.json nor config.json sets an eos token"
     )
 
 
 def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
-    """Older models ship only vocab.json and merges.txt or a sentencepiece file."""
+    """Convert the tokenizer of an older model without tokenizer.json.
+
+    Such models ship vocab.json and merges.txt, or a sentencepiece file.
+    """
     if not any((model_path / name).is_file() for name in _SLOW_TOKENIZER_FILES):
         raise UserError(f"{model_path} has no tokenizer: no tokenizer.json, vocab.json or *.model")
     from transformers import AutoTokenizer
@@ -310,7 +316,7 @@ def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model_path} has no tokenizer that can be read: {reason}") from None
+        raise UserError(f"{model_path}: the tokenizer cannot be read: {reason}") from None
 
 
 def _read_optional_json(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Where the quotes of a CSV record go wrong, which the standard library's reader does not say."""
+"""Locate quoting errors in a CSV record; the standard library's reader does not report a place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class QuoteProblem(NamedTuple):
-    """A place in a record, both counted from 1, and what is wrong there."""
+    """A quoting error: its line and column in the record, counted from 1, and the reason."""
 
     line: int
     column: int
@@ -15,12 +15,12 @@ class QuoteProblem(NamedTuple):
 
 
 def find_quote_problem(lines: Iterable[str], delimiter: str, max_cell: int) -> QuoteProblem | None:
-    """Read one record as `csv.reader(strict=True)` does and return where it fails.
+    """Read one record as `csv.reader(strict=True)` does and return the first quoting error.
 
     Args:
-        lines: the physical lines from the record's first one on, with their line ends.
-        delimiter: between cells.
-        max_cell: characters after which a quoted cell is not believed.
+        lines: the physical lines, with line ends, from the first line of the record.
+        delimiter: the separator between cells.
+        max_cell: characters after which a quoted cell counts as unclosed.
     """
     state = "start"
     opened = (0, 0)
@@ -33,7 +33,7 @@ def find_quote_problem(lines: Iterable[str], delimiter: str, max_cell: int) -> Q
                     state = "closing"
                 elif length > max_cell:
                     reason = f"a quote opens a cell of more than {max_cell:,} characters"
-                    return QuoteProblem(*opened, f"{reason}; is it ever closed?")
+                    return QuoteProblem(*opened, f"{reason}; close the quote")
             elif state == "closing" and character == '"':
                 state = "quoted"
             elif character == delimiter:
@@ -41,7 +41,7 @@ def find_quote_problem(lines: Iterable[str], delimiter: str, max_cell: int) -> Q
             elif character in "\r\n":
                 return None
             elif state == "closing":
-                reason = "text follows a closing quote; a quote inside a cell is written twice"
+                reason = "text follows a closing quote; double any quote inside a cell"
                 return QuoteProblem(number, column, reason)
             elif state == "start" and character == '"':
                 state, opened, length = "quoted", (number, column), 0

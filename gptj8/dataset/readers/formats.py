@@ -1,17 +1,17 @@
-"""From a file to batches of rows: CSV, TSV, JSON Lines, JSON, Parquet, plain text; compressed too.
+"""Read files in batches of rows: CSV, TSV, JSON Lines, JSON, Parquet and plain text.
 
-Every format ends in the same frames: a column for each field asked for, a `<field>_kind` beside it
-that says what the cell was in the file, and `file` and `row`, by which a person finds it again.
-`row` counts from 1: lines of JSON Lines and plain text, elements of a JSON array, rows of Parquet,
-and records of CSV and TSV, whose header is not counted and whose quoted cells may span lines. A row
-that cannot be taken apart (a line that is no JSON, a record with a cell too many) has no cells and
-says why in `problem`: the rows around it are as good as ever. What leaves no rows to go on with,
-such as a quote that is never closed, is an error.
+Compressed files are supported. Every format gives the same frames: one column per requested field,
+a column `<field>_kind` with the cell's type in the file, and `file` and `row`, which locate the
+row. `row` counts from 1: lines of JSON Lines and plain text, elements of a JSON array, rows of
+Parquet, and records of CSV and TSV. The header of a CSV or TSV file is not counted, and its quoted
+cells may span lines. A malformed row (a line that is not JSON, a record with too many cells) has no
+cells and gives the reason in `problem`; the other rows are still read. Damage that makes the rest
+of the file unreadable, such as a quote that is never closed, raises an error.
 
-Files are streamed; only a JSON array is read whole. `datasets` has CSV and JSON readers of its own,
-tried and rejected: a CSV line with one cell too many shifts every column without a word, a blank
-line in JSON Lines ends in `Expected object or value`, mixed types are cast, and no error names its
-line.
+Files are streamed, except a JSON array, which is read into memory. Alternative considered: the CSV
+and JSON readers of `datasets`; they were rejected because a CSV line with one extra cell silently
+shifts every column, a blank line in JSON Lines fails with `Expected object or value`, mixed types
+are cast, and no error gives a line number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gptj8.runtime.messages import quote, suggest
 
 
 def read_rows(path: str | Path, columns: Mapping[str, str], text_row: str = "line") -> pd.DataFrame:
-    """Read one file whole; see `read_batches`."""
+    """Read a complete file into one frame; see `read_batches`."""
     return pd.concat(read_batches(path, columns, text_row=text_row), ignore_index=True)
 
 
@@ -52,32 +52,33 @@ def read_batches(
     text_row: str = "line",
     advance: Callable[[int], object] = lambda size: None,
 ) -> Iterator[pd.DataFrame]:
-    """Read one file in frames of up to `BATCH_ROWS` rows.
+    """Read a file in frames of up to `BATCH_ROWS` rows.
 
     Args:
-        path: a file in one of the formats.
-        columns: the fields wanted, each with the name of its column; a plain text file has no
-            columns and gives its text for the single field `text`.
-        optional: fields whose column may be absent.
-        text_row: `line` or `file`: what a row of plain text is.
-        advance: called with the bytes of the file that were read since the last call.
+        path: a file in one of the supported formats.
+        columns: the name of the column for each requested field. Plain text has no columns; the
+            only field is then `text`.
+        optional: fields whose column may be missing.
+        text_row: one row of plain text: `line` or `file`.
+        advance: called with the number of bytes of the file read since the last call.
 
     Yields:
-        For each field its text (null where the file has none) and `<field>_kind`: `text`,
+        Frames with these columns. Per field, its text (null if missing) and `<field>_kind`: `text`,
         `integer`, `number`, `boolean`, `list`, `object`, `missing`, `undecodable` (bytes that are
-        not UTF-8, which the text shows as U+FFFD) or another type's name; `problem`, null but in a
-        row without cells; `warning`, null but in a row that may not be one; and `file` and `row`.
+        not UTF-8, shown as U+FFFD in the text) or the name of another type. `problem`: why the row
+        is malformed, otherwise null. `warning`: why the row is doubtful, otherwise null. `file`
+        and `row`.
 
     Raises:
-        UserError: naming the file, and line and column where they are known.
+        UserError: with the file, and the line and column if they are known.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(explain_missing_file(path))
     if suffix_of(path) not in SUFFIXES:
-        shown = path.suffix or "no suffix"
+        shown = path.suffix or "(none)"
         known = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
-        raise UserError(f"{path}: {shown} is not one of {known}")
+        raise UserError(f"{path}: the suffix {shown} is not supported; use one of {known}")
     _require_columns(path, columns, frozenset(optional))
     if suffix_of(path) == ".txt":
         columns = dict.fromkeys(columns, "text")
@@ -100,7 +101,7 @@ def _frame(batch: list[Row], columns: Mapping[str, str], path: Path) -> pd.DataF
 
 
 def _normalize(cell: Any) -> tuple[str | None, str]:
-    """Return a cell as text, and what it was."""
+    """Return a cell as text, and its kind."""
     if isinstance(cell, str):
         return (cell, "text") if cell.isascii() else _normalize_unicode(cell)
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
@@ -109,9 +110,9 @@ def _normalize(cell: Any) -> tuple[str | None, str]:
         return json.dumps(cell), "boolean"
     if isinstance(cell, int):
         return str(cell), "integer"
-    if isinstance(cell, Decimal):  # a database's number
+    if isinstance(cell, Decimal):  # from a database
         cell = float(cell)
-    if isinstance(cell, float):  # a column of integers with a gap is stored as floats
+    if isinstance(cell, float):  # a column of integers with a missing cell is stored as floats
         return (str(int(cell)), "integer") if cell.is_integer() else (repr(cell), "number")
     if isinstance(cell, list | dict):
         kind = "list" if isinstance(cell, list) else "object"
@@ -129,7 +130,7 @@ def _normalize_unicode(cell: str) -> tuple[str, str]:
         return cell, "text"
     try:
         return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), "undecodable"
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell: to U+FFFD
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can contain, becomes U+FFFD
         return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "text"
 
 
@@ -138,7 +139,9 @@ def _require_columns(path: Path, columns: Mapping[str, str], optional: frozenset
     if suffix_of(path) == ".txt":
         if list(columns) != ["text"]:
             needed = " and ".join(columns)
-            raise UserError(f"{path} is plain text and has no columns, but {needed} are needed")
+            raise UserError(
+                f"{path} is plain text and has no columns; use a format with columns for {needed}"
+            )
         return
     names = _column_names(path, required.values())
     missing = [(field, column) for field, column in required.items() if column not in names]
@@ -148,8 +151,8 @@ def _require_columns(path: Path, columns: Mapping[str, str], optional: frozenset
             for field, column in missing
         )
         shown = ", ".join(map(quote, names[:30])) or "none"
-        alone = len(names) == 1 and suffix_of(path) == ".csv"
-        hint = "; are its cells separated by commas?" if alone else ""
+        one_column = len(names) == 1 and suffix_of(path) == ".csv"
+        hint = "; separate the cells by commas" if one_column else ""
         raise UserError(f"{path} has no column {listed}; its columns: {shown}{hint}")
 
 
@@ -169,13 +172,13 @@ def _column_names(path: Path, wanted: Iterable[str]) -> list[str]:
         empty = False
         names.update(dict.fromkeys(row.cells))
         if names.keys() >= set(wanted) or (suffix in DELIMITERS and row.cells):
-            break  # a JSON object may lack a key that a later one has
-    # Not one row is JSON: that is what is to be told, and not that a column is missing.
+            break  # otherwise read on: a later JSON object may have more keys
+    # If no row is valid JSON, the error is the malformed rows and not a missing column.
     return list(names) if names or empty else list(wanted)
 
 
 def explain_missing_file(path: Path) -> str:
-    """Return that `path` does not exist, and which file near it may have been meant."""
+    """Return a message that `path` does not exist, with a similarly named file if there is one."""
     folder = path.parent
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return f"{path} does not exist{suggest(path.name, names)}"

@@ -1,7 +1,7 @@
-"""From the bytes of a file to its rows, each as cells by column: one parser a format.
+"""Parse files into rows, each a mapping from column to cell; one parser per format.
 
-Everything is streamed but a JSON array, which is read whole. What keeps a single row from being
-taken apart is the row's `problem`; what leaves no rows to go on with is an error.
+All formats are streamed, except a JSON array, which is read into memory. A malformed row has a
+`problem`; an error is raised only when the rest of the file cannot be read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gptj8.runtime.files import format_bytes
 from gptj8.runtime.messages import one_line, quote
 
 BATCH_ROWS = 4096
-"""Few enough that a batch of long texts is small beside a model, many enough to vectorize."""
+"""Small enough that a batch of long texts needs little memory, large enough to vectorize."""
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
@@ -39,7 +39,7 @@ _MAX_ARRAY_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Row:
-    """A row as a parser finds it: its cells by column, or what is wrong with it, or may be."""
+    """A parsed row: its cells by column, or a `problem`; a `warning` marks a doubtful row."""
 
     number: int
     cells: Mapping[str, Any]
@@ -48,11 +48,11 @@ class Row:
 
 
 class EmptyFileError(UserError):
-    """A file has no rows; beside others that have some this is no harm."""
+    """A file has no rows, which is harmless if other files have some."""
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix of the format, in lower case: `.jsonl` for `train.JSONL.gz`."""
+    """Return the suffix of the format in lower case: `.jsonl` for `train.JSONL.gz`."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
@@ -74,7 +74,7 @@ def parse_file(
             with _open(path) as (stream, _):
                 head = stream.read(4)
             if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:2].count(0) == 1:
-                raise UserError(f"{path} is UTF-16 and not UTF-8; save it as UTF-8")
+                raise UserError(f"{path} is UTF-16; save it as UTF-8")
             rows = _parse_text_format(path, text_row, advance)
         for row in rows:
             empty = False
@@ -93,7 +93,7 @@ def parse_file(
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield the file's content as a stream, and the file itself, whose position tells progress."""
+    """Yield the decompressed content as a stream, and the raw file for tracking progress."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     with open(path, "rb") as raw:
         if compression is None:
@@ -108,7 +108,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _decode(stream: BinaryIO) -> io.TextIOWrapper:
-    """Return lines that keep their ends, bytes that are not UTF-8 kept as surrogates (PEP 383)."""
+    """Return a text stream that keeps line ends, and non-UTF-8 bytes as surrogates (PEP 383)."""
     return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -131,7 +131,7 @@ def _parse_text_format(
                 advance(raw.tell() - position)
                 position = raw.tell()
         advance(raw.tell() - position)
-        text.detach()  # the stream is closed where it was opened
+        text.detach()  # `_open` closes the stream
 
 
 def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
@@ -143,7 +143,7 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
     try:
         for cells in reader:
             line, start = reader.line_num, line + 1
-            # A blank line; a quoted cell without text is the row of a file with one column.
+            # Skip blank lines. In a file with one column, an empty quoted cell is a row.
             if not cells or (len(cells) == 1 and not cells[0].strip() and len(header or ()) != 1):
                 continue
             if header is None:
@@ -155,9 +155,9 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 warning = _joined(cells, delimiter, start) if line > start else None
                 yield Row(number, dict(zip(header, cells, strict=True)), warning=warning)
                 continue
-            problem = f"has {len(cells)} cells on line {start}, where the header has {len(header)}"
+            problem = f"has {len(cells)} cells on line {start}, but the header has {len(header)}"
             if len(cells) > len(header):
-                problem += "; a cell that holds the separator needs quotes"
+                problem += "; quote cells that contain the separator"
             yield Row(number, {}, problem)
     except csv.Error as error:
         with _open(path) as (stream, _):
@@ -171,11 +171,11 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
 
 
 def _joined(cells: Sequence[str], delimiter: str, line: int) -> str | None:
-    """Return what speaks for a cell being several rows that a stray pair of quotes has joined.
+    """Return a warning if a cell looks like several rows joined by a stray pair of quotes.
 
-    Its lines then have the separators of whole rows, the first and the last one those of the parts
-    before and after the quotes. Text with a comma a line looks like that too: two columns of CSV
-    take four lines to be told.
+    In such a cell, each inner line has as many separators as a complete row, and the first and last
+    lines have those of the row parts after the opening quote and before the closing quote. Text
+    with one comma per line looks the same, so CSV with two columns needs at least four lines.
     """
     others = len(cells) - 1
     least = 2 if delimiter == "\t" else 4 if others == 1 else 3
@@ -183,22 +183,22 @@ def _joined(cells: Sequence[str], delimiter: str, line: int) -> str | None:
         counts = [part.count(delimiter) for part in cell.split("\n")]
         rows = [others - column, *[others] * (len(counts) - 2), column]
         if others and len(counts) >= least and counts == rows:
-            return f"may be {len(counts)} rows that a quote on line {line} has joined"
+            return f"may be {len(counts)} rows joined by a stray quote on line {line}"
     return None
 
 
 def _check_header(header: list[str], path: Path) -> None:
     if any(_is_undecodable(name) for name in header):
-        raise UserError(f"{path} line 1: its column names are not UTF-8; save it as UTF-8")
+        raise UserError(f"{path} line 1: the column names are not UTF-8; save it as UTF-8")
     _check_names(header, path)
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:
-    """Refuse column names that are there twice: nobody can tell which is meant."""
+    """Raise an error if a column name is repeated, because it would be ambiguous."""
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         listed = ", ".join(map(quote, repeated[:10]))
-        raise UserError(f"{path} has more than one column {listed}")
+        raise UserError(f"{path} has repeated column names: {listed}")
 
 
 def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
@@ -208,15 +208,15 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
         size = path.stat().st_size
         if size > _MAX_ARRAY_BYTES:
             raise UserError(
-                f"{path} is a JSON array of {format_bytes(size)}, which can only be read whole; "
-                "write JSON Lines, an object on each line"
+                f"{path} is a JSON array of {format_bytes(size)}, too large to read into memory; "
+                "convert it to JSON Lines, with one object per line"
             )
         yield from _parse_json_array(first + text.read(), path, first_number)
         return
     if first.strip() == "{":
         raise UserError(
-            f"{path} line {first_number} column 2 is not valid JSON; JSON Lines has an object on "
-            "each line, a JSON array stands in brackets"
+            f"{path} line {first_number} column 2 is not valid JSON; use JSON Lines with one "
+            "object per line, or a JSON array in brackets"
         )
     for number, line in itertools.chain([(first_number, first)] if first else [], lines):
         try:
@@ -232,7 +232,7 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
 
 
 class _RepeatedKeyError(Exception):
-    """An object has a key twice, of which `json` would keep the last."""
+    """An object has a repeated key, of which `json` would keep only the last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -262,9 +262,9 @@ def _row_of(number: int, value: Any) -> Row:
 
 def _parse_plain(text: io.TextIOWrapper, text_row: str) -> Iterator[Row]:
     if text_row == "file":
-        whole = text.read().replace("\r\n", "\n")
-        if whole.strip():
-            yield Row(1, {"text": whole})
+        content = text.read().replace("\r\n", "\n")
+        if content.strip():
+            yield Row(1, {"text": content})
         return
     for number, line in enumerate(text, 1):
         if not line.isspace():
@@ -274,12 +274,12 @@ def _parse_plain(text: io.TextIOWrapper, text_row: str) -> Iterator[Row]:
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     if path.suffix.lower() != ".parquet":
-        raise UserError(f"{path}: Parquet is compressed inside; unpack {path.suffix} first")
+        raise UserError(f"{path}: compressed Parquet is not supported; unpack {path.suffix} first")
     try:
         file = pq.ParquetFile(path)
         _check_names(file.schema_arrow.names, path)
     except UnicodeDecodeError:
-        raise UserError(f"{path}: its column names are not UTF-8") from None
+        raise UserError(f"{path}: the column names are not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -309,13 +309,13 @@ def _parse_parquet(
 
 
 def _label_names(schema: pa.Schema, columns: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Return for each column of the Hub's labels, which are numbers, the names of the numbers."""
+    """Return the label names by number of each column of type `datasets.ClassLabel`."""
     from datasets import ClassLabel, Features
 
     try:
         features = Features.from_arrow_schema(schema)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return {}  # metadata that is damaged, or newer than this library: the numbers are left
+        return {}  # damaged metadata, or newer than this library: keep the numbers
     return {
         name: dict(enumerate(features[name].names))
         for name in columns
@@ -329,12 +329,12 @@ def _cells(column: pa.Array) -> list[Any]:
     except UnicodeDecodeError:
         cells = column.cast(pa.large_binary()).to_pylist()
         return [None if cell is None else cell.decode("utf-8", "surrogateescape") for cell in cells]
-    except (OverflowError, ValueError):  # dates beyond Python's, which are no text anyway
+    except (OverflowError, ValueError):  # dates outside Python's range, which are not text anyway
         return column.cast(pa.int64()).to_pylist()
 
 
 def _is_undecodable(text: str) -> bool:
-    """Whether a text holds surrogates that stand for bytes which are not UTF-8."""
+    """Return whether a text has surrogates that stand for non-UTF-8 bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""The shapes that rows come in, and how each becomes the fields that a task has.
+"""Convert the user's columns to the fields of a task.
 
-| columns | how the params say so | becomes |
+| columns | params | fields |
 |---|---|---|
 | a text | task: text | text |
 | one or more columns and a label | task: classification, a template with them | text, label |
@@ -8,9 +8,9 @@
 | instruction, input, output | the same, a template with {instruction} and {input} | the same |
 | chat messages | the same, a template with {messages} | the same |
 
-A conversation is learned from its last answer: the messages before are the prompt, a line
-`role: content` each, the last one, the assistant's, is the completion. Both common spellings are
-read: `role` and `content`, and `from` and `value` with `human` and `gpt`.
+The completion of a conversation is its last message, which must be the assistant's. The prompt is
+the messages before it, one line `role: content` per message. Two formats are supported: `role` and
+`content`, and `from` and `value` with `human` and `gpt`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a row has and what it becomes.
+    """The columns of a row and the task that they are converted to.
 
     Attributes:
         task: `classification`, `completion` or `text`.
-        columns: for each field of the row the user's column that holds it.
+        columns: the user's column for each field of the row.
         optional: fields whose cell may be missing or blank.
-        template: null for running text.
+        template: the prompt template; null for running text.
     """
 
     task: str
@@ -54,33 +54,33 @@ class Shape:
 
     @property
     def input(self) -> str:
-        """The field that is read: `text` or `prompt`."""
+        """The input field: `text` or `prompt`."""
         return FIELDS[self.task][0]
 
     @property
     def answer(self) -> str | None:
-        """The field that is answered: `label`, `completion` or none."""
+        """The answer field: `label`, `completion` or None."""
         return FIELDS[self.task][1] if len(FIELDS[self.task]) > 1 else None
 
     @property
     def truncation_side(self) -> Literal["left", "right"]:
-        """Where a text that is too long is cut: what matters of a conversation is its end."""
+        """The side where a text that is too long is cut; a conversation keeps its end."""
         return "left" if MESSAGES in self.columns else "right"
 
     @property
     def prompt_template(self) -> str:
-        """The template for rows that have their task's fields."""
+        """The prompt template with the task's input as its only field."""
         return self.template.outer(self.input) if self.template else f"{{{self.input}}}"
 
     def column_of(self, field: str) -> str:
-        """Return what to call a task's field to the user: the column or columns it comes from."""
+        """Return the user's column or columns for a task field, for use in messages."""
         if field in self.columns:
             return self.columns[field]
         parts = [c for f, c in self.columns.items() if f not in ("label", "completion")]
         return ", ".join(parts)
 
     def to_fields(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Return the task's fields of valid rows; answers without spaces around them."""
+        """Return the task's fields of valid rows; answers are stripped of white space."""
         if MESSAGES in self.columns:
             split = [_split_conversation(cell) for cell in rows[MESSAGES]]
             prompts, completions = zip(*split, strict=True) if split else ((), ())
@@ -98,14 +98,14 @@ class Shape:
         return found
 
     def text_of(self, cells: Mapping[str, Any]) -> str:
-        """Return the text of one row that has no answer yet.
+        """Return the input text of one row without an answer.
 
         Args:
-            cells: by the user's names of columns; more than are needed may be given. `messages` is
-                a list of conversations' messages, or that as JSON.
+            cells: cells by the user's column names; extra cells are ignored. The cell of `messages`
+                is a list of messages, or that list as JSON.
 
         Raises:
-            ValueError: naming the column that is missing, empty or no text.
+            ValueError: with the column that is missing, empty or not a string.
         """
         fields: dict[str, str | None] = {}
         for name, column in self.columns.items():
@@ -115,7 +115,7 @@ class Shape:
             if name == MESSAGES:
                 return _conversation_before_answer(cell, column)
             if cell is not None and not isinstance(cell, str):
-                raise ValueError(f"{column} is not a text")
+                raise ValueError(f"{column} is not a string")
             if not (cell or "").strip(INVISIBLE) and name not in self.optional:
                 raise ValueError(f"{column} is {'empty' if column in cells else 'missing'}")
             fields[name] = cell
@@ -125,7 +125,7 @@ class Shape:
 
 
 def shape_of(data: Data) -> Shape:
-    """Return the shape that the params describe."""
+    """Return the row shape for the params."""
     if data.task == "text":
         return Shape("text", {"text": data.text_column}, frozenset(), None)
     template = parse_template(data.prompt_template, data.task)
@@ -136,7 +136,7 @@ def shape_of(data: Data) -> Shape:
     }
     columns = {field: named.get(field, field) for field in template.fields}
     optional = frozenset(f for f, column in columns.items() if column in data.optional_columns)
-    if len(columns) == 1:  # a prompt of nothing
+    if len(columns) == 1:  # the only column of a prompt must not be empty
         optional = frozenset()
     if MESSAGES not in columns:
         answer = FIELDS[data.task][1]
@@ -145,7 +145,7 @@ def shape_of(data: Data) -> Shape:
 
 
 def conversation_problem(cell: str) -> str | None:
-    """Return what keeps a conversation, as JSON, from being learned from."""
+    """Return why a conversation, given as JSON, cannot be used for training, or None."""
     try:
         messages = json.loads(cell)
     except (ValueError, RecursionError):
@@ -154,7 +154,7 @@ def conversation_problem(cell: str) -> str | None:
         return "is not a list of messages"
     for number, message in enumerate(messages, 1):
         if _role(message) is None:
-            return f"message {number} has no role of {', '.join(_ROLES)}"
+            return f"message {number} has no valid role ({', '.join(_ROLES)})"
         content = _content(message)
         if not isinstance(content, str):
             return f"message {number} has no text"
@@ -165,12 +165,12 @@ def conversation_problem(cell: str) -> str | None:
     if _role(messages[-1]) != "assistant":
         return "does not end with the assistant's answer"
     if all(_role(message) != "user" for message in messages):
-        return "has no message of the user"
+        return "has no message from the user"
     return None
 
 
 def conversation_text(cell: str) -> str:
-    """Return what is said in a conversation, given as JSON; another cell as it is."""
+    """Return the contents of a conversation's messages; any other cell is returned unchanged."""
     try:
         messages = json.loads(cell)
     except (ValueError, RecursionError):
@@ -198,11 +198,11 @@ def _conversation_before_answer(cell: Any, column: str) -> str:
         except (ValueError, RecursionError):
             messages = None
     answer = {"role": "assistant", "content": "to come"}
-    whole = [*messages, answer] if isinstance(messages, list) else messages
-    problem = conversation_problem(json.dumps(whole))
+    complete = [*messages, answer] if isinstance(messages, list) else messages
+    problem = conversation_problem(json.dumps(complete))
     if problem:
         raise ValueError(f"{column} {problem}")
-    return _conversation_prompt(whole[:-1])
+    return _conversation_prompt(complete[:-1])
 
 
 def _role(message: Any) -> str | None:

@@ -1,6 +1,6 @@
-"""A user's files as splits: which file is which split; and when two texts are the same.
+"""Assign the user's files to splits, and define when two texts are equal.
 
-How a file becomes rows is in `gptj8.dataset.readers.formats`.
+`gptj8.dataset.readers.formats` reads the rows of a file.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 _WORDS = re.compile(r"[\W_]+")
 _PATTERN_CHARACTERS = "*?["
 _HUB = (
-    "for a dataset of the Hub set `dataset` in data/datasets/hub/params.yaml and data.train to "
+    "for a Hub dataset, set `dataset` in data/datasets/hub/params.yaml and set data.train to "
     "data/datasets/hub/splits"
 )
 
 
 class Sources(NamedTuple):
-    """What there is to read.
+    """The files to read.
 
     Attributes:
-        files: of each split that has some; `train` is always among them.
-        ignored: files beside them that are not read.
+        files: the files of each split that has any; always includes `train`.
+        ignored: files in the same directories that are not read.
     """
 
     files: dict[str, list[Path]]
@@ -49,18 +49,18 @@ class Sources(NamedTuple):
 def find_sources(data: Data) -> Sources:
     """Find the files of each split.
 
-    `data.train` may be a file; a directory whose files or folders are named after the splits
+    `data.train` is one of: a file; a directory whose files or folders are named after the splits
     (`train.csv`, `dev.jsonl.gz`, the Hub's `data/train-00000-of-00002.parquet`, `test/part1.csv`);
-    or a directory of files without such names, all of them training rows. `data.validation` and
-    `data.test` may be files or directories. A pattern (`data.train_files` and so on) chooses files
-    of a directory, at any depth with `**/`.
+    a directory of files without such names, all of which are training rows. `data.validation` and
+    `data.test` may be files or directories. A pattern (`data.train_files` and so on) selects files
+    in a directory, at any depth with `**/`.
 
     Raises:
-        UserError: a line for each path that is missing or ambiguous.
+        UserError: with one line per missing or ambiguous path.
     """
     problems: list[str] = []
     files: dict[str, list[Path]] = {}
-    there: set[Path] = set()
+    existing: set[Path] = set()
     for split in SPLITS:
         value, pattern = getattr(data, split), getattr(data, f"{split}_files")
         if value is None:
@@ -73,12 +73,12 @@ def find_sources(data: Data) -> Sources:
         elif path.is_file():
             if pattern is not None:
                 problems.append(
-                    f"data.{split}_files = {pattern} needs a directory, and {path} is a file"
+                    f"data.{split}_files = {pattern} needs a directory, but {path} is a file"
                 )
             files[split] = [path]
         else:
             inside = _files_below(path)
-            there.update(inside)
+            existing.update(inside)
             readable = [file for file in inside if suffix_of(file) in SUFFIXES]
             if pattern is not None:
                 files[split] = _matching(path, pattern, readable, split, problems)
@@ -89,14 +89,14 @@ def find_sources(data: Data) -> Sources:
             if not files.get(split) and not problems:
                 known = ", ".join(SUFFIXES)
                 problems.append(
-                    f"data.{split}: {path} has no file with one of the suffixes {known}"
+                    f"data.{split}: {path} has no file with a supported suffix: {known}"
                 )
     problems += _problems_of_files(files)
     if problems:
         raise UserError("\n".join(problems))
     read = {file for paths in files.values() for file in paths}
     ordered = {split: files[split] for split in SPLITS if split in files}
-    return Sources(ordered, sorted(there - read))
+    return Sources(ordered, sorted(existing - read))
 
 
 def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
@@ -107,11 +107,11 @@ def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
         for path in paths:
             other = owners.setdefault(path.resolve(), split)
             if other != split:
-                problems.append(f"{path} is a file of data.{other} and of data.{split}")
+                problems.append(f"{path} is in both data.{other} and data.{split}")
             try:
                 str(path).encode()
             except UnicodeEncodeError:
-                problems.append(f"{str(path)!a}: its name is not UTF-8; rename it")
+                problems.append(f"{str(path)!a}: the file name is not UTF-8; rename it")
             if shard := _SHARD.fullmatch(_stem(path)):
                 name, number, total = shard[1], int(shard[2]), int(shard[3])
                 shards.setdefault((path.parent, name, total), set()).add(number)
@@ -119,21 +119,23 @@ def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
         missing = sorted(set(range(total)) - numbers)
         if missing and max(numbers) < total:
             listed = ", ".join(f"{number:05}" for number in missing[:10])
-            problems.append(f"{folder}/{name}: of {total} files these are missing: {listed}")
+            problems.append(
+                f"{folder}/{name}: {len(missing)} of {total} shards are missing: {listed}"
+            )
     return problems
 
 
 def content_key(text: str) -> bytes:
-    """Return the SHA-256 of a text in which only its characters count.
+    """Return the SHA-256 of a text after normalization; texts with equal keys are duplicates.
 
-    Canonically equivalent Unicode (NFC) is the same text, and any run of whitespace is one space.
-    Case and punctuation count: two texts that differ in them are not duplicates but relatives.
+    The text is converted to Unicode NFC, and each run of white space becomes one space. Case and
+    punctuation are kept: texts that differ in these are not duplicates, but may be near-duplicates.
     """
     return hashlib.sha256(" ".join(canonical_words(text, "NFC")).encode()).digest()
 
 
 def explain_missing(split: str, value: str) -> str:
-    """Return why `data.<split>` is nothing that can be read, and the way out."""
+    """Return why `data.<split>` cannot be read, and how to fix it."""
     path = Path(value)
     if value.startswith("hf:") or "://" in value:
         return f"data.{split}: {value} is not a path; {_HUB}"
@@ -142,7 +144,7 @@ def explain_missing(split: str, value: str) -> str:
         while any(character in str(folder) for character in _PATTERN_CHARACTERS):
             folder = folder.parent
         return (
-            f"data.{split}: {path} is a pattern, and DVC follows paths; set data.{split}: {folder} "
+            f"data.{split}: {path} is a pattern, but DVC needs a path; set data.{split}: {folder} "
             f"and data.{split}_files: {path.relative_to(folder)}"
         )
     missing = f"data.{split}: {explain_missing_file(path)}"
@@ -151,12 +153,12 @@ def explain_missing(split: str, value: str) -> str:
 
 
 def _files_below(directory: Path) -> list[Path]:
-    """Return all files, those of linked folders too, but hidden ones."""
+    """Return all files except hidden ones, including those in linked folders."""
     found: list[Path] = []
     visited: set[str] = set()
     for folder, folders, names in os.walk(directory, followlinks=True):
         place = os.path.realpath(folder)
-        if place in visited:  # a link that leads back
+        if place in visited:  # a link cycle
             folders.clear()
             continue
         visited.add(place)
@@ -173,7 +175,9 @@ def _matching(
     directory: Path, pattern: str, readable: Sequence[Path], split: str, problems: list[str]
 ) -> list[Path]:
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        problems.append(f"data.{split}_files = {pattern} leaves {directory}")
+        problems.append(
+            f"data.{split}_files = {pattern} is outside {directory}; use a relative path without .."
+        )
         return []
     chosen = set(directory.glob(pattern))
     found = [path for path in readable if path in chosen]
@@ -181,7 +185,7 @@ def _matching(
         near = ", ".join(path.name for path in readable[:10]) or "none"
         problems.append(
             f"data.{split}_files = {pattern} matches no readable file in {directory}; "
-            f"files that could be read: {near}"
+            f"readable files: {near}"
         )
     return found
 
@@ -203,12 +207,12 @@ def _splits_in_directory(
     if similar:
         listed = ", ".join(path.relative_to(directory).as_posix() for path in similar[:10])
         problems.append(
-            f"{directory}: {listed} may be a split, and is not named train, validation or test "
-            "alone; name each split's files with data.train_files, data.validation_files and "
-            "data.test_files, and the directory in data.validation and data.test as well"
+            f"{directory}: {listed} may be a split, but the name is not exactly train, validation "
+            "or test; set data.train_files, data.validation_files and data.test_files, and set "
+            "data.validation and data.test to the directory as well"
         )
     for split, found in named.items():
-        # One file, or shards, or a folder's files, but not train.csv beside train.jsonl.
+        # One file, shards or the files of a folder are allowed, but not train.csv and train.jsonl.
         top = [path for path in found if not _SHARD.fullmatch(_stem(path))]
         stems = [path.with_name(_stem(path)) for path in top]
         if len(set(stems)) < len(stems) or (len(top) < len(found) and top):
@@ -219,8 +223,8 @@ def _splits_in_directory(
     if "train" not in named:
         listed = ", ".join(path.relative_to(directory).as_posix() for path in readable[:10])
         problems.append(
-            f"data.train: {directory} has files for {' and '.join(named)} and no file or folder "
-            f"named train; files that could be read: {listed}"
+            f"data.train: {directory} has files for {' and '.join(named)}, but no file or folder "
+            f"is named train; readable files: {listed}"
         )
     return named
 

@@ -1,4 +1,4 @@
-"""The checks that `validate` makes, by name: what each finds and what follows from it."""
+"""The checks of `validate`: their kinds, headings and advice."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What follows from a finding."""
+    """What happens to a row with a finding."""
 
     INVALID = "invalid"
-    """The row cannot be used; `data.on_invalid` decides."""
+    """The row cannot be used; `data.on_invalid` decides what happens."""
     RELATION = "relation"
-    """The row has a relative; it goes or stays as the policy for this relation says."""
+    """The row is related to another row; the policy for the relation keeps or drops it."""
     SUSPECT = "suspect"
-    """The row is used; a person should look at it."""
+    """The row is used, but should be reviewed."""
     FATAL = "fatal"
-    """The dataset cannot be used until this is mended."""
+    """The dataset cannot be used until this is fixed."""
 
 
 class Check(NamedTuple):
-    """One check, its heading in the report, and what a person may do about what it finds."""
+    """A check: its kind, its heading in the report and advice for fixing its findings."""
 
     kind: Kind
     heading: str
@@ -30,103 +30,105 @@ class Check(NamedTuple):
 CHECKS = {
     "malformed": Check(
         Kind.INVALID,
-        "rows that cannot be taken apart",
-        "The file was cut off or written without quotes; write it with a CSV or JSON library.",
+        "malformed rows",
+        "The file is truncated or lacks quotes; write it with a CSV or JSON library.",
     ),
-    "missing": Check(Kind.INVALID, "missing cells", "Fill them or leave the rows out."),
+    "missing": Check(Kind.INVALID, "missing cells", "Fill them or remove the rows."),
     "type": Check(
-        Kind.INVALID, "cells of the wrong type", "A number or a list is no text to learn from."
+        Kind.INVALID, "cells of the wrong type", "Texts must be strings, not numbers or lists."
     ),
-    "empty": Check(Kind.INVALID, "empty texts", "Fill them or leave the rows out."),
+    "empty": Check(Kind.INVALID, "empty texts", "Fill them or remove the rows."),
     "undecodable": Check(
         Kind.INVALID,
         "bytes that are not UTF-8",
-        "The file, or the part that was pasted into it, has another encoding; save it as UTF-8.",
+        "The file, or a part pasted into it, has another encoding; save it as UTF-8.",
     ),
     "nul": Check(
         Kind.INVALID,
         "texts with a NUL character",
-        "Binary data came among the text; export it anew.",
+        "The text contains binary data; export the file again.",
     ),
     "replacement": Check(
         Kind.INVALID,
-        "texts with U+FFFD, once read with the wrong encoding",
-        "The characters are lost in this file; export it anew from its source.",
+        "texts with U+FFFD, decoded with the wrong encoding",
+        "The original characters are lost; export the file again from its source.",
     ),
     "messages": Check(
         Kind.INVALID,
-        "conversations that cannot be learned from",
-        "A conversation needs a message of the user and ends with the assistant's.",
+        "invalid conversations",
+        "A conversation needs a user message and must end with an assistant message.",
     ),
     "unknown_label": Check(
         Kind.INVALID,
-        "labels that data.labels does not name",
+        "labels that are not in data.labels",
         "Correct the label, or add it to data.labels.",
     ),
     "room": Check(
         Kind.INVALID,
-        "answers that leave no room for their text",
-        "Answers are never cut; raise data.max_length.",
+        "answers that leave no room for the text",
+        "Answers are never truncated; raise data.max_length.",
     ),
     "label_case": Check(
         Kind.FATAL,
-        "labels that differ only in case, spaces or Unicode form",
-        "The model would learn them as different answers; spell each label one way.",
+        "labels that differ only in case, whitespace or Unicode form",
+        "The model would learn them as different answers; use one spelling per label.",
     ),
     "unseen_label": Check(
         Kind.FATAL,
-        "labels that train never shows",
-        "What is never shown cannot be learned; move some of these rows to train.",
+        "labels that are missing from train",
+        "The model cannot learn a label that it never sees; move some of these rows to train.",
     ),
     "leak": Check(
         Kind.RELATION,
-        "texts that are in a later split as well",
-        "The model is measured on what it has seen; data.on_leak: drop keeps the later copy only.",
+        "texts that also occur in a later split",
+        "Leaks inflate metrics; data.on_leak = drop keeps only the copy in the later split.",
     ),
     "near_leak": Check(
         Kind.RELATION,
-        "texts that are nearly the same as one in a later split",
-        "As with exact leaks; data.near_duplicate_threshold says how alike they have to be.",
+        "texts with a near-duplicate in a later split",
+        "They are handled like exact leaks; data.near_duplicate_threshold sets the similarity.",
     ),
     "duplicate": Check(
         Kind.RELATION,
         "duplicates within a split",
-        "The first is kept: copies count double in training and in every measurement.",
+        "Only the first is kept, because copies count twice in training and in metrics.",
     ),
     "near_duplicate": Check(
         Kind.RELATION,
         "near-duplicates within a split",
-        "data.on_near_duplicate: drop keeps the first. Rows are held out with their relatives.",
+        "data.on_near_duplicate = drop keeps the first. Near-duplicates are held out together.",
     ),
     "conflict": Check(
         Kind.SUSPECT,
         "texts with different answers",
-        "They teach the model to guess; decide for one answer, or tell the texts apart.",
+        "They teach the model to guess; choose one answer, or make the texts different.",
     ),
     "joined": Check(
         Kind.SUSPECT,
         "cells that look like several rows",
-        "A quote inside a text is written twice, and the whole text in quotes; mend the first one.",
+        "Double each quote inside a text and put the text in quotes; fix the first such cell.",
     ),
     "mojibake": Check(
-        Kind.SUSPECT, "texts that look misread", "ftfy.fix_text mends most of them, if it is so."
+        Kind.SUSPECT, "texts that look like mojibake", "ftfy.fix_text repairs most mojibake."
     ),
     "html": Check(
         Kind.SUSPECT,
         "texts with HTML entities",
-        "html.unescape turns them into what readers saw; the model learns them as they stand.",
+        "The model learns them literally; html.unescape converts them to characters.",
     ),
     "control": Check(
-        Kind.SUSPECT, "texts with control characters", "They are tokens that no reader ever saw."
+        Kind.SUSPECT,
+        "texts with control characters",
+        "Readers cannot see them, but the model learns them as tokens.",
     ),
     "special_token": Check(
         Kind.SUSPECT,
         "texts with the name of a special token",
-        "It is encoded as plain text and ends nothing; remove it if it was meant to.",
+        "It is encoded as plain text and has no special effect; remove it if it should have one.",
     ),
     "truncated": Check(
         Kind.SUSPECT,
         "texts longer than max_length",
-        "Their ends are cut, their answers never; raise data.max_length if the ends matter.",
+        "The text is truncated, the answer is not; raise data.max_length to keep all of the text.",
     ),
 }

@@ -1,4 +1,4 @@
-"""What was found in which row: all of it on the disk, counts and a few examples in memory."""
+"""Collect findings: all of them on disk, counts and a few examples in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj8.dataset.validation.checks import CHECKS
 
 COLUMNS = ("split", "file", "row", "check", "column", "value", "reason", "dropped")
 OTHER_COLUMNS = ("other_file", "other_row", "other_value")
-"""The relative that a relation is about; null where there is none."""
+"""The related row of a relation; null for other findings."""
 
 EXAMPLES = 20
 
@@ -31,13 +31,13 @@ _SCHEMA = pa.schema(
 
 
 class Findings:
-    """Everything that was found, in the order of finding.
+    """All findings, in the order in which they are added.
 
     Attributes:
         path: a Parquet file with the columns `split`, `file`, `row`, `check`, the user's `column`,
-            `value`, `reason`, `dropped` (whether the row was left out for it) and `other_*`.
-        examples: the first `EXAMPLES` of each check.
-        dropped_rows: rows left out.
+            `value`, `reason`, `dropped` (whether the finding dropped the row) and `other_*`.
+        examples: the first `EXAMPLES` findings per check.
+        dropped_rows: the number of dropped rows.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,10 +49,10 @@ class Findings:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, found: pd.DataFrame) -> None:
-        """Add findings; all those of one row and check come together.
+        """Add findings; all findings of one row and check must be in one call.
 
         Args:
-            found: the columns of `path`; those of a relation may be left out.
+            found: a frame with the columns of `path`; the `other_*` columns are optional.
         """
         if found.empty:
             return
@@ -60,9 +60,9 @@ class Findings:
         rows = found.drop_duplicates(["check", "file", "row"])
         for (check, split), count in rows.groupby(["check", "split"]).size().items():
             self._rows[check, split] += int(count)
-        gone = rows[rows["dropped"].astype(bool)]
-        self._dropped.update(gone["check"].value_counts().to_dict())
-        self.dropped_rows += len(gone.drop_duplicates(["file", "row"]))
+        dropped = rows[rows["dropped"].astype(bool)]
+        self._dropped.update(dropped["check"].value_counts().to_dict())
+        self.dropped_rows += len(dropped.drop_duplicates(["file", "row"]))
         for check, part in found.groupby("check"):
             known = self.examples.get(check)
             if known is None:
@@ -72,7 +72,7 @@ class Findings:
         self._write(found)
 
     def count(self, *checks: str, split: str | None = None) -> int:
-        """Return how many rows have a finding of a check, summed over the checks."""
+        """Return the number of rows with a finding, summed over the checks."""
         return sum(
             count
             for (check, part), count in self._rows.items()
@@ -80,20 +80,20 @@ class Findings:
         )
 
     def dropped(self, check: str) -> int:
-        """Return how many rows were left out for a check."""
+        """Return the number of rows that a check dropped."""
         return self._dropped[check]
 
     def checks(self) -> list[str]:
-        """Return the checks that found something, in the order of `CHECKS`."""
+        """Return the checks with findings, in the order of `CHECKS`."""
         return [name for name in CHECKS if self.count(name)]
 
     def frame(self) -> pd.DataFrame:
-        """Return all that was found."""
+        """Return all findings."""
         self.close()
         return pq.read_table(self.path).to_pandas()
 
     def close(self) -> None:
-        """Complete the file."""
+        """Complete and close the file."""
         if self._writer is None and not self.path.exists():
             self._write(pd.DataFrame(columns=_SCHEMA.names))
         if self._writer is not None:
@@ -108,7 +108,7 @@ class Findings:
 
 
 def copy_dropped(source: str | Path, target: str | Path) -> None:
-    """Write those findings of `source` for which rows were left out to `target`."""
+    """Copy the findings that dropped a row from `source` to `target`."""
     with (
         pq.ParquetFile(source) as file,
         pq.ParquetWriter(target, _SCHEMA, compression="zstd") as out,

@@ -1,21 +1,22 @@
-"""Texts that are nearly the same: MinHash finds the candidates, the exact similarity decides.
+"""Find near-duplicate texts: MinHash selects candidate pairs, the exact similarity decides.
 
-Two texts are as alike as the sets of their shingles, all runs of 5 characters of their normalized
-form, are in Jaccard's sense: shared over all. Normalized is: HTML entities resolved, links, user
-names and `RT @name:` left out, compatible characters made equal (NFKC), case folded, only letters,
-digits and symbols kept, one space between words. So case, punctuation, a retweet's frame or another
-link make no difference at all, and one other word of six letters in 45 characters leaves 60 %.
+The similarity of two texts is the Jaccard similarity of their shingles: all runs of 5 characters
+of the normalized text. Normalization resolves HTML entities, removes links, user names and
+`RT @name:`, applies NFKC, folds case, keeps only letters, digits and symbols, and puts one space
+between words. Case, punctuation, retweet prefixes and links therefore make no difference. Replacing
+one word of six letters in a text of 45 characters leaves a similarity of 0.6.
 
-Comparing all pairs is out of the question, so texts are compared that agree in one band of their
-MinHash signature (Broder, "On the resemblance and containment of documents", 1997; bands: Leskovec,
-Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4). The only thing that is sketched is
-which pairs are looked at; no pair is reported that is not as similar as the threshold. Of pairs
-just at it at least `_RECALL` are looked at, of more similar ones practically all. Among more than
-some hundred thousand texts too many agree by chance, and the bands are more selective: of ten
-million texts 64 % of the pairs of similarity 0.6 are looked at, 95 % of 0.7, and all of 0.8.
+Comparing all pairs is too slow, so two texts are compared only if they agree in at least one band
+of their MinHash signatures (Broder, "On the resemblance and containment of documents", 1997; bands:
+Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4). Only the selection of
+pairs is approximate: every reported pair has at least the similarity of the threshold. At least
+`_RECALL` of the pairs at the threshold are compared, and practically all of the more similar pairs.
+Above a few hundred thousand texts, too many agree by chance, so the bands are more selective. With
+ten million texts, 64% of the pairs of similarity 0.6 are compared, 95% of 0.7, and all of 0.8.
 
-The signatures are rensa's, in Rust over flat arrays: 2.5 microseconds for a text of 500 characters.
-datasketch, tried first, takes 530, which is an hour and a half for ten million rows.
+The signatures are computed by rensa, in Rust over flat arrays, in 2.5 microseconds for a text of
+500 characters. Alternative considered: datasketch; it was rejected because it takes 530
+microseconds, which is an hour and a half for ten million rows.
 """
 
 from __future__ import annotations
@@ -36,25 +37,26 @@ _NUM_PERM = 256
 _LARGEST_WIDTH = 16
 _RECALL = 0.95
 _SEED = 8
-_CHUNK = 256  # texts whose shingles stay in the processor's cache
+_CHUNK = 256  # texts per call, so that the shingles fit into the CPU cache
 _TOP = np.uint64(32)
 
-_CHANCE = 0.05  # what texts without any relation share
-_MISSES = 16  # texts that one is compared with and not similar to
-_COINCIDENCES = 0.1  # texts that one may be compared with by chance, a band
+_CHANCE = 0.05  # similarity of unrelated texts
+_MISSES = 16  # dissimilar comparisons after which a text is no longer compared
+_COINCIDENCES = 0.1  # expected comparisons by chance, per text and band
 
 _NOISE = re.compile(r"\bRT\s+@\w+:?|https?://\S+|\bwww\.\S+|@\w+", re.IGNORECASE)
 _NO_ENTITY = re.compile(r"&#[0-9]{8,};?")
-# `3 + 3` is not `3 = 3`, nor is one emoji another: symbols count, markup and punctuation do not.
+# Symbols are kept, because `3 + 3` differs from `3 = 3`, and so do emojis. Markup and punctuation
+# are removed.
 _ASCII_WORD = re.compile(r"[^\W_]+|[$+<=>|]")
-# `re` takes a word apart at its accents.
+# `re` splits words at combining accents.
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+|[$+<=>|]|(?![\x00-\x7f])\p{S}")
 
 
 def normalize(text: str) -> str:
-    """Return what of a text counts when it is compared with others."""
+    """Return the normalized form of a text, by which it is compared with others."""
     if "&" in text:
-        # No character has a number of so many digits, and Python refuses to read very many.
+        # No code point has this many digits, and Python limits the digits that it converts.
         text = html.unescape(_NO_ENTITY.sub(" ", text))
     text = _NOISE.sub(" ", text)
     if text.isascii():
@@ -65,22 +67,22 @@ def normalize(text: str) -> str:
 
 def similarity(one: str, other: str) -> float:
     """Return the Jaccard similarity of the shingles of two normalized texts, 0 to 1."""
-    # As hashes: sets of strings would take gigabytes for texts of some megabytes.
+    # Hashes are compared because sets of strings take gigabytes for texts of a few megabytes.
     a, b = (np.unique(_hashed_shingles([text])[0]) for text in (one, other))
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
 def banding(threshold: float, texts: int) -> tuple[int, int]:
-    """Return how many bands, and of how many values: the most selective that miss little.
+    """Return the number of bands and of values per band: the most selective with enough recall.
 
-    Two texts of similarity s agree in a band of r values with probability s**r, and in one of b
-    bands with 1 - (1 - s**r)**b.
+    Two texts of similarity s agree in a band of r values with probability s**r, and in at least one
+    of b bands with probability 1 - (1 - s**r)**b.
 
     Args:
         threshold: the similarity to find.
-        texts: how many will be compared; of many, the bands are at least so selective that few
-            agree by chance.
+        texts: the number of texts. With many texts, more selective bands are used, so that few
+            texts agree by chance.
     """
     selective = math.ceil(math.log(_COINCIDENCES / max(texts, 1)) / math.log(_CHANCE))
     for width in range(_LARGEST_WIDTH, 0, -1):
@@ -91,16 +93,16 @@ def banding(threshold: float, texts: int) -> tuple[int, int]:
 
 
 def expected_recall(threshold: float, texts: int) -> float:
-    """Return the share of the pairs just at the threshold that are looked at, 0 to 1."""
+    """Return the share of the pairs at the threshold that are compared, 0 to 1."""
     bands, width = banding(threshold, texts)
     return 1 - (1 - threshold**width) ** bands
 
 
 def band_hashes(normalized: Sequence[str], bands: int, width: int) -> np.ndarray:
-    """Return what texts have to agree in to be compared.
+    """Return hashes of the bands; texts are compared if they agree in one of them.
 
     Args:
-        normalized: from `normalize`, none of them empty.
+        normalized: texts from `normalize`; none may be empty.
         bands, width: from `banding`.
 
     Returns:
@@ -133,23 +135,23 @@ def find_similar(
     text_of: Callable[[int], str],
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the families of similar texts, and for each text a similar one of a later group.
+    """Find the families of similar texts, and for each text a similar one in a later group.
 
-    A text is compared with the first one that agrees with it in a band, with the one before it, and
-    with the first one of the next group; but not with one that is of its family already, nor after
-    `_MISSES` that were not similar. So a million rows made from one pattern take some million
-    comparisons and not half a billion.
+    Among the texts that agree in a band, each text is compared with the first one, with the
+    previous one, and with the first one of the next group. It is not compared with texts that are
+    already in its family, nor after `_MISSES` dissimilar comparisons. A million rows made from one
+    template therefore take about a million comparisons instead of half a billion.
 
     Args:
-        bands: one (texts,) uint32 array at a time, from `band_hashes`.
-        groups: (texts,) the group, such as the split, of each text; ascending.
-        text_of: the normalized text of an index.
+        bands: yields one (texts,) uint32 array per band, the rows of `band_hashes`.
+        groups: (texts,) the group of each text, such as its split; ascending.
+        text_of: returns the normalized text of an index.
         threshold: 0 to 1.
 
     Returns:
-        (pairs, 2) int64, distinct pairs of similar texts by index, the smaller one first; within a
-        group they connect every family, and its first text with all that are like it. And (pairs,)
-        their similarities.
+        Distinct pairs of similar texts, (pairs, 2) int64 indices with the smaller one first, and
+        their similarities, (pairs,). Within a group, the pairs connect each family, and include all
+        pairs of its first text with a similar member.
     """
     parents = np.arange(len(groups))
     leaked = np.zeros(len(groups), dtype=bool)
@@ -181,7 +183,7 @@ def find_similar(
                 leaked[i] = True
             else:
                 parents[_root(parents, j)] = _root(parents, i)
-    # What is dropped for its likeness to the first of a family has to be like that one.
+    # A text that is dropped in favor of the first of its family must be similar to that text.
     within = [pair for pair in similar.found if groups[pair[0]] == groups[pair[1]]]
     first: dict[int, int] = {}
     for text in sorted({text for pair in within for text in pair}):
@@ -193,7 +195,7 @@ def find_similar(
 
 
 class _SimilarPairs:
-    """Compares texts in full and keeps the similar ones."""
+    """Compute similarities of pairs and keep the similar pairs."""
 
     def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
         self.found: dict[tuple[int, int], float] = {}
@@ -210,7 +212,7 @@ class _SimilarPairs:
 
 
 def _root(parents: np.ndarray, text: int) -> int:
-    """Return what stands for a text's family (union-find with path halving)."""
+    """Return the root of a text's family (union-find with path halving)."""
     while parents[text] != text:
         parents[text] = parents[parents[text]]
         text = int(parents[text])
@@ -227,7 +229,7 @@ def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray
     later = np.flatnonzero(~starts)
     yield index[first[later]], index[later]
     yield index[later - 1], index[later]
-    # Where the next run begins: of texts that agree and are of one group.
+    # A run is a sequence of texts that agree and are in one group. Find where the next run begins.
     group = groups[index]
     turns = starts | np.concatenate([[True], group[1:] != group[:-1]])
     run = np.cumsum(turns) - 1
@@ -240,25 +242,25 @@ def _agreeing(band: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray
 
 
 def _hashed_shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes of all shingles, text after text, and where each text begins and ends."""
+    """Return the hashes of all shingles, text after text, and the offset of each text."""
     padded = [text.ljust(SHINGLE) for text in texts]
     joined = np.frombuffer("".join(padded).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     lengths = np.fromiter(map(len, padded), dtype=np.int64, count=len(padded))
     ends = np.cumsum(lengths)
     count = len(joined) - SHINGLE + 1
     hashes = joined[:count].copy()
-    for offset in range(1, SHINGLE):  # 5 code points of 21 bits do not fit: a polynomial, mixed
+    for offset in range(1, SHINGLE):  # 5 code points of 21 bits exceed 64 bits: hash them
         hashes *= np.uint64(0x100000001B3)
         hashes ^= joined[offset : offset + count]
-    whole = np.ones(len(joined), dtype=bool)
+    complete = np.ones(len(joined), dtype=bool)
     for offset in range(1, SHINGLE):  # runs that reach into the next text are not shingles
-        whole[ends - offset] = False
+        complete[ends - offset] = False
     offsets = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)])
-    return _mix(hashes[whole[:count]]), offsets.astype(np.uint64)
+    return _mix(hashes[complete[:count]]), offsets.astype(np.uint64)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over all (the finalizer of Stafford's variant 13 of MurmurHash3)."""
+    """Mix the bits of each value (Stafford's variant 13 of the MurmurHash3 finalizer)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""A map over threads that neither runs ahead nor mixes up the order."""
+"""Map a function over items in threads, in order and with a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _THREADS = 2
-_WAITING = 4  # items taken ahead: enough to keep the threads busy, few enough to stay small
+_WAITING = 4  # items submitted ahead: enough to keep the threads busy without using much memory
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield the results in the order of the items; no more than a few items are in memory.
+    """Yield the results in the order of the items, with only a few items in memory.
 
-    Two threads, because what they run is half in libraries that let go of Python's lock.
+    Two threads are used because about half of the work runs in libraries that release the GIL.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -1,6 +1,6 @@
-"""Why a dataset is refused, in one line each that says where, how much, and the way out.
+"""Describe why a dataset cannot be used: one line per problem, with the place and the fix.
 
-Pure functions of what was found and of the params that decide about it.
+The functions are pure: they depend only on the findings and the params.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _EXAMPLES = 3
 
 
 def nothing_valid(data: Data, findings: Findings, total: int) -> str:
-    """Say that no row is left."""
+    """Return the error for a dataset without valid rows."""
     shown = "".join(f"; {problem}" for problem in _first_invalid(findings))
-    return f"{data.train}: not one of {total} rows is valid{shown}"
+    return f"{data.train}: none of {total} rows is valid{shown}"
 
 
 def invalid_rows(
     data: Data, findings: Findings, invalid: Mapping[str, int], total: Mapping[str, int]
 ) -> list[str]:
-    """Refuse rows that cannot be used, if `data.on_invalid` and its limit do.
+    """Return a problem if `data.on_invalid` or `data.max_invalid_fraction` forbids invalid rows.
 
     Args:
-        invalid, total: rows of each split; each is judged by itself, or a large train would hide
-            that half of a small test is gone.
+        invalid, total: the number of rows per split. The limit applies to each split, because a
+            large train split would hide that half of a small test split is invalid.
     """
     count = sum(invalid.values())
     if not count:
@@ -42,12 +42,12 @@ def invalid_rows(
     allowed = data.max_invalid_fraction
     too_many = [split for split in invalid if invalid[split] > allowed * total[split]]
     if data.on_invalid == "error":
-        policy = "data.on_invalid is error; mend them, or set it to drop"
+        policy = "data.on_invalid = error; fix them, or set it to drop"
     elif too_many:
         where = "" if len(total) == 1 else f" in {' and '.join(too_many)}"
         policy = (
-            f"more{where} than data.max_invalid_fraction = {allowed:g} allows to drop; mend them, "
-            "or raise it"
+            f"more{where} than data.max_invalid_fraction = {allowed:g} allows; fix them, or raise "
+            "it"
         )
     else:
         return []
@@ -58,7 +58,7 @@ def invalid_rows(
 
 
 def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
-    """Return the labels that only look different, by number, the commonest first."""
+    """Return groups of labels that differ only in spelling, as numbers, most frequent first."""
     alike: dict[str, list[int]] = {}
     for number in sorted(range(len(names)), key=lambda number: -counts[number]):
         visible = names[number].strip(INVISIBLE)
@@ -68,36 +68,36 @@ def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]
 
 
 def label_spellings(data: Data, names: Sequence[str], counts: Sequence[int]) -> str:
-    """Refuse labels that differ only in case, spaces or Unicode form; the commonest comes first."""
+    """Return the problem of labels that differ only in spelling, given most frequent first."""
     described = " and ".join(
         f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True)
     )
     return (
-        f"labels {described} in column {data.label_column} differ only in case, spaces "
-        f"or Unicode form; write {names[0]!r} for all"
+        f"labels {described} in column {data.label_column} differ only in case, "
+        f"whitespace or Unicode form; use {names[0]!r} for all"
     )
 
 
 def leaks(check: str, pairs: Mapping[tuple[int, int], int], example: Any) -> str:
-    """Refuse texts that are in two splits.
+    """Return the problem of texts that occur in two splits.
 
     Args:
         check: `leak` or `near_leak`.
-        pairs: how many rows of a split, by number, are in which later one.
+        pairs: (split, later split) -> the number of rows of the first that are also in the second.
         example: a finding.
     """
     counts = ", ".join(
         f"{count} in {SPLITS[one]} and {SPLITS[other]}"
         for (one, other), count in sorted(pairs.items())
     )
-    almost = "nearly " if check == "near_leak" else ""
-    way_out = "set it to drop to keep each in the later split only"
-    if almost:
+    texts = "near-duplicate texts" if check == "near_leak" else "identical texts"
+    way_out = "set it to drop to keep only the copy in the later split"
+    if check == "near_leak":
         way_out += ", or raise data.near_duplicate_threshold"
     return (
-        f"some texts are {almost}in two splits ({counts}), for example {_place(example)} and "
-        f"{example.other_file} row {example.other_row}{_shown(example.value)}; data.on_leak is "
-        f"error: mend them, or {way_out}"
+        f"{texts} are in two splits ({counts}), for example {_place(example)} and "
+        f"{example.other_file} row {example.other_row}{_shown(example.value)}; "
+        f"data.on_leak = error: fix them, or {way_out}"
     )
 
 
@@ -107,16 +107,16 @@ def splits(
     labels: Mapping[str, Counter[str]] | None,
     with_files: Collection[str],
 ) -> list[str]:
-    """Refuse splits that have too little to learn from or to measure.
+    """Return the problems of splits with too few rows or labels to train or evaluate on.
 
     Args:
-        rows: of each split.
-        labels: rows of each label in each split, of a classification.
-        with_files: splits that have files of their own.
+        rows: the number of rows per split.
+        labels: the number of rows per label in each split; null unless the task is classification.
+        with_files: splits that have their own files.
     """
     if labels is not None and len(known := set().union(*labels.values())) == 1:
         return [
-            f"{data.train} has one label only, {known.pop()!r} in column {data.label_column}; "
+            f"{data.train} has only one label, {known.pop()!r} in column {data.label_column}; "
             "classification needs at least two"
         ]
     needed = 1 if labels is None else 2
@@ -130,35 +130,35 @@ def splits(
             problems.append(f"the {name} split has no rows left; add rows to data.{name}")
         else:
             label = next(iter(labels[name]))
-            problems.append(f"the {name} split has one label only, {label!r}; it needs two")
+            problems.append(f"the {name} split has only one label, {label!r}; it needs two")
     if too_few:
-        what = "texts" if needed == 1 else "texts of at least two labels"
+        with_labels = "" if needed == 1 else " with at least two labels each"
         problems.append(
-            f"{data.train} has too few {what} to hold out {' and '.join(too_few)}; add rows, or "
-            f"name files in {' and '.join(f'data.{name}' for name in too_few)}; near-duplicates "
-            "are held out together, and data.near_duplicate_threshold says which texts are"
+            f"{data.train} has too few texts to hold out {' and '.join(too_few)}{with_labels}; add "
+            f"rows, or set {' and '.join(f'data.{name}' for name in too_few)}; near-duplicates "
+            "(data.near_duplicate_threshold) are held out together"
         )
     return problems
 
 
 def missing_labels(data: Data, known: Collection[str]) -> list[str]:
-    """Refuse a train split that lacks a label of `data.labels`."""
+    """Return a problem if train has no rows for a label in `data.labels`."""
     missing = sorted(set(data.labels or ()) - set(known))
     if not missing:
         return []
-    return [f"data.labels names {listed(missing, 10)}, which no row of train has; mend the list"]
+    return [f"data.labels lists {listed(missing, 10)}, which no row in train has; fix the list"]
 
 
 def unseen_labels(split: str, labels: Sequence[str]) -> str:
-    """Refuse labels that train never shows."""
+    """Return the problem of labels in a split that are missing from train."""
     return (
-        f"labels in {split} that train never shows: {listed(labels, 10)}; add rows with them to "
-        f"train or remove them from {split}"
+        f"labels in {split} that are missing from train: {listed(labels, 10)}; add rows with them "
+        f"to train, or remove them from {split}"
     )
 
 
 def _first_invalid(findings: Findings) -> list[str]:
-    """Return the first invalid rows, one of each check before the second of any."""
+    """Return descriptions of the first invalid rows, one per check before a second of any."""
     found = [
         examples.assign(turn=range(len(examples)))
         for check, examples in findings.examples.items()

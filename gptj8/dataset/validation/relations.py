@@ -1,7 +1,7 @@
-"""Which rows have relatives: the same text, nearly the same, the same with another answer.
+"""Find related rows: equal texts, near-duplicates, and equal texts with different answers.
 
-Pure functions on arrays that have an element for each row of a dataset. A row is meant by its
-index. Rows are ordered as their splits are, train first.
+The functions are pure and work on arrays with one element per row of a dataset. Rows are identified
+by index and ordered by split, train first.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _HALF = np.uint64(32)
 
 
 def equal_texts(high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
-    """Find the texts that more than one row has.
+    """Find texts that occur in more than one row.
 
     Args:
-        high, low: (all rows,) uint64, the halves of each text's key.
-        rows: indices of the rows to look at, ascending.
+        high, low: (all rows,) uint64, the two halves of each text's key.
+        rows: the indices of the rows to check, ascending.
 
     Returns:
-        `index` and `group` of every such row, by index; a group is a text.
+        `index` and `group` of each such row, sorted by index; one group per text.
     """
-    # Most texts are unique, which half of a half of the key shows for little memory.
+    # Most texts are unique. A quarter of the key is enough to exclude them, with little memory.
     candidates = rows[np.sort(repeated(high[rows] >> _HALF)[1])]
     order = np.lexsort((candidates, low[candidates], high[candidates]))
     index = candidates[order]
@@ -42,10 +42,10 @@ def equal_texts(high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> pd.DataF
 
 
 def duplicates(equal: pd.DataFrame, split: np.ndarray, answer: np.ndarray) -> pd.DataFrame:
-    """Find rows with the text and the answer of an earlier row of their split.
+    """Find rows with the same text and answer as an earlier row of their split.
 
     Returns:
-        `index` and `other`, the first of them.
+        `index` and `other`, the first such row.
     """
     found = equal.assign(split=split[equal["index"]], answer=answer[equal["index"]])
     first = found.groupby(["group", "split", "answer"])["index"].transform("first")
@@ -54,10 +54,10 @@ def duplicates(equal: pd.DataFrame, split: np.ndarray, answer: np.ndarray) -> pd
 
 
 def leaks(equal: pd.DataFrame, split: np.ndarray) -> pd.DataFrame:
-    """Find rows whose text is in a later split as well.
+    """Find rows whose text also occurs in a later split.
 
     Returns:
-        `index` and `other`, the first row of the last split that has the text.
+        `index` and `other`, the first row with the text in the last split that has it.
     """
     found = equal.assign(split=split[equal["index"]])
     owners = found.sort_values(["split", "index"], ascending=[False, True])
@@ -69,10 +69,10 @@ def leaks(equal: pd.DataFrame, split: np.ndarray) -> pd.DataFrame:
 
 
 def conflicts(equal: pd.DataFrame, answer: np.ndarray) -> pd.DataFrame:
-    """Find texts with several answers.
+    """Find texts with different answers.
 
     Returns:
-        `index`, `group`, and `answers`, how many different ones the group has.
+        `index`, `group`, and `answers`, the number of different answers in the group.
     """
     found = equal.assign(answer=answer[equal["index"]])
     answers = found.groupby("group")["answer"].transform("nunique")
@@ -102,7 +102,7 @@ def near_duplicates(
     """Find rows that have an earlier near-duplicate in their split.
 
     Args:
-        drop: whether these rows will be left out; then a row counts only if the other one stays.
+        drop: whether the rows are dropped; then a row is returned only if its `other` is kept.
 
     Returns:
         `index`, `other` (the most similar one) and `similarity`.
@@ -112,21 +112,21 @@ def near_duplicates(
     found["similarity"] = similarity[within]
     found = found.sort_values(["index", "similarity", "other"], ascending=[True, False, True])
     if drop:
-        gone: set[int] = set()
-        stays = []
+        dropped: set[int] = set()
+        is_kept = []
         for other, index in zip(found["other"].tolist(), found["index"].tolist(), strict=True):
-            stays.append(other not in gone)
-            if stays[-1]:
-                gone.add(index)
-        found = found[stays]
+            is_kept.append(other not in dropped)
+            if is_kept[-1]:
+                dropped.add(index)
+        found = found[is_kept]
     found = found.drop_duplicates("index").reset_index(drop=True)
     return found[["index", "other", "similarity"]]
 
 
 def clusters(size: int, equal: pd.DataFrame, pairs: np.ndarray) -> np.ndarray:
-    """Return a number for each row that those with the same or nearly the same text share.
+    """Return a cluster number per row; rows with equal or near-duplicate texts share it.
 
-    Nearly the same is taken transitively here.
+    Near-duplication is treated as transitive.
     """
     first = equal.groupby("group")["index"].transform("first").to_numpy(np.int64)
     edges = np.concatenate([np.stack([first, equal["index"].to_numpy(np.int64)], axis=1), pairs])
@@ -140,26 +140,27 @@ def clusters(size: int, equal: pd.DataFrame, pairs: np.ndarray) -> np.ndarray:
 def hold_out(
     high: np.ndarray, cluster: np.ndarray, label: np.ndarray | None, shares: Mapping[int, float]
 ) -> np.ndarray:
-    """Take splits out of rows by the rank of each text's content hash.
+    """Assign rows to held-out splits by the rank of their content hashes.
 
-    What is chosen depends on the texts alone, neither on their order nor on a seed, and the rows of
-    a cluster go together, so that no text and no near-duplicate of it is ever in two splits. Ranks
-    and not a threshold on the hash: of 12 rows a threshold may well take none, a rank takes its
-    exact share. A cluster that is larger than what its split still needs is passed over, so that a
-    thousand rows made from one pattern stay in train and do not become the test. With labels, each
-    label is divided on its own and gives at least one row to every split; a label with no more
-    clusters than there are splits to take out stays whole. A cluster with several labels counts for
-    the one of its lowest hash.
+    The result depends only on the texts, not on their order or a seed. The rows of a cluster stay
+    together, so that no text and no near-duplicate of it is in two splits. Ranks give each split
+    its exact share. Alternative considered: a threshold on the hash; it was rejected because it may
+    select none of 12 rows. A cluster that is larger than the remaining need of a split is skipped,
+    so that a thousand rows made from one template stay in train instead of filling the test split.
+    With labels, each label is divided separately and gives at least one row to every split. A label
+    stays in train if it has no more clusters than there are held-out splits. A cluster with several
+    labels counts for the label of its lowest hash.
 
     Args:
-        high: (rows,) uint64, the upper half of each row's content hash; equal in one cluster only.
-        cluster: (rows,) which rows go together, numbered from 0.
-        label: (rows,) a number for each row's label.
-        shares: splits to take out, by number, and the share of the rows for each, the test split
-            first: then a change of the validation's share leaves the test split as it is.
+        high: (rows,) uint64, the upper half of each row's content hash; equal hashes are in one
+            cluster.
+        cluster: (rows,) the cluster of each row, numbered from 0.
+        label: (rows,) the label of each row, as a number.
+        shares: the splits to hold out, by number, with the share of rows of each. The test split
+            comes first, so that a change of the validation share does not change it.
 
     Returns:
-        (rows,) the number of the split of each row; 0, train's, for the rest.
+        (rows,) the number of each row's split; 0 (train) for rows that are not held out.
     """
     sizes = np.bincount(cluster).astype(np.int32)
     ranked = _by_lowest_hash(high, cluster, sizes)
@@ -178,10 +179,10 @@ def hold_out(
 
 
 def _by_lowest_hash(high: np.ndarray, cluster: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the clusters in the order of the lowest hash of each.
+    """Return the clusters, sorted by their lowest hash.
 
-    Most clusters are one row: only the others are sorted for their first, because `np.unique` on
-    ten million rows takes most of a gigabyte.
+    Most clusters have one row. Only the others go through `np.unique`, because it takes most of a
+    gigabyte for ten million rows.
     """
     in_order = cluster[np.argsort(high)]
     several = np.flatnonzero(sizes[in_order] > 1)
@@ -194,7 +195,7 @@ def _by_lowest_hash(high: np.ndarray, cluster: np.ndarray, sizes: np.ndarray) ->
 def _labels_of_clusters(
     high: np.ndarray, cluster: np.ndarray, label: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    """Return of each cluster the label of its lowest hash, of several that have it the lowest."""
+    """Return the label of each cluster's lowest hash; the lowest label if several have it."""
     found = np.zeros(len(sizes), dtype=label.dtype)
     found[cluster] = label
     rows = np.flatnonzero(sizes[cluster] > 1)
@@ -207,23 +208,23 @@ def _labels_of_clusters(
 def _take(
     group: np.ndarray, sizes: np.ndarray, shares: Mapping[int, float], split_of: np.ndarray
 ) -> None:
-    """Give clusters of one label, in their order, to splits until each has its share of rows."""
+    """Assign clusters of one label, in order, to splits until each has its share of rows."""
     rows = int(sizes[group].sum())
     left = len(group)
     waiting = (int(cluster) for cluster in group)
-    passed: list[int] = []
+    skipped: list[int] = []
     for split, share in shares.items():
         needed = max(1, round(share * rows))
-        # What was too large for the split before comes first; what this one leaves stays so.
-        again, passed = iter(passed), []
-        for cluster in itertools.chain(again, waiting):
+        # Clusters that were skipped for the previous split come first.
+        retried, skipped = iter(skipped), []
+        for cluster in itertools.chain(retried, waiting):
             size = int(sizes[cluster])
             if size > needed or left == 1:  # the last cluster stays in train
-                passed.append(cluster)
+                skipped.append(cluster)
             else:
                 split_of[cluster] = split
                 needed -= size
                 left -= 1
             if not needed:
                 break
-        passed += again
+        skipped += retried

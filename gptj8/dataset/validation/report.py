@@ -1,6 +1,6 @@
-"""What `validate` tells of a dataset: numbers for machines, tables for plots, a page for people.
+"""Write the report of `validate`: metrics as JSON, tables for plots, and an HTML page.
 
-Nothing on the page depends on the time or the machine: the same dataset gives the same bytes.
+The page does not depend on the time or the machine: the same dataset gives a byte-identical page.
 """
 
 from __future__ import annotations
@@ -26,46 +26,49 @@ from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.files import format_bytes, replace_directory, sha256_file, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.messages import listed
+from gptj8.runtime.tables import write_csv
 
-_BINS = 16  # up to max_length; one more holds what is longer
+_BINS = 16  # bins up to max_length; one more bin holds longer rows
 _LABELS = 50
-_FEW_ROWS = 10  # of a label: too few to learn or to measure
+_FEW_ROWS = 10  # labels with fewer rows are too rare to learn or to evaluate
 _IMBALANCE = 10
-_SHOWN = 400  # characters of a text
+_SHOWN = 400  # characters shown per text
 
 
 def write_report(
     directory: str | Path, validated: Validated, data: Data, prepared: str | Path
 ) -> None:
-    """Write report.html and metrics.json, inputs.json, labels.csv and token_lengths.csv; of a
-    dataset with problems report.html and findings.parquet.
+    """Write report.html, metrics.json, inputs.json, labels.csv and token_lengths.csv.
+
+    If the dataset has problems, only report.html and findings.parquet are written.
 
     Args:
-        directory: what to replace.
-        validated: from `validate`.
+        directory: the directory to replace.
+        validated: the result of `validate`.
         data: the params.
-        prepared: the prepared dataset.
+        prepared: the directory of the prepared dataset.
     """
     with replace_directory(directory) as staging:
         files = input_files(validated)
         page = render(validated, data, files)
         (staging / "report.html").write_text(page, encoding="utf-8")
-        if validated.problems:  # the prepared dataset will not be there to hold them
+        if validated.problems:  # the prepared dataset, which holds the findings, is not kept
             shutil.copy(validated.findings.path, staging)
         else:
             write_json(staging / "metrics.json", metrics(validated))
             inputs = {"files": files, "prepared": dvc_digest(prepared)}
             write_json(staging / "inputs.json", inputs)
-            label_counts(validated).to_csv(staging / "labels.csv", index=False)
+            labels = label_counts(validated)
+            write_csv(staging / "labels.csv", labels.to_dict("records"), list(labels))
             lengths = token_lengths(validated, data.max_length)
-            # A column a split: DVC draws a line for each column of a plot.
+            # One column per split, because DVC plots one line per column.
             by_split = lengths.pivot(index="tokens", columns="split", values="rows")
-            by_split[list(SPLITS)].to_csv(staging / "token_lengths.csv")
+            by_split = by_split[list(SPLITS)].reset_index()
+            write_csv(staging / "token_lengths.csv", by_split.to_dict("records"), list(by_split))
 
 
 def input_files(validated: Validated) -> list[dict[str, Any]]:
-    """Return of each file read `split`, `path`, `bytes`, and two digests: `md5`, by which DVC knows
-    it, and `sha256`."""
+    """Return `split`, `path`, `bytes`, `md5` (as in DVC) and `sha256` for each input file."""
     return [
         {
             "split": split,
@@ -80,11 +83,11 @@ def input_files(validated: Validated) -> list[dict[str, Any]]:
 
 
 def metrics(validated: Validated) -> dict[str, Any]:
-    """Return the numbers of metrics.json: counts of rows, labels or tokens, shifts, and speed.
+    """Return the numbers of metrics.json: counts of rows, labels and tokens, shifts, and speed.
 
-    `tokens` and `train_tokens` are those that fit into max_length, `tokens_max` is the longest row
-    before it is cut. `length_shift` and `label_shift` are the largest distance of a split to train,
-    0 to 1. `findings/<check>` are rows, of the checks that found some.
+    `tokens` and `train_tokens` count tokens within max_length. `tokens_max` is the length of the
+    longest row before truncation. `length_shift` and `label_shift` are the largest distance between
+    a split and train, 0 to 1. `findings/<check>` is the number of rows per check with findings.
     """
     found = validated.findings
     counts: dict[str, Any] = {
@@ -117,7 +120,7 @@ def metrics(validated: Validated) -> dict[str, Any]:
 
 
 def label_counts(validated: Validated) -> pd.DataFrame:
-    """Return `split`, `label` and `rows`; a task without labels has one, `(all)`."""
+    """Return `split`, `label` and `rows`; without labels, the only label is `(all)`."""
     counts = [
         (name, label, rows)
         for name in SPLITS
@@ -127,9 +130,9 @@ def label_counts(validated: Validated) -> pd.DataFrame:
 
 
 def token_lengths(validated: Validated, max_length: int) -> pd.DataFrame:
-    """Return a histogram: `split`, `tokens` (the shortest length in the bin) and `rows`.
+    """Return a histogram: `split`, `tokens` (the smallest length in the bin) and `rows`.
 
-    The same bins for every split; the last one begins above `max_length` and has no end.
+    All splits have the same bins. The last bin holds all lengths above `max_length`.
     """
     width = math.ceil(max_length / _BINS)
     starts = [*range(1, max_length + 1, width), max_length + 1]
@@ -144,25 +147,25 @@ def token_lengths(validated: Validated, max_length: int) -> pd.DataFrame:
 
 
 def notes(validated: Validated, max_length: int) -> list[str]:
-    """Return what a careful person would want to know and no single row shows."""
+    """Return notes on the dataset that do not belong to single rows."""
     found = []
     for shift in _shifts(validated):
         for words, compared in (("lengths", shift.length), ("labels", shift.label)):
             if compared is not None and compared.notable:
                 found.append(
-                    f"The {words} of {shift.split} are not those of train: distance "
-                    f"{compared.distance:.2f} (0 is equal, 1 nothing in common; by chance alone "
-                    f"with p = {compared.p_value:.1g})."
+                    f"The {words} of {shift.split} and train are distributed differently: distance "
+                    f"{compared.distance:.2f} (0: identical, 1: no overlap), "
+                    f"p = {compared.p_value:.1g}."
                 )
     train = validated.labels["train"]
     if train:
         most, least = max(train, key=train.__getitem__), min(train, key=train.__getitem__)
         if train[most] > _IMBALANCE * train[least]:
             found.append(
-                f"Labels are out of balance: train has {train[most]:,} rows of {most!r} and "
-                f"{train[least]:,} of {least!r}. Always answering {most!r} is right in "
-                f"{train[most] / train.total():.0%} of train; compare accuracy with that, and see "
-                "macro_f1."
+                f"Labels are imbalanced: train has {train[most]:,} rows of {most!r} and "
+                f"{train[least]:,} of {least!r}. Always answering {most!r} is correct for "
+                f"{train[most] / train.total():.0%} of train; compare accuracy with that share, "
+                "and use macro_f1."
             )
         few = [label for label, rows in train.items() if rows < _FEW_ROWS]
         if few:
@@ -172,17 +175,17 @@ def notes(validated: Validated, max_length: int) -> list[str]:
     cut = validated.findings.count("truncated", split="train")
     if validated.rows.get("train") and cut > 0.1 * validated.rows["train"]:
         found.append(
-            f"{cut / validated.rows['train']:.0%} of train are longer than data.max_length = "
-            f"{max_length} and lose their ends."
+            f"{cut / validated.rows['train']:.0%} of train is longer than data.max_length = "
+            f"{max_length} and is truncated."
         )
     if validated.ignored:
         names = [path.as_posix() for path in validated.ignored]
-        found.append(f"Files that were not read, or had no rows: {listed(names, 10)}.")
+        found.append(f"Files that were not read or have no rows: {listed(names, 10)}.")
     return found
 
 
 def render(validated: Validated, data: Data, files: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page: self-contained HTML, without scripts. `files` is from `input_files`."""
+    """Return the page as self-contained HTML without scripts; `files` is from `input_files`."""
     environment = Environment(
         loader=PackageLoader("gptj8.dataset.validation", "."),
         autoescape=True,
@@ -208,7 +211,7 @@ def render(validated: Validated, data: Data, files: Sequence[Mapping[str, Any]])
     )
 
 
-# --- what the page shows -------------------------------------------------------------------------
+# --- content of the page -------------------------------------------------------------------------
 
 
 class _SplitShift(NamedTuple):
@@ -218,12 +221,12 @@ class _SplitShift(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One check's findings.
+    """The findings of one check.
 
     Attributes:
-        actions: what became of the rows.
-        examples: `place`, `reason` and `parts`, the text in marked and unmarked pieces; of a
-            relation also `other_place` and `other_parts`.
+        actions: what happened to the rows.
+        examples: `place`, `reason` and `parts`, the text in marked and unmarked pieces; for a
+            relation, also `other_place` and `other_parts`.
     """
 
     name: str
@@ -262,11 +265,14 @@ def _overview(validated: Validated) -> list[tuple[str, list[str]]]:
     cut = [validated.findings.count("truncated", split=name) for name in SPLITS]
     return [
         ("rows", [f"{validated.rows.get(name, 0):,}" for name in SPLITS]),
-        ("tokens that fit", [f"{validated.tokens[name]:,}" for name in SPLITS]),
-        ("tokens, median row", [_quantile(validated.lengths[name], 0.5) for name in SPLITS]),
-        ("tokens, 95 % of rows within", [_quantile(validated.lengths[n], 0.95) for n in SPLITS]),
-        ("tokens, longest row", [_quantile(validated.lengths[name], 1) for name in SPLITS]),
-        ("rows cut at max_length", [f"{count:,}" for count in cut]),
+        ("tokens within max_length", [f"{validated.tokens[name]:,}" for name in SPLITS]),
+        ("tokens per row, median", [_quantile(validated.lengths[name], 0.5) for name in SPLITS]),
+        (
+            "tokens per row, 95th percentile",
+            [_quantile(validated.lengths[n], 0.95) for n in SPLITS],
+        ),
+        ("tokens per row, maximum", [_quantile(validated.lengths[name], 1) for name in SPLITS]),
+        ("rows truncated at max_length", [f"{count:,}" for count in cut]),
     ]
 
 
@@ -276,7 +282,7 @@ def _quantile(lengths: np.ndarray, share: float) -> str:
 
 
 def _label_rows(validated: Validated) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Return for each label, the most frequent first, rows and share (in percent) by split."""
+    """Return the rows and share in percent per split for each label, most frequent first."""
     if validated.task != "classification":
         return []
     totals = {name: max(1, validated.labels[name].total()) for name in SPLITS}
@@ -315,11 +321,11 @@ def _sections(validated: Validated) -> Iterator[Section]:
     findings = validated.findings
     for name in findings.checks():
         count, dropped = findings.count(name), findings.dropped(name)
-        actions = f"{dropped:,} left out" if dropped else "kept"
+        actions = f"{dropped:,} dropped" if dropped else "kept"
         if dropped and dropped < count:
             actions += f", {count - dropped:,} kept"
         if CHECKS[name].kind is Kind.FATAL:
-            actions = "the dataset is refused"
+            actions = "dataset rejected"
         examples = [_example(row) for row in findings.examples[name].itertuples()]
         by_split = [findings.count(name, split=split) for split in SPLITS]
         yield Section(name, CHECKS[name], count, by_split, actions, examples)
@@ -346,7 +352,7 @@ def _example(row: Any) -> dict[str, Any]:
 
 
 def _compare(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Return both texts in pieces, and of each piece whether the other text lacks it."""
+    """Return both texts in pieces, each with whether it is missing from the other text."""
     first, second = _shorten(one).split(" "), _shorten(other).split(" ")
     sides: tuple[list[tuple[str, bool]], ...] = ([], [])
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
@@ -358,7 +364,7 @@ def _compare(one: str, other: str) -> tuple[list[tuple[str, bool]], list[tuple[s
 
 
 def _visible(text: str) -> str:
-    """Spell out what would not be seen, or would turn the page around: controls, bidi marks."""
+    """Escape characters that are invisible or change the text direction."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\u{ord(c):04x}"
         for c in text

@@ -1,9 +1,9 @@
-"""Rows on the disk while they are checked: written once, in order, then read as the checks need.
+"""Store rows on disk while they are checked: written once, in order, then read by the checks.
 
-A dataset may be many times larger than memory. What a check across rows needs of each row is a few
-bytes (a fact), so facts are columns of their own, one file each, of which one or two are in memory
-at a time; the rows themselves are read again only for what is written or reported. Plain reads and
-no memory maps: mapped pages count as this process's memory.
+A dataset may be many times larger than memory. Checks across rows need only a few bytes per row
+(facts), so each fact is a column in its own file, and only one or two columns are in memory at
+once. The rows themselves are read again only to write or report them. Files are read without
+memory maps, because mapped pages count as memory of this process.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import pyarrow as pa
 
 
 class RowStore:
-    """A table of rows with facts, and a normalized text for each.
+    """A table of rows with facts and a normalized text per row.
 
-    Append with `append`, then `finish`, then read.
+    Call `append` for all rows, then `finish`, then read.
 
     Attributes:
-        size: rows so far.
+        size: the number of rows appended.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -45,7 +45,7 @@ class RowStore:
     def append(
         self, rows: pa.RecordBatch, facts: Mapping[str, np.ndarray], normalized: list[str]
     ) -> None:
-        """Add rows; each fact is an array and each text a string for every one of them."""
+        """Append rows, with one value per row in each fact and one normalized text per row."""
         if not rows.num_rows:
             return
         if self._writer is None:
@@ -62,13 +62,13 @@ class RowStore:
         self.size += rows.num_rows
 
     def add_facts(self, facts: Mapping[str, np.ndarray]) -> None:
-        """Add more facts, of the first rows that have none of that name yet."""
+        """Append values of facts, for the next rows that have no value of that fact."""
         for name, values in facts.items():
             self._dtypes.setdefault(name, values.dtype)
             self._file(name).write(np.ascontiguousarray(values, self._dtypes[name]).tobytes())
 
     def finish(self) -> None:
-        """Close what was written."""
+        """Close the files that were written."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -78,19 +78,19 @@ class RowStore:
             self._writer = None
 
     def fact(self, name: str) -> np.ndarray:
-        """Return one fact of all rows."""
+        """Return the values of one fact for all rows."""
         return np.fromfile(self.directory / name, dtype=self._dtypes[name])
 
     def normalized_lengths(self) -> np.ndarray:
-        """Return the bytes of each row's normalized text."""
+        """Return the size of each row's normalized text in bytes."""
         return np.diff(np.fromfile(self.directory / "text_ends", dtype=np.int64), prepend=0)
 
     def normalized(self, index: int) -> str:
-        """Return one row's normalized text."""
+        """Return the normalized text of one row."""
         return self.normalized_between(index, index + 1)[0]
 
     def normalized_between(self, start: int, end: int) -> list[str]:
-        """Return the normalized texts of the rows from `start` up to, but without, `end`."""
+        """Return the normalized texts of the rows from `start` to `end` (exclusive)."""
         if self._text_ends is None:
             self._text_ends = np.fromfile(self.directory / "text_ends", dtype=np.int64)
             self._texts = os.open(self.directory / "texts", os.O_RDONLY)
@@ -100,13 +100,13 @@ class RowStore:
         return [content[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield the rows as they were appended, each batch with the index of its first row."""
+        """Yield the batches as they were appended, each after the index of its first row."""
         reader = self._open()
         for number, start in enumerate(self._starts):
             yield start, reader.get_batch(number)
 
     def rows(self, indices: np.ndarray, columns: list[str]) -> pd.DataFrame:
-        """Return rows by index, in the order asked for."""
+        """Return rows by index, in the order of `indices`."""
         reader = self._open()
         order = np.argsort(indices, kind="stable")
         batch_of = np.searchsorted(self._starts, indices[order], side="right") - 1
@@ -121,7 +121,7 @@ class RowStore:
         return found.iloc[back].reset_index(drop=True)
 
     def close(self) -> None:
-        """Finish, and let go of what is read."""
+        """Finish, and close the files that are read."""
         self.finish()
         if self._texts >= 0:
             os.close(self._texts)

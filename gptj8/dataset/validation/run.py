@@ -1,17 +1,16 @@
-"""Checks that find what ruins fine-tuning, and the policies for what they find.
+"""Validate a dataset: find data that harms fine-tuning, and apply the policies for it.
 
-`validate` is the whole of it, from params to a prepared dataset, in three passes. The first reads,
-checks and tokenizes rows batch by batch (`gptj8.dataset.validation.scan`) and keeps a few bytes of
-each. The second compares rows with each other by those bytes: duplicates within a split, texts that
-leak from one split into another, nearly equal texts, texts with several answers
-(`gptj8.dataset.validation.relations`). The third writes what is left. Nothing disappears silently:
-every row left out is a finding; what no policy can mend is a problem, and all problems of a dataset
-are found before it is refused.
+`validate` goes from params to a prepared dataset in three passes. The first reads, checks and
+tokenizes rows in batches (`gptj8.dataset.validation.scan`) and keeps a few bytes per row. The
+second uses those bytes to compare rows: duplicates within a split, leaks between splits,
+near-duplicates, and texts with different answers (`gptj8.dataset.validation.relations`). The third
+writes the remaining rows. No row is dropped silently: each dropped row has a finding. What no
+policy can fix is a problem, and all problems of a dataset are collected before it is rejected.
 
-Memory is bounded by a few batches and some 60 bytes a row; see
-`gptj8.dataset.validation.row_store`. All checks are exact, but that not all near-duplicates are
-looked at; see `gptj8.dataset.validation.near_duplicates`. Two texts are the same if
-`gptj8.dataset.readers.sources.content_key` says so: in all but whitespace and Unicode form.
+Memory is bounded by a few batches and about 60 bytes per row; see
+`gptj8.dataset.validation.row_store`. All checks are exact, except that some near-duplicates are
+missed; see `gptj8.dataset.validation.near_duplicates`. Two texts are equal if they have the same
+`gptj8.dataset.readers.sources.content_key`, which ignores whitespace and Unicode form.
 """
 
 from __future__ import annotations
@@ -46,28 +45,29 @@ FINDINGS_FILE = "findings.parquet"
 REJECTED_FILE = "rejected.parquet"
 
 _EXAMPLES = 3
-_CHUNK = 8192  # rows hashed or described at a time
+_CHUNK = 8192  # rows hashed or reported per call
 
 
 @dataclass
 class Validated:
-    """What was found in a dataset.
+    """The result of validating a dataset.
 
     Attributes:
         task: `classification`, `completion` or `text`.
-        files: those read, by split.
-        findings: everything found in single rows.
-        ignored: files of the directories that were not read, or had no rows.
-        problems: why the dataset cannot be used, a line each; empty if it can.
-        total_rows, invalid_rows: rows in the files of each split, and those of them that cannot be
-            used.
-        rows: rows of each split, of what is left.
-        examples: what is trained on in each split that training reads.
-        tokens: tokens of each split that fit into max_length.
-        lengths: for each split how many rows have 0, 1, 2 ... tokens before they are cut.
-        labels: rows of each label in each split; empty unless the task is classification.
-        near_recall: the least share of near-duplicates that is found, 0 to 1; null: not looked for.
-        seconds: time taken.
+        files: the files that were read, by split.
+        findings: all findings.
+        ignored: files in the directories that were not read or have no rows.
+        problems: why the dataset cannot be used, one line per problem; empty if it can be used.
+        total_rows, invalid_rows: the number of rows, and of invalid rows, in the files of each
+            split.
+        rows: the number of rows kept, per split.
+        examples: the number of training examples, per split that training reads.
+        tokens: the number of tokens within max_length, per split.
+        lengths: per split, the number of rows with 0, 1, 2 ... tokens before truncation.
+        labels: the number of rows per label in each split; empty unless the task is classification.
+        near_recall: the expected share of pairs at the threshold of near-duplicates that is found,
+            0 to 1; null if near-duplicates are not searched for.
+        seconds: the time taken.
     """
 
     task: str
@@ -98,11 +98,11 @@ def validate(
     Args:
         data: the params.
         encoder: the model's tokenizer.
-        directory: an empty directory for the prepared dataset, which is complete only if there are
-            no problems, its findings and, while this runs, some bytes a row of scratch.
+        directory: an empty directory for the findings and the prepared dataset, which is complete
+            only if there are no problems. Temporary files need a few bytes per row.
 
     Raises:
-        UserError: a line for each file that cannot be read, or if nothing in them can be used.
+        UserError: one line per file that cannot be read, or if no row is valid.
     """
     started = time.monotonic()
     sources = find_sources(data)
@@ -123,12 +123,12 @@ def validate(
 
 
 class _Validation:
-    """One dataset on its way through the passes.
+    """The passes over one dataset, and their state.
 
     Attributes:
-        split: the number of each row's split in `SPLITS`.
-        kept: which rows are left.
-        label: a number for each row's label, in the order of `label_names`.
+        split: the split of each row, as an index into `SPLITS`.
+        kept: whether each row is kept.
+        label: the label of each row, as an index into `label_names`.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class _Validation:
         self.kept = np.ones(self.store.size, dtype=bool)
         if self.data.task == "classification":
             self.label = self.store.fact("label")
-            if self.data.labels is None:  # those that are named are meant
+            if self.data.labels is None:  # spellings in data.labels are intended
                 self._check_label_spellings()
         equal = self._drop_equal()
         pairs = self._compare_near()
@@ -188,10 +188,10 @@ class _Validation:
                 self.store.append(batch.rows, facts, batch.normalized)
         self.store.finish()
         self.label_names = list(numbers)
-        # A file without rows does no harm beside others of its split.
-        alone = [paths for paths in validated.files.values() if empty.keys() >= set(paths)]
-        if alone:
-            raise UserError("\n".join(empty[path] for paths in alone for path in paths))
+        # A file without rows is an error only if all files of its split are empty.
+        empty_splits = [paths for paths in validated.files.values() if empty.keys() >= set(paths)]
+        if empty_splits:
+            raise UserError("\n".join(empty[path] for paths in empty_splits for path in paths))
         validated.ignored += empty
 
     # --- pass 2 -----------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ class _Validation:
             rows_of = [counts[number] for number in numbers]
             self.validated.problems.append(policies.label_spellings(self.data, names, rows_of))
             rows = np.flatnonzero(np.isin(self.label, numbers[1:]))
-            reason = f"differs from {names[0]!r}, which more rows have, in its spelling alone"
+            reason = f"differs only in spelling from {names[0]!r}, which more rows have"
             self._report("label_case", rows, [reason] * len(rows), field="label")
 
     def _drop_equal(self) -> pd.DataFrame:
-        """Find equal texts; return those that are left."""
+        """Report equal texts, drop duplicates and leaks, and return the remaining equal texts."""
         high, low = self.store.fact("key_high"), self.store.fact("key_low")
         equal = relations.equal_texts(high, low, np.arange(self.store.size))
         found = relations.duplicates(equal, self.split, self.store.fact("answer"))
@@ -218,12 +218,15 @@ class _Validation:
         return equal[self.kept[equal["index"]]]
 
     def _compare_near(self) -> np.ndarray:
-        """Find near-duplicates; return the pairs, also those of rows that are left out now: what
-        two rows have in common with a third, they have in common when it is gone."""
+        """Find near-duplicates and return the pairs.
+
+        The pairs include rows that are dropped now, because two rows that are similar to a dropped
+        row still belong together.
+        """
         threshold = self.data.near_duplicate_threshold
         if threshold is None:
             return np.empty((0, 2), dtype=np.int64)
-        # A text without a letter or digit has nothing to be compared by.
+        # A text that is empty after normalization cannot be compared.
         rows = np.flatnonzero(self.kept & (self.store.normalized_lengths() > 0))
         bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
         self.validated.near_recall = near_duplicates.expected_recall(threshold, len(rows))
@@ -233,10 +236,10 @@ class _Validation:
             lambda index: self.store.normalized(int(rows[index])),
             threshold,
         )
-        # Equal texts are no news: they are reported as duplicates, leaks or conflicts.
+        # Equal texts are already reported as duplicates, leaks or conflicts.
         high = self.store.fact("key_high")[rows]
-        news = high[pairs[:, 0]] != high[pairs[:, 1]]
-        pairs, alike = rows[pairs[news]], alike[news]
+        differ = high[pairs[:, 0]] != high[pairs[:, 1]]
+        pairs, alike = rows[pairs[differ]], alike[differ]
         found = relations.near_leaks(pairs, alike, self.split)
         self._handle_leaks("near_leak", found, "is nearly the same as")
         left = self.kept[pairs].all(axis=1)
@@ -246,7 +249,7 @@ class _Validation:
         return pairs
 
     def _hash_bands(self, bands: int, width: int) -> list[str]:
-        """Note of every row what it has to agree in with others; return the names of the facts."""
+        """Store the band hashes of all rows as facts; return the names of the facts."""
         size = self.store.size
         starts = range(0, size, _CHUNK)
         texts = (self.store.normalized_between(s, min(s + _CHUNK, size)) for s in starts)
@@ -272,7 +275,7 @@ class _Validation:
         self.validated.problems.append(policies.leaks(check, pairs, example))
 
     def _hold_out(self, equal: pd.DataFrame, pairs: np.ndarray) -> None:
-        """Hold validation and test out of train where they have no file of their own."""
+        """Hold validation and test out of train if they have no files of their own."""
         sizes = {"test": self.data.test_size, "validation": self.data.validation_size}
         shares = {
             SPLITS.index(name): share
@@ -288,7 +291,7 @@ class _Validation:
         self.split[rows] = relations.hold_out(high, cluster, label, shares)
 
     def _report_conflicts(self, equal: pd.DataFrame) -> None:
-        """The same text with different answers teaches a model to guess; only a person can tell."""
+        """Report texts with different answers; the user has to decide which answer is right."""
         answer = self.shape.answer
         if answer is None:
             return
@@ -351,7 +354,7 @@ class _Validation:
         cut = batch.column("cut_tokens").to_numpy()
         rows = np.flatnonzero((cut > 0) & self.kept[start : start + len(cut)])
         if len(rows):
-            reasons = [f"loses {count} tokens at its end" for count in cut[rows].tolist()]
+            reasons = [f"is truncated by {count} tokens" for count in cut[rows].tolist()]
             self._report("truncated", start + rows, reasons, field=self.shape.input)
 
     def _check_splits(self) -> None:
@@ -369,7 +372,7 @@ class _Validation:
             validated.problems.append(policies.unseen_labels(name, unseen))
             numbers = [self.label_names.index(label) for label in unseen]
             rows = np.flatnonzero(self.kept & (self.split == number) & np.isin(self.label, numbers))
-            self._report("unseen_label", rows, ["is in no row of train"] * len(rows), "label")
+            self._report("unseen_label", rows, ["does not occur in train"] * len(rows), "label")
 
     # --- findings ---------------------------------------------------------------------------------
 

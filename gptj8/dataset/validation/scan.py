@@ -1,9 +1,9 @@
-"""One batch of rows at a time: check it, tokenize it, and note what the checks across rows need.
+"""Check and tokenize rows in batches, and compute the facts for the checks across rows.
 
-`Scanner` is a pure function of a batch, so where it runs is a matter of taste: here in two threads
-that overlap reading with tokenizing (which is Rust's), or on the workers of a Dask cluster, a file
-each. Pandera's own backend for Dask was tried for the latter and rejected: it runs the same schemas
-on the same partitions, but stops at the first partition that fails, where the report needs all.
+`Scanner.scan` is a pure function of a batch, so it can run anywhere: in two local threads, which
+overlap reading with tokenizing (in Rust), or on the workers of a Dask cluster, one file per task.
+Alternative considered: pandera's Dask backend; it was rejected because it stops at the first
+partition that fails, but the report needs the failures of all partitions.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _Errors = list[tuple[Path, UserError]]
 
 @dataclass(frozen=True)
 class ScannedBatch:
-    """What became of a batch.
+    """The result of scanning one batch.
 
     Attributes:
-        rows: of the valid rows the task's fields, `file`, `row`, `tokens` (all that the row would
-            take), `cut_tokens` (how many of its text do not fit), `input_ids` (int32, what is
-            trained on) and `prompt_length` (how many of them are not learned).
-        facts: of each valid row `key_high` and `key_low` (uint64, of its text's SHA-256), `answer`
-            (uint64, of its answer).
-        normalized: of each valid row the text that near-duplicates are found by, or nothing.
-        findings: in the columns of `gptj8.dataset.validation.findings`, without `split`.
-        total, invalid: rows.
+        rows: the valid rows, with the task's fields, `file`, `row`, `tokens` (the length without
+            truncation), `cut_tokens` (tokens of the text that do not fit), `input_ids` (int32, the
+            training example) and `prompt_length` (leading tokens that are excluded from the loss).
+        facts: `key_high` and `key_low` (uint64, from the SHA-256 of the text) and `answer` (uint64,
+            from the SHA-256 of the answer) per valid row.
+        normalized: the text to compare for near-duplicates per valid row; empty if disabled.
+        findings: the columns of `gptj8.dataset.validation.findings`, without `split`.
+        total, invalid: the number of rows.
     """
 
     file: str
@@ -61,7 +61,7 @@ class ScannedBatch:
 
 @dataclass(frozen=True)
 class Scanner:
-    """Checks and encodes the rows of a dataset, a batch at a time.
+    """Check and encode the rows of a dataset, batch by batch.
 
     Attributes:
         data: the params.
@@ -78,7 +78,7 @@ class Scanner:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        """How rows become prompts."""
+        """The encoder that turns rows into prompts."""
         shape = self.shape
         return PromptEncoder(
             self.encoder, shape.prompt_template, self.data.max_length, shape.truncation_side
@@ -89,7 +89,7 @@ class Scanner:
         return schemas.schema(self.shape, self.data.labels, self.encoder.special_tokens)
 
     def read(self, path: Path, advance: Callable[[int], object]) -> Iterator[pd.DataFrame]:
-        """Read a file in frames that `scan` takes."""
+        """Yield the rows of a file as frames for `scan`."""
         return read_batches(
             path, self.shape.columns, self.shape.optional, self.data.text_row, advance
         )
@@ -102,18 +102,18 @@ class Scanner:
         valid = batch.drop(index=invalid)
         fields = self.shape.to_fields(valid)
         encoded = self._encode(fields)
-        # Columns that may be empty may all be.
-        nothing = fields[self.shape.input].str.strip(INVISIBLE) == ""
-        no_room = (encoded.pop("room") < 1) & ~nothing
-        useless = nothing | no_room
-        if useless.any():
-            more = [self._failed(fields[nothing], "empty", self.shape.input, "is empty")]
+        # All columns may be optional, so a row may be blank.
+        blank = fields[self.shape.input].str.strip(INVISIBLE) == ""
+        no_room = (encoded.pop("room") < 1) & ~blank
+        unusable = blank | no_room
+        if unusable.any():
+            more = [self._failed(fields[blank], "empty", self.shape.input, "is empty")]
             reason = f"leaves no room for {self.shape.input} within data.max_length"
             reason += f" = {self.data.max_length}"
             more.append(self._failed(fields[no_room], "room", self.shape.answer or "", reason))
             failed = pd.concat([failed, *more], ignore_index=True)
-            invalid = np.concatenate([invalid, fields.index[useless].to_numpy()])
-            fields, encoded = fields[~useless], encoded[~useless]
+            invalid = np.concatenate([invalid, fields.index[unusable].to_numpy()])
+            fields, encoded = fields[~unusable], encoded[~unusable]
         findings = self._findings(batch, failed, frozenset(invalid.tolist()))
         texts = fields[self.shape.input]
         kept = batch.loc[fields.index]
@@ -133,11 +133,11 @@ class Scanner:
         )
 
     def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
-        """Tokenize; see `ScannedBatch.rows`. `room` is what is left for the text."""
+        """Tokenize rows; see `ScannedBatch.rows`. `room` is the tokens left for the text."""
         texts, encoder = fields[self.shape.input].tolist(), self.encoder
         rows: list[tuple[int, int, int, int, list[int]]] = []
         if self.shape.answer is None:
-            # Documents are packed end to end and none of them is cut.
+            # Documents are packed end to end and never truncated.
             for text in encoder.encode_batch(texts):
                 ids = [*encoder.prefix_ids, *text, encoder.eos_id]
                 rows.append((len(ids), 0, 0, 1, ids))
@@ -157,14 +157,16 @@ class Scanner:
         self, batch: pd.DataFrame, failed: pd.DataFrame, invalid: frozenset[int]
     ) -> pd.DataFrame:
         suspect = failed["check"].map(lambda name: CHECKS[name].kind) == Kind.SUSPECT
-        # What is merely odd about a row that is left out anyway is of no interest.
+        # Suspect findings of a row that is dropped anyway are not useful.
         failed = failed[~(suspect & failed["index"].isin(invalid))]
         places = batch.loc[failed["index"], ["file", "row"]].reset_index(drop=True)
         failed = failed.reset_index(drop=True)
         return places.assign(
             check=failed["check"],
             column=failed["field"].map(
-                lambda field: "" if field in schemas.OF_THE_ROW else self.shape.column_of(field)
+                lambda field: (
+                    "" if field in schemas.ROW_LEVEL_FIELDS else self.shape.column_of(field)
+                )
             ),
             value=failed["value"],
             reason=failed["reason"],
@@ -183,7 +185,7 @@ class Scanner:
 
 
 def row_schema(shape: Shape) -> pa.Schema:
-    """Return the types of `ScannedBatch.rows`."""
+    """Return the schema of `ScannedBatch.rows`."""
     fields = [shape.input] + ([shape.answer] if shape.answer else [])
     return pa.schema(
         [
@@ -205,17 +207,17 @@ def scan_files(
     """Scan files in order.
 
     Args:
-        scanner: what to do with each batch.
-        files: what to read.
+        scanner: reads and scans each batch.
+        files: the files to read.
         engine: `local` or `dask`.
         advance: called with the bytes read since the last call.
-        empty: where files without rows are noted, and how to say so.
+        empty: filled with the files without rows and their error messages.
 
     Raises:
-        UserError: a line for each file that cannot be read.
+        UserError: one line per file that cannot be read.
     """
     errors: _Errors = []
-    scan = _scan_on_dask if engine == "dask" else _scan_here
+    scan = _scan_on_dask if engine == "dask" else _scan_locally
     yield from scan(scanner, files, advance, errors)
     for path, error in errors:
         if isinstance(error, EmptyFileError):
@@ -226,7 +228,7 @@ def scan_files(
         raise UserError("\n".join(dict.fromkeys(lines)))
 
 
-def _scan_here(
+def _scan_locally(
     scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
 ) -> Iterator[ScannedBatch]:
     def batches() -> Iterator[pd.DataFrame]:
@@ -242,8 +244,10 @@ def _scan_here(
 def _scan_on_dask(
     scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
 ) -> Iterator[ScannedBatch]:
-    """A file is a task. The cluster is the one that Dask's own configuration names
-    (DASK_SCHEDULER_ADDRESS), or the cores of this machine."""
+    """Scan files on a Dask cluster, one task per file.
+
+    The cluster is the one in Dask's configuration (DASK_SCHEDULER_ADDRESS), or a local one.
+    """
     try:
         from distributed import Client
     except ImportError:
@@ -251,14 +255,14 @@ def _scan_on_dask(
     try:
         connected = Client()
     except OSError as error:
-        raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster up?") from None
+        raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster running?") from None
     with connected as client:
-        ahead = 2 * max(1, len(client.nthreads()))
+        max_started = 2 * max(1, len(client.nthreads()))
         started: deque[tuple[Path, Any]] = deque()
         remaining = deque(files)
         shared = client.scatter(scanner, broadcast=True)
         while remaining or started:
-            while remaining and len(started) < ahead:
+            while remaining and len(started) < max_started:
                 file = remaining.popleft()
                 started.append((file, client.submit(_scan_file, shared, file, pure=False)))
             file, future = started.popleft()

@@ -1,7 +1,7 @@
-"""What a valid row is, as pandera schemas: one column schema a field, one frame schema a shape.
+"""Define valid rows as pandera schemas: one column schema per field, one frame schema per shape.
 
-The schemas see rows as `gptj8.dataset.readers.formats` reads them: text, and beside it what kind of
-cell it was. All failures of all rows are collected (`lazy`), none stops at the first.
+The schemas check rows as `gptj8.dataset.readers.formats` reads them: the text of each cell and, in
+a second column, its kind. Validation is lazy, so that all failures of all rows are collected.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gptj8.dataset.readers.row_shapes import Shape, conversation_problem, conver
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.templates import MESSAGES
 
-# An answer may be a number in its file (label 0, completion 42); what it answers must be text.
-# A column that is one of several in a template may be anything with a name.
+# An answer may be a number (label 0, completion 42); the text or prompt must be a string.
+# Other columns of a template use _OTHER_KINDS.
 _KINDS = {
     "text": ("text",),
     "prompt": ("text",),
     "label": ("text", "integer", "boolean"),
     "completion": ("text", "integer", "boolean"),
-    MESSAGES: ("list", "text"),  # CSV has no lists, and spells them as JSON
+    MESSAGES: ("list", "text"),  # in CSV, lists are written as JSON
 }
 _OTHER_KINDS = ("text", "integer", "number", "boolean")
 
@@ -37,16 +37,16 @@ _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"
 _REASONS = {
     "missing": "is missing",
     "empty": "is empty or only whitespace",
-    "nul": "holds a NUL character",
-    "undecodable": "holds bytes that are not UTF-8",
-    "replacement": "holds U+FFFD, what is left of a character in another encoding",
-    "unknown_label": "is none of data.labels",
+    "nul": "contains a NUL character",
+    "undecodable": "contains bytes that are not UTF-8",
+    "replacement": "contains U+FFFD, which replaces characters that could not be decoded",
+    "unknown_label": "is not in data.labels",
 }
 
 _TextCheck = Callable[[pd.Series], pd.Series]
 
-OF_THE_ROW = ("problem", "warning")
-"""What is said of a whole row and of no field."""
+ROW_LEVEL_FIELDS = ("problem", "warning")
+"""Columns that describe a row and not one of its fields."""
 
 FAILURE_COLUMNS = ("index", "check", "field", "value", "reason")
 
@@ -54,23 +54,23 @@ FAILURE_COLUMNS = ("index", "check", "field", "value", "reason")
 def schema(
     shape: Shape, labels: Sequence[str] | None = None, special_tokens: Iterable[str] = ()
 ) -> pa.DataFrameSchema:
-    """Return the schema of the rows of a shape; other columns are left alone.
+    """Return the schema for rows of a shape; other columns are not checked.
 
     Args:
-        shape: the fields.
-        labels: the only ones there may be; null: any.
-        special_tokens: what the tokenizer's special tokens are called.
+        shape: defines the fields.
+        labels: the allowed labels; null: any.
+        special_tokens: the names of the tokenizer's special tokens.
     """
     columns: dict[str, pa.Column] = {
-        "problem": pa.Column(checks=pa.Check(_none, error="malformed"), nullable=True),
-        "warning": pa.Column(checks=pa.Check(_none, error="joined"), nullable=True),
+        "problem": pa.Column(checks=pa.Check(_always_fail, error="malformed"), nullable=True),
+        "warning": pa.Column(checks=pa.Check(_always_fail, error="joined"), nullable=True),
     }
     for field in shape.columns:
         optional = field in shape.optional
         columns[field] = pa.Column(
             checks=_checks(field, optional, labels, tuple(special_tokens)), nullable=optional
         )
-        # A missing cell is reported as such and not as one of the wrong type.
+        # A missing cell is reported as missing, not as a cell of the wrong type.
         kinds = [*_KINDS.get(field, _OTHER_KINDS), "missing", "undecodable"]
         columns[f"{field}_kind"] = pa.Column(
             checks=[
@@ -87,14 +87,14 @@ def _checks(
     of_text: dict[str, _TextCheck] = {
         "nul": functools.partial(_lacks, text="\0"),
         "replacement": functools.partial(_lacks, text="\ufffd"),
-        "mojibake": _is_well_read,
+        "mojibake": _is_not_mojibake,
         "html": _lacks_entities,
         "control": functools.partial(_lacks_pattern, pattern=_CONTROL),
     }
     if special_tokens:
         pattern = "|".join(map(re.escape, special_tokens))
         of_text["special_token"] = functools.partial(_lacks_pattern, pattern=pattern)
-    if field == MESSAGES:  # what is said, and not how JSON spells it
+    if field == MESSAGES:  # check the content of the messages, not their JSON
         of_text = {name: functools.partial(_in_messages, check=c) for name, c in of_text.items()}
     checks = [pa.Check(check, error=name) for name, check in of_text.items()]
     if not optional:
@@ -113,13 +113,12 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
     Args:
         rows: as `gptj8.dataset.readers.formats.read_batches` yields them, with a unique index.
         checked: from `schema`.
-        shape: the one that the schema is of.
+        shape: the shape that the schema was made for.
 
     Returns:
-        One line a failure, by index and field: `index` (of the row), `check` (a name of
-        `gptj8.dataset.validation.checks`), `field`, `value` (null where missing) and `reason`,
-        words to put behind the name of the column. Of a row that could not be taken apart that
-        alone is said.
+        One row per failure, sorted by index and field: `index` (of the row), `check` (a name in
+        `gptj8.dataset.validation.checks`), `field`, `value` (null if missing) and `reason`, a
+        phrase that follows the column name. A malformed row has no other failures.
     """
     try:
         checked.validate(rows, lazy=True)
@@ -127,7 +126,8 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
         cases = error.failure_cases
     else:
         return pd.DataFrame(columns=list(FAILURE_COLUMNS))
-    if cases["index"].isna().any():  # an exception in a check is a case to pandera, of no row
+    # pandera reports an exception in a check as a failure case without an index.
+    if cases["index"].isna().any():
         raise RuntimeError(f"a check failed: {cases[cases['index'].isna()].iloc[0].to_dict()}")
     found = pd.DataFrame(
         {
@@ -137,22 +137,22 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
         }
     )
     found = _without_consequences(found, rows)
-    order = {field: position for position, field in enumerate([*OF_THE_ROW, *shape.columns])}
+    order = {field: position for position, field in enumerate([*ROW_LEVEL_FIELDS, *shape.columns])}
     found = found.assign(order=found["field"].map(order)).sort_values(
         ["index", "order", "check"], kind="stable"
     )
     cells = list(zip(found["index"], found["field"], found["check"], strict=True))
-    found["value"] = [None if f in OF_THE_ROW else rows.at[i, f] for i, f, _ in cells]
+    found["value"] = [None if f in ROW_LEVEL_FIELDS else rows.at[i, f] for i, f, _ in cells]
     found["reason"] = [_reason(rows, i, f, check) for i, f, check in cells]
     return found[list(FAILURE_COLUMNS)].reset_index(drop=True)
 
 
 def _without_consequences(found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what is wrong only because something else is."""
+    """Drop failures that are consequences of another failure."""
     malformed = rows.index[rows["problem"].notna()]
     consequence = found["index"].isin(malformed) & (found["check"] != "malformed")
     cell = pd.MultiIndex.from_frame(found[["index", "field"]])
-    # Bytes that are not UTF-8 are shown as U+FFFD; a cell of the wrong type is no text to check.
+    # Bytes that are not UTF-8 were decoded to U+FFFD; a cell of the wrong type is not text.
     for cause in ("undecodable", "type"):
         caused = cell.isin(cell[found["check"] == cause])
         consequence |= caused & (found["check"] != cause)
@@ -160,7 +160,7 @@ def _without_consequences(found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFra
 
 
 def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
-    if field in OF_THE_ROW:
+    if field in ROW_LEVEL_FIELDS:
         return rows.at[index, field]
     if check == "type":
         return _wrong_kind(rows.at[index, f"{field}_kind"], field)
@@ -175,31 +175,31 @@ def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
 def _explain_mojibake(value: str) -> str:
     start = max(0, next(i for i, c in enumerate(value) if not c.isascii()) - 20)
     part = value[start : start + 60]
-    mended = ftfy.fix_encoding(part)
-    meant = f"; {mended!r} may be meant" if mended != part else ""
-    return f"looks like UTF-8 read as another encoding{meant}"
+    fixed = ftfy.fix_encoding(part)
+    suggestion = f"; the original may be {fixed!r}" if fixed != part else ""
+    return f"looks like UTF-8 decoded with another encoding{suggestion}"
 
 
 def _explain_control(value: str) -> str:
     match = re.search(_CONTROL, value)
-    return f"holds the control character {match.group() if match else ''!a}"
+    return f"contains the control character {match.group() if match else ''!a}"
 
 
 def _explain_special(value: str) -> str:
-    return "holds the name of a special token, which is encoded as plain text"
+    return "contains the name of a special token, which is encoded as plain text"
 
 
 _EXPLANATIONS: dict[str, Callable[[str], str]] = {
     "mojibake": _explain_mojibake,
-    "html": lambda value: f"holds the HTML entity {_first_entity(value)}",
+    "html": lambda value: f"contains the HTML entity {_first_entity(value)}",
     "control": _explain_control,
     "special_token": _explain_special,
     "messages": lambda value: conversation_problem(value) or "",
 }
 
 
-def _none(values: pd.Series) -> pd.Series:
-    """Fail whatever is not null, which is all that pandera shows to a check."""
+def _always_fail(values: pd.Series) -> pd.Series:
+    """Fail every value; pandera passes only values that are not null to a check."""
     return pd.Series(False, index=values.index)
 
 
@@ -218,7 +218,7 @@ def _lacks_pattern(values: pd.Series, pattern: str) -> pd.Series:
 def _lacks_entities(values: pd.Series) -> pd.Series:
     lacks = _lacks_pattern(values, _ENTITY)
     suspects = values[~lacks]
-    # `&count;` is an expression of C and no entity.
+    # `&count;` is a C expression, not an entity.
     if len(suspects):
         lacks.loc[suspects.index] = [_first_entity(value) is None for value in suspects]
     return lacks
@@ -236,12 +236,12 @@ def _in_messages(values: pd.Series, check: _TextCheck) -> pd.Series:
     return check(values.map(conversation_text).astype("str"))
 
 
-def _is_well_read(values: pd.Series) -> pd.Series:
-    well = pd.Series(True, index=values.index)
+def _is_not_mojibake(values: pd.Series) -> pd.Series:
+    passed = pd.Series(True, index=values.index)
     other = values[~values.str.isascii()]
-    if len(other):  # mojibake is never plain ASCII, and most rows are
-        well.loc[other.index] = [not is_bad(value) for value in other]
-    return well
+    if len(other):  # most rows are plain ASCII, which is never mojibake
+        passed.loc[other.index] = [not is_bad(value) for value in other]
+    return passed
 
 
 def _is_one_of(values: pd.Series, known: frozenset[str]) -> pd.Series:
@@ -249,8 +249,8 @@ def _is_one_of(values: pd.Series, known: frozenset[str]) -> pd.Series:
 
 
 def _is_conversation(values: pd.Series) -> pd.Series:
-    fine = [not v.strip(INVISIBLE) or conversation_problem(v) is None for v in values]
-    return pd.Series(fine, index=values.index, dtype=bool)
+    valid = [not v.strip(INVISIBLE) or conversation_problem(v) is None for v in values]
+    return pd.Series(valid, index=values.index, dtype=bool)
 
 
 def _wrong_kind(kind: str, field: str) -> str:

@@ -1,4 +1,4 @@
-"""What a model writes after many prompts, when nothing holds it to the labels."""
+"""Generate free-form answers to many prompts, without restricting them to the labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_CACHE_BYTES = 1 << 29  # keys and values of all rows that are generated together
+_CACHE_BYTES = 1 << 29  # limit for the keys and values of one batch
 
 
 def write_answers(
@@ -25,18 +25,20 @@ def write_answers(
     batch_size: int,
     description: str | None,
 ) -> list[str]:
-    """Return the likeliest continuation of each prompt, without white space around it.
+    """Return the greedy continuation of each prompt, stripped of surrounding white space.
 
     Args:
-        model: in eval mode.
-        prompts: ids, each at least one; with the new tokens within the model's context.
-        encoder: reads what the model writes.
-        max_new_tokens: of each, its end included.
-        batch_size: most rows together; fewer where keys and values would take more than 512 MiB.
-        description: of a progress bar on stderr; None: there is none.
+        model: model in eval mode.
+        prompts: non-empty lists of token ids. Prompt and new tokens together must fit into the
+            context of the model.
+        encoder: decodes the generated ids.
+        max_new_tokens: maximum length of an answer, including the end token.
+        batch_size: maximum number of rows per batch; reduced if keys and values would exceed 512
+            MiB.
+        description: label of the progress bar on stderr; None disables it.
 
     Raises:
-        torch.OutOfMemoryError: if a single row does not fit into the GPU's memory.
+        torch.OutOfMemoryError: if a single row does not fit into GPU memory.
     """
     texts = [""] * len(prompts)
 
@@ -51,7 +53,7 @@ def write_answers(
         for index, ids in zip(batch, rows, strict=True):
             texts[index] = encoder.decode(ids).strip()
 
-    most = min(max_batch_tokens(model.device, 1), _CACHE_BYTES // cache_bytes_per_token(model))
+    limit = min(max_batch_tokens(model.device, 1), _CACHE_BYTES // cache_bytes_per_token(model))
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    for_each_batch(plan_batches(lengths, batch_size, most), write, description, len(prompts))
+    for_each_batch(plan_batches(lengths, batch_size, limit), write, description, len(prompts))
     return texts

@@ -1,15 +1,16 @@
-"""Generation for rows that come and go: a batch that is joined and left between two tokens.
+"""Continuous batching: rows can join or leave a batch between two tokens.
 
-A step of a large model reads every weight, for one row as for eight. So rows that are asked for at
-different times, with different prompts and settings, share their steps (continuous batching: Yu et
-al., Orca, OSDI 2022): a new row's prompt is read in a pass of its own and its keys and values are
-put beside those of the others; a finished row's are taken out, and nobody waits for the longest.
+A decoding step of a large model reads every weight, no matter how many rows the batch has. Requests
+that arrive at different times, with different prompts and settings, therefore share their steps (Yu
+et al., Orca, OSDI 2022). The prompt of a new row is read in a separate forward pass, and its keys
+and values are added to the cache of the batch. Finished rows are removed immediately, so no row
+waits for the longest one.
 
-    keys of row 1   . . . a a a a a b b      padding on the left, so that all rows end, and grow,
-    keys of row 2   a a a a a a a b b b      in the same column; positions are each row's own
+    keys of row 1   . . . a a a a a b b      padded on the left, so all rows end and grow in
+    keys of row 2   a a a a a a a b b b      the same column; each row has its own positions
 
-transformers' own continuous batching needs attention that reads pages, which GPT-J has not, and its
-`generate` keeps a batch until the last row of it is done.
+Alternatives considered: the continuous batching of transformers requires paged attention, which
+GPT-J does not support, and its `generate` keeps a batch until the last row is finished.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ if TYPE_CHECKING:
 
     Model = PreTrainedModel | PeftModel
 
-_GROWTH = 64  # columns that a cache grows by at the least
+_GROWTH = 64  # minimum number of columns by which a cache grows
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Sampling settings of one row.
 
     Attributes:
-        max_new_tokens: at most so many, the end token included.
-        temperature: 0 takes the likeliest token; else logits are divided by it.
-        top_k: sample among so many of the likeliest; 0: among all.
-        top_p: sample among the likeliest that together have this probability.
-        seed: the same one gives the same tokens; None: chance.
+        max_new_tokens: maximum number of new tokens, including the end token.
+        temperature: divisor of the logits; 0 selects the most likely token.
+        top_k: sample from the k most likely tokens; 0 disables the limit.
+        top_p: sample from the most likely tokens whose total probability reaches this value.
+        seed: the same seed gives the same tokens; None uses a random seed.
     """
 
     max_new_tokens: int
@@ -59,12 +60,14 @@ class Sampling:
 
 @dataclass(eq=False)
 class GeneratedRow:
-    """One row as it grows.
+    """One row and the tokens generated for it so far.
 
     Attributes:
-        prompt_length: tokens of the prompt.
-        ids: generated so far, without the end token.
-        finish_reason: `stop` at the end token, `length` at `max_new_tokens`; None: not finished.
+        prompt_length: number of tokens in the prompt.
+        sampling: sampling settings of the row.
+        ids: token ids generated so far, without the end token.
+        finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens, None
+            while the row is unfinished.
     """
 
     prompt_length: int
@@ -73,19 +76,20 @@ class GeneratedRow:
     finish_reason: Literal["stop", "length"] | None = None
     _steps: int = 0
     _warpers: LogitsProcessorList | None = None
-    _chance: torch.Generator | None = None
+    _generator: torch.Generator | None = None
 
 
 class GenerationBatch:
-    """Rows that are generated together.
+    """A batch of rows that are generated together.
 
     Args:
-        model: in eval mode; any causal model of transformers that keeps keys and values.
-        vocab_size: ids from here on are never chosen. GPT-J has 50,400 rows for 50,257 tokens.
-        eos_id: ends a row.
+        model: any causal model of transformers with a key-value cache, in eval mode.
+        vocab_size: number of tokens; ids from this number on are never chosen. GPT-J has 50,400
+            embedding rows for 50,257 tokens.
+        eos_id: id of the end token.
 
     Attributes:
-        rows: those that are not finished, in the order in which they came.
+        rows: unfinished rows, in the order in which they were added.
     """
 
     def __init__(self, model: Model, vocab_size: int, eos_id: int) -> None:
@@ -99,24 +103,25 @@ class GenerationBatch:
     def add(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
     ) -> list[GeneratedRow]:
-        """Read prompts and choose the first token of each.
+        """Add prompts to the batch and choose the first token of each.
+
+        If this method raises, the existing rows can continue. The exception is running out of
+        memory while the caches are merged: `rows` is then empty.
 
         Args:
-            prompts: ids, each at least one; with the new tokens within the model's context.
-            samplings: one for each prompt.
+            prompts: non-empty lists of token ids. Prompt and new tokens together must fit into the
+                context of the model.
+            samplings: one per prompt.
 
         Returns:
-            a row for each prompt, with its first token; some may be finished already.
+            One row per prompt with its first token; a row may already be finished.
 
         Raises:
             ValueError: if a prompt is empty.
-            UserError: if the model's logits are not finite.
-
-        Whatever is raised, the rows that were there go on, or, where memory ran out as the new ones
-        joined them, are no longer in `rows`.
+            UserError: if the logits of the model are not finite.
         """
         if not all(map(len, prompts)):
-            raise ValueError("a prompt has no token")
+            raise ValueError("a prompt has no tokens")
         device = self.model.device
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -131,7 +136,7 @@ class GenerationBatch:
             _new_row(len(prompt), sampling, device)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
-        self._choose(logits, added)  # before they join: its fault is not the others'
+        self._choose(logits, added)  # before the merge, so an error does not affect the other rows
         if self._cache is None:
             self._cache = cache
         else:
@@ -142,7 +147,7 @@ class GenerationBatch:
 
     @torch.inference_mode()
     def step(self) -> list[GeneratedRow]:
-        """Choose the next token of every row and return the rows; finished ones leave."""
+        """Choose the next token of every row, remove finished rows and return all these rows."""
         advanced = list(self.rows)
         if not advanced or self._cache is None:
             return []
@@ -157,14 +162,14 @@ class GenerationBatch:
         return advanced
 
     def remove(self, row: GeneratedRow) -> None:
-        """Take a row out before its end; nothing happens if it has left."""
+        """Remove an unfinished row; a row that is not in the batch is ignored."""
         if row in self.rows:
             self._keep([other is not row for other in self.rows])
 
     def _logits(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
-        """Return float32 (rows, vocabulary) behind the last column, and fill the cache."""
+        """Return the logits after the last column, (rows, vocabulary) float32; update the cache."""
         device = self.model.device
         logits = self.model(
             input_ids=ids.to(device),
@@ -177,15 +182,15 @@ class GenerationBatch:
         return logits.float()
 
     def _choose(self, logits: torch.Tensor, rows: Sequence[GeneratedRow]) -> None:
-        likeliest = logits.argmax(1)
-        # Of what is not finite, an argmax is a token like any other.
-        if not bool(logits.gather(1, likeliest[:, None]).isfinite().all()):
+        best = logits.argmax(1)
+        # argmax returns a valid token id even if the logits are NaN.
+        if not bool(logits.gather(1, best[:, None]).isfinite().all()):
             raise UserError("the model's logits are not finite; try model.dtype: float32")
-        for index, (row, token) in enumerate(zip(rows, likeliest.tolist(), strict=True)):
+        for index, (row, token) in enumerate(zip(rows, best.tolist(), strict=True)):
             if row._warpers is not None:
-                seen = torch.tensor([row.ids])  # no warper here looks at it
+                seen = torch.tensor([row.ids])  # required by the API, unused by these warpers
                 scores = row._warpers(seen, logits[index : index + 1])  # type: ignore[arg-type]
-                chosen = torch.multinomial(scores.softmax(1), 1, generator=row._chance)
+                chosen = torch.multinomial(scores.softmax(1), 1, generator=row._generator)
                 token = int(chosen)
             row._steps += 1
             if token == self._eos_id:
@@ -198,7 +203,7 @@ class GenerationBatch:
     def _join(self, cache: Cache, added: Cache) -> None:
         try:
             _append(cache, added)
-        except BaseException:  # some layers have the new rows and some have not
+        except BaseException:  # only some layers have the new rows
             self.rows, self._cache = [], None
             raise
 
@@ -216,7 +221,7 @@ class GenerationBatch:
         try:
             for layer in _layers(self._cache):
                 layer.select(torch.tensor(kept), longest)
-        except BaseException:  # some layers have lost the rows and some have not
+        except BaseException:  # only some layers have dropped the rows
             self.rows, self._cache = [], None
             raise
 
@@ -229,7 +234,7 @@ def generate_greedily(
     vocab_size: int,
     eos_id: int,
 ) -> list[list[int]]:
-    """Return the likeliest continuation of each prompt, without the end token, all in one batch."""
+    """Return the greedy continuation of each prompt without its end token, using one batch."""
     batch = GenerationBatch(model, vocab_size, eos_id)
     rows = batch.add(prompts, [Sampling(max_new_tokens)] * len(prompts))
     while batch.rows:
@@ -238,8 +243,10 @@ def generate_greedily(
 
 
 def cache_bytes_per_token(model: Model) -> int:
-    """Return how much memory the keys and values of one token take, in all layers together; more
-    than it is where queries share them."""
+    """Return the memory of the keys and values of one token over all layers.
+
+    With grouped-query attention this is an upper bound.
+    """
     config = model.config
     width = 2 * config.num_hidden_layers * config.hidden_size
     return width * torch.finfo(model.dtype).bits // 8
@@ -253,18 +260,19 @@ def _new_row(prompt_length: int, sampling: Sampling, device: torch.device) -> Ge
             row._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             row._warpers.append(TopPLogitsWarper(sampling.top_p))
-        row._chance = torch.Generator(device)
+        row._generator = torch.Generator(device)
         if sampling.seed is None:
-            row._chance.seed()
+            row._generator.seed()
         else:
-            row._chance.manual_seed(sampling.seed)
+            row._generator.manual_seed(sampling.seed)
     return row
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values with room behind them, (rows, heads, room, head_dim).
+    """Keys and values in preallocated buffers, (rows, heads, capacity, head_dim).
 
-    transformers' own layer is copied whole for every token; this one when its room is used up.
+    The base class copies the complete cache for every token; this class copies it only when the
+    capacity is used up.
     """
 
     keys: torch.Tensor  # type: ignore[assignment]  # None only until the first update
@@ -300,7 +308,7 @@ class _GrowingLayer(DynamicLayer):
         return self.length
 
     def select(self, rows: torch.Tensor, columns: int) -> None:
-        """Keep some rows, and of these the last `columns` columns."""
+        """Keep the last `columns` columns of the rows where the mask `rows` is true."""
         rows = rows.to(self.keys.device)
         begin = self.length - columns
         self.keys, self.values = (
@@ -309,7 +317,7 @@ class _GrowingLayer(DynamicLayer):
         self.length = columns
 
     def append(self, other: _GrowingLayer) -> None:
-        """Put the rows of another layer below, all ending in the same column."""
+        """Append the rows of another layer; all rows end in the same column."""
         width = max(self.length, other.length)
         room = width + _GROWTH
         self.keys, self.values = (
@@ -338,7 +346,7 @@ def _with_room(filled: torch.Tensor, room: int) -> torch.Tensor:
 
 
 def _padded(filled: torch.Tensor, width: int, room: int) -> torch.Tensor:
-    # Zeros and not what memory holds: masked or not, a NaN times nothing is a NaN.
+    # Not `new_empty`: uninitialized memory may hold NaN, and NaN times a masked weight of 0 is NaN.
     padded = filled.new_zeros((*filled.shape[:2], room, filled.shape[3]))
     padded[:, :, width - filled.shape[2] : width] = filled
     return padded

@@ -1,8 +1,8 @@
-"""Rows of different lengths as padded batches whose memory is bounded.
+"""Group rows of different lengths into padded batches with bounded memory.
 
-Rows are sorted by length, so that a batch is nearly free of padding, and go longest first, so that
-what does not fit into memory shows at the start and not after an hour. Padding is on the right:
-behind a causal mask it cannot reach a real token, and positions stay those of the unpadded row.
+Rows are sorted by length, so batches contain little padding. The longest rows are processed first,
+so out-of-memory errors occur at the start of a run. Padding is on the right: a causal mask hides it
+from real tokens, and positions equal those of the unpadded row.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 
 from gptj8.runtime.progress import progress
 
-# Padded tokens of one forward pass. A CPU gains nothing from more (its caches are small: GPT-J's
-# attention at 512 tokens was twice as fast in batches of 1,024 tokens as of 8,192); a GPU needs
-# thousands before restoring 8-bit weights stops to count.
+# Padded tokens per forward pass. Larger batches do not help on a CPU because its caches are small:
+# GPT-J's attention at 512 tokens was twice as fast in batches of 1,024 tokens as in batches of
+# 8,192. A GPU needs thousands of tokens to make the cost of dequantizing 8-bit weights negligible.
 _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 MAX_LOGITS = 1 << 26
-"""Logits that one forward pass may return, in the model's dtype: 128 MiB of 16-bit numbers. Only a
-single row with more tokens than this allows gets more."""
+"""Maximum number of logits per forward pass: 128 MiB in a 16-bit dtype. A single row that needs
+more exceeds the limit."""
 
 
 def max_batch_tokens(device: torch.device, logits_per_token: float) -> int:
-    """Return how many padded tokens one forward pass on `device` may have.
+    """Return the maximum number of padded tokens per forward pass on `device`.
 
     Args:
-        device: where the model is.
-        logits_per_token: logits that the pass returns for each of its tokens, on average.
+        device: device of the model.
+        logits_per_token: average number of logits that the pass returns per token.
     """
     return max(1, min(_MAX_TOKENS.get(device.type, 2048), int(MAX_LOGITS / logits_per_token)))
 
 
 def plan_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
-    """Group row indices, longest first, so that rows times the longest stays within `max_tokens`.
+    """Group row indices into batches of at most `max_tokens` padded tokens, longest rows first.
 
-    Every row is in exactly one batch; a row longer than `max_tokens` is a batch of its own.
+    Every row is in exactly one batch; a row longer than `max_tokens` gets a separate batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -54,7 +54,7 @@ def pad_right(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids (rows, longest) int64, padded with 0, and lengths (rows,) int64, on `device`.
 
-    The padding id is of no account: nothing attends to it and nothing of it is scored.
+    Any padding id would do: padding is never attended to or scored.
     """
     lengths = [len(sequence) for sequence in sequences]
     ids = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
@@ -69,11 +69,16 @@ def for_each_batch(
     description: str | None,
     rows: int,
 ) -> None:
-    """Call `score` with each batch of row indices, with a progress bar over `rows` on stderr, or
-    none where `description` is None.
+    """Call `score` with each batch of row indices and show a progress bar on stderr.
 
-    A batch that does not fit into the GPU's memory is halved and tried again, and so is every later
-    batch with as many rows or more.
+    If a batch does not fit into GPU memory, it is halved and retried, and later batches are limited
+    to the reduced size.
+
+    Args:
+        batches: row indices of each batch.
+        score: function to call.
+        description: label of the progress bar; None disables it.
+        rows: total number of rows, for the progress bar.
 
     Raises:
         torch.OutOfMemoryError: if a single row does not fit.
@@ -93,5 +98,5 @@ def for_each_batch(
                     if len(part) == 1:
                         raise
                     limit = len(part) // 2
-                if limit < len(part):  # here: the error no longer holds on to the tensors
+                if limit < len(part):  # outside `except`: the error has released its tensors
                     torch.cuda.empty_cache()

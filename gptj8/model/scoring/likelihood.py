@@ -1,30 +1,31 @@
-r"""Classification by label likelihood: the label that the model finds likeliest after the prompt.
+r"""Classification by label likelihood: choose the most likely label given the prompt.
 
-    score(label) = sum over its tokens of log p(token | prompt, tokens before)
+    score(label) = sum over its tokens of log p(token | prompt, previous tokens)
     prediction   = the label with the highest score
 
-So the answer is always one of the labels, and no label can win by being cut short, because its end
-token is part of it (`PromptEncoder.completion_ids`).
+The prediction is always one of the labels. The end token is part of each label
+(`PromptEncoder.completion_ids`), so a label that is a prefix of another one has no advantage.
 
-All labels are scored in one forward pass a batch. Their tokens stand side by side behind the
-prompt, each at the position it would have on its own, and the attention mask lets them see the
-prompt and their own label only:
+All labels are scored in one forward pass per batch. Their tokens are packed side by side after the
+prompt, each at the position that it would have if its label followed the prompt directly. The
+attention mask lets a token see only the prompt and its own label:
 
                  prompt   sql EOS   sql alchemy EOS         columns
     prompt       causal    .   .     .     .     .
     sql           all      x   .     .     .     .
     sql           all      .   .     x     .     .
-    alchemy       all      .   .     x     x     .          (an EOS is predicted, never read)
+    alchemy       all      .   .     x     x     .          (EOS is a target, never an input)
 
-The prompt is read once instead of once a label, frozen 8-bit weights are restored once instead of
-once a label, and no key-value cache of a whole batch is held: for GPT-J-6B that would be 0.46 MB a
-token. Prompts that begin alike (few-shot examples) share the computation of that beginning through
-a cache that is computed once. (Rejected: scoring label after label on a cache that is cropped back,
-with the same tokens to compute and a pass over the weights for each label.)
+The prompt is read and the 8-bit weights are dequantized once instead of once per label, and no
+key-value cache of a complete batch is needed, which would take 0.46 MB per token for GPT-J-6B. If
+all prompts start with the same tokens (few-shot examples), the keys and values of this prefix are
+computed once and shared. Alternative considered: scoring the labels one after another on a cache
+that is cropped after each; it was rejected because it computes the same tokens and needs one pass
+over the weights per label.
 
-The mask is only right for models whose attention follows it and whose positions follow
-`position_ids`; that is tested for the architectures in `_PACKABLE`. All others are scored the plain
-way, one row for each pair of prompt and label.
+Packing requires a model that applies the attention mask and `position_ids` as given, which is
+tested for the architectures in `_PACKABLE`. Other models are scored with one row per pair of prompt
+and label.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 _PACKABLE = {"gptj", "gpt2", "gpt_neox", "llama"}
 _PACKED_LABEL_TOKENS = 256
-_SHARED_PREFIX_TOKENS = 16  # a shorter common beginning is not worth a pass of its own
+_SHARED_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 _CACHE_BYTES = 1 << 28
 
 
@@ -71,24 +72,24 @@ def score_labels(
     batch_size: int,
     description: str | None = "classification",
 ) -> np.ndarray:
-    """Return each label's log-likelihood after each prompt.
+    """Return the log-likelihood of each label after each prompt.
 
     Args:
-        model: in eval mode.
-        prompts: token ids, each at least one and short enough for the longest label to follow.
-        labels: token ids of each label, its end token included.
-        batch_size: most prompts in one forward pass.
-        description: of the progress bar; None: no bar.
+        model: model in eval mode.
+        prompts: non-empty lists of token ids that leave room for the longest label.
+        labels: token ids of each label, including its end token.
+        batch_size: maximum number of prompts per forward pass.
+        description: label of the progress bar; None disables it.
 
     Returns:
-        (prompts, labels) float64: natural logarithms, summed over a label's tokens.
+        (prompts, labels) float64: log-likelihoods in nats, summed over the tokens of a label.
 
     Raises:
-        ValueError: if a prompt is empty, and its label would be conditioned on nothing.
-        UserError: if a likelihood is not a number, as when float16 overflows.
+        ValueError: if a prompt is empty.
+        UserError: if a likelihood is not finite, for example because float16 overflows.
     """
     if not all(map(len, prompts)):
-        raise ValueError("a prompt has no token")
+        raise ValueError("a prompt has no tokens")
     if not is_packable(model):
         return score_labels_one_by_one(
             model, prompts, labels, batch_size=batch_size, description=description
@@ -127,7 +128,10 @@ def score_labels_one_by_one(
     batch_size: int,
     description: str | None = "classification",
 ) -> np.ndarray:
-    """Return what `score_labels` does, for any causal model: one row a pair of prompt and label."""
+    """Return the result of `score_labels` for any causal model, with one row per prompt and label.
+
+    This is slower, but does not require a packable model.
+    """
     pairs = [[*prompt, *label] for prompt in prompts for label in labels]
     starts = [len(prompt) for prompt in prompts for _ in labels]
     nll = score_sequences(model, pairs, starts, batch_size=batch_size, description=description)
@@ -142,7 +146,7 @@ def score_labels_in_shares(
     batch_size: int,
     description: str | None,
 ) -> np.ndarray:
-    """Return what `score_labels` does; of several processes each scores a share of the prompts."""
+    """Return the result of `score_labels`, with the prompts distributed over all processes."""
 
     def score(numbers: Sequence[int]) -> np.ndarray:
         mine = [prompts[i] for i in numbers]
@@ -160,7 +164,7 @@ def label_accuracy(
     batch_size: int,
     description: str | None = None,
 ) -> float:
-    """Return the share of prompts whose likeliest label is the one with the index `actual`."""
+    """Return the share of prompts whose most likely label has the index in `actual`."""
     scores = score_labels_in_shares(
         model, prompts, labels, batch_size=batch_size, description=description
     )
@@ -170,16 +174,19 @@ def label_accuracy(
 def accuracy_on_validation(
     dataset: PreparedDataset, encoder: TextEncoder, max_length: int, limit: int | None
 ) -> Callable[[Model, int], float] | None:
-    """Return what measures a model's accuracy by label likelihood on the validation split, so many
-    rows at a time; None if the task has no labels.
+    """Return a function that measures accuracy by label likelihood on the validation split.
 
-    Not the share of tokens that are the likeliest ones, given all right ones before: that is nearly
-    1 long before any answer is right.
+    Token accuracy under teacher forcing is not used, because it approaches 1 long before any answer
+    is correct.
 
     Args:
-        encoder: the model's.
-        max_length: tokens of prompt and label together.
-        limit: of rows; None: all.
+        dataset: the prepared dataset.
+        encoder: text encoder of the model.
+        max_length: maximum number of tokens of prompt and label together.
+        limit: maximum number of rows; None uses all rows.
+
+    Returns:
+        A function of the model and the batch size, or None if the task has no labels.
     """
     if not dataset.labels:
         return None
@@ -196,24 +203,27 @@ def accuracy_on_validation(
 
 
 def is_packable(model: Model) -> bool:
-    """Return whether labels may stand side by side behind one prompt."""
+    """Return whether the labels can be packed after one prompt for this model."""
     config = model.config
     attention = getattr(config, "_attn_implementation", None)
     return config.model_type in _PACKABLE and attention in {"eager", "sdpa"}
 
 
 class _PackedLabels:
-    """The labels' tokens side by side, and where each one's prediction is found.
+    """The packed tokens of several labels, and the place where each token is predicted.
 
-    The predictions for a row are made at 1 + width places: place 0 is the prompt's last token,
-    place 1 + c is column c. A label of n tokens reads n - 1 of them and is predicted at n places.
+    Each row of a batch has predictions at 1 + width places: place 0 is the last token of the
+    prompt, place 1 + c is column c. A label of n tokens has n - 1 input tokens and n predictions.
 
     Attributes:
-        ids: (width,) int64, the tokens to read.
-        offsets: (width,) int64, a token's position counted from the prompt's end.
-        visible: (width, width) bool, row may attend to column: the same label, not later.
-        places, targets, owners: (tokens of all labels,) int64: where a token is predicted, the
-            token, and its label's index.
+        count: number of labels.
+        width: number of packed input tokens.
+        ids: (width,) int64, input tokens.
+        offsets: (width,) int64, position of each input token, counted from the end of the prompt.
+        visible: (width, width) bool, whether row may attend to column: only to earlier tokens of
+            the same label and to itself.
+        places, targets, owners: (tokens of all labels,) int64: the place where a token is
+            predicted, the token, and the index of its label.
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -245,7 +255,7 @@ def _score_batch(
     prefix_length: int,
     cache: DynamicCache | None,
 ) -> np.ndarray:
-    """Return (rows, labels) float64 for prompts given without their common prefix."""
+    """Return scores (rows, labels) float64; `tails` are the prompts without their common prefix."""
     rows, device = len(tails), model.device
     ids, lengths = pad_right(tails, device)
     longest = ids.shape[1]
@@ -266,7 +276,7 @@ def _score_batch(
         use_cache=cache is not None,
         logits_to_keep=kept,
     ).logits  # (rows, 1 + width, vocabulary)
-    # One reduction a place: the first one serves the first token of every label.
+    # One reduction per place; place 0 is shared by the first tokens of all labels.
     normalizers = log_normalizers(logits.flatten(0, 1)).view(rows, -1).double()
     token_scores = logits[:, labels.places, labels.targets].double() - normalizers[:, labels.places]
     scores = torch.zeros(rows, labels.count, dtype=torch.float64, device=device)
@@ -280,14 +290,14 @@ def _attention_mask(
     labels_visible: torch.Tensor,
     prefix_length: int,
 ) -> torch.Tensor:
-    """Return (rows, 1, longest + width, prefix + longest + width), as the attention expects it."""
+    """Return the attention mask, (rows, 1, longest + width, prefix + longest + width)."""
     rows, width, device = len(lengths), len(labels_visible), lengths.device
     size = longest + width
     seen = torch.zeros(rows, 1, size, prefix_length + size, dtype=torch.bool, device=device)
     seen[..., :prefix_length] = True
     prompt = seen[..., prefix_length : prefix_length + longest]
-    # Padding sees what stands before it: what comes of it is used by nobody, and a row of the
-    # softmax must not be empty.
+    # Padding tokens attend to earlier tokens, because a softmax row must not be empty. Their
+    # outputs are not used.
     prompt[:, :, :longest] = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     real = torch.arange(longest, device=device) < lengths[:, None]
     prompt[:, :, longest:] = real[:, None, None, :]
@@ -301,13 +311,16 @@ def _attention_mask(
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ids that all prompts begin with, if worth the trouble; each keeps one or more."""
+    """Return the common prefix of all prompts, or nothing if it is too short to share.
+
+    At least one token of each prompt is left out of the prefix.
+    """
     if len(prompts) < 2:
         return []
     low, high = (
         min(map(list, prompts)),
         max(map(list, prompts)),
-    )  # the pair that differs earliest, in sorted order
+    )  # in sorted order, the first and the last prompt share the shortest prefix
     limit = min(map(len, prompts)) - 1
     length = next((i for i in range(limit) if low[i] != high[i]), limit)
     return list(low[:length]) if length >= _SHARED_PREFIX_TOKENS else []
@@ -321,7 +334,7 @@ def _read_prefix(model: Model, prefix: Sequence[int]) -> DynamicCache | None:
 
 
 def _repeat_cache(cache: DynamicCache | None, rows: int) -> DynamicCache | None:
-    """Return a cache for `rows` rows that the model may add to; the original stays as it is."""
+    """Return a copy of the cache for `rows` rows, which the model may extend."""
     if cache is None:
         return None
     repeated = copy.deepcopy(cache)
@@ -330,7 +343,7 @@ def _repeat_cache(cache: DynamicCache | None, rows: int) -> DynamicCache | None:
 
 
 def _rows_that_fit(model: Model, places: int, cache: DynamicCache | None) -> int:
-    """Return how many rows keep the logits and the repeated cache within their bounds."""
+    """Return the maximum number of rows within the limits for logits and for the repeated cache."""
     rows = MAX_LOGITS // (places * model.config.vocab_size)
     if cache is not None:
         layers: list[Any] = cache.layers
@@ -340,7 +353,7 @@ def _rows_that_fit(model: Model, places: int, cache: DynamicCache | None) -> int
 
 
 def _group_labels(labels: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return label indices in groups of at most `_PACKED_LABEL_TOKENS` tokens, or one label."""
+    """Group label indices; a group has one label or at most `_PACKED_LABEL_TOKENS` tokens."""
     groups: list[list[int]] = []
     tokens = 0
     for index, label in enumerate(labels):

@@ -1,24 +1,24 @@
 r"""Perplexity of documents under a causal language model.
 
-    perplexity = exp( sum of all tokens' negative log-likelihoods / number of tokens )
+    perplexity = exp( sum of the negative log-likelihoods of all tokens / number of tokens )
 
-over all documents together, in nats; never a mean of batch means, in which a short document weighs
-as much as a long one. Each document is scored on its own and every token of it is scored: the first
-one is conditioned on what the tokenizer puts before a text (Llama's BOS), or, where that is
-nothing, on the end-of-text token, which GPT models saw between two documents in training.
+The sum is taken over all documents, in nats. A mean of batch means would give short documents the
+same weight as long ones. Documents are scored independently, and every token is scored. The first
+token is conditioned on the prefix that the tokenizer adds to a text (BOS for Llama), or, without a
+prefix, on the end-of-text token, which separates documents in the training data of GPT models.
 
-A document longer than the model's context is read through windows that overlap (Baevski and Auli,
-Adaptive Input Representations for Neural Language Modeling, 2019): a window's first tokens are
-context only, so that a scored token has either everything before it or at least `context - stride`
-tokens to go by.
+Documents longer than the context of the model are split into overlapping windows (Baevski and Auli,
+Adaptive Input Representations for Neural Language Modeling, 2019). The first tokens of a window
+serve as context only, so each scored token is conditioned on all previous tokens or on at least
+`context - stride` of them.
 
     ids        e d d d d d d d d d       context 4, stride 2
-    window 1   [. s s s s]               s scored, . context only
+    window 1   [. s s s s]               s: scored, .: context only
     window 2         [. . . s s]
     window 3               [. . . s s]
 
-Memory stays flat: logits are asked for at scored positions only, reduced to one number a token a
-batch at a time, and turned into float32 in chunks of at most 64 MiB.
+Memory is bounded: logits are computed only at scored positions, reduced to one number per token
+after each batch, and converted to float32 in chunks of at most 64 MiB.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Logits in float32 at a time. On a CPU a chunk that stays in its caches is reduced four times as
-# fast as one of 64 MiB, for which memory is fetched anew each time.
+# Number of logits converted to float32 per chunk. On a CPU, a chunk that fits into its caches is
+# reduced four times as fast as a chunk of 64 MiB, which needs newly allocated memory each time.
 _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -48,11 +48,11 @@ _DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """What a model makes of each document.
+    """Scores of one model on each document.
 
     Attributes:
         nll: (documents,) float64, summed negative log-likelihood in nats.
-        tokens: (documents,) int64, tokens scored.
+        tokens: (documents,) int64, number of scored tokens.
     """
 
     nll: np.ndarray
@@ -60,12 +60,12 @@ class DocumentScores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over all tokens of all documents."""
+        """exp of the mean negative log-likelihood over all tokens of all documents."""
         return math.exp(self.nll.sum() / self.tokens.sum())
 
 
 def context_length(config: Any) -> int:
-    """Return how many positions a model has; 2048 where its config does not say."""
+    """Return the context length of a model; 2048 if its config does not define one."""
     values = (getattr(config, field, None) for field in _CONTEXT_FIELDS)
     return next(
         (value for value in values if isinstance(value, int) and value > 0), _DEFAULT_CONTEXT
@@ -73,10 +73,10 @@ def context_length(config: Any) -> int:
 
 
 def plan_windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """Return windows (begin, end, first scored) over `length` ids, the starting one included.
+    """Return windows (begin, end, first scored) over `length` ids, including the initial prefix id.
 
     A window has at most `context + 1` ids: `context` inputs, each of which predicts the next id.
-    Together the windows score every id but the first exactly once.
+    Together, the windows score every id except the first exactly once.
 
     Raises:
         ValueError: unless 1 <= stride <= context.
@@ -103,16 +103,17 @@ def score_documents(
     stride: int | None = None,
     description: str = "perplexity",
 ) -> DocumentScores:
-    """Score `document[start:]` of every document, through windows where one is too long.
+    """Score `document[start:]` of every document; long documents are split into windows.
 
     Args:
-        model: in eval mode.
-        documents: token ids, each beginning with what its first scored token is conditioned on.
-        starts: the first position to score in each, at least 1; one at the end scores nothing.
-        batch_size: most windows in one forward pass.
-        context: most tokens to condition on; None: all that the model has.
-        stride: tokens between the beginnings of two windows; None: half of `context`.
-        description: of the progress bar.
+        model: model in eval mode.
+        documents: token ids of each document, including the tokens before the first scored one.
+        starts: first position to score in each document, at least 1. A start at the end of a
+            document scores no tokens.
+        batch_size: maximum number of windows per forward pass.
+        context: maximum number of tokens to condition on; None uses the context of the model.
+        stride: number of tokens between the starts of two windows; None uses half of `context`.
+        description: label of the progress bar.
 
     Raises:
         UserError: see `score_sequences`.
@@ -146,17 +147,17 @@ def score_sequences(
     """Return the summed negative log-likelihood of `sequence[start:]` for each sequence.
 
     Args:
-        model: in eval mode; any causal language model of transformers.
-        sequences: token ids, none longer than the model's context by more than one.
-        starts: the first position of each to score, at least 1.
-        batch_size: most sequences in one forward pass.
-        description: of the progress bar.
+        model: any causal language model of transformers, in eval mode.
+        sequences: token ids, at most one more than the context of the model.
+        starts: first position to score in each sequence, at least 1.
+        batch_size: maximum number of sequences per forward pass.
+        description: label of the progress bar; None disables it.
 
     Returns:
-        (sequences,) float64, in nats; sums are taken in float64 whatever the model's dtype.
+        (sequences,) float64, in nats; sums are computed in float64 for every model dtype.
 
     Raises:
-        UserError: if a likelihood is not a number, as when float16 overflows.
+        UserError: if a likelihood is not finite, for example because float16 overflows.
     """
     device = model.device
     totals = np.zeros(len(sequences))
@@ -175,7 +176,7 @@ def score_sequences(
             use_cache=False,
             logits_to_keep=scored,
         ).logits
-        if logits.dim() == 3:  # a model that does not know how to leave positions out
+        if logits.dim() == 3:  # the model does not support a `logits_to_keep` mask
             logits = logits[scored]
         losses = token_nll(logits, ids[:, 1:][scored]).double().cpu()
         rows = scored.nonzero()[:, 0].cpu()
@@ -193,7 +194,7 @@ def score_sequences(
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each target in nats: (tokens,), float32 or more.
+    """Return the negative log-likelihood of each target in nats: (tokens,), float32 or wider.
 
     Args:
         logits: (tokens, vocabulary), any floating dtype.
@@ -204,10 +205,10 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def log_normalizers(logits: torch.Tensor) -> torch.Tensor:
-    """Return log(sum(exp(logits))) over the vocabulary: (tokens,), float32 or more.
+    """Return log(sum(exp(logits))) over the vocabulary: (tokens,), float32 or wider.
 
     Args:
-        logits: (tokens, vocabulary); no more than 64 MiB of them are float32 at a time.
+        logits: (tokens, vocabulary), converted to float32 in chunks of at most 64 MiB.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = max(1, _CHUNK_LOGITS.get(logits.device.type, 1 << 20) // logits.shape[1])

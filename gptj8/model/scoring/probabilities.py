@@ -1,4 +1,4 @@
-"""Probabilities of labels from their log-likelihoods. Needs SciPy, which training does not load."""
+"""Convert log-likelihoods to label probabilities. Needs SciPy, which training does not load."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from scipy.special import softmax
 
 
 def label_probabilities(log_likelihoods: np.ndarray) -> np.ndarray:
-    """Return the probability of each label, given that it is one of them: (rows, labels) float64.
+    """Return the softmax of the log-likelihoods over the labels: (rows, labels) float64.
 
     Args:
-        log_likelihoods: (rows, labels) of each label with its end, in nats.
+        log_likelihoods: (rows, labels), including the end token of each label, in nats.
 
     Raises:
-        ValueError: if a row has NaN or positive infinity, or no label that is possible at all.
+        ValueError: if a row contains NaN or positive infinity, or only negative infinity.
     """
     log_likelihoods = np.asarray(log_likelihoods, dtype=np.float64)
     usable = np.isfinite(log_likelihoods.max(axis=1))
     if not usable.all():
-        raise ValueError(f"the log-likelihoods of row {usable.argmin()} give no probabilities")
+        raise ValueError(f"row {usable.argmin()}: log-likelihoods are NaN, inf, or all -inf")
     return softmax(log_likelihoods, axis=1)

@@ -1,4 +1,4 @@
-"""Holding out splits, and the prepared dataset on disk."""
+"""Tests of held-out splits and of the prepared dataset on disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def held_out(rows: pd.DataFrame, **shares: float) -> dict[str, pd.DataFrame]:
     return {name: rows[split == SPLITS.index(name)] for name in ("train", *shares)}
 
 
-def test_hold_out_keeps_relatives_together_and_large_families_in_train() -> None:
+def test_hold_out_keeps_clusters_together_and_large_clusters_in_train() -> None:
     rows = labelled(100, 1)
     high = np.arange(100, dtype=np.uint64)
     cluster = np.concatenate([np.zeros(40), np.repeat(np.arange(1, 31), 2)]).astype(int)
@@ -65,7 +65,7 @@ def test_hold_out_takes_the_lowest_hashes() -> None:
     assert set(splits["validation"]["text"]) == set(ranked[10:15])
 
 
-def test_hold_out_does_not_depend_on_order() -> None:
+def test_hold_out_does_not_depend_on_row_order() -> None:
     rows = labelled(100, 4)
     once = held_out(rows, test=0.15, validation=0.1)
     again = held_out(rows.sample(frac=1, random_state=3), test=0.15, validation=0.1)
@@ -73,7 +73,7 @@ def test_hold_out_does_not_depend_on_order() -> None:
         assert set(once[name]["text"]) == set(again[name]["text"])
 
 
-def test_hold_out_keeps_copies_together_whatever_their_labels() -> None:
+def test_hold_out_keeps_copies_with_different_labels_together() -> None:
     rows = labelled(40, 2)
     copies = rows.assign(text="  " + rows["text"] + "\n", label=rows["label"].iloc[::-1].values)
     splits = held_out(pd.concat([rows, copies], ignore_index=True), test=0.2, validation=0.2)
@@ -85,7 +85,7 @@ def test_hold_out_keeps_copies_together_whatever_their_labels() -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_hold_out_of_few_rows_leaves_train_every_label(count: int) -> None:
+def test_hold_out_of_few_rows_keeps_every_label_in_train(count: int) -> None:
     splits = held_out(labelled(2 * count, 2), test=0.49, validation=0.49)
     assert set(splits["train"]["label"]) == {"label 0", "label 1"}
     expected = 2 if count >= 3 else 0
@@ -93,7 +93,7 @@ def test_hold_out_of_few_rows_leaves_train_every_label(count: int) -> None:
     assert splits["validation"]["label"].nunique() == expected
 
 
-def test_a_new_validation_share_leaves_the_test_split_alone() -> None:
+def test_new_validation_share_does_not_change_the_test_split() -> None:
     rows = labelled(100, 2)
     tests = [held_out(rows, test=0.1, validation=share)["test"] for share in (0.1, 0.3)]
     pd.testing.assert_frame_equal(*tests)
@@ -106,7 +106,7 @@ def prepared(directory: Path) -> dict[str, pd.DataFrame]:
     return splits
 
 
-def test_a_prepared_dataset_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_prepared_dataset_round_trip(tmp_path: Path) -> None:
     splits = prepared(tmp_path / "dataset")
     dataset = load_prepared(tmp_path / "dataset")
     assert dataset.task == "classification"
@@ -126,7 +126,9 @@ def test_a_prepared_dataset_is_read_as_it_was_written(tmp_path: Path) -> None:
         dataset.split("dev")
 
 
-def test_prompts_are_made_as_it_says(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_prompt_encoder_uses_the_stored_template_and_side(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     encoder = TextEncoder.load(tiny_model_dir)
     prepared(tmp_path)
     content = json.loads((tmp_path / "dataset.json").read_text())
@@ -139,14 +141,14 @@ def test_prompts_are_made_as_it_says(tmp_path: Path, tiny_model_dir: Path) -> No
     assert encoder.decode(ids).endswith("lazy dog:")
 
 
-def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_rows_give_byte_identical_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         prepared(tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_a_prepared_dataset_that_is_absent_or_damaged(tmp_path: Path) -> None:
+def test_missing_or_damaged_prepared_dataset_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prepared(tmp_path)
     prepared(tmp_path / "dataset")

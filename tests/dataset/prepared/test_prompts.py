@@ -1,4 +1,4 @@
-"""Prompts: the answer is never cut, texts never become special tokens."""
+"""Tests of prompts: answers are never cut, and text never becomes special tokens."""
 
 import json
 
@@ -16,7 +16,7 @@ def encoder(tiny_model_dir):
     return TextEncoder.load(tiny_model_dir)
 
 
-def test_ids_equal_transformers_own(encoder, tiny_model_dir):
+def test_ids_equal_those_of_transformers(encoder, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     text = "the quick brown fox\njumps over 12 zebras, naïvely"
     assert encoder.encode(text) == tokenizer(text)["input_ids"]
@@ -24,13 +24,13 @@ def test_ids_equal_transformers_own(encoder, tiny_model_dir):
     assert encoder.decode(encoder.encode(text)) == text
 
 
-def test_special_tokens_in_text_are_text(encoder):
+def test_special_tokens_in_text_are_encoded_as_text(encoder):
     ids = encoder.encode("the fox <|endoftext|> a dog")
     assert encoder.eos_id not in ids
     assert encoder.decode(ids) == "the fox <|endoftext|> a dog"
 
 
-def test_a_short_prompt_is_whole(encoder):
+def test_short_prompt_is_not_cut(encoder):
     prompts = PromptEncoder(encoder, TEMPLATE, 64)
     example = prompts.example("the quick fox", "lazy dog")
     assert encoder.decode(example.ids[: example.prompt_length]) == "the quick fox\n\nLabel:"
@@ -40,7 +40,7 @@ def test_a_short_prompt_is_whole(encoder):
 
 
 @pytest.mark.parametrize("max_length", [16, 24, 40])
-def test_a_long_text_is_cut_and_its_completion_never(encoder, max_length):
+def test_long_text_is_cut_but_not_its_completion(encoder, max_length):
     prompts = PromptEncoder(encoder, TEMPLATE, max_length)
     text = "the quick brown fox jumps " * 40
     example = prompts.example(text, "lazy dog")
@@ -51,7 +51,7 @@ def test_a_long_text_is_cut_and_its_completion_never(encoder, max_length):
     assert example.cut_tokens == len(encoder.encode(text.strip())) - kept
 
 
-def test_examples_share_the_room(encoder):
+def test_few_shot_examples_share_the_available_tokens(encoder):
     prompts = PromptEncoder(encoder, TEMPLATE, 100)
     shots = [("the fox " * 30, "dog"), ("a box", "jugs")]
     prompt = prompts.prompt("seven wizards " * 30, reserve=10, examples=shots)
@@ -63,12 +63,12 @@ def test_examples_share_the_room(encoder):
     assert prompt.cut_tokens > 0
 
 
-def test_no_room_for_any_text_is_said(encoder):
+def test_no_room_for_the_text_raises(encoder):
     with pytest.raises(UserError, match=r"data\.max_length = 8 leaves no room"):
         PromptEncoder(encoder, TEMPLATE, 8).example("the fox", "seven wizards box")
 
 
-def test_braces_in_templates(encoder):
+def test_escaped_braces_in_template(encoder):
     prompts = PromptEncoder(encoder, '{{"a": "{text}"}}', 64)
     assert (prompts.before, prompts.after) == ('{"a": "', '"}')
 
@@ -82,37 +82,37 @@ def test_braces_in_templates(encoder):
         ([50, 2, 9], 20, [9, 2, 9]),
     ],
 )
-def test_room_is_shared_fairly(lengths, room, shares):
+def test_tokens_are_shared_evenly(lengths, room, shares):
     assert _share_room(lengths, room) == shares
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_path):
+def test_tokenizer_larger_than_the_embedding_raises(tiny_model_dir, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
-    with pytest.raises(UserError, match="embedding 100 rows"):
+    with pytest.raises(UserError, match="embedding has 100 rows"):
         TextEncoder.load(tmp_path)
 
 
-def test_a_length_beyond_the_models_positions_is_refused(tiny_model_dir):
+def test_length_beyond_the_positions_of_the_model_raises(tiny_model_dir):
     check_context(tiny_model_dir, 128)
-    with pytest.raises(UserError, match=r"data\.max_length = 129 is more than the 128 positions"):
+    with pytest.raises(UserError, match=r"data\.max_length = 129 exceeds the 128 positions"):
         check_context(tiny_model_dir, 129)
 
 
-def test_a_directory_without_tokenizer_is_refused(tmp_path):
+def test_directory_without_tokenizer_raises(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj"}))
     with pytest.raises(UserError, match="has no tokenizer: no tokenizer"):
         TextEncoder.load(tmp_path)
 
 
-def test_a_damaged_tokenizer_is_refused(tmp_path):
+def test_damaged_tokenizer_raises(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         TextEncoder.load(tmp_path)
 
 
-def test_a_text_may_be_cut_at_its_beginning(encoder):
+def test_text_can_be_cut_at_its_start(encoder):
     text = "the quick brown fox jumps over a lazy dog " * 20
     ids = encoder.encode(text.strip())
     left, right = (PromptEncoder(encoder, "{text} =", 40, side) for side in ("left", "right"))

@@ -1,13 +1,13 @@
-"""Some 1,100 damaged files, each of which ends in a report that adds up or in one clear error.
+"""Tests with about 1,100 damaged files; each must give a consistent report or one clear error.
 
 - Seeded random damage to CSV, TSV, JSON Lines, JSON arrays and plain text, compressed or not, and
-  to Parquet: every row is in a split or is a finding that says where and why; an error names the
-  file; nothing else is ever raised, and nothing takes long.
-- JSON Lines against a loop over `json.loads`, and CSV with any legal quoting against what was
-  written: no row is lost, changed or given another number.
-- The line and column of wrong quotes, at places known by construction.
-- Large and hostile content: cells of 10 MB, deep nesting, endless headers, Parquet's metadata.
-- The nastiest of them through the stage as a user runs it.
+  to Parquet. Every row is in a split or in a finding with place and reason; an error names the
+  file; nothing else is raised, and each file finishes in time.
+- JSON Lines are compared with a loop over `json.loads`, and CSV with any legal quoting is compared
+  with the rows that were written: no row is lost, changed or renumbered.
+- The line and column of quoting errors are checked at places known by construction.
+- Large and hostile content: cells of 10 MB, deep nesting, very long headers, Parquet metadata.
+- The worst files also run through the validate stage.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SEEDS = 2
 SECONDS = 5
-"""What a small file may take, which takes 0.03."""
+"""Time limit for a small file, which usually takes 0.03 s."""
 LONGEST_LINE = 3_000
 LARGE = 10_000_000
 
@@ -51,16 +51,16 @@ def encoder() -> TextEncoder:
     return TextEncoder(byte_tokenizer(), eos_id=0)
 
 
-# --- what must hold ------------------------------------------------------------------------------
+# --- invariants ----------------------------------------------------------------------------------
 
 
 def examine(
     path: Path, data: bytes, encoder: TextEncoder, seconds: float = SECONDS, **params: object
 ) -> tuple[Validated | None, pd.DataFrame | None, str]:
-    """Validate a file and assert what must hold of any.
+    """Validate a file and assert the invariants that hold for every file.
 
     Returns:
-        What was found, the rows that were prepared (null if there are problems), and the error.
+        The result, the prepared rows (None if there are problems), and the error message.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -78,15 +78,15 @@ def examine(
     found = validated.findings.frame()
     assert (found["file"] == path.as_posix()).all() and (found["reason"].str.len() > 0).all()
     assert found["row"].between(1, max(rows_at_most(data, path), 1)).all()
-    gone = set(found.loc[found["dropped"], "row"])
-    assert validated.total_rows.total() == sum(validated.rows.values()) + len(gone)
-    assert 0 <= validated.invalid_rows.total() <= len(gone)
+    dropped = set(found.loc[found["dropped"], "row"])
+    assert validated.total_rows.total() == sum(validated.rows.values()) + len(dropped)
+    assert 0 <= validated.invalid_rows.total() <= len(dropped)
     if validated.problems:
         return validated, None, ""
     prepared = load_prepared(out)
     kept = pd.concat([prepared.split(name) for name in SPLITS])
     assert dict(prepared.rows) == validated.rows and len(kept) == sum(validated.rows.values())
-    assert kept["row"].is_unique and not gone & set(kept["row"])
+    assert kept["row"].is_unique and not dropped & set(kept["row"])
     for name, examples in validated.examples.items():
         with pa.OSFile(str(out / f"{name}.arrow")) as file:
             assert pa.ipc.open_stream(file).read_all().num_rows == examples
@@ -109,8 +109,10 @@ def rows_at_most(data: bytes, path: Path) -> int:
 
 
 def objects_of(data: bytes) -> dict[int, dict | None]:
-    """Return what `json.loads` says to each line that is not blank; null: no object, or one that
-    has a key twice."""
+    """Return the object that `json.loads` reads from each line that is not blank.
+
+    The value is None if the line is not an object or if a key is repeated.
+    """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len({key for key, _ in pairs}) < len(pairs):
@@ -130,7 +132,7 @@ def objects_of(data: bytes) -> dict[int, dict | None]:
 
 
 def is_usable(row: dict | None) -> bool:
-    """Return whether every check of a single row must let this one pass."""
+    """Return whether the row must pass every check of single rows."""
     cells = [row.get("text"), row.get("label")] if row else [None]
     return all(
         isinstance(cell, str)
@@ -165,13 +167,13 @@ def compare_with_json(
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("name", DAMAGES)
-def test_any_damage_ends_in_a_report_or_an_error(
+def test_damaged_file_gives_a_report_or_an_error(
     tmp_path: Path, encoder: TextEncoder, name: str, suffix: str
 ) -> None:
     for seed in range(SEEDS if suffix in (".csv", ".jsonl") else 1):
         rng = random.Random(f"{name} {suffix} {seed}")
         data = DAMAGES[name](good_file(suffix, rng, random_rows(rng)), rng)
-        if seed:  # and another one, which may well meet the first
+        if seed:  # a second damage, which may overlap the first
             data = DAMAGES[rng.choice(["bits flipped", "truncated"])](data, rng) if data else data
         share = rng.choice([0.05, 1.0])
         path = tmp_path / f"{seed}{suffix}"
@@ -182,7 +184,7 @@ def test_any_damage_ends_in_a_report_or_an_error(
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_damage_to_compressed_files(
+def test_damaged_compressed_files(
     tmp_path: Path, encoder: TextEncoder, suffix: str, compression: str
 ) -> None:
     rng = random.Random(suffix + compression)
@@ -196,7 +198,7 @@ def test_damage_to_compressed_files(
 
 
 @pytest.mark.parametrize("number", range(30))
-def test_damage_to_parquet(tmp_path: Path, encoder: TextEncoder, number: int) -> None:
+def test_damaged_parquet_files(tmp_path: Path, encoder: TextEncoder, number: int) -> None:
     rng = random.Random(number)
     data = good_file(".parquet", rng, random_rows(rng))
     name = ("bits flipped", "truncated", "bytes", "noise")[number % 4]
@@ -204,7 +206,7 @@ def test_damage_to_parquet(tmp_path: Path, encoder: TextEncoder, number: int) ->
 
 
 @pytest.mark.parametrize("content", [".csv", ".jsonl", ".parquet"])
-def test_content_of_another_format_than_the_name_says(
+def test_content_that_does_not_match_the_suffix(
     tmp_path: Path, encoder: TextEncoder, content: str
 ) -> None:
     rng = random.Random(content)
@@ -212,17 +214,15 @@ def test_content_of_another_format_than_the_name_says(
     for suffix in (*FORMATS, ".parquet"):
         for packing in COMPRESSIONS:
             examine(tmp_path / packing / f"a{suffix}", compressed(good, packing), encoder)
-            examine(tmp_path / f"says {packing}" / f"a{suffix}{packing}", good, encoder)
+            examine(tmp_path / f"not {packing}" / f"a{suffix}{packing}", good, encoder)
         examine(tmp_path / f"a{suffix}", good, encoder)
 
 
-# --- what is known exactly -----------------------------------------------------------------------
+# --- exact results -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".parquet"])
-def test_a_good_file_is_read_as_it_was_written(
-    tmp_path: Path, encoder: TextEncoder, suffix: str
-) -> None:
+def test_good_file_is_read_unchanged(tmp_path: Path, encoder: TextEncoder, suffix: str) -> None:
     for seed in range(8):
         rng = random.Random(seed)
         rows = random_rows(rng, lines=suffix != ".txt")
@@ -237,26 +237,26 @@ def test_a_good_file_is_read_as_it_was_written(
         assert kept.sort_values("row")[fields].values.tolist() == expected
 
 
-BEHIND, NEVER = "text follows a closing quote", "a quote is opened and never closed"
+AFTER, NEVER = "text follows a closing quote", "a quote is opened and never closed"
 QUOTES = {
-    "behind a closing quote": ('text,label\na b,ham\n"c d" x,ham\n', 3, 6, BEHIND),
-    "inside a quoted cell": ('text,label\n"say "hi" now",ham\n', 2, 7, BEHIND),
+    "after a closing quote": ('text,label\na b,ham\n"c d" x,ham\n', 3, 6, AFTER),
+    "inside a quoted cell": ('text,label\n"say "hi" now",ham\n', 2, 7, AFTER),
     "never closed": ('text,label\na,ham\nb,"ham\nc,spam\n', 3, 3, NEVER),
     "opened at the end": ('text,label\na,"', 2, 3, NEVER),
-    "in the header": ('"text"x,label\na,ham\n', 1, 7, BEHIND),
+    "in the header": ('"text"x,label\na,ham\n', 1, 7, AFTER),
     "never closed in the header": ('text,"label\na,ham', 1, 6, NEVER),
-    "cells of several lines": ('text,label\n"a\nb\n\nc",ham\n"d\ne" f,spam\n', 7, 3, BEHIND),
+    "cells of several lines": ('text,label\n"a\nb\n\nc",ham\n"d\ne" f,spam\n', 7, 3, AFTER),
     "doubled quotes": ('text,label\n"a ""b"" c"",ham\nd,spam\n', 2, 1, NEVER),
-    "blank lines": ('\n\ntext,label\n\n\na,"b" c\n', 6, 6, BEHIND),
-    "wide characters": ('text,label\n"😀é語"ё,ham\n', 2, 6, BEHIND),
-    "closed by the next opening": ('text,label\n"a,ham\nb,"ham"\nc,spam\n', 3, 4, BEHIND),
-    "far down": ("text,label\n" + '"a ""b""",ham\n' * 3000 + 'c,"d" ', 3002, 6, BEHIND),
+    "blank lines": ('\n\ntext,label\n\n\na,"b" c\n', 6, 6, AFTER),
+    "wide characters": ('text,label\n"😀é語"ё,ham\n', 2, 6, AFTER),
+    "closed by the next opening": ('text,label\n"a,ham\nb,"ham"\nc,spam\n', 3, 4, AFTER),
+    "far down": ("text,label\n" + '"a ""b""",ham\n' * 3000 + 'c,"d" ', 3002, 6, AFTER),
 }
 
 
 @pytest.mark.parametrize("end", LINE_ENDS, ids=ascii)
 @pytest.mark.parametrize("name", QUOTES)
-def test_wrong_quotes_are_shown_where_they_are(
+def test_quoting_errors_are_located(
     tmp_path: Path, encoder: TextEncoder, name: str, end: str
 ) -> None:
     content, line, column, reason = QUOTES[name]
@@ -269,7 +269,7 @@ def test_wrong_quotes_are_shown_where_they_are(
 
 
 @pytest.mark.parametrize("before", ["", "\n\n", " \r\n"], ids=ascii)
-def test_wrong_json_is_shown_where_it_is(tmp_path: Path, encoder: TextEncoder, before: str) -> None:
+def test_json_errors_are_located(tmp_path: Path, encoder: TextEncoder, before: str) -> None:
     good = '{"text": "a", "label": "b"}'
     line = 3 + before.count("\n")
     data = f'{before}[\r\n{good},\r\n{{"text": }}]'.encode()
@@ -287,13 +287,13 @@ def test_wrong_json_is_shown_where_it_is(tmp_path: Path, encoder: TextEncoder, b
 
 
 def with_cells(*cells: str, suffix: str = ".jsonl") -> bytes:
-    """Return a good file and behind it a row for each of `cells`, as its text."""
+    """Return a good file followed by one row per cell in `cells`, with the cell as its text."""
     rows = random_rows(random.Random(0)) + [{"text": cell, "label": "ham"} for cell in cells]
     return good_file(suffix, random.Random(0), rows)
 
 
 def with_json(*values: str) -> bytes:
-    """Return good JSON Lines and behind them a row for each of `values`, as its text."""
+    """Return good JSON Lines followed by one row per JSON value, with the value as its text."""
     return with_cells() + "".join(f'{{"text": {v}, "label": "ham"}}\n' for v in values).encode()
 
 
@@ -365,20 +365,20 @@ IN_THE_STAGE: dict[str, Callable[[], bytes]] = {
 def test_hostile_content(tmp_path: Path, encoder: TextEncoder, name: str) -> None:
     data = HOSTILE[name]()
     outcome = examine(tmp_path / name, data, encoder, max_invalid_fraction=1.0)
-    if name.endswith(".jsonl") and "depth" not in name:  # what is too deep depends on the stack
+    if name.endswith(".jsonl") and "depth" not in name:  # the depth limit depends on the stack
         compare_with_json(data, *outcome)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEN_MEGABYTES)
-def test_ten_megabytes(tmp_path: Path, encoder: TextEncoder, name: str) -> None:
+def test_ten_megabyte_content(tmp_path: Path, encoder: TextEncoder, name: str) -> None:
     data = TEN_MEGABYTES[name]()
     examine(tmp_path / name, data, encoder, seconds=20, max_invalid_fraction=1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_THE_STAGE)
-def test_the_stage_ends_without_a_traceback(tmp_path: Path, name: str) -> None:
+def test_stage_never_prints_a_traceback(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "project"
     (folder / "model").mkdir(parents=True)
     byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Reading files: every format, compressed or damaged, row by row."""
+"""Tests of reading rows: every format, compressed files and damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOTH = {"text": "text", "label": "label"}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_all_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"data.{suffix}")
     rows = read_rows(path, BOTH)
     assert list(zip(rows["text"], rows["label"], strict=True)) == ROWS
@@ -32,33 +32,33 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     assert set(rows["file"]) == {path.as_posix()}
 
 
-def test_the_user_s_column_names(tmp_path: Path) -> None:
+def test_custom_column_names(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["id", "class", "tweet"], [["7", "very good", "hello"]])
     rows = read_rows(path, {"text": "tweet", "label": "class"})
     assert rows[["text", "label"]].values.tolist() == [["hello", "very good"]]
 
 
-def test_one_column_may_serve_two_fields(tmp_path: Path) -> None:
+def test_one_column_can_serve_two_fields(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["a"], [["x"]])
     rows = read_rows(path, {"prompt": "a", "completion": "a"})
     assert rows[["prompt", "completion"]].values.tolist() == [["x", "x"]]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path, suffix: str) -> None:
     content = {".csv": "text\nhello\n", ".jsonl": '{"text": "hello"}\n', ".txt": "hello\n"}[suffix]
     path = tmp_path / f"bom{suffix}"
     path.write_text(content, encoding="utf-8-sig")
     assert list(read_rows(path, {"text": "text"})["text"]) == ["hello"]
 
 
-def test_csv_cells_are_taken_as_written(tmp_path: Path) -> None:
+def test_csv_cells_are_read_unchanged(tmp_path: Path) -> None:
     cells = ["007", "NA", "null", "1e5", "=1+1", " padded ", ""]
     path = write_csv(tmp_path / "t.csv", ["text", "label"], [["x", cell] for cell in cells])
     assert list(read_rows(path, BOTH)["label"]) == cells
 
 
-def test_blank_lines_are_skipped_and_json_lines_keep_their_numbers(tmp_path: Path) -> None:
+def test_blank_lines_are_skipped_and_rows_keep_their_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text,label\n\na,b\n\n   \nc,d\n")
     assert list(read_rows(tmp_path / "t.csv", BOTH)["row"]) == [1, 2]
     (tmp_path / "t.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n')
@@ -91,12 +91,12 @@ def test_json_cells_keep_their_kind(tmp_path: Path, cell: object, text: str, kin
     assert list(rows["text_kind"]) == ["text", kind, "missing"]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+def test_unpaired_surrogate_becomes_a_replacement_character(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
     assert list(read_rows(tmp_path / "t.jsonl", {"text": "text"})["text"]) == ["a\ufffd", "🙂"]
 
 
-def test_parquet_labels_by_name(tmp_path: Path) -> None:
+def test_parquet_class_labels_are_read_as_names(tmp_path: Path) -> None:
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features(text=Value("string"), label=ClassLabel(names=["bad", "good"]))
@@ -105,7 +105,7 @@ def test_parquet_labels_by_name(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "t.parquet", BOTH)["label"]) == ["good", "bad"]
 
 
-def test_parquet_types(tmp_path: Path) -> None:
+def test_parquet_column_types(tmp_path: Path) -> None:
     table = pa.table({"text": pa.array([1, 2]), "label": pa.array([1.0, None])})
     pq.write_table(table, tmp_path / "t.parquet")
     rows = read_rows(tmp_path / "t.parquet", BOTH)
@@ -131,23 +131,23 @@ DAMAGED = {
         b'text,label\r\nx,"a\nb" c\n',
         "line 3 column 3: text follows a closing quote",
     ),
-    "latin-1-header": ("t.csv", b"text,caf\xe9\na,b\n", "line 1: its column names are not UTF-8"),
-    "repeated-column": ("t.csv", b"text,label,text\na,b,c\n", "more than one column text"),
-    "semicolons": ("t.csv", b"text;label\na;b\n", "separated by commas?"),
+    "latin-1-header": ("t.csv", b"text,caf\xe9\na,b\n", "line 1: the column names are not UTF-8"),
+    "repeated-column": ("t.csv", b"text,label,text\na,b,c\n", "repeated column names: text"),
+    "semicolons": ("t.csv", b"text;label\na;b\n", "separate the cells by commas"),
     "json-array": ("t.json", b'[{"text": "a"},\n {"text" 1}]', "line 2 column 10"),
-    "pretty-json": ("t.jsonl", b'{\n"text": "a"\n}\n', "has an object on each line"),
+    "pretty-json": ("t.jsonl", b'{\n"text": "a"\n}\n', "use JSON Lines with one object per line"),
     "not-parquet": ("t.parquet", b"PAR1 is not enough", "is not a Parquet file"),
     "not-gzip": ("t.csv.gz", b"text,label\na,b\n", "cannot be decompressed"),
     "truncated-gzip": ("t.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "decompressed"),
     "truncated-xz": ("t.csv.xz", lzma.compress(b"text,label\na,b\n")[:-9], "decompressed"),
     "packed-parquet": ("t.parquet.gz", gzip.compress(b"PAR1"), "unpack .gz first"),
     "no-columns": ("t.txt", b"hello\n", "plain text and has no columns"),
-    "spreadsheet": ("t.xlsx", b"PK", ".xlsx is not one of .csv"),
+    "spreadsheet": ("t.xlsx", b"PK", "the suffix .xlsx is not supported; use one of .csv"),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_damaged_files_are_refused_by_name_and_line(
+def test_damaged_files_raise_with_file_and_line(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     path = tmp_path / name
@@ -170,7 +170,7 @@ def test_damaged_files_are_refused_by_name_and_line(
         ("t.csv", 'text,label\n"a\n\nb",x\n"""quoted"", he\nsaid",y\n', {}),
     ],
 )
-def test_rows_joined_by_a_stray_quote_are_pointed_at(
+def test_rows_joined_by_a_stray_quote_get_a_warning(
     tmp_path: Path, name: str, content: str, warnings: dict[int, str]
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -201,7 +201,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("name", "content", "problem"), MALFORMED.values(), ids=MALFORMED)
-def test_a_row_that_cannot_be_taken_apart_says_why(
+def test_malformed_row_has_a_problem(
     tmp_path: Path, name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -221,7 +221,7 @@ def test_a_row_that_cannot_be_taken_apart_says_why(
         ("t.txt", b"a\ncaf\xe9\nc\n"),
     ],
 )
-def test_bytes_that_are_not_utf_8_are_a_matter_of_their_cell(
+def test_bytes_that_are_not_utf_8_affect_only_their_cell(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -241,7 +241,7 @@ def test_bytes_that_are_not_utf_8_are_a_matter_of_their_cell(
     ids=["gzip", "bzip2", "xz", "zstd"],
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json"])
-def test_compressed_files_are_what_they_hold(
+def test_compressed_file_gives_the_same_rows(
     tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]
 ) -> None:
     plain = write_rows(tmp_path / name)
@@ -254,13 +254,13 @@ def test_compressed_files_are_what_they_hold(
     )
 
 
-def test_a_file_is_a_row_of_plain_text_on_request(tmp_path: Path) -> None:
+def test_plain_text_file_can_be_one_row(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"one\r\n\ntwo\n")
     rows = read_rows(tmp_path / "t.txt", {"text": "text"}, text_row="file")
     assert rows[["row", "text"]].values.tolist() == [[1, "one\n\ntwo\n"]]
 
 
-def test_batches_are_the_whole_and_report_every_byte(tmp_path: Path) -> None:
+def test_batches_cover_all_rows_and_report_all_bytes(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["text"], [[f"row {i}"] for i in range(10_000)])
     done: list[int] = []
     batches = list(read_batches(path, {"text": "text"}, advance=done.append))
@@ -269,7 +269,7 @@ def test_batches_are_the_whole_and_report_every_byte(tmp_path: Path) -> None:
     assert [text for b in batches for text in b["text"]] == [f"row {i}" for i in range(10_000)]
 
 
-def test_damaged_parquet_pages_are_refused(tmp_path: Path) -> None:
+def test_damaged_parquet_pages_raise(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pd.DataFrame({"text": [str(i) for i in range(5000)], "label": "a"}).to_parquet(path)
     content = bytearray(path.read_bytes())
@@ -279,7 +279,7 @@ def test_damaged_parquet_pages_are_refused(tmp_path: Path) -> None:
         read_rows(path, BOTH)
 
 
-def test_missing_columns_are_named_with_what_there_is(tmp_path: Path) -> None:
+def test_missing_columns_are_reported_with_existing_columns(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["id", "tweet", "class"], [["1", "a", "b"]])
     with pytest.raises(UserError) as caught:
         read_rows(path, {"text": "tweets", "label": "Class"})
@@ -289,6 +289,6 @@ def test_missing_columns_are_named_with_what_there_is(tmp_path: Path) -> None:
     )
 
 
-def test_a_key_that_only_later_json_objects_have_is_a_column(tmp_path: Path) -> None:
+def test_key_of_later_json_objects_is_a_column(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "c"}\n')
     assert list(read_rows(tmp_path / "t.jsonl", BOTH)["label_kind"]) == ["missing", "text"]

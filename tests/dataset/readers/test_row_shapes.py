@@ -1,4 +1,4 @@
-"""Templates and the shapes of rows: what becomes of a user's columns."""
+"""Tests of converting the user's columns to the fields of a task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fields(data: Data, *rows: dict) -> list[tuple]:
     return list(shape_of(data).to_fields(frame).itertuples(index=False, name=None))
 
 
-def test_one_field_is_taken_as_it_is() -> None:
+def test_single_field_is_unchanged() -> None:
     data = Data(train="x", text_column="tweet", label_column="class")
     shape = shape_of(data)
     assert shape.columns == {"text": "tweet", "label": "class"}
@@ -28,7 +28,7 @@ def test_one_field_is_taken_as_it_is() -> None:
     assert shape.column_of("text") == "tweet"
 
 
-def test_several_columns_become_one_text() -> None:
+def test_several_columns_are_joined_into_one_text() -> None:
     template = "Premise: {premise}\nHypothesis: {hypothesis}\nFollows:"
     data = Data(train="x", prompt_template=template)
     shape = shape_of(data)
@@ -42,7 +42,7 @@ def test_several_columns_become_one_text() -> None:
 
 
 @pytest.mark.parametrize("empty", [None, "", "  "])
-def test_an_instruction_may_have_no_input(empty: str | None) -> None:
+def test_instruction_without_input(empty: str | None) -> None:
     data = Data(
         train="x", task="completion", completion_column="output", prompt_template=INSTRUCTION
     )
@@ -53,9 +53,9 @@ def test_an_instruction_may_have_no_input(empty: str | None) -> None:
         "input": "input",
         "completion": "output",
     }
-    whole = {"instruction": "Add.", "input": "1, 2", "completion": "3"}
-    assert fields(data, whole) == [("Add.\n\n### Input:\n1, 2", "3")]
-    frame = pd.DataFrame([whole | {"input": empty}], dtype="str")
+    row = {"instruction": "Add.", "input": "1, 2", "completion": "3"}
+    assert fields(data, row) == [("Add.\n\n### Input:\n1, 2", "3")]
+    frame = pd.DataFrame([row | {"input": empty}], dtype="str")
     assert shape.to_fields(frame)["prompt"].tolist() == ["Add."]
     assert shape.prompt_template == "### Instruction:\n{prompt}\n\n### Response:\n"
 
@@ -66,7 +66,7 @@ def test_braces_around_the_fields_are_kept() -> None:
 
 
 @pytest.mark.parametrize(("who", "what"), [("role", "content"), ("from", "value")])
-def test_a_conversation_is_learned_from_its_last_answer(who: str, what: str) -> None:
+def test_conversation_is_split_at_its_last_answer(who: str, what: str) -> None:
     names = {"role": ("user", "assistant"), "from": ("human", "gpt")}[who]
     messages = [
         {who: "system", what: "Be brief."},
@@ -90,20 +90,20 @@ def test_a_conversation_is_learned_from_its_last_answer(who: str, what: str) -> 
         ([{"role": "user", "content": "\u200b"}], "message 1 is empty"),
         ([], "fewer than two messages"),
         ([{"role": "user", "content": "a"}], "fewer than two messages"),
-        (["a", "b"], "message 1 has no role"),
-        ([{"role": "robot", "content": "a"}], "message 1 has no role of system, user"),
-        ([{"role": 1, "content": "a"}], "message 1 has no role"),
+        (["a", "b"], "message 1 has no valid role"),
+        ([{"role": "robot", "content": "a"}], "message 1 has no valid role (system, user"),
+        ([{"role": 1, "content": "a"}], "message 1 has no valid role"),
         ([{"role": "user", "content": ["a"]}], "message 1 has no text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant"}], "message 2 has no text"),
         ([{"role": "user", "content": " "}], "message 1 is empty"),
         ([{"role": "user", "content": "a"}] * 2, "does not end with the assistant's answer"),
-        ([{"role": "assistant", "content": "a"}] * 2, "no message of the user"),
+        ([{"role": "assistant", "content": "a"}] * 2, "no message from the user"),
     ],
 )
-def test_conversations_that_cannot_be_learned_from(messages: object, problem: str) -> None:
+def test_invalid_conversations(messages: object, problem: str) -> None:
     cell = messages if isinstance(messages, str) else json.dumps(messages)
     assert problem in (conversation_problem(cell) or "")
 
 
-def test_a_prompt_of_one_column_is_never_optional() -> None:
+def test_only_column_of_a_prompt_is_never_optional() -> None:
     assert not shape_of(Data(train="x", optional_columns=("text",))).optional

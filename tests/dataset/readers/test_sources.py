@@ -1,4 +1,4 @@
-"""Which files are read as which split, and what makes two texts the same."""
+"""Tests of finding the files of each split, and of comparing texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj8.runtime.errors import UserError
 from tests.helpers.row_files import write_rows
 
 
-def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:
+def test_all_missing_files_are_reported_together(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.csv")
     data = Data(train=str(tmp_path / "mime.csv"), test=str(tmp_path / "no" / "x.csv"))
     with pytest.raises(UserError) as caught:
@@ -25,7 +25,7 @@ def test_missing_files_are_named_all_at_once(tmp_path: Path) -> None:
 
 
 def found(folder: Path, **data: object) -> dict[str, list[str]]:
-    """Write no file and return what would be read, relative to the folder."""
+    """Return the files that would be read, relative to the folder."""
     files, ignored = find_sources(Data(**{"train": str(folder)} | data))
     named = dict(files) | ({"ignored": ignored} if ignored else {})
     return {
@@ -40,7 +40,7 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_a_directory_gives_its_splits(tmp_path: Path) -> None:
+def test_files_named_after_splits_are_found(tmp_path: Path) -> None:
     touch(tmp_path, "train.csv", "dev.jsonl.gz", "Test.parquet", "notes.csv", "README.md")
     assert found(tmp_path) == {
         "train": ["train.csv"],
@@ -50,12 +50,12 @@ def test_a_directory_gives_its_splits(tmp_path: Path) -> None:
     }
 
 
-def test_folders_may_be_named_after_the_splits(tmp_path: Path) -> None:
+def test_folders_named_after_splits_are_found(tmp_path: Path) -> None:
     touch(tmp_path, "train/b/1.csv", "train/a.csv", "test/x.csv", "train/.hidden.csv")
     assert found(tmp_path) == {"train": ["train/a.csv", "train/b/1.csv"], "test": ["test/x.csv"]}
 
 
-def test_the_layout_of_a_repository_of_the_hub(tmp_path: Path) -> None:
+def test_hub_repository_layout_is_read(tmp_path: Path) -> None:
     names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     names += ["test-00000-of-00001.parquet"]
     touch(tmp_path, "README.md", *(f"data/{name}" for name in names))
@@ -65,7 +65,7 @@ def test_the_layout_of_a_repository_of_the_hub(tmp_path: Path) -> None:
         "ignored": ["README.md"],
     }
     (tmp_path / "data" / names[0]).unlink()
-    with pytest.raises(UserError, match="data/train: of 2 files these are missing: 00000"):
+    with pytest.raises(UserError, match="data/train: 1 of 2 shards are missing: 00000"):
         found(tmp_path)
 
 
@@ -78,9 +78,9 @@ def test_the_layout_of_a_repository_of_the_hub(tmp_path: Path) -> None:
         ["a.csv", "my-dev-set/b.csv"],
     ],
 )
-def test_what_may_be_a_split_is_never_guessed(tmp_path: Path, names: list[str]) -> None:
+def test_ambiguous_split_names_raise(tmp_path: Path, names: list[str]) -> None:
     touch(tmp_path, *names)
-    with pytest.raises(UserError, match=r"may be a split, and is not named.*data\.train_files"):
+    with pytest.raises(UserError, match=r"may be a split, but the name is not.*data\.train_files"):
         found(tmp_path)
 
 
@@ -92,20 +92,20 @@ def test_linked_folders_are_read(tmp_path: Path) -> None:
     assert found(tmp_path / "data") == {"train": ["train/a.csv"]}
 
 
-def test_a_name_that_is_not_utf_8_is_refused_in_words(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf_8_raises(tmp_path: Path) -> None:
     (tmp_path / "caf\udce9.csv").touch()
-    with pytest.raises(UserError, match="its name is not UTF-8; rename it"):
+    with pytest.raises(UserError, match="the file name is not UTF-8; rename it"):
         found(tmp_path)
 
 
-def test_a_directory_without_such_names_is_all_train(tmp_path: Path) -> None:
+def test_directory_without_split_names_is_all_train(tmp_path: Path) -> None:
     touch(tmp_path, "2024/b.csv", "2024/a.csv.zst", "2025/c.csv", "2025/_SUCCESS")
     assert found(tmp_path) == {"train": ["2024/a.csv.zst", "2024/b.csv", "2025/c.csv"]}
     touch(tmp_path, "2025/d.xlsx", "2025/e.csv.lz4")
     assert found(tmp_path)["ignored"] == ["2025/d.xlsx", "2025/e.csv.lz4"]
 
 
-def test_patterns_choose_files_of_a_directory(tmp_path: Path) -> None:
+def test_patterns_select_files_in_a_directory(tmp_path: Path) -> None:
     touch(tmp_path, "2024/b.csv", "2024/a.csv.gz", "2025/c.csv", "d.csv")
     assert found(tmp_path, train_files="2024/*") == {
         "train": ["2024/a.csv.gz", "2024/b.csv"],
@@ -122,16 +122,16 @@ def test_patterns_choose_files_of_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"train_files": "*.parquet"}, "matches no readable file.*could be read: a.csv"),
-        ({"train_files": "../*.csv"}, "leaves"),
+        ({"train_files": "*.parquet"}, "matches no readable file.*readable files: a.csv"),
+        ({"train_files": "../*.csv"}, "is outside"),
         ({"train_files": "*.csv", "test_files": "*.csv"}, "needs a directory in data.test"),
-        ({"test": "a.csv", "test_files": "a*"}, "needs a directory, and .*a.csv is a file"),
-        ({"test": "a.csv"}, "a.csv is a file of data.train and of data.test"),
+        ({"test": "a.csv", "test_files": "a*"}, "needs a directory, but .*a.csv is a file"),
+        ({"test": "a.csv"}, "a.csv is in both data.train and data.test"),
         ({"train": "*.csv"}, r"set data.train: .* and data.train_files: \*.csv"),
         ({"train": "hf://datasets/a/b"}, "hf://datasets/a/b is not a path; .*hub/params.yaml"),
     ],
 )
-def test_paths_and_patterns_that_cannot_be_meant(tmp_path: Path, data: dict, message: str) -> None:
+def test_invalid_paths_and_patterns_raise(tmp_path: Path, data: dict, message: str) -> None:
     touch(tmp_path, "a.csv", "b.csv")
     paths = {
         key: str(tmp_path / value)
@@ -142,7 +142,7 @@ def test_paths_and_patterns_that_cannot_be_meant(tmp_path: Path, data: dict, mes
         found(tmp_path, **data | paths)
 
 
-def test_a_file_of_one_s_own_replaces_the_directory_s(tmp_path: Path) -> None:
+def test_explicit_file_overrides_the_file_in_the_directory(tmp_path: Path) -> None:
     touch(tmp_path, "train.csv", "test.csv", "own.csv")
     assert found(tmp_path, test=str(tmp_path / "own.csv")) == {
         "train": ["train.csv"],
@@ -151,7 +151,7 @@ def test_a_file_of_one_s_own_replaces_the_directory_s(tmp_path: Path) -> None:
     }
 
 
-def test_shards_are_joined_in_order(tmp_path: Path) -> None:
+def test_shards_are_read_in_order(tmp_path: Path) -> None:
     names = [f"train-0000{index}-of-00002.csv" for index in (1, 0)]
     touch(tmp_path, *names)
     assert found(tmp_path) == {"train": sorted(names)}
@@ -160,12 +160,14 @@ def test_shards_are_joined_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["tain.csv", "test.csv"], "no file or folder named train.*could be read: tain.csv"),
+        (["tain.csv", "test.csv"], "no file or folder is named train.*readable files: tain.csv"),
         (["train.csv", "train.jsonl"], "more than one train file: train.csv, train.jsonl"),
     ],
     ids=["none", "two"],
 )
-def test_a_directory_without_one_train_file(tmp_path: Path, names: list, message: str) -> None:
+def test_directory_without_exactly_one_train_file_raises(
+    tmp_path: Path, names: list, message: str
+) -> None:
     for name in names:
         write_rows(tmp_path / name)
     with pytest.raises(UserError, match=message):
@@ -183,7 +185,9 @@ def test_a_directory_without_one_train_file(tmp_path: Path, names: list, message
         ("stop.", "stop", False),
     ],
 )
-def test_content_key_ignores_whitespace_only(one: str, other: str, same: bool) -> None:
+def test_content_key_ignores_only_white_space_and_unicode_form(
+    one: str, other: str, same: bool
+) -> None:
     assert (content_key(one) == content_key(other)) is same
 
 

@@ -1,4 +1,4 @@
-"""Rows checked on the workers of a Dask cluster: the same dataset, byte for byte."""
+"""Tests of the Dask engine: the prepared dataset is byte-identical to that of one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encoder() -> TextEncoder:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Six files with duplicates and near-duplicates across them, and rows of every severity."""
+    """Return six files with duplicates and near-duplicates across them, and invalid rows."""
     rows = pairs(300)
     rows[40] = [rows[3][0], rows[3][1]]
     rows[90] = [rows[200][0].upper() + "!", rows[200][1]]
@@ -48,8 +48,8 @@ def result(data: Data, encoder: TextEncoder, directory: Path) -> dict[str, bytes
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_dask_gives_what_one_process_gives(shards: Path, encoder: TextEncoder) -> None:
-    here = result(Data(train=str(shards)), encoder, shards.parent / "here")
+def test_dask_gives_the_same_dataset_as_one_process(shards: Path, encoder: TextEncoder) -> None:
+    local = result(Data(train=str(shards)), encoder, shards.parent / "local")
     data = Data(train=str(shards), engine="dask")
     with (
         LocalCluster(
@@ -57,7 +57,7 @@ def test_dask_gives_what_one_process_gives(shards: Path, encoder: TextEncoder) -
         ) as cluster,
         dask.config.set({"scheduler-address": cluster.scheduler_address}),
     ):
-        assert result(data, encoder, shards.parent / "there") == here
+        assert result(data, encoder, shards.parent / "dask") == local
         (shards / "2.csv.gz").write_bytes(b"no gzip")
         (shards / "4.csv.gz").write_bytes(gzip.compress(b'text,label\n"a" b,c\n'))
         with pytest.raises(UserError) as caught:
@@ -66,16 +66,19 @@ def test_dask_gives_what_one_process_gives(shards: Path, encoder: TextEncoder) -
     assert len(problems) == 2
     assert "2.csv.gz cannot be decompressed" in problems[0]
     assert "4.csv.gz line 2 column 4" in problems[1]
-    assert {"train.parquet", "findings.parquet", "train.arrow"} <= set(here)
+    assert {"train.parquet", "findings.parquet", "train.arrow"} <= set(local)
 
 
-def test_a_cluster_that_is_away_is_named(shards: Path, encoder: TextEncoder) -> None:
+def test_unreachable_cluster_raises(shards: Path, encoder: TextEncoder) -> None:
     address = {"scheduler-address": "tcp://127.0.0.1:9", "distributed.comm.timeouts.connect": "1s"}
-    with dask.config.set(address), pytest.raises(UserError, match=r"127\.0\.0\.1:9.*cluster up"):
+    with (
+        dask.config.set(address),
+        pytest.raises(UserError, match=r"127\.0\.0\.1:9.*cluster running"),
+    ):
         validate(Data(train=str(shards), engine="dask"), encoder, shards.parent)
 
 
-def test_an_encoder_sent_to_another_process_still_takes_specials_for_text(
+def test_pickled_encoder_encodes_special_tokens_as_text(
     encoder: TextEncoder,
 ) -> None:
     sent = pickle.loads(pickle.dumps(encoder))

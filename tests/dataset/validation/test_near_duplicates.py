@@ -1,4 +1,4 @@
-"""Near-duplicates: the similarity against scikit-learn, what is found against all pairs."""
+"""Tests of near-duplicates: similarities against scikit-learn, found pairs against all pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def related_texts(count: int, seed: int = 0) -> list[str]:
-    """Return texts of 6 to 30 words, half of them an earlier one with some words changed."""
+    """Return texts of 6 to 30 words; half of them are earlier texts with a few changed words."""
     rng = random.Random(seed)
     texts: list[list[str]] = []
     for _ in range(count):
@@ -40,7 +40,7 @@ def related_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def all_similarities(texts: list[str]) -> np.ndarray:
-    """Return the Jaccard similarity of all pairs, by another library."""
+    """Return the Jaccard similarity of all pairs, computed with scikit-learn."""
     counts = CountVectorizer(analyzer="char", ngram_range=(5, 5), binary=True, lowercase=False)
     shingles = counts.fit_transform(texts).astype(np.int64)
     shared = (shingles @ shingles.T).toarray()
@@ -62,11 +62,11 @@ def all_similarities(texts: list[str]) -> np.ndarray:
         ("`x` ~ ^^ ?!", "x"),
     ],
 )
-def test_what_counts_of_a_text(text: str, normal: str) -> None:
+def test_normalize(text: str, normal: str) -> None:
     assert normalize(text) == normal
 
 
-def test_similarity_is_that_of_the_sets_of_shingles() -> None:
+def test_similarity_is_jaccard_similarity_of_shingles() -> None:
     texts = related_texts(60)
     expected = all_similarities(texts)
     for i in range(60):
@@ -76,7 +76,7 @@ def test_similarity_is_that_of_the_sets_of_shingles() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
-def test_a_banding_misses_few_at_the_threshold_and_compares_few_far_below(threshold: float) -> None:
+def test_banding_finds_most_similar_pairs_and_few_others(threshold: float) -> None:
     bands, width = banding(threshold, 10_000)
     assert bands * width <= 256
 
@@ -106,11 +106,11 @@ def test_nearly_all_similar_pairs_are_found_and_no_others(threshold: float) -> N
     found_crossing = groups[pairs[:, 0]] != groups[pairs[:, 1]]
     assert len(set(pairs[found_crossing, 0].tolist()) & leaking) >= 0.95 * len(leaking) > 30
     assert len(set(pairs[~found_crossing, 1].tolist()) & repeating) >= 0.95 * len(repeating) > 200
-    # The pairs connect the families that all pairs make, but for the few that are never looked at.
+    # The found pairs connect nearly the same families as all pairs.
     within = pairs[~found_crossing]
     ours = connected_components(graph(within, len(texts)), directed=False)[1]
     assert ours.max() - family.max() <= 0.05 * len(repeating)
-    # Each text of a family is paired with the first one, if it is like it.
+    # Each text of a family is paired with the first one if they are similar.
     for number in np.unique(ours[within]):
         members = np.flatnonzero(ours == number)
         like_first = members[1:][expected[members[0], members[1:]] >= threshold]
@@ -121,7 +121,7 @@ def graph(pairs: np.ndarray, size: int) -> coo_array:
     return coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
 
 
-def test_a_text_between_two_others_joins_their_families() -> None:
+def test_text_similar_to_two_others_joins_their_families() -> None:
     rng = random.Random(9)
     first, middle, last = ([], [], [])
     for _ in range(40):
@@ -143,18 +143,18 @@ def test_a_text_between_two_others_joins_their_families() -> None:
 
 
 class Counting:
-    """Texts by index, and how often one was asked for."""
+    """Return texts by index and count the calls."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
-        self.asked = 0
+        self.calls = 0
 
     def __call__(self, index: int) -> str:
-        self.asked += 1
+        self.calls += 1
         return self.texts[index]
 
 
-def test_rows_made_from_one_pattern_are_not_all_compared_with_each_other() -> None:
+def test_rows_from_one_template_are_not_compared_pairwise() -> None:
     rng = random.Random(4)
     pattern = "please translate the sentence below into plain english and say which {} it is about"
     alike = [pattern.format(" ".join(words(rng, 2))) for _ in range(2000)]
@@ -164,20 +164,20 @@ def test_rows_made_from_one_pattern_are_not_all_compared_with_each_other() -> No
         groups = np.repeat(np.array([0, 1], dtype=np.uint8), [1500, 500])
         matrix = band_hashes(texts, *banding(0.6, 2000))
         pairs, _ = find_similar(matrix, groups, text_of, 0.6)
-        assert text_of.asked < 2 * 2 * 17 * 2000  # of four million
+        assert text_of.calls < 2 * 2 * 17 * 2000  # out of four million
         crossing = groups[pairs[:, 0]] != groups[pairs[:, 1]]
         if related:
             assert len(set(pairs[~crossing, 1].tolist())) >= 1998 - 2
             assert len(set(pairs[crossing, 0].tolist())) >= 0.95 * 1500
 
 
-def test_of_many_texts_few_are_compared_by_chance() -> None:
+def test_bands_are_more_selective_for_more_texts() -> None:
     widths = [banding(0.6, texts)[1] for texts in (1_000, 100_000, 1_000_000, 10_000_000)]
     assert widths == [5, 5, 6, 7]
-    assert banding(0.8, 1_000) == banding(0.8, 10_000_000)  # selective as it is
+    assert banding(0.8, 1_000) == banding(0.8, 10_000_000)  # already selective enough
 
 
-def test_hashes_depend_on_the_text_alone() -> None:
+def test_hashes_do_not_depend_on_other_texts() -> None:
     texts = related_texts(700, seed=2)
     together = band_hashes(texts, 36, 7)
     alone = np.concatenate([band_hashes([text], 36, 7) for text in texts[:50]], axis=1)

@@ -1,4 +1,4 @@
-"""Checks, policies and reports."""
+"""Tests of checks, policies and reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoder() -> TextEncoder:
 
 
 class Checked:
-    """What validation left of a dataset, read back from the disk."""
+    """The result of validating a dataset, read back from disk."""
 
     def __init__(self, data: Data, encoder: TextEncoder) -> None:
         self.directory = Path(tempfile.mkdtemp(dir=Path(data.train).absolute().parent))
@@ -62,7 +62,7 @@ def error_of(data: Data, encoder: TextEncoder) -> str:
         return str(error)
 
 
-def test_a_clean_dataset_has_no_findings(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_clean_dataset_has_no_findings(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = pairs(60, ("very good", "not so good", "neither"))
     validated = Checked(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
     assert validated.findings.empty
@@ -109,7 +109,7 @@ def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncod
     assert not set(pd.concat(validated.splits.values())["row"]) & set(bad)
 
 
-def test_a_row_with_two_failures_is_one_row(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_row_with_two_failures_counts_once(tmp_path: Path, encoder: TextEncoder) -> None:
     train = write_csv(tmp_path / "t.csv", [*pairs(40), ["", ""]])
     validated = Checked(Data(train=train), encoder)
     assert len(validated.rejected) == 2
@@ -120,13 +120,13 @@ def test_a_row_with_two_failures_is_one_row(tmp_path: Path, encoder: TextEncoder
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ({"on_invalid": "error", "max_invalid_fraction": 1.0}, "data.on_invalid is error"),
+        ({"on_invalid": "error", "max_invalid_fraction": 1.0}, "data.on_invalid = error"),
         ({"max_invalid_fraction": 0.04}, "data.max_invalid_fraction = 0.04"),
         ({"max_invalid_fraction": 0.05}, None),
     ],
     ids=["error", "too-many", "drop"],
 )
-def test_the_policy_for_invalid_rows(
+def test_policy_for_invalid_rows(
     tmp_path: Path, encoder: TextEncoder, policy: dict, message: str | None
 ) -> None:
     train = write_csv(tmp_path / "t.csv", [*pairs(38), ["", "ham"], ["x", ""]])
@@ -162,7 +162,7 @@ def test_held_out_splits_share_no_text(tmp_path: Path, encoder: TextEncoder) -> 
 
 
 def leaking(folder: Path) -> dict[str, str]:
-    """Write splits in which train rows 2 and 3 are in test, row 5 and test row 1 in validation."""
+    """Write splits where train rows 2 and 3 are in test, and train 5 and test 1 in validation."""
     train, validation, test = pairs(30), pairs(10, seed=1), pairs(10, seed=2)
     test[4], test[6] = train[1], [train[2][0].replace(" ", "\n"), train[2][1]]
     validation[0] = train[4]
@@ -181,9 +181,7 @@ def test_leaks_are_an_error_by_default(tmp_path: Path, encoder: TextEncoder) -> 
     assert "\n" not in error
 
 
-def test_leaks_are_dropped_in_favour_of_the_later_split(
-    tmp_path: Path, encoder: TextEncoder
-) -> None:
+def test_leaks_are_dropped_from_the_earlier_split(tmp_path: Path, encoder: TextEncoder) -> None:
     validated = Checked(Data(**leaking(tmp_path), on_leak="drop"), encoder)
     expected = [("train", 2, True), ("train", 3, True), ("train", 5, True), ("validation", 9, True)]
     assert validated.found("leak") == expected
@@ -191,7 +189,7 @@ def test_leaks_are_dropped_in_favour_of_the_later_split(
     assert validated.metrics["leaked_rows"] == 4
 
 
-def test_leaks_are_kept_and_counted_on_request(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_leaks_are_kept_and_counted_with_warn(tmp_path: Path, encoder: TextEncoder) -> None:
     validated = Checked(Data(**leaking(tmp_path), on_leak="warn"), encoder)
     assert [dropped for *_, dropped in validated.found("leak")] == [False] * 4
     assert [len(validated.splits[name]) for name in SPLITS] == [30, 10, 10]
@@ -199,7 +197,7 @@ def test_leaks_are_kept_and_counted_on_request(tmp_path: Path, encoder: TextEnco
     assert validated.metrics["leaked_rows"] == 4
 
 
-def test_the_validation_split_is_held_out_behind_the_leaks(
+def test_validation_is_held_out_after_leaks_are_dropped(
     tmp_path: Path, encoder: TextEncoder
 ) -> None:
     files = leaking(tmp_path)
@@ -220,7 +218,7 @@ def test_conflicting_answers_are_reported_and_kept(tmp_path: Path, encoder: Text
 
 
 @pytest.mark.parametrize("task", ["classification", "completion"])
-def test_cut_tokens_are_those_of_the_prompt_encoder(
+def test_cut_tokens_match_the_prompt_encoder(
     tmp_path: Path, encoder: TextEncoder, task: str
 ) -> None:
     first, second = ("text", "label") if task == "classification" else ("prompt", "completion")
@@ -243,7 +241,7 @@ def test_cut_tokens_are_those_of_the_prompt_encoder(
             assert example["input_ids"] == expected.ids
             assert example["prompt_length"] == expected.prompt_length
             assert example["length"] == len(expected.ids)
-            reason = f"loses {expected.cut_tokens} tokens at its end"
+            reason = f"is truncated by {expected.cut_tokens} tokens"
             assert cut.get(row.row) == (reason if expected.cut_tokens else None)
     assert 0 < len(cut) < 60
     numbers = validated.metrics
@@ -252,7 +250,7 @@ def test_cut_tokens_are_those_of_the_prompt_encoder(
     assert numbers["tokens"] <= 96 * 60
 
 
-def test_an_answer_without_room_is_invalid(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_answer_that_leaves_no_room_is_invalid(tmp_path: Path, encoder: TextEncoder) -> None:
     rows = [*pairs(40), ["a", "x" * 60]]
     data = Data(
         train=write_csv(tmp_path / "t.csv", rows), max_length=64, prompt_template="{text} ="
@@ -286,7 +284,7 @@ def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
     data = Data(train=str(tmp_path / "t.txt"), task="text", max_length=96)
     validated = Checked(data, encoder)
     assert [len(validated.splits[name]) for name in SPLITS] == [25, 3, 3]
-    assert validated.found("truncated") == []  # documents are packed, not cut
+    assert validated.found("truncated") == []  # documents are packed, not truncated
     examples = [list(e["input_ids"]) for e in validated.prepared.examples("train")]
     assert {len(ids) for ids in examples[:-1]} == {96}  # packed to the last token
     assert [e["prompt_length"] for e in validated.prepared.examples("train")] == [0] * len(examples)
@@ -300,8 +298,8 @@ def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (pairs(20, ("ham",)), "has one label only, 'ham' in column label"),
-        (pairs(2), "too few texts of at least two labels to hold out validation and test"),
+        (pairs(20, ("ham",)), "has only one label, 'ham' in column label"),
+        (pairs(2), "too few texts to hold out validation and test with at least two labels each"),
         (
             [*pairs(20), ["a", "Spam"], ["b", "spam "]],
             "labels 'spam' (11 rows) and 'Spam' (1 rows)",
@@ -310,7 +308,7 @@ def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
     ],
     ids=["one-label", "two-rows", "case", "spaces"],
 )
-def test_labels_that_cannot_be_learned(
+def test_unusable_labels_are_problems(
     tmp_path: Path, encoder: TextEncoder, rows: list, message: str
 ) -> None:
     error = error_of(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
@@ -321,13 +319,13 @@ def test_labels_that_cannot_be_learned(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (pairs(9, ("ham", "eggs", "beans"), seed=1), "train never shows: 'beans', 'eggs'"),
-        (pairs(9, ("ham",), seed=1), "the validation split has one label only, 'ham'"),
+        (pairs(9, ("ham", "eggs", "beans"), seed=1), "missing from train: 'beans', 'eggs'"),
+        (pairs(9, ("ham",), seed=1), "the validation split has only one label, 'ham'"),
         ([["", "ham"]], "the validation split has no rows left"),
     ],
     ids=["unseen", "one-label", "no-valid-row"],
 )
-def test_a_validation_file_that_cannot_be_used(
+def test_unusable_validation_file_is_a_problem(
     tmp_path: Path, encoder: TextEncoder, rows: list, message: str
 ) -> None:
     train = write_csv(tmp_path / "t.csv", pairs(30))
@@ -336,13 +334,13 @@ def test_a_validation_file_that_cannot_be_used(
     )
 
 
-def test_no_valid_row_at_all(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_dataset_without_valid_rows_raises(tmp_path: Path, encoder: TextEncoder) -> None:
     train = write_csv(tmp_path / "t.csv", [["", "a"], ["", "b"]])
     error = error_of(Data(train=train, max_invalid_fraction=1.0), encoder)
-    assert "not one of 2 rows is valid" in error
+    assert "none of 2 rows is valid" in error
 
 
-def test_a_template_too_long_for_any_text(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_template_that_leaves_no_room_raises(tmp_path: Path, encoder: TextEncoder) -> None:
     train = write_csv(tmp_path / "t.csv", pairs(9))
     data = Data(train=train, max_length=16, prompt_template="more than sixteen bytes {text}")
     assert "data.max_length = 16" in error_of(data, encoder)
@@ -361,7 +359,7 @@ def test_histogram_covers_every_row_once(tmp_path: Path, encoder: TextEncoder) -
     starts = table["tokens"].unique().tolist()
     assert starts[0] == 1 and starts[-1] == 101
     train_rows = validated.splits["train"]
-    # A token a byte: the text, a colon, a space and the label, the end-of-text token.
+    # One token per byte of the text, a colon, a space and the label, and the end-of-text token.
     tokens = train_rows["text"].str.len() + train_rows["label"].str.len() + 3
     ends = [*starts[1:], 10**9]
     by_hand = [tokens.between(low, end - 1).sum() for low, end in zip(starts, ends, strict=True)]
@@ -378,12 +376,12 @@ def test_report_shows_numbers_and_examples(tmp_path: Path, encoder: TextEncoder)
     page = (tmp_path / "report" / "report.html").read_text()
     words = html.unescape(re.sub(r"<[^>]+>|\s+", " ", page))
     words = " ".join(words.split())
-    assert "<b>" not in page and "<b>" in words  # what a text says is shown and never obeyed
+    assert "<b>" not in page and "<b>" in words  # the HTML in a text is escaped
     assert "64 rows read" in words
     assert f"{train} row 61 train label is empty or only whitespace" in words
     assert f"{train} row 63 train text is the same as {train} row 1" in words
     assert f"{train} row 64 train text is nearly the same as {train} row 2" in words
-    assert "loses" in words and "2 rows were left out" in words
+    assert "is truncated by" in words and "2 rows were dropped" in words
     assert "http" not in page.replace("https://", "http://").split("<body>")[0]  # self-contained
     assert hashlib.sha256(Path(train).read_bytes()).hexdigest() in words
     labels = pd.read_csv(tmp_path / "report" / "labels.csv")

@@ -1,4 +1,4 @@
-"""A tweet CSV as people have it: dropped in by params alone, and told about honestly."""
+"""Test of a typical tweet CSV: it needs only params, and the report describes it correctly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Tweets = tuple[list[tuple[str, str]], dict[str, set[int]]]
 
 @pytest.fixture(scope="module")
 def tweets() -> Tweets:
-    """Return 1,000 rows of label and text, and the rows, from 1, of each peculiarity."""
+    """Return 1,000 rows of label and text, and the row numbers (from 1) of each special kind."""
     rng = random.Random(20)
     rows: list[tuple[str, str]] = []
     planted: dict[str, set[int]] = {"html": set(), "lines": set(), "retweet": set(), "copy": set()}
     while len(rows) < 1000:
         number = len(rows) + 1
         kind = rng.random()
-        if number > 100 and kind < 0.04:  # a retweet: another frame, link and case
+        if number > 100 and kind < 0.04:  # a retweet: another prefix, link and case
             label, text = rows[rng.randrange(80)]
             text = re.sub(r" https?://\S+", "", text)
             rows.append(
@@ -52,7 +52,7 @@ def tweets() -> Tweets:
         text = rows[-1][1]
         planted["html"] |= {number} if "&amp;" in text else set()
         planted["lines"] |= {number} if "\n" in text else set()
-    # A copy of a retweet or of an oddity is one, too, but is left out as a copy.
+    # A copy of a retweet is also a retweet, but is dropped as a copy.
     planted["retweet"] -= planted["copy"]
     return rows, planted
 
@@ -63,7 +63,7 @@ def words_of(page: str) -> str:
     )
 
 
-def test_tweets_need_params_only(tmp_path: Path, tweets: Tweets) -> None:
+def test_tweets_need_only_params(tmp_path: Path, tweets: Tweets) -> None:
     rows, planted = tweets
     project = make_project(tmp_path)
     with open(project / "tweets.csv", "w", encoding="utf-8", newline="") as stream:
@@ -87,7 +87,7 @@ def test_tweets_need_params_only(tmp_path: Path, tweets: Tweets) -> None:
     assert numbers["duplicate_rows"] == len(planted["copy"]) > 3
     assert numbers["near_duplicate_rows"] == len(planted["retweet"]) > 20
     assert numbers["suspect_rows"] == len(planted["html"]) > 40
-    # Rows are held out with their relatives: no retweet is in another split than its original.
+    # Near-duplicates are held out together: each retweet is in the split of its original.
     split_of = {row.row: s for s in dataset.rows for row in dataset.split(s).itertuples()}
     bare = {n: re.sub(r"RT @\w+:|https?://\S+", "", rows[n - 1][1]).strip() for n in kept}
     first: dict[str, int] = {}
@@ -98,8 +98,8 @@ def test_tweets_need_params_only(tmp_path: Path, tweets: Tweets) -> None:
     words = words_of(page)
     assert "classification · 1,000 rows read from 1 file" in words
     assert f"texts with HTML entities {len(planted['html'])} rows, kept" in words
-    assert "html.unescape turns them into what readers saw" in words
+    assert "html.unescape converts them to characters" in words
     assert f"near-duplicates within a split {len(planted['retweet'])} rows, kept" in words
     assert f"duplicates within a split {len(planted['copy'])} rows" in words
-    assert "Labels are out of balance" in words and "see macro_f1" in words
+    assert "Labels are imbalanced" in words and "use macro_f1" in words
     assert re.search(r"is nearly the same as tweets\.csv row \d+ \(similarity 1\.00\)", words)

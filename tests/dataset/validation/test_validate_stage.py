@@ -1,4 +1,4 @@
-"""The stage `validate` as a user runs it, in a process of its own."""
+"""Tests of the stage `validate` as a user runs it, in its own process."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def project(tmp_path: Path) -> Path:
     return make_project(tmp_path)
 
 
-def test_stage_on_a_user_s_csv(project: Path) -> None:
+def test_stage_on_user_csv(project: Path) -> None:
     rows = [[f'{text},\n"quoted"', label] for text, label in pairs(60, ("very good", "not good"))]
     table = [["7", *row] for row in [rows[0], *rows, ["", "not good"]]]
     write_csv(project / "mine.csv", table, ("id", "tweet", "class"))
     write_params(project, text_column="tweet", label_column="class")
     done = run_stage(project)
     assert done.returncode == 0, done.stderr
-    assert "62 rows read: 48 train, 6 validation, 6 test; 2 left out" in done.stdout
+    assert "62 rows read: 48 train, 6 validation, 6 test; 2 dropped" in done.stdout
     dataset = load_prepared(project / "artifacts" / "dataset")
     assert dataset.labels == ("not good", "very good")
     kept = pd.concat(dataset.split(name) for name in SPLITS)
@@ -75,8 +75,12 @@ BAD_INPUT = {
     "missing-column": ({"text_column": "tweet"}, None, "mine.csv has no column tweet"),
     "empty-file": ({}, "", "mine.csv is empty"),
     "no-rows": ({}, "text,label\n", "mine.csv has no rows"),
-    "one-label": ({}, "text,label\na,x\nb,x\nc,x\n", "mine.csv has one label only, 'x'"),
-    "leak": ({"test": "same.csv"}, None, "some texts are in two splits (40 in train and test)"),
+    "one-label": ({}, "text,label\na,x\nb,x\nc,x\n", "mine.csv has only one label, 'x'"),
+    "leak": (
+        {"test": "same.csv"},
+        None,
+        "identical texts are in two splits (40 in train and test)",
+    ),
     "wrong-type": ({"train": "n.jsonl"}, None, "n.jsonl row 1: text is an integer, not text ('1')"),
     "ragged": ({}, "text,label\na,b,c\n", "mine.csv row 1: has 3 cells on line 2"),
     "pattern": ({"train": "*.csv"}, None, "set data.train: . and data.train_files: *.csv"),
@@ -86,7 +90,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("params", "content", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_ends_in_one_line(
+def test_bad_input_prints_one_error_line(
     project: Path, params: dict, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -101,14 +105,14 @@ def test_bad_input_ends_in_one_line(
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-    assert len(done.stdout.splitlines()) <= 1  # what is validated, and no word of success
+    assert len(done.stdout.splitlines()) <= 1  # the first line of the stage, no success message
     report = {"reports/validate/report.html", "reports/validate/findings.parquet"}
     assert files(project) - report == before
     assert not files(project.parent / "home")
 
 
-def test_a_missing_model_is_named(project: Path) -> None:
+def test_missing_model_raises(project: Path) -> None:
     (project / "model").rename(project / "elsewhere")
     done = run_stage(project)
     assert done.returncode == 2
-    assert done.stderr == "error: model.path: model is not a directory with a model\n"
+    assert done.stderr == "error: model.path = model is not a model directory\n"

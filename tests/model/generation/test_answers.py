@@ -1,4 +1,4 @@
-"""Many answers at once: in the order of the prompts, as alone, within the memory there is."""
+"""Batched answers keep the prompt order, equal unbatched answers and stay within memory limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prompts(encoder):
 
 @pytest.fixture
 def generated(monkeypatch):
-    """The batches that a model was asked for, as lengths of their prompts."""
+    """Prompt lengths of each generated batch."""
     batches = []
 
     def generate(model, prompts, **options):
@@ -37,25 +37,25 @@ def write(model, encoder, prompts, batch_size=4):
     )
 
 
-def test_answers_are_in_the_order_of_their_prompts_and_as_alone(model, encoder, prompts, generated):
+def test_batched_answers_equal_single_answers_in_order(model, encoder, prompts, generated):
     written = write(model, encoder, prompts)
     assert sorted(map(len, generated)) == [1, 4, 4]
     assert written == [write(model, encoder, [prompt])[0] for prompt in prompts]
     assert len(set(written)) > 1
 
 
-def test_keys_and_values_stay_within_their_memory(model, encoder, prompts, generated, monkeypatch):
-    whole = write(model, encoder, prompts)
+def test_cache_memory_is_limited(model, encoder, prompts, generated, monkeypatch):
+    expected = write(model, encoder, prompts)
     longest = max(map(len, prompts)) + TOKENS
     monkeypatch.setattr(answers, "_CACHE_BYTES", 2 * longest * cache_bytes_per_token(model))
     generated.clear()
-    assert write(model, encoder, prompts, batch_size=9) == whole
+    assert write(model, encoder, prompts, batch_size=9) == expected
     assert len(generated[0]) == 2
     assert all(len(batch) * (max(batch) + TOKENS) <= 2 * longest for batch in generated)
 
 
-def test_a_batch_that_does_not_fit_is_halved(model, encoder, prompts, monkeypatch):
-    whole = write(model, encoder, prompts)
+def test_batch_is_halved_when_out_of_memory(model, encoder, prompts, monkeypatch):
+    expected = write(model, encoder, prompts)
 
     def generate(model, prompts, **options):
         if len(prompts) > 1:
@@ -63,8 +63,8 @@ def test_a_batch_that_does_not_fit_is_halved(model, encoder, prompts, monkeypatc
         return generate_greedily(model, prompts, **options)
 
     monkeypatch.setattr(answers, "generate_greedily", generate)
-    assert write(model, encoder, prompts) == whole
+    assert write(model, encoder, prompts) == expected
 
 
-def test_no_prompts_are_no_answers(model, encoder):
+def test_no_prompts_give_no_answers(model, encoder):
     assert write(model, encoder, []) == []

@@ -1,4 +1,4 @@
-"""Rows that come and go are generated as each would be alone, by transformers' own `generate`."""
+"""Continuous batching generates the same tokens as transformers' `generate` on single rows."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def model(request):
     return adapted.eval()
 
 
-def alone(model, prompt, max_new_tokens, eos=EOS):
-    """What transformers generates, with the end token if there is one."""
+def reference(model, prompt, max_new_tokens, eos=EOS):
+    """Return the new tokens from transformers, including the end token if there is one."""
     ids = model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -50,14 +50,14 @@ def alone(model, prompt, max_new_tokens, eos=EOS):
     return ids[0, len(prompt) :].tolist()
 
 
-def without_end(ids, eos=EOS):
+def before_end(ids, eos=EOS):
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
 def some_prompts(count, longest=40, seed=0):
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     return [
-        [chance.randrange(1, VOCABULARY) for _ in range(chance.randrange(1, longest))]
+        [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(1, longest))]
         for _ in range(count)
     ]
 
@@ -67,44 +67,44 @@ def finish(batch):
         batch.step()
 
 
-def test_rows_that_come_and_go_are_what_each_is_alone(model):
+def test_rows_that_join_and_leave_equal_the_reference(model):
     prompts = some_prompts(10)
     tokens = [random.Random(i).choice([1, 3, 17, 40]) for i in range(len(prompts))]
-    expected = [alone(model, p, n) for p, n in zip(prompts, tokens, strict=True)]
+    expected = [reference(model, p, n) for p, n in zip(prompts, tokens, strict=True)]
     batch = GenerationBatch(model, model.config.vocab_size, EOS)
-    chance = random.Random(2)
+    rng = random.Random(2)
     rows, left = [], list(zip(prompts, tokens, strict=True))
     while left or batch.rows:
-        if left and chance.random() < 0.3:
-            count = chance.choice([1, 2])
+        if left and rng.random() < 0.3:
+            count = rng.choice([1, 2])
             new, left = left[:count], left[count:]
             rows += batch.add([p for p, _ in new], [Sampling(n) for _, n in new])
         batch.step()
-    assert [row.ids for row in rows] == [without_end(ids) for ids in expected]
+    assert [row.ids for row in rows] == [before_end(ids) for ids in expected]
     assert len({tuple(row.ids) for row in rows}) > 5
 
 
-def test_the_end_token_ends_a_row(gptj):
+def test_end_token_finishes_a_row(gptj):
     (prompt,) = some_prompts(1)
-    free = alone(gptj, prompt, 12, eos=VOCABULARY - 1)
+    free = reference(gptj, prompt, 12, eos=VOCABULARY - 1)
     end = free[5]
     batch = GenerationBatch(gptj, VOCABULARY, end)
     (row,) = batch.add([prompt], [Sampling(12)])
     finish(batch)
     assert row.ids == free[: free.index(end)]
     assert row.finish_reason == "stop"
-    assert [*row.ids, end] == alone(gptj, prompt, 12, eos=end)
+    assert [*row.ids, end] == reference(gptj, prompt, 12, eos=end)
 
 
-def test_an_end_token_at_once_is_an_empty_answer(gptj):
+def test_immediate_end_token_gives_an_empty_answer(gptj):
     (prompt,) = some_prompts(1)
-    batch = GenerationBatch(gptj, VOCABULARY, alone(gptj, prompt, 1, eos=VOCABULARY - 1)[0])
+    batch = GenerationBatch(gptj, VOCABULARY, reference(gptj, prompt, 1, eos=VOCABULARY - 1)[0])
     (row,) = batch.add([prompt], [Sampling(12)])
     assert (row.ids, row.finish_reason, batch.rows) == ([], "stop", [])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_so_many_tokens_and_no_more(gptj, count):
+def test_max_new_tokens_limits_the_length(gptj, count):
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     (row,) = batch.add([[5, 6]], [Sampling(count)])
     finish(batch)
@@ -112,11 +112,12 @@ def test_so_many_tokens_and_no_more(gptj, count):
     assert row.finish_reason == "length"
 
 
-def test_rows_of_the_embedding_that_are_no_token_are_never_chosen(gptj):
-    """GPT-J has 50,400 of them for 50,257 tokens."""
+def test_ids_beyond_the_vocabulary_are_never_chosen(gptj):
+    """GPT-J has 50,400 embedding rows for 50,257 tokens."""
     known = 40
     prompts = some_prompts(6)
-    assert max(max(alone(gptj, p, 20, eos=130)) for p in prompts) >= known  # else nothing is tested
+    # Without the limit, larger ids are generated.
+    assert max(max(reference(gptj, p, 20, eos=130)) for p in prompts) >= known
     batch = GenerationBatch(gptj, known, EOS)
     hot = [Sampling(20, temperature=5.0, seed=i) for i in range(3)]
     rows = batch.add(prompts, [Sampling(20)] * 3 + hot)
@@ -124,20 +125,20 @@ def test_rows_of_the_embedding_that_are_no_token_are_never_chosen(gptj):
     assert all(token < known for row in rows for token in row.ids)
 
 
-def test_a_long_row_outgrows_its_cache_again_and_again(gptj):
+def test_cache_grows_repeatedly_for_a_long_row(gptj):
     prompt = some_prompts(1, longest=5)[0]
-    expected = alone(gptj, prompt, 200, eos=VOCABULARY - 1)
+    expected = reference(gptj, prompt, 200, eos=VOCABULARY - 1)
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     (row,) = batch.add([prompt], [Sampling(200)])
     rooms = set()
     while batch.rows:
         rooms.add(batch._cache.layers[0].keys.shape[2])
         batch.step()
-    assert without_end(row.ids, VOCABULARY - 1) == without_end(expected, VOCABULARY - 1)
+    assert before_end(row.ids, VOCABULARY - 1) == before_end(expected, VOCABULARY - 1)
     assert len(rooms) > 2
 
 
-def test_a_row_that_leaves_changes_nothing_for_the_others(gptj):
+def test_removing_a_row_does_not_change_the_others(gptj):
     prompts = some_prompts(4)
     expected = generate_greedily(
         gptj, prompts, max_new_tokens=30, vocab_size=VOCABULARY, eos_id=VOCABULARY - 1
@@ -148,7 +149,7 @@ def test_a_row_that_leaves_changes_nothing_for_the_others(gptj):
     for _ in range(5):
         batch.step()
     batch.remove(longest)
-    batch.remove(longest)  # once is enough
+    batch.remove(longest)  # ignored
     assert longest not in batch.rows
     finish(batch)
     kept = [(row.ids, ids) for row, ids in zip(rows, expected, strict=True) if row is not longest]
@@ -156,7 +157,7 @@ def test_a_row_that_leaves_changes_nothing_for_the_others(gptj):
     assert len(longest.ids) == 6
 
 
-def test_the_cache_is_no_wider_than_its_longest_row(gptj):
+def test_cache_shrinks_to_its_longest_row(gptj):
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     long, short = batch.add([[7] * 100, [8, 9]], [Sampling(50)] * 2)
     batch.remove(long)
@@ -168,22 +169,22 @@ def test_the_cache_is_no_wider_than_its_longest_row(gptj):
 SAMPLED = Sampling(20, temperature=1.5, seed=11)
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(gptj):
+def test_seeded_sampling_does_not_depend_on_other_rows(gptj):
     prompt, *others = some_prompts(5)
     batch = GenerationBatch(gptj, VOCABULARY, EOS)
-    (by_itself,) = batch.add([prompt], [SAMPLED])
+    (single,) = batch.add([prompt], [SAMPLED])
     finish(batch)
     batch = GenerationBatch(gptj, VOCABULARY, EOS)
     batch.add(others[:2], [Sampling(9, temperature=1.0), Sampling(30)])
     batch.step()
-    (in_company,) = batch.add([prompt], [SAMPLED])
+    (batched,) = batch.add([prompt], [SAMPLED])
     batch.add(others[2:], [Sampling(15, temperature=2.0, seed=3)] * 2)
     finish(batch)
-    assert in_company.ids == by_itself.ids
-    assert by_itself.ids != without_end(alone(gptj, prompt, 20))  # it is sampled
+    assert batched.ids == single.ids
+    assert single.ids != before_end(reference(gptj, prompt, 20))  # sampled, not greedy
 
 
-def test_other_seeds_and_none_give_other_tokens(gptj):
+def test_different_seeds_and_no_seed_give_different_tokens(gptj):
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     seeds = [1, 2, None, None]
     rows = batch.add([[5, 6]] * 4, [Sampling(20, temperature=5.0, seed=seed) for seed in seeds])
@@ -199,12 +200,12 @@ def test_other_seeds_and_none_give_other_tokens(gptj):
     ],
     ids=["top_k", "top_p"],
 )
-def test_the_narrowest_sampling_is_the_likeliest_token(gptj, narrow):
+def test_narrowest_sampling_is_greedy(gptj, narrow):
     prompts = some_prompts(3)
     batch = GenerationBatch(gptj, VOCABULARY, EOS)
     rows = batch.add(prompts, [narrow] * 3)
     finish(batch)
-    assert [row.ids for row in rows] == [without_end(alone(gptj, p, 15)) for p in prompts]
+    assert [row.ids for row in rows] == [before_end(reference(gptj, p, 15)) for p in prompts]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +213,8 @@ def test_the_narrowest_sampling_is_the_likeliest_token(gptj, narrow):
     [{"temperature": 1.0}, {"temperature": 3.0}, {"top_k": 4, "temperature": 2.0}, {"top_p": 0.6}],
     ids=str,
 )
-def test_tokens_are_as_frequent_as_they_are_likely(gptj, settings):
-    """Against a softmax in NumPy's terms: sorted, cut, divided by what is left."""
+def test_token_frequencies_match_their_probabilities(gptj, settings):
+    """The reference is computed directly: sort, truncate and normalize the softmax."""
     settings = {"temperature": 1.0, **settings}
     prompt, draws = [17, 4, 99], 4000
     with torch.inference_mode():
@@ -226,7 +227,7 @@ def test_tokens_are_as_frequent_as_they_are_likely(gptj, settings):
         before = likely[order].cumsum(0) - likely[order]
         likely[order[before >= settings["top_p"]]] = 0
     likely /= likely.sum()
-    batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY)  # no token ends
+    batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY)  # no end token
     samplings = [Sampling(1, seed=seed, **settings) for seed in range(draws)]
     rows = batch.add([prompt] * draws, samplings)
     counts = torch.bincount(torch.tensor([row.ids[0] for row in rows]), minlength=VOCABULARY)
@@ -236,14 +237,14 @@ def test_tokens_are_as_frequent_as_they_are_likely(gptj, settings):
     assert counts.max() < draws
 
 
-def test_an_empty_prompt_is_refused(gptj):
-    with pytest.raises(ValueError, match="a prompt has no token"):
+def test_empty_prompt_raises(gptj):
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
         GenerationBatch(gptj, VOCABULARY, EOS).add([[1], []], [Sampling(1)] * 2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_logits_that_are_not_finite_are_refused(value, temperature):
+def test_non_finite_logits_raise(value, temperature):
     broken = make_model("gptj", context=CONTEXT)
     broken.lm_head.bias.data[:] = value
     batch = GenerationBatch(broken, VOCABULARY, EOS)
@@ -252,7 +253,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature):
     assert batch.rows == []
 
 
-def test_a_prompt_that_fails_leaves_the_others_as_they_were(gptj, monkeypatch):
+def test_failing_prompt_does_not_affect_other_rows(gptj, monkeypatch):
     prompts = some_prompts(3)
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
     rows = batch.add(prompts[:2], [Sampling(10)] * 2)
@@ -264,11 +265,11 @@ def test_a_prompt_that_fails_leaves_the_others_as_they_were(gptj, monkeypatch):
     monkeypatch.undo()
     finish(batch)
     for row, prompt in zip(rows, prompts, strict=False):
-        expected = alone(gptj, prompt, 10, eos=VOCABULARY - 1)
-        assert row.ids == without_end(expected, VOCABULARY - 1)
+        expected = reference(gptj, prompt, 10, eos=VOCABULARY - 1)
+        assert row.ids == before_end(expected, VOCABULARY - 1)
 
 
-def test_memory_that_runs_out_as_a_row_joins_leaves_no_half_joined_cache(gptj, monkeypatch):
+def test_out_of_memory_during_a_join_clears_the_batch(gptj, monkeypatch):
     from gptj8.model.generation import batch as module
 
     batch = GenerationBatch(gptj, VOCABULARY, VOCABULARY - 1)
@@ -289,4 +290,4 @@ def test_memory_that_runs_out_as_a_row_joins_leaves_no_half_joined_cache(gptj, m
     monkeypatch.undo()
     (row,) = batch.add([[7]], [Sampling(10)])
     finish(batch)
-    assert row.ids == without_end(alone(gptj, [7], 10, eos=VOCABULARY - 1), VOCABULARY - 1)
+    assert row.ids == before_end(reference(gptj, [7], 10, eos=VOCABULARY - 1), VOCABULARY - 1)

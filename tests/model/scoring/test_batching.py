@@ -1,4 +1,4 @@
-"""Batches: every row once, within the bounds, and smaller when memory runs out."""
+"""Batches contain every row once, respect the limits and shrink when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptj8.model.scoring.batching import for_each_batch, max_batch_tokens, pad_r
 
 @pytest.mark.parametrize("max_rows", [1, 3, 100])
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_every_row_once_and_within_bounds(max_rows, max_tokens):
+def test_every_row_is_in_one_batch_within_the_limits(max_rows, max_tokens):
     lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
     batches = plan_batches(lengths, max_rows, max_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(200))
@@ -34,7 +34,7 @@ def test_padding_is_on_the_right():
     assert lengths.tolist() == [1, 3, 2]
 
 
-def test_a_batch_that_does_not_fit_is_halved():
+def test_batch_is_halved_when_out_of_memory():
     done = []
 
     def score(batch):
@@ -47,7 +47,7 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert max(map(len, done)) == 2
 
 
-def test_a_row_that_does_not_fit_is_an_error():
+def test_single_row_out_of_memory_raises():
     def score(batch):
         raise torch.OutOfMemoryError("simulated")
 
@@ -55,8 +55,8 @@ def test_a_row_that_does_not_fit_is_an_error():
         for_each_batch([[0, 1]], score, "test", 2)
 
 
-def test_progress_is_on_stderr_with_its_description(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # a log gets a line each half minute
+def test_progress_is_written_to_stderr(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # a log file gets a line every 30 s
     monkeypatch.setattr("gptj8.runtime.progress._REFRESH_SECONDS", 0)
     for_each_batch([[0, 1], [2]], lambda batch: None, "tuned: perplexity", 3)
     captured = capsys.readouterr()
@@ -65,7 +65,7 @@ def test_progress_is_on_stderr_with_its_description(capsys, monkeypatch):
     assert "3 of 3 rows" in captured.err
 
 
-def test_without_a_description_nothing_is_shown(capsys, monkeypatch):
+def test_no_description_disables_the_progress_bar(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     done = []
     for_each_batch([[0, 1], [2]], done.append, None, 3)
@@ -73,7 +73,7 @@ def test_without_a_description_nothing_is_shown(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_logits_bound_the_batch():
+def test_number_of_logits_limits_the_batch():
     assert max_batch_tokens(torch.device("cpu"), 4_096) == 2048
     assert max_batch_tokens(torch.device("cpu"), 50_400) == 1331
     assert max_batch_tokens(torch.device("cuda"), 50_400) == 1331

@@ -1,4 +1,4 @@
-"""All labels in one pass, against a plain forward pass for each pair of prompt and label."""
+"""Packed label scores equal a separate forward pass for each pair of prompt and label."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptj8.model.scoring import likelihood
 from gptj8.model.scoring.likelihood import is_packable, score_labels, score_labels_one_by_one
 from gptj8.runtime.errors import UserError
 
-# Labels of one token, of several, one that begins another, and two that are the same.
+# One token, several tokens, a label that starts with the tokens of another one, and a duplicate.
 LABELS = [[5], [7, 0], [7, 9, 11, 0], [23, 24, 25, 26, 27, 0], [7, 0]]
 
 
@@ -24,7 +24,7 @@ def make_prompts(lengths, shared=0, seed=0):
 
 @torch.no_grad()
 def naive(model, prompts, labels):
-    """Without padding, without batches: the model reads one prompt and one label."""
+    """Score each prompt and label separately, without padding or batches."""
     scores = np.zeros((len(prompts), len(labels)))
     for row, prompt in enumerate(prompts):
         for column, label in enumerate(labels):
@@ -36,7 +36,7 @@ def naive(model, prompts, labels):
 
 
 @pytest.mark.parametrize("shared", [0, 3, 20])
-def test_equals_the_naive_pass(any_model, shared):
+def test_scores_equal_the_naive_pass(any_model, shared):
     prompts = make_prompts([9, 1, 30, 14, 30, 2, 1], shared)
     expected = naive(any_model, prompts, LABELS)
     for batch_size in (1, 4, 16):
@@ -44,13 +44,13 @@ def test_equals_the_naive_pass(any_model, shared):
         np.testing.assert_allclose(actual, expected, rtol=2e-5)
 
 
-def test_prompts_up_to_the_last_position(any_model):
+def test_prompt_and_label_fill_the_context(any_model):
     prompts = make_prompts([64 - 6, 3])
     actual = score_labels(any_model, prompts, LABELS, batch_size=2)
     np.testing.assert_allclose(actual, naive(any_model, prompts, LABELS), rtol=2e-5)
 
 
-def test_one_prompt_repeated(any_model):
+def test_identical_prompts(any_model):
     prompts = make_prompts([0, 0, 0], shared=30)
     actual = score_labels(any_model, prompts, LABELS, batch_size=2)
     np.testing.assert_allclose(actual, naive(any_model, prompts, LABELS), rtol=2e-5)
@@ -69,13 +69,13 @@ def test_many_labels_are_scored_in_groups(model, monkeypatch):
     ]
 
 
-def test_labels_of_one_token(model):
+def test_single_token_labels(model):
     prompts = make_prompts([9, 1, 30])
     actual = score_labels(model, prompts, [[3], [4]], batch_size=3)
     np.testing.assert_allclose(actual, naive(model, prompts, [[3], [4]]), rtol=2e-5)
 
 
-def test_the_shared_cache_is_repeated_for_few_rows_when_memory_is_short(model, monkeypatch):
+def test_batches_shrink_when_the_repeated_cache_is_too_large(model, monkeypatch):
     prompts = make_prompts([9, 1, 30, 4], shared=20)
     expected = score_labels(model, prompts, LABELS, batch_size=4)
     monkeypatch.setattr(likelihood, "_CACHE_BYTES", 1)
@@ -84,7 +84,7 @@ def test_the_shared_cache_is_repeated_for_few_rows_when_memory_is_short(model, m
     )
 
 
-def test_an_architecture_that_was_not_tested_is_scored_the_plain_way(any_model, monkeypatch):
+def test_unlisted_architecture_is_scored_without_packing(any_model, monkeypatch):
     monkeypatch.setattr(likelihood, "_PACKABLE", set())
     assert not is_packable(any_model)
     prompts = make_prompts([9, 1, 30], shared=20)
@@ -92,7 +92,7 @@ def test_an_architecture_that_was_not_tested_is_scored_the_plain_way(any_model, 
     np.testing.assert_allclose(actual, naive(any_model, prompts, LABELS), rtol=2e-5)
 
 
-def test_bfloat16_gives_the_same_either_way(any_model):
+def test_bfloat16_gives_the_same_with_and_without_packing(any_model):
     half = copy.deepcopy(any_model).bfloat16()
     prompts = make_prompts([9, 1, 30, 14], shared=20)
     packed = score_labels(half, prompts, LABELS, batch_size=4)
@@ -100,7 +100,7 @@ def test_bfloat16_gives_the_same_either_way(any_model):
     np.testing.assert_allclose(packed, plain, rtol=0.05, atol=0.3)
 
 
-def test_with_an_adapter():
+def test_model_with_an_adapter():
     from peft import LoraConfig, get_peft_model
     from transformers import GPTJConfig, GPTJForCausalLM
 
@@ -117,12 +117,12 @@ def test_with_an_adapter():
     np.testing.assert_allclose(actual, naive(adapted, prompts, LABELS), rtol=2e-5)
 
 
-def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="no token"):
+def test_empty_prompt_raises(model):
+    with pytest.raises(ValueError, match="no tokens"):
         score_labels(model, [[1], []], LABELS, batch_size=2)
 
 
-def test_not_a_number_is_reported(model):
+def test_nan_logits_raise(model):
     broken = copy.deepcopy(model)
     broken.lm_head.bias.data[3] = float("nan")
     with pytest.raises(UserError, match="float32"):

@@ -1,4 +1,4 @@
-"""Perplexity against float64 arithmetic spelled out, one token at a time."""
+"""Perplexity equals a float64 reference that is computed token by token."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def random_documents(lengths, vocabulary=131, seed=0):
 
 
 def reference_nll(model, ids, start, context, stride):
-    """-log p of ids[start:], each token by its own forward pass in float64, from the definition.
+    """Return -log p of ids[start:] from the definition, with one float64 pass per token.
 
-    The context of a token begins at the smallest multiple of the stride from which no more than
-    `context` tokens lead up to it.
+    The context of a token starts at the smallest multiple of the stride that is at most `context`
+    tokens before it.
     """
     total = 0.0
     for position in range(start, len(ids)):
@@ -43,7 +43,7 @@ def reference_nll(model, ids, start, context, stride):
 
 
 @pytest.mark.parametrize(("context", "stride"), [(64, 32), (16, 8), (16, 5), (8, 8), (7, 1)])
-def test_equals_float64_reference(any_model, context, stride):
+def test_scores_equal_the_float64_reference(any_model, context, stride):
     documents = random_documents([1, 40, 3, 17, 9, 30])
     starts = [1, 1, 2, 1, 4, 30]
     with torch.no_grad():
@@ -74,12 +74,12 @@ def test_windows_score_each_token_once_with_enough_context(length, context, stri
 
 
 @pytest.mark.parametrize("stride", [0, 9, -1])
-def test_stride_outside_the_context_is_refused(stride):
+def test_stride_outside_the_context_raises(stride):
     with pytest.raises(ValueError, match="stride"):
         plan_windows(20, 8, stride)
 
 
-def test_batches_and_chunks_do_not_matter(model, monkeypatch):
+def test_scores_do_not_depend_on_batches_and_chunks(model, monkeypatch):
     sequences = random_documents([5, 1, 30, 12, 30, 2, 63])
     starts = [1] * len(sequences)
     one = score_sequences(model, sequences, starts, batch_size=1)
@@ -92,7 +92,7 @@ def test_batches_and_chunks_do_not_matter(model, monkeypatch):
     )
 
 
-def test_a_model_that_returns_all_logits_is_scored_alike(model):
+def test_model_that_returns_all_logits_gives_the_same_scores(model):
     class AllLogits(torch.nn.Module):
         device, config = model.device, model.config
 
@@ -105,7 +105,7 @@ def test_a_model_that_returns_all_logits_is_scored_alike(model):
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_perplexity_is_of_tokens_not_of_documents():
+def test_perplexity_is_a_mean_over_tokens():
     scores = DocumentScores(np.array([8.0, 1.0]), np.array([2, 1]))
     assert scores.perplexity == pytest.approx(math.exp(3))
 
@@ -119,19 +119,19 @@ def test_16_bit_logits_are_reduced_in_float32():
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_not_a_number_is_reported(model):
+def test_nan_logits_raise(model):
     broken = copy.deepcopy(model)
     broken.lm_head.bias.data[3] = float("nan")
     with pytest.raises(UserError, match=r"base: perplexity.*float32"):
         score_documents(broken, [[0, 1, 2]], [1], batch_size=1, description="base: perplexity")
 
 
-def test_every_token_of_a_text_follows_end_of_text(encoder):
+def test_texts_start_after_end_of_text(encoder):
     texts = ["the fox", "", "<|endoftext|>dog"]
     documents = Documents.of_texts(texts, encoder)
     assert documents.ids == [[0, *encoder.encode(text)] for text in texts]
     assert documents.starts == [1, 1, 1]
-    assert 0 not in documents.ids[2][1:]  # what a text says is never a special token
+    assert 0 not in documents.ids[2][1:]  # text is never parsed as a special token
 
 
 @pytest.mark.parametrize(

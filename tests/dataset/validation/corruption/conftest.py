@@ -1,4 +1,4 @@
-"""The tokenizer that datasets are encoded with: a token is a byte, and there is one special one."""
+"""The tokenizer of these tests: one token per byte and one special token."""
 
 from __future__ import annotations
 

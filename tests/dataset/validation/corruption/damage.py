@@ -1,4 +1,4 @@
-"""What a kind of damage is: what it does to which rows, and what must be found for it."""
+"""Define kinds of damage: the rows they change, the change and the expected findings."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from tests.dataset.validation.corruption.texts import FLAVOURS
 
 ALL = "csv jsonl parquet"
 
-# What each check says of a row, or how that begins; the tables say it where it differs.
+# The reason of each check or its beginning; the tables of kinds override it.
 REASONS = {
     "missing": "is missing",
     "empty": "is empty or only whitespace",
-    "undecodable": "holds bytes that are not UTF-8",
-    "nul": "holds a NUL character",
-    "replacement": "holds U+FFFD",
-    "unknown_label": "is none of data.labels",
-    "unseen_label": "is in no row of train",
+    "undecodable": "contains bytes that are not UTF-8",
+    "nul": "contains a NUL character",
+    "replacement": "contains U+FFFD",
+    "unknown_label": "is not in data.labels",
+    "unseen_label": "does not occur in train",
     "duplicate": "is the same as",
     "leak": "is the same as",
     "near_duplicate": "is nearly the same as",
     "near_leak": "is nearly the same as",
     "conflict": "has 2 different answers: ",
-    "mojibake": "looks like UTF-8 read as another encoding",
-    "special_token": "holds the name of a special token",
-    "truncated": "tokens at its end",
+    "mojibake": "looks like UTF-8 decoded with another encoding",
+    "special_token": "contains the name of a special token",
+    "truncated": "is truncated by ",
 }
-# Rows with these findings are used all the same.
+# Rows with these findings are kept.
 KEPT = ("mojibake", "html", "control", "special_token", "truncated")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A finding that damage must lead to; `reason` is part of what it says."""
+    """An expected finding; `reason` is a part of its reason."""
 
     place: Place
     check: str
@@ -52,11 +52,11 @@ class Damage:
     """A kind of damage.
 
     Attributes:
-        formats: those that it is tried in.
-        do: damages a dataset at the places given, and returns all that must be found.
-        params: what differs from the params of the shape.
-        problem: part of the only line that refuses the dataset, if any does.
-        flavours: the kinds of text that it can be done to.
+        formats: the file formats to test it in.
+        do: damages a dataset at the given places and returns all expected findings.
+        params: overrides of the params of the shape.
+        problem: a part of the only expected problem; null if none is expected.
+        flavours: the kinds of text that it applies to.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Damage:
     flavours: tuple[Callable, ...] = FLAVOURS
 
     def places(self, suffix: str) -> list[Place]:
-        """Return rows to damage: four of train, one of each other split, none of the last ones."""
+        """Return rows to damage: four in train, one per other split, none of the last four rows."""
         chosen = random.Random(zlib.crc32(f"{self.name} {suffix}".encode()))
         fits = {
             split: [i + 1 for i in range(size - 4) if FLAVOURS[i % len(FLAVOURS)] in self.flavours]
@@ -91,13 +91,13 @@ def row(
     reason: str = "",
     **more: Any,
 ) -> Damage:
-    """Return a kind that changes each row by itself, in which one check finds it."""
+    """Return a kind that changes each row on its own and leads to one finding per row."""
 
     def do(dataset: Dataset, places: list[Place]) -> list[Found]:
         for place in places:
             change(dataset, place)
-        said = reason or REASONS[check]
-        return [Found(place, check, column, said, check not in KEPT) for place in places]
+        expected = reason or REASONS[check]
+        return [Found(place, check, column, expected, check not in KEPT) for place in places]
 
     return Damage(name, shape, formats, do, **more)
 
@@ -131,7 +131,7 @@ def cell(
     reason: str = "",
     **more: Any,
 ) -> Damage:
-    """Return a kind that puts a value in a column, or takes the column away (`...`)."""
+    """Return a kind that sets a column to a value, or removes the column (`...`)."""
 
     def change(dataset: Dataset, place: Place) -> None:
         if value is ...:

@@ -35,7 +35,7 @@ def instead(what: Any) -> Callable[[str], Any]:
 
 
 def misread(encoding: str, times: int = 1) -> Callable[[str], str]:
-    """Return what reads UTF-8 as another encoding; undefined bytes as browsers do, as Latin-1."""
+    """Return a function that decodes UTF-8 with another encoding, undefined bytes as Latin-1."""
 
     def read(text: str) -> str:
         for _ in range(times):
@@ -48,17 +48,17 @@ def misread(encoding: str, times: int = 1) -> Callable[[str], str]:
 
 
 def too_long(name: str, shape: str, formats: str) -> Damage:
-    """Return a kind that adds some thousand letters to the text of each row."""
+    """Return a kind that adds a few thousand letters to the text of each row."""
 
     def change(dataset: Dataset, place: Place) -> None:
-        # Never the same twice: instructions are shared by many rows.
+        # The added text differs per row, because many rows share an instruction.
         more = line(random.Random(f"{name} {place}"), latin, 600)
         dataset.put(place, f"{dataset.text(place)} {more}")
 
     return row(name, shape, formats, change, "truncated", WHOLE[shape])
 
 
-# Nothing, or nothing to see.
+# Empty, blank and missing cells.
 BLANK = [
     text("text-empty", "text", "csv", instead(""), "empty"),
     text("labelled-empty", "labelled", ALL, instead(""), "empty"),
@@ -81,7 +81,7 @@ BLANK = [
     cell("output-absent", "instruction", "jsonl", "output", ..., "missing"),
 ]
 
-# Something else than text; but 0 and true may well be answers.
+# Cells that are not text; integers and booleans are valid answers.
 NUMBER = "is a number, not text"
 LIST = "is a list, not text"
 OBJECT = "is an object, not text"
@@ -98,9 +98,9 @@ TYPES = [
     cell("input-is-list", "instruction", "jsonl", "input", [1], "type", LIST),
 ]
 
-# Characters that no text has. Bytes that are not UTF-8 are written as surrogates (PEP 383).
+# Invalid characters. Bytes that are not UTF-8 are written as surrogates (PEP 383).
 LATIN_1 = "caf\udce9"
-CONTROL = "holds the control character "
+CONTROL = "contains the control character "
 CHARACTERS = [
     text("labelled-nul", "labelled", ALL, insert("\0", 9), "nul"),
     cell("label-nul", "labelled", "csv", "class", "sehr\0gut", "nul"),
@@ -118,10 +118,10 @@ CHARACTERS = [
     ),
 ]
 
-# Texts that something was done to before. Of other alphabets twice misread so few different
-# characters are left that texts get alike.
+# Traces of earlier processing. Texts in other alphabets are not misread twice, because so few
+# distinct characters remain that the texts become near-duplicates.
 FOREIGN = (european, russian, asian, emoji)
-ENTITY = "holds the HTML entity "
+ENTITY = "contains the HTML entity "
 TRACES = [
     text("mojibake-latin-1", "labelled", ALL, misread("latin-1"), "mojibake", flavours=FOREIGN),
     text("mojibake-cp1252", "labelled", "csv", misread("cp1252"), "mojibake", flavours=FOREIGN),
@@ -178,7 +178,7 @@ TRACES = [
     ),
 ]
 
-# Answers that fit nowhere, and texts that do not fit.
+# Answers that leave no room for the text, and texts that are too long.
 LONG = "x" * 2100
 NO_ROOM = "leaves no room for prompt within data.max_length = 2048"
 ROOM = [

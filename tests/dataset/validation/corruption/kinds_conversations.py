@@ -1,4 +1,4 @@
-"""Kinds of damage to conversations; in both spellings of messages where it could matter."""
+"""Kinds of damage to conversations, in both message formats where they may differ."""
 
 from __future__ import annotations
 
@@ -33,48 +33,48 @@ def messages(
     change: Callable[[list[Message]], list[Message]],
     reason: str,
 ) -> Damage:
-    """Return a kind that changes the messages of each row, given as who says what."""
+    """Return a kind that changes the messages of each row, given as (role, content)."""
     column, role, content = SPELLINGS[shape]
 
     def change_row(dataset: Dataset, place: Place) -> None:
         cells = dataset.row(place)
         changed = change([(message[role], message[content]) for message in cells[column]])
-        cells[column] = [{role: who, content: what} for who, what in changed]
+        cells[column] = [{role: speaker, content: words} for speaker, words in changed]
 
     return row(name, shape, formats, change_row, "messages", column, reason)
 
 
-def unknown_role(said: list[Message]) -> list[Message]:
-    return [("robot", said[0][1]), *said[1:]]
+def unknown_role(turns: list[Message]) -> list[Message]:
+    return [("robot", turns[0][1]), *turns[1:]]
 
 
-def no_role(said: list[Message]) -> list[Message]:
-    return [(None, said[0][1]), *said[1:]]
+def no_role(turns: list[Message]) -> list[Message]:
+    return [(None, turns[0][1]), *turns[1:]]
 
 
-def blank_answer(said: list[Message]) -> list[Message]:
-    return [*said[:-1], (said[-1][0], " \n")]
+def blank_answer(turns: list[Message]) -> list[Message]:
+    return [*turns[:-1], (turns[-1][0], " \n")]
 
 
-def no_user(said: list[Message]) -> list[Message]:
-    return [("system", "Be."), said[-1]]
+def no_user(turns: list[Message]) -> list[Message]:
+    return [("system", "Be."), turns[-1]]
 
 
-def no_answer(said: list[Message]) -> list[Message]:
-    return [*said, ("user", "And?")]
+def no_answer(turns: list[Message]) -> list[Message]:
+    return [*turns, ("user", "And?")]
 
 
-def one_message(said: list[Message]) -> list[Message]:
-    return [said[-1]]
+def one_message(turns: list[Message]) -> list[Message]:
+    return [turns[-1]]
 
 
-def no_message(said: list[Message]) -> list[Message]:
+def no_message(turns: list[Message]) -> list[Message]:
     return []
 
 
-NO_ROLE = "message 1 has no role of"
+NO_ROLE = "message 1 has no valid role ("
 NO_TEXT = "message 1 has no text"
-NO_USER = "has no message of the user"
+NO_USER = "has no message from the user"
 NO_ANSWER = "does not end with the assistant"
 TOO_FEW = "has fewer than two messages"
 NO_LIST = "is not a list of messages"

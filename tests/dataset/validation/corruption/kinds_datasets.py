@@ -1,4 +1,4 @@
-"""Kinds of damage that refuse a dataset as a whole: its labels, and how many rows are invalid."""
+"""Kinds of damage that make a dataset unusable: bad labels and too many invalid rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tests.dataset.validation.corruption.shapes import LABELS, SIZES, Dataset, P
 
 
 def respelled(name: str, formats: str, spelling: str) -> Damage:
-    """Return a kind in which some rows of train spell a label another way."""
+    """Return a kind in which some rows of train use another spelling of a label."""
 
     def do(dataset: Dataset, places: list[Place]) -> list[Found]:
         rows = [place for place in places if place[0] == "train"]
         for place in rows:
             dataset.row(place)["class"] = spelling
-        reason = f"differs from {LABELS[1]!r}, which more rows have, in its spelling alone"
+        reason = f"differs only in spelling from {LABELS[1]!r}, which more rows have"
         return [Found(place, "label_case", "class", reason, False) for place in rows]
 
     return Damage(name, "labelled", formats, do, problem="differ only in")
@@ -59,21 +59,21 @@ DATASETS = [
         "labelled",
         "csv",
         unseen,
-        problem="labels in test that train never shows: 'prima'",
+        problem="labels in test that are missing from train: 'prima'",
     ),
     Damage(
         "one-label-in-validation",
         "labelled",
         "jsonl",
         one_label("validation"),
-        problem="the validation split has one label only, 'sehr gut'",
+        problem="the validation split has only one label, 'sehr gut'",
     ),
     Damage(
         "one-label-in-test",
         "labelled",
         "csv",
         one_label("test"),
-        problem="the test split has one label only, 'sehr gut'",
+        problem="the test split has only one label, 'sehr gut'",
     ),
     Damage(
         "no-valid-row-in-validation",
@@ -97,6 +97,6 @@ DATASETS = [
         "jsonl",
         emptied,
         params={"on_invalid": "error"},
-        problem="invalid rows: 6 of 108, data.on_invalid is error",
+        problem="invalid rows: 6 of 108, data.on_invalid = error",
     ),
 ]

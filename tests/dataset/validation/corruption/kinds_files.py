@@ -1,4 +1,4 @@
-"""Kinds of damage to lines of a file, and files that are damaged as a whole."""
+"""Kinds of damage to single lines of a file, and files that are unusable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Spell = Callable[[bytes], bytes]
 
 
 def raw(name: str, suffix: str, spell: Spell, reason: str) -> Damage:
-    """Return a kind that writes the line of each row otherwise."""
+    """Return a kind that rewrites the line of each row."""
 
     def change(dataset: Dataset, place: Place) -> None:
         dataset.raw[place] = spell(as_line(dataset.row(place), f".{suffix}"))
@@ -45,7 +45,7 @@ LINES = [
 
 
 class Unusable(NamedTuple):
-    """A file with the wrong content: that of a clean file, damaged, and what must be said."""
+    """An unusable file: the damage to a clean file, and the expected message."""
 
     suffix: str
     damage: Spell
@@ -64,18 +64,22 @@ UNUSABLE = {
     "no-such-column": Unusable(
         ".csv", lambda c: c.replace(b"tweet", b"twit", 1), "has no column tweet"
     ),
-    "semicolons": Unusable(".csv", instead(b"tweet;class\r\na;b\r\n"), "separated by commas?"),
-    "column-twice": Unusable(
-        ".csv", lambda c: c.replace(b"class", b"tweet", 1), "more than one column"
+    "semicolons": Unusable(
+        ".csv", instead(b"tweet;class\r\na;b\r\n"), "separate the cells by commas"
     ),
-    "utf-16": Unusable(".csv", lambda c: c.decode().encode("utf-16"), "is UTF-16 and not UTF-8"),
+    "column-twice": Unusable(
+        ".csv", lambda c: c.replace(b"class", b"tweet", 1), "repeated column names"
+    ),
+    "utf-16": Unusable(
+        ".csv", lambda c: c.decode().encode("utf-16"), "is UTF-16; save it as UTF-8"
+    ),
     "empty": Unusable(".csv", instead(b""), "is empty"),
     "header-only": Unusable(".csv", instead(b"tweet,class\r\n"), "has no rows"),
     "array-cut-off": Unusable(
         ".json", lambda c: b"[" + c.splitlines()[0] + b",", "is not valid JSON"
     ),
     "indented-objects": Unusable(
-        ".jsonl", instead(b'{\n "tweet": "a"\n}\n'), "an object on each line"
+        ".jsonl", instead(b'{\n "tweet": "a"\n}\n'), "one object per line"
     ),
     "gzip-cut-off": Unusable(".csv.gz", lambda c: cut(gzip.compress(c)), "cannot be decompressed"),
     "not-gzip": Unusable(".csv.gz", lambda c: c, "cannot be decompressed"),

@@ -1,4 +1,4 @@
-"""Kinds of damage that lie between rows: copies, edited copies, the same text answered twice."""
+"""Kinds of damage across rows: copies, edited copies, texts with different answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def copied(
     dropped: bool = True,
     **more: Any,
 ) -> Damage:
-    """Return a kind in which a row is an edited copy of one of its own split, or of a later one."""
+    """Return a kind in which rows are edited copies of rows in their own or a later split."""
 
     def place_copies(rows: list[int]) -> dict[Place, Place]:
         if not check.endswith("leak"):
@@ -35,7 +35,7 @@ def copied(
         one, later = between
         copies: dict[Place, Place] = {}
         for turn, row in enumerate(rows):
-            # Rows of a shorter split have the flavour of the row chosen all the same.
+            # The row in a shorter split has the same kind of text as the chosen row.
             source = (one, (row - 1) % SIZES[one] + 1)
             copies.setdefault(source, (later, SIZES[later] - 3 * turn))
         return copies
@@ -57,12 +57,12 @@ def copied(
 
 
 def warned(name: str, formats: str, edit: Callable[[str], str], **more: Any) -> Damage:
-    """Return a kind in which rows are edited copies in their own split, and stay there."""
+    """Return a kind in which rows are edited copies within a split and are kept."""
     return copied(name, "labelled", formats, "near_duplicate", edit, dropped=False, **more)
 
 
 def answered_twice(name: str, shape: str, formats: str, change: Callable[[dict], None]) -> Damage:
-    """Return a kind in which a row is a copy of another one but for its answer."""
+    """Return a kind in which rows are copies of other rows with a different answer."""
 
     def do(dataset: Dataset, places: list[Place]) -> list[Found]:
         found = []
@@ -118,7 +118,7 @@ def other_last_message(row: dict) -> None:
     row["messages"][-1]["content"] = "No."
 
 
-# Edited texts are still alike if they are long; not every text has something to edit.
+# Edited texts are only similar if they are long, and not every text can be edited.
 LONG: dict[str, Any] = {"flavours": (prose, russian)}
 SPACED: dict[str, Any] = {"flavours": (prose, code)}
 ACCENTED: dict[str, Any] = {"flavours": (european,)}
@@ -212,7 +212,7 @@ POLICIES = [
         "leak",
         dropped=False,
         params={"on_leak": "error"},
-        problem="some texts are in two splits (4 in train and test)",
+        problem="identical texts are in two splits (4 in train and test)",
     ),
     copied(
         "near-leak-error",
@@ -222,7 +222,7 @@ POLICIES = [
         three_edits,
         dropped=False,
         params={"on_leak": "error"},
-        problem="some texts are nearly in two splits (4",
+        problem="near-duplicate texts are in two splits (4",
         **LONG,
     ),
 ]

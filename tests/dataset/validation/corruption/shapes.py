@@ -1,4 +1,4 @@
-"""Clean datasets of every shape: their rows, their files, and what `validate` makes of them."""
+"""Clean datasets of every shape: their rows, their files and the results of `validate`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ INSTRUCTIONS = (
 )
 
 Place = tuple[str, int]
-"""A row: its split, and its number, which counts from 1."""
+"""A row: its split and its number, counted from 1."""
 
 
 @dataclass
 class Dataset:
-    """Rows by split, and lines to write as they are in place of some of them."""
+    """Rows by split, and raw lines that replace some of them in the file."""
 
     shape: str
     rows: dict[str, list[dict[str, Any]]]
@@ -48,21 +48,21 @@ class Dataset:
         return self.rows[place[0]][place[1] - 1]
 
     def copy(self, source: Place, target: Place) -> dict[str, Any]:
-        """Put a copy of a row in the place of another one, and return it."""
+        """Replace the target row with a copy of the source row, and return the copy."""
         found = json.loads(json.dumps(self.row(source)))
         self.rows[target[0]][target[1] - 1] = found
         return found
 
     def text(self, place: Place) -> str:
-        """Return what is damaged in a row: its text."""
+        """Return the text of a row, the part that is damaged."""
         return SHAPES[self.shape].get(self.row(place))
 
     def put(self, place: Place, text: str) -> None:
-        """Set what is damaged in a row."""
+        """Set the text of a row."""
         SHAPES[self.shape].put(self.row(place), text)
 
     def write(self, folder: Path, suffix: str) -> dict[str, str]:
-        """Write a file a split; return their paths."""
+        """Write one file per split; return the paths."""
         paths = {}
         for split, rows in self.rows.items():
             path = folder / f"{split}{suffix}"
@@ -91,17 +91,17 @@ def as_line(row: dict[str, Any], suffix: str) -> bytes:
     line = json.dumps(row, ensure_ascii=False) + "\n"
     try:
         return line.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can spell
+    except UnicodeEncodeError:  # a lone surrogate, which can only be written as an escape
         return (json.dumps(row) + "\n").encode()
 
 
 @dataclass(frozen=True)
 class ShapeCase:
-    """A shape: the params that say so, its clean rows, and which part of a row is damaged.
+    """A shape: its params, its clean rows and the part of a row that is damaged.
 
     Attributes:
-        column: what findings in the text are said to be in.
-        answer: the same of the answer.
+        column: the column of findings in the text.
+        answer: the column of findings in the answer.
     """
 
     params: dict[str, Any]
@@ -205,7 +205,7 @@ SHAPES = {
         (".jsonl", ".parquet"),
     ),
 }
-# What findings that are about a row's whole text are said to be in.
+# The column of findings about the complete text of a row.
 WHOLE = {name: case.column for name, case in SHAPES.items()} | {"instruction": "instruction, input"}
 
 
@@ -227,7 +227,7 @@ def data_of(shape: str, paths: dict[str, str], params: dict[str, Any]) -> Data:
 
 @dataclass
 class Result:
-    """What validation said and left."""
+    """The result of validation, its findings and the rows it kept."""
 
     validated: Validated
     findings: pd.DataFrame

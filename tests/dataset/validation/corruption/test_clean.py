@@ -1,6 +1,6 @@
-"""Nothing is found in clean data, in natural texts, or in another spelling of a file."""
+"""Tests that clean data, natural texts and equivalent files have no findings."""
 
-# The texts of other alphabets are meant to look like what they look like.
+# The texts in other alphabets contain ambiguous characters on purpose.
 # ruff: noqa: RUF001
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLEAN = [
 
 
 @pytest.mark.parametrize(("shape", "suffix"), CLEAN, ids=["-".join(case) for case in CLEAN])
-def test_nothing_is_found_in_clean_datasets(shape: str, suffix: str, encoder: TextEncoder) -> None:
+def test_clean_datasets_have_no_findings(shape: str, suffix: str, encoder: TextEncoder) -> None:
     result = clean_result(shape, suffix, encoder)
     assert result.findings[["row", "check", "value", "reason"]].values.tolist() == []
     assert result.validated.problems == []
@@ -83,7 +83,7 @@ NATURAL = {
 
 
 @pytest.mark.parametrize("text", NATURAL.values(), ids=NATURAL)
-def test_no_false_alarm_on_natural_text(text: str, encoder: TextEncoder) -> None:
+def test_natural_text_has_no_findings(text: str, encoder: TextEncoder) -> None:
     dataset = clean("labelled")
     dataset.put(("train", 17), text)
     result = check(dataset, ".csv", {}, encoder)
@@ -111,9 +111,7 @@ HARMLESS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_nothing_is_found_in_another_spelling_of_a_file(
-    name: str, tmp_path: Path, encoder: TextEncoder
-) -> None:
+def test_equivalent_files_have_no_findings(name: str, tmp_path: Path, encoder: TextEncoder) -> None:
     suffix, spell = HARMLESS[name]
     paths = clean("labelled").write(tmp_path, ".jsonl" if suffix == ".json" else suffix)
     for split, path in paths.items():

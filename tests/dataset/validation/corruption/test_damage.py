@@ -1,7 +1,7 @@
-"""Every kind of damage is found where it was done, and nothing else is.
+"""Tests that every kind of damage is found in the damaged rows and nowhere else.
 
-One kind at a time is done to rows of a clean dataset that a seed chooses. What is found must be
-exactly what was done, and the rows that nothing was done to must be left as they were.
+Each test applies one kind of damage to seeded random rows of a clean dataset. The findings must
+match the damage exactly, and all other rows must be unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ CASES = {
 }
 
 
-def test_there_are_enough_kinds() -> None:
+def test_number_of_kinds() -> None:
     names = [kind.name for kind in KINDS]
     assert len(set(names)) == len(names) >= 120
 
 
 @pytest.mark.parametrize(("kind", "suffix"), CASES.values(), ids=CASES)
-def test_damage_is_found_where_it_was_done(kind: Damage, suffix: str, encoder: TextEncoder) -> None:
+def test_damage_is_found_in_the_damaged_rows(
+    kind: Damage, suffix: str, encoder: TextEncoder
+) -> None:
     dataset, places = clean(kind.shape), kind.places(suffix)
     assert len(places) >= 4
     expected = kind.do(dataset, places)
@@ -55,10 +57,10 @@ def test_damage_is_found_where_it_was_done(kind: Damage, suffix: str, encoder: T
         return
     assert problems == []
     touched = {found.place for found in expected} | {f.other for f in expected if f.other}
-    gone = {found.place for found in expected if found.dropped}
+    dropped = {found.place for found in expected if found.dropped}
     before = clean_result(kind.shape, suffix, encoder).splits
     for split, rows in result.splits.items():
-        left = [n for n in range(1, SIZES[split] + 1) if (split, n) not in gone]
+        left = [n for n in range(1, SIZES[split] + 1) if (split, n) not in dropped]
         assert rows["row"].tolist() == left
         same = [n for n in left if (split, n) not in touched]
         fields = list(FIELDS[result.validated.task])
@@ -67,9 +69,7 @@ def test_damage_is_found_where_it_was_done(kind: Damage, suffix: str, encoder: T
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_cannot_be_used_is_named(
-    name: str, tmp_path: Path, encoder: TextEncoder
-) -> None:
+def test_unusable_file_raises(name: str, tmp_path: Path, encoder: TextEncoder) -> None:
     suffix, damage, message = UNUSABLE[name]
     paths = clean("labelled").write(tmp_path, ".jsonl" if "json" in suffix else ".csv")
     content = Path(paths["validation"]).read_bytes()

@@ -1,4 +1,4 @@
-"""Leaks that are planted among many texts are found, and nothing else is taken for one."""
+"""Tests that planted leaks among many texts are found, with few false positives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def leak_corpus(request: pytest.FixtureRequest) -> tuple[Words, list[str]]:
     return words, corpus(CORPORA[request.param], words, 2000)
 
 
-def test_pairs_to_keep_out_of_a_leak_corpus_are_those_of_brute_force() -> None:
+def test_similar_pairs_match_brute_force() -> None:
     words, rng = Words(), np.random.default_rng(1)
     texts = [CORPORA["instructions"](words, rng) for _ in range(120)]
     texts += [EDITS[edit](text, words, rng) for text in texts[:20] for edit in EDITS]

@@ -1,6 +1,6 @@
-"""Invented texts in which nothing is to be found: languages, emoji, code, links and numbers."""
+"""Random texts without findings: languages, emoji, code, links and numbers."""
 
-# The texts of other alphabets are meant to look like what they look like.
+# The texts in other alphabets contain ambiguous characters on purpose.
 # ruff: noqa: RUF001
 
 from __future__ import annotations
