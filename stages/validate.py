@@ -7,10 +7,9 @@ shows the reasons, also in MLflow. The report of an earlier dataset is always re
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
-from gptj8.dataset.prepared.prompts import TextEncoder, check_context
+from gptj8.dataset.prepared.prompts import TextEncoder
 from gptj8.dataset.validation.report import write_report
 from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import load_params
@@ -29,14 +28,12 @@ def main() -> None:
     """Run the stage in the current folder."""
     story = Story(STAGE)
     params = load_params()
-    if not Path(params.model.path).is_dir():
-        raise UserError(f"model.path = {params.model.path} is not a model directory")
+    check_model(params.model.path, params.data.max_length)
     story.say(
         f"{params.data.train}, task {params.data.task}, at most {params.data.max_length} tokens, "
         f"tokenizer of {params.model.path}"
     )
     encoder = TextEncoder.load(params.model.path)
-    check_context(params.model.path, params.data.max_length)
     with stage_run(STAGE, params), replace_directory(DATASET) as staging:
         validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from gptj8.dataset.inputs import missing_inputs
+from gptj8.dataset.inputs import check_inputs
 from gptj8.params.sections import load_params
-from gptj8.runtime.errors import UserError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +15,4 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    params = load_params()
-    problems = missing_inputs(params)
-    if problems:
-        raise UserError("\n".join(problems))
+    check_inputs(load_params())

@@ -112,7 +112,7 @@ def estimate(
         "trainable_parameters": weights.trained,
         "training": {
             "per_device_train_batch_size": fit.micro_batch,
-            "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
+            "gradient_accumulation_steps": finetune.sequences_per_step // fit.micro_batch,
             "checkpointing": fit.checkpointing,
             "components": training.components,
             _PEAK: training.total,

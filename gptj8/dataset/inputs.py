@@ -5,7 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptj8.params.sections import Params
+from gptj8.runtime.errors import UserError
 from gptj8.runtime.project import project_root
+
+
+def check_inputs(params: Params, root: Path | None = None) -> None:
+    """Check everything about the inputs that is known before a run, without reading the data.
+
+    Raises:
+        UserError: with one line per problem.
+    """
+    root = root or project_root()
+    problems = missing_inputs(params, root)
+    model = root / params.model.path
+    if model.exists():
+        try:
+            check_model(model, params.data.max_length)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check_model(path: str | Path, max_length: int) -> None:
+    """Check that a path is a model directory whose context has room for `max_length` tokens.
+
+    Raises:
+        UserError: if it is not.
+    """
+    from gptj8.dataset.prepared.prompts import check_context
+
+    if not Path(path).is_dir():
+        raise UserError(f"model.path = {path} is not a model directory")
+    check_context(path, max_length)
 
 
 def missing_inputs(params: Params, root: Path | None = None) -> list[str]:

@@ -24,6 +24,7 @@ from gptj8.export import replay
 from gptj8.model.loading import ADAPTER_FILE
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import sha256_file
+from gptj8.runtime.messages import why_process_failed
 from gptj8.runtime.progress import Progress, each
 
 REFERENCE_FILE = "reference_answers.safetensors"
@@ -130,8 +131,8 @@ def compare_in_fresh_process(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     code, last, errors = _run(command, environment)
     if code:
-        reason = (errors.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"cannot load {adapter or model} in a new process: {reason[:300]}")
+        reason = why_process_failed(code, errors)
+        raise UserError(f"cannot load {adapter or model} in a new process: {reason}")
     return json.loads(last)
 
 

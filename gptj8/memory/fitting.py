@@ -38,7 +38,7 @@ def choose_fit(estimator: Estimator, finetune: Finetune, memory: int) -> Fit:
     Raises:
         UserError: If the micro-batch size is `auto` and not even 1 fits.
     """
-    requested, per_step = finetune.per_device_train_batch_size, finetune.sequences_a_step
+    requested, per_step = finetune.per_device_train_batch_size, finetune.sequences_per_step
     sizes = divisors(per_step) if requested == "auto" else [requested]
     device = estimator.plan.device
     kinds = list(KINDS[device]) if finetune.checkpointing == "auto" else [finetune.checkpointing]

@@ -10,6 +10,7 @@ import sys
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import resident_bytes
+from gptj8.runtime.messages import why_process_failed
 
 # Modules that stage finetune has imported when it trains. Names, because this layer must not import
 # higher layers.
@@ -81,8 +82,8 @@ def measure_process_memory_in_new_process(dtype: str) -> int:
     command = [sys.executable, "-m", "gptj8.memory.process_memory", dtype]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"cannot measure the memory of the libraries: {reason[:300]}")
+        reason = why_process_failed(process.returncode, process.stderr)
+        raise UserError(f"cannot measure the memory of the libraries: {reason}")
     return int(json.loads(process.stdout.splitlines()[-1]))
 
 

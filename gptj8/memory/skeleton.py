@@ -17,6 +17,7 @@ from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.runtime.errors import QuantizationError, UserError
 from gptj8.runtime.files import read_json
+from gptj8.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,7 +91,7 @@ def read_config(path: str | Path) -> Any:
             architecture, **{k: v for k, v in content.items() if k != "model_type"}
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{file}: {one_line(error)}") from None
 
 
 def layers_of(config: Any) -> int:
@@ -140,7 +141,7 @@ def build(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"cannot build a model from config.json: {reason}") from None
     try:
         swap_modules(model, quantization, dtype)

@@ -88,7 +88,15 @@ class TrainingMemory:
         if self._estimator is None:
             assert requested != "auto"
             return Fit(requested, "full")
-        available = machine.available_bytes(self._device)
+        try:
+            available = machine.available_bytes(self._device)
+        except UserError:
+            if requested == "auto":
+                raise UserError(
+                    "finetune.per_device_train_batch_size = auto: this system does not report "
+                    "free memory; set a number"
+                ) from None
+            return Fit(requested, "full")  # the safest choice
         if self._device == "cpu":  # processes share the memory-mapped weights
             shared = min(available, self._estimator.weights.base)
             available = shared + (available - shared) // processes_here()
@@ -97,7 +105,7 @@ class TrainingMemory:
             fit = confirm(fit, finetune, self._device, longest_of(self._examples), try_step)
         estimated = f"estimated {self._gib(fit):.2f} of {available / 2**30:.2f} GiB"
         if requested == "auto":
-            accumulation = finetune.sequences_a_step // fit.micro_batch
+            accumulation = finetune.sequences_per_step // fit.micro_batch
             print(
                 f"finetune: micro-batch size {fit.micro_batch}, gradient accumulation "
                 f"{accumulation}, checkpointing {fit.checkpointing} ({estimated})",

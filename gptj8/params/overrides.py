@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj8.params.sections import PARAMS_FILE, Params, load_params, null_paths, parse_params
+from gptj8.params.sections import PARAMS_FILE, Params, check_params, load_params, parse_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 
@@ -39,10 +39,7 @@ def overridden_params(overrides: Sequence[str]) -> Params:
             raise UserError(f"-S {' '.join(own)}: {one_line(error)}") from None
         content = YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8"))
     source = " ".join([PARAMS_FILE, *(f"-S {change}" for change in own)])
-    params = parse_params(content, source)
-    if problems := null_paths(content):
-        raise UserError("\n".join(problems))
-    return params
+    return check_params(content, PARAMS_FILE, source)
 
 
 def _raise_for_unknown_keys(changes: Sequence[str]) -> None:

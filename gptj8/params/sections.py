@@ -205,7 +205,7 @@ class Finetune(Section):
     on SIGINT and SIGTERM. The result is the same."""
 
     @property
-    def sequences_a_step(self) -> int:
+    def sequences_per_step(self) -> int:
         """Sequences per optimizer step: of one process, or with `auto` of all processes."""
         if self.per_device_train_batch_size == "auto":
             return self.train_batch_size or 8
@@ -315,7 +315,7 @@ class Params(Section):
         finetune = self.finetune
         total, micro = finetune.train_batch_size, finetune.per_device_train_batch_size
         if micro == "auto":
-            total = finetune.sequences_a_step
+            total = finetune.sequences_per_step
             if total % processes:
                 raise UserError(
                     f"finetune.train_batch_size = {total} cannot be divided by {processes} "
@@ -353,17 +353,33 @@ def load_params(path: str | Path = PARAMS_FILE) -> Params:
     Raises:
         UserError: with one line per unknown key or wrong value.
     """
-    content = read_yaml(path)
-    params = parse_params(content, str(path))
+    return check_params(read_yaml(path), path)
+
+
+def check_params(
+    content: dict[str, Any], path: str | Path = PARAMS_FILE, source: str | None = None
+) -> Params:
+    """Check params that are already parsed from YAML, including the paths of a project.
+
+    Args:
+        content: parsed params.yaml.
+        path: of that file.
+        source: how errors refer to it; None for `path`.
+
+    Raises:
+        UserError: with one line per problem.
+    """
+    source = source or str(path)
+    params = parse_params(content, source)
     problems = null_paths(content, path)
     problems += [
-        f"{path}: {key} = {value!r} is outside the project; put the data, or a link to it, into "
+        f"{source}: {key} = {value!r} is outside the project; put the data, or a link to it, into "
         "the project's folder"
         for key, value in params.inputs.items()
         if Path(value).is_absolute() or ".." in Path(value).parts
     ]
     problems += [
-        f"{path}: {key} = {value!r} is not a path"
+        f"{source}: {key} = {value!r} is not a path"
         for key, value in params.inputs.items()
         if value.startswith("-") or "\0" in value
     ]
@@ -390,7 +406,7 @@ def null_paths(content: Mapping[str, Any], path: str | Path = PARAMS_FILE) -> li
 
 
 def parse_params(content: dict[str, Any], source: str = PARAMS_FILE) -> Params:
-    """Check params that are already parsed from YAML; see `load_params`."""
+    """Check types and values of parsed params, but not their paths; see `check_params`."""
     return check(Params, content, source)
 
 

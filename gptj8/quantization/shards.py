@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, sha256_file, write_json
+from gptj8.runtime.messages import one_line
 
 SHARD_BYTES = 400_000_000
 """Maximum size of a file, unless a single tensor is larger. Up to two files are held in memory."""
@@ -78,7 +79,7 @@ class ShardedWeights:
                 "model's state dict"
             ) from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{file} cannot be read; it may be truncated: {reason}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 
 _EXCERPT = 60
@@ -40,3 +41,18 @@ def one_line(error: object) -> str:
     """Return an error's message as one line of at most 300 printable characters."""
     line = " ".join(str(error).split())[:300] or type(error).__name__
     return "".join(c if c.isprintable() else "\ufffd" for c in line)
+
+
+def why_process_failed(code: int, errors: str) -> str:
+    """Return why a child process failed, in one line.
+
+    Args:
+        code: its exit code; negative if a signal ended it.
+        errors: what it wrote to standard error.
+    """
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ", usually because memory ran out" if -code == signal.SIGKILL else ""
+        return f"it was killed by {name}{hint}"
+    lines = errors.strip().splitlines()
+    return one_line(lines[-1]) if lines else "no reason given"

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -40,6 +41,9 @@ from gptj8.serving.requests import (
 
 _CLOSED = "the server is shutting down"
 _GRACE_SECONDS = 10.0
+_BEARER = HTTPBearer(auto_error=False, description="the server's token")
+_PUBLIC = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
+"""Paths that need no token, so that a browser can open the documentation."""
 _MAX_PROBLEMS = 3  # problems to report per request; every key can cause one
 
 
@@ -96,8 +100,10 @@ def create_app(
         lifespan=lifespan,
     )
     app.add_middleware(_BodyLimit, limits.max_body_bytes, limits.seconds_to_send)
+    documented = []  # adds the Authorize button to /docs
     if token is not None:
         app.add_middleware(_Token, token)  # added last, so it runs first
+        documented = [Depends(_BEARER)]
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -129,7 +135,7 @@ def create_app(
             waiting=engine.waiting,
         )
 
-    @app.post("/classify", response_model=ClassifyResponse)
+    @app.post("/classify", response_model=ClassifyResponse, dependencies=documented)
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         """Return the most likely label of a row and the probability of each label."""
         prompt = await asyncio.to_thread(
@@ -141,7 +147,7 @@ def create_app(
         label = max(scores, key=scores.__getitem__)
         return ClassifyResponse(label=label, scores=scores, cut_tokens=prompt.cut_tokens)
 
-    @app.post("/generate", response_model=GenerateResponse)
+    @app.post("/generate", response_model=GenerateResponse, dependencies=documented)
     async def generate(
         body: GenerateRequest, request: Request
     ) -> GenerateResponse | StreamingResponse:
@@ -208,16 +214,21 @@ class Server(uvicorn.Server):
 
 
 class _Token:
-    """Middleware that requires a token, except for /health."""
+    """Middleware that requires the token for every path except `_PUBLIC`.
+
+    The routes declare the same HTTPBearer for the documentation. As a dependency alone it would
+    run after the body was received.
+    """
 
     def __init__(self, app: Any, token: str) -> None:
         self._app = app
-        self._wanted = f"Bearer {token}".encode()
+        self._token = token.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope.get("headers", ())).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
+        if scope["type"] == "http" and not scope["path"].startswith(_PUBLIC):
+            given = await _BEARER(Request(scope))
+            sent = given.credentials.encode() if given else b""
+            if not hmac.compare_digest(sent, self._token):
                 rejection = _problem(401, "send Authorization: Bearer and the server's token")
                 rejection.headers["WWW-Authenticate"] = "Bearer"
                 await rejection(scope, receive, send)

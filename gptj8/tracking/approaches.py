@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj8.dataset.inputs import missing_inputs
+from gptj8.dataset.inputs import check_inputs
 from gptj8.params.overrides import overridden_params
 from gptj8.params.sections import Params, resolved
 from gptj8.runtime.errors import UserError
@@ -89,9 +89,7 @@ def run_approaches(names: Sequence[str], overrides: Sequence[str] = ()) -> list[
             "experiments start from a git commit, and this folder has none; run git init, "
             "git add --all and git commit first"
         )
-    problems = missing_inputs(params[names[0]])
-    if problems:
-        raise UserError("\n".join(problems))
+    check_inputs(params[names[0]])
     copies = paths_to_copy(params[names[0]], _dvc_outs())
     _report_copies(copies)
     outcomes = []
@@ -137,13 +135,8 @@ def paths_to_copy(params: Params, outs: Mapping[Path, Path]) -> list[Path]:
     paths: list[Path] = []
     for key, value in params.inputs.items():
         path = Path(os.path.normpath(value))
-        if path.is_absolute() or (not path.exists() and path not in outs):
-            continue  # accessible from every folder, or reported by the stage
-        if path.parts[:1] == ("..",):
-            raise UserError(
-                f"{key} = {value} is outside the project, and experiments run in a copy of it; "
-                f"use the absolute path {path.resolve()}"
-            )
+        if not path.exists() and path not in outs:
+            continue  # a recipe makes it
         made_by = next((outs[p] for p in (path, *path.parents) if p in outs), None)
         if made_by is None:
             paths += _untracked_paths(path, tracked, outs)

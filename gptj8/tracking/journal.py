@@ -71,22 +71,33 @@ class JournalWriter:
         os.write(self._descriptor, f"{line}\n".encode())
 
     def keep(self, source: Path, *left_out: str) -> str:
-        """Copy a file or directory into the journal and return its path in the journal's folder.
+        """Keep a file or directory in the journal and return its path in the journal's folder.
 
-        A copy is needed because a stage's outputs change later or, in DVC's copies of the project,
-        are deleted. Names in `left_out` are not copied.
+        A stage's outputs are replaced later or, in DVC's copies of the project, deleted. Hard links
+        keep their content without using disk space: journals of many runs may have to wait for a
+        server, and each run has its adapter. Outputs are replaced by renaming and never changed in
+        place. Names in `left_out` are not kept.
         """
         kept = Path(_FILES) / f"{time.time_ns()}" / source.name
         (self.folder / kept).parent.mkdir(parents=True)
         if source.is_dir():
-            shutil.copytree(source, self.folder / kept, ignore=shutil.ignore_patterns(*left_out))
+            ignore = shutil.ignore_patterns(*left_out)
+            shutil.copytree(source, self.folder / kept, ignore=ignore, copy_function=_link)
         else:
-            shutil.copyfile(source, self.folder / kept)
+            _link(source, self.folder / kept)
         return kept.as_posix()
 
     def close(self) -> None:
         """Release the lock, so that other processes no longer see the journal as alive."""
         os.close(self._descriptor)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Create a hard link, or a copy where the file system has none."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def read_events(journal: Path, offset: int = 0) -> tuple[list[Event], list[int]]:

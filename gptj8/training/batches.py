@@ -26,16 +26,18 @@ class RowOrder(Sampler[int]):
 
     Args:
         examples: The training examples.
-        rows_a_step: Rows per step, summed over all processes.
+        rows_per_step: Rows per step, summed over all processes.
         seed: Seed of the order.
 
     Attributes:
         epoch: Epoch to iterate over, counted from 0.
     """
 
-    def __init__(self, examples: Sequence[Example] | Dataset, rows_a_step: int, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example] | Dataset, rows_per_step: int, seed: int
+    ) -> None:
         self._lengths = lengths_of(examples)[0].tolist()
-        self._rows_a_step = rows_a_step
+        self._rows_per_step = rows_per_step
         self._seed = seed
         self.epoch = 0
 
@@ -50,14 +52,14 @@ class RowOrder(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(epoch):  # skip the draws of earlier epochs
             torch.randperm(len(self), generator=generator)
-        return get_length_grouped_indices(self._lengths, self._rows_a_step, generator=generator)
+        return get_length_grouped_indices(self._lengths, self._rows_per_step, generator=generator)
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the rows of a step; steps are counted from 0 over all epochs."""
-        steps_per_epoch = -(-len(self) // self._rows_a_step)
+        steps_per_epoch = -(-len(self) // self._rows_per_step)
         epoch, within = divmod(step, steps_per_epoch)
-        start = within * self._rows_a_step
-        return self.of(epoch)[start : start + self._rows_a_step]
+        start = within * self._rows_per_step
+        return self.of(epoch)[start : start + self._rows_per_step]
 
 
 class Collator:

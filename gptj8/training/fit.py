@@ -56,27 +56,36 @@ def confirm(
         longest: Returns the given number of the longest examples.
         try_step: Runs a step on them.
     """
+    kinds = KINDS[device] if finetune.checkpointing == "auto" else ()
+    is_chosen = finetune.per_device_train_batch_size == "auto"
+    sizes = divisors(finetune.sequences_per_step) if is_chosen else ()
     while True:
         try:
             try_step(longest(fit.micro_batch), fit.checkpointing)
             return fit
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            smaller = _smaller(fit, finetune, KINDS[device]) if is_out_of_memory(error) else None
-            if smaller is None:
+            less = smaller(fit, kinds, sizes) if is_out_of_memory(error) else None
+            if less is None:
                 raise
-            fit = smaller
+            fit = less
         if torch.cuda.is_available():  # outside `except`, where the error no longer holds tensors
             torch.cuda.empty_cache()
 
 
-def _smaller(fit: Fit, finetune: Finetune, kinds: Sequence[Kind]) -> Fit | None:
-    if finetune.checkpointing == "auto" and fit.checkpointing != kinds[-1]:
+def smaller(fit: Fit, kinds: Sequence[Kind], sizes: Sequence[int]) -> Fit | None:
+    """Return the next fit that needs less memory, or None.
+
+    More is recomputed first, because the result stays byte-identical; then the micro-batch size is
+    at least halved, which rounds differently.
+
+    Args:
+        kinds: Allowed kinds of checkpointing, from the fastest to the one with the least memory.
+        sizes: Allowed micro-batch sizes.
+    """
+    if fit.checkpointing in kinds[:-1]:
         return Fit(fit.micro_batch, kinds[kinds.index(fit.checkpointing) + 1])
-    if finetune.per_device_train_batch_size != "auto" or fit.micro_batch == 1:
-        return None
-    half = fit.micro_batch // 2
-    sizes = divisors(finetune.sequences_a_step)
-    return Fit(max(size for size in sizes if size <= half), fit.checkpointing)
+    halves = [size for size in sizes if 2 * size <= fit.micro_batch]
+    return Fit(max(halves), fit.checkpointing) if halves else None
 
 
 def longest_of(examples: Sequence[Example] | Dataset) -> Callable[[int], list[Example]]:

@@ -40,6 +40,8 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, measured: Measured) -> None:
         self._measured = measured
+        self._last: dict[str, float] = {}
+        self._read = 0  # points of the history that are in `_last`
         self._training: Progress | None = None
         self._validation: Progress | None = None
 
@@ -78,8 +80,10 @@ class TrainingProgress(TrainerCallback):
 
     def _facts(self) -> str:
         """Return the latest measurements as text."""
-        measured = self._measured
-        last = {key: value for point in measured.history for key, value in point.items()}
+        measured, last = self._measured, self._last
+        for point in measured.history[self._read :]:
+            last |= point
+        self._read = len(measured.history)
         parts = []
         if "loss" in last:
             parts.append(f"loss {last['loss']:.3f}")

@@ -142,7 +142,7 @@ class SavedStates:
             "seed": settings.seed,
             "device": device.type,
             "dtype": str(dtype),
-            "rows_a_step": settings.rows_a_step,
+            "rows_per_step": settings.rows_per_step,
             "processes": process_count(),
         }
         inputs = (DATASET / MANIFEST, BASE / MANIFEST)

@@ -10,14 +10,13 @@ import torch
 from transformers import TrainingArguments
 
 from gptj8.runtime.distributed import process_count
-from gptj8.training.activation_checkpointing import Kind
-from gptj8.training.fit import divisors
+from gptj8.training.activation_checkpointing import KINDS, Kind
+from gptj8.training.fit import Fit, divisors, smaller
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from gptj8.params.sections import Finetune
-    from gptj8.training.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -44,30 +43,28 @@ class TrainingSettings:
         """Return the settings in the params section `finetune`, with `auto` replaced by `fit`."""
         given = finetune.model_dump() | {
             "per_device_train_batch_size": fit.micro_batch,
-            "gradient_accumulation_steps": finetune.sequences_a_step // fit.micro_batch,
+            "gradient_accumulation_steps": finetune.sequences_per_step // fit.micro_batch,
             "checkpointing": fit.checkpointing,
         }
         names = {item.name for item in fields(cls)} - {"seed"}
         return cls(seed=seed, **{name: given[name] for name in names})
 
     @property
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Rows per step, summed over all processes and GPUs."""
-        processes = process_count()
-        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
-        return devices * self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return process_count() * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def plan(self, rows: int) -> str:
         """Return a text with the rows, epochs and steps of training on `rows` rows."""
         plural = "" if self.num_train_epochs == 1 else "s"
         return (
             f"{rows:,} rows x {self.num_train_epochs:g} epoch{plural}, "
-            f"{self.steps(rows):,} steps of {self.rows_a_step}"
+            f"{self.steps(rows):,} steps of {self.rows_per_step}"
         )
 
     def steps(self, rows: int) -> int:
         """Return the number of steps that Trainer runs with `rows` rows."""
-        batches = math.ceil(rows / (self.rows_a_step // self.gradient_accumulation_steps))
+        batches = math.ceil(rows / (self.rows_per_step // self.gradient_accumulation_steps))
         steps_per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
         return math.ceil(self.num_train_epochs * steps_per_epoch)
 
@@ -84,13 +81,16 @@ class TrainingSettings:
     def with_less_memory(self) -> TrainingSettings | None:
         """Return equivalent settings that need less memory, or None if there are none.
 
-        Reduces the micro-batch size first, with more gradient accumulation; then switches to full
-        activation checkpointing.
+        More is recomputed first; then the micro-batch size is reduced, with more gradient
+        accumulation (see `fit.smaller`).
         """
+        kinds = KINDS["cuda" if torch.cuda.is_available() else "cpu"]
+        kind: Kind = self.checkpointing if self.checkpointing in kinds else kinds[-1]
         size = self.per_device_train_batch_size
-        if size > 1:
-            return self.divided(divisors(size)[-2])
-        return replace(self, checkpointing="full") if self.checkpointing != "full" else None
+        less = smaller(Fit(size, kind), kinds, divisors(size))
+        if less is None:
+            return None
+        return replace(self.divided(less.micro_batch), checkpointing=less.checkpointing)
 
 
 @dataclass
@@ -143,7 +143,7 @@ def training_arguments(
     settings: TrainingSettings, scratch: str, model: PeftModel
 ) -> TrainingArguments:
     half = half_precision(model)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=scratch,
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
@@ -173,6 +173,9 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+    # One process uses several GPUs for the layers of one model, not for copies of it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def half_precision(model: PeftModel) -> torch.dtype | None:

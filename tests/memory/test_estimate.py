@@ -338,15 +338,15 @@ def test_try_step_does_not_change_training(tiny_8bit_dir):
 def test_contradicting_batch_sizes_raise():
     finetune = finetune_params
     auto = {"per_device_train_batch_size": "auto"}
-    assert finetune().sequences_a_step == 8
-    assert finetune(**auto).sequences_a_step == 8
-    assert finetune(**auto, train_batch_size=32).sequences_a_step == 32
+    assert finetune().sequences_per_step == 8
+    assert finetune(**auto).sequences_per_step == 8
+    assert finetune(**auto, train_batch_size=32).sequences_per_step == 32
     with pytest.raises(
         UserError, match=r"gradient_accumulation_steps = 4 conflicts with .* leave it at 1"
     ):
         finetune(**auto, gradient_accumulation_steps=4)
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    assert finetune(**sizes, train_batch_size=8).sequences_a_step == 8
+    assert finetune(**sizes, train_batch_size=8).sequences_per_step == 8
     with pytest.raises(UserError, match="train_batch_size = 16 is not") as caught:
         finetune(**sizes, train_batch_size=16)
     assert len(str(caught.value).splitlines()) == 1
@@ -393,7 +393,7 @@ def test_command_prints_a_table_and_json(project, monkeypatch, capsys):
     run_command(monkeypatch, "--model", "model/config.json", "--memory", "2GB", "--json")
     found = json.loads(capsys.readouterr().out)
     training = found["training"]
-    assert training["per_device_train_batch_size"] == load_params().finetune.sequences_a_step
+    assert training["per_device_train_batch_size"] == load_params().finetune.sequences_per_step
     assert sum(training["components"].values()) == training["peak"]
     assert training["components"]["process and libraries"] == 500 << 20
     assert found["tokens_per_second"] == pytest.approx(1e9 / found["flops_per_token"])

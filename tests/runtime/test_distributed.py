@@ -169,12 +169,12 @@ def test_an_optimizer_step_is_divided_among_processes():
         return params.for_one_of(processes).finetune
 
     auto = {"per_device_train_batch_size": "auto", "train_batch_size": 12}
-    assert for_one_of(3, **auto).sequences_a_step == 4
+    assert for_one_of(3, **auto).sequences_per_step == 4
     with pytest.raises(UserError, match="12 cannot be divided by 5 processes"):
         for_one_of(5, **auto)
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    assert for_one_of(2, **sizes).sequences_a_step == 8
-    assert for_one_of(2, **sizes, train_batch_size=16).sequences_a_step == 8
+    assert for_one_of(2, **sizes).sequences_per_step == 8
+    assert for_one_of(2, **sizes, train_batch_size=16).sequences_per_step == 8
     with pytest.raises(UserError, match=r"train_batch_size = 8 is not .* = 16; set"):
         for_one_of(2, **sizes, train_batch_size=8)
 

@@ -138,10 +138,9 @@ def guarded(predictors):
     [{}, {"Authorization": "Bearer open"}, {"Authorization": "open-sesame"}, {"Authorization": ""}],
     ids=str,
 )
-@pytest.mark.parametrize("path", ["/generate", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/generate", "/classify", "/nowhere"])
 def test_requests_without_token_are_rejected(guarded, path, headers):
-    method = "POST" if path == "/generate" else "GET"
-    response = requests.request(method, guarded + path, json={}, headers=headers, timeout=10)
+    response = requests.post(guarded + path, json={}, headers=headers, timeout=10)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"
     assert response.json() == {"detail": "send Authorization: Bearer and the server's token"}
@@ -153,3 +152,39 @@ def test_requests_with_token_are_answered(guarded):
     response = requests.post(guarded + "/generate", json=body, headers=headers, timeout=10)
     assert response.status_code == 200
     assert requests.get(guarded + "/health", timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer"])
+def test_the_scheme_is_case_insensitive(guarded, scheme):
+    headers = {"Authorization": f"{scheme} open-sesame"}
+    body = {"prompt": "fox", "max_new_tokens": 2}
+    response = requests.post(guarded + "/generate", json=body, headers=headers, timeout=10)
+    assert response.status_code == 200
+
+
+def test_a_browser_can_read_the_documentation_and_authorize(guarded):
+    page = requests.get(guarded + "/docs", timeout=10)
+    assert page.status_code == 200 and "swagger" in page.text
+    script = requests.get(f"{guarded}/static-offline-docs/swagger-ui-bundle.js", timeout=10)
+    assert script.status_code == 200
+    described = requests.get(guarded + "/openapi.json", timeout=10).json()
+    scheme = described["components"]["securitySchemes"]["HTTPBearer"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path in ("/generate", "/classify"):
+        assert described["paths"][path]["post"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in described["paths"]["/health"]["get"]
+
+
+def test_a_wrong_token_is_rejected_before_the_body_is_read(guarded):
+    """A Content-Length is announced, and the body is never sent."""
+    host, port = guarded.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_without_a_token_the_documentation_asks_for_none(predictors):
+    with running(predictors["base"]) as (url, _):
+        described = requests.get(url + "/openapi.json", timeout=10).json()
+    assert "securitySchemes" not in described.get("components", {})

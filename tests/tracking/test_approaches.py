@@ -178,7 +178,6 @@ def test_untracked_inputs_and_code_are_copied(repository):
     assert copied(train="rows.csv") == ["rows.csv", "models/a", "gptj8/new.py"]
     assert copied(train="data") == ["data/new.csv", "models/a", "gptj8/new.py"]
     assert copied(train="data/known.csv") == ["models/a", "gptj8/new.py"]
-    assert copied(train=str(repository / "rows.csv")) == ["models/a", "gptj8/new.py"]
     assert copied(train="mine", test="mine/test.csv") == ["mine", "models/a", "gptj8/new.py"]
 
 
@@ -188,10 +187,6 @@ def test_dvc_outputs_are_not_copied(repository):
 
 
 def test_inputs_missing_in_experiment_copies_raise(repository):
-    (repository.parent / "outside.csv").touch()
-    with pytest.raises(UserError, match="outside the project") as error:
-        copied(train="../outside.csv")
-    assert str((repository.parent / "outside.csv").resolve()) in str(error.value)
     with pytest.raises(UserError, match="git add big"):
         copied({"big/out.csv": "big/dvc.yaml"}, train="big/out.csv")
 

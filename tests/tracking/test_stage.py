@@ -1,5 +1,7 @@
 """Stages of one experiment write to one MLflow run, which is read back with a separate client."""
 
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -190,3 +192,33 @@ def test_repeated_comparison_updates_one_run(project):
     assert row.data.tags["approach.lora: tuned"] == "a-1"
     (file,) = client.list_artifacts(row.info.run_id, "approaches")
     assert file.path == "approaches/approaches.md"
+
+
+@pytest.mark.usefixtures("recorded_beside")
+def test_adapters_of_runs_that_wait_for_a_server_take_no_space(project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    adapter = project / "artifacts" / "adapter"
+    sizes = []
+    for number in range(3):
+        shutil.rmtree(adapter, ignore_errors=True)
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_bytes(bytes([number]) * 1_000_000)
+        report("finetune", eval_loss=1.0)
+        with stage_run("finetune", params(seed=number)):
+            pass
+        shutil.copytree(adapter, project / f"cache-{number}", copy_function=os.link)
+        sizes.append(disk_usage(project))
+    # One megabyte per adapter, which DVC's cache has too, and not two.
+    assert sizes[2] - sizes[0] == pytest.approx(2_000_000, abs=200_000)
+    kept = sorted(project.glob(".gptj8/journal/*/*/files/*/adapter/*"))
+    assert [path.read_bytes()[:1] for path in sorted(kept, key=lambda p: p.read_bytes()[:1])] == [
+        b"\0",
+        b"\1",
+        b"\2",
+    ]
+
+
+def disk_usage(folder):
+    """Bytes below a folder; content with several names counts once."""
+    files = {f.stat().st_ino: f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    return sum(files.values())

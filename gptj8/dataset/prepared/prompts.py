@@ -21,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 from gptj8.params.templates import split_at_fields
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import one_line
 
 _PIECE = 1 << 16
 _SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
@@ -315,7 +316,7 @@ def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{model_path}: the tokenizer cannot be read: {reason}") from None
 
 
