@@ -59,6 +59,18 @@ def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) 
     return f"{_md5(listing).hexdigest()}.dir"
 
 
+def cache_folder(project: Path) -> Path:
+    """Return the folder of DVC's cache, `cache.dir` of its configuration.
+
+    Args:
+        project: folder with `.dvc`.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo:
+        return Path(repo.cache.local_cache_dir)
+
+
 def _md5(content: bytes = b"") -> Any:
     return hashlib.md5(content, usedforsecurity=False)
 

@@ -21,13 +21,17 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
+from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.files import write_json
 from gptj8.runtime.project import state_folder
 
 EVENTS = "events.jsonl"
 _FILES, _STATE = "files", "state.json"
+_WORTH_SHARING = 65_536
+"""Bytes; smaller files are not compared with DVC's cache."""
 
 Event = dict[str, Any]
 
@@ -74,9 +78,9 @@ class JournalWriter:
         """Keep a file or directory in the journal and return its path in the journal's folder.
 
         A stage's outputs are replaced later or, in DVC's copies of the project, deleted. Hard links
-        keep their content without using disk space: journals of many runs may have to wait for a
-        server, and each run has its adapter. Outputs are replaced by renaming and never changed in
-        place. Names in `left_out` are not kept.
+        keep their content and need no disk space before that; afterwards `share_with_cache` frees
+        it. Outputs are replaced by renaming and never changed in place. Names in `left_out` are not
+        kept.
         """
         kept = Path(_FILES) / f"{time.time_ns()}" / source.name
         (self.folder / kept).parent.mkdir(parents=True)
@@ -98,6 +102,29 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
+
+
+def share_with_cache(cache: Path) -> None:
+    """Replace what the waiting journals keep by hard links to equal files in DVC's cache.
+
+    While a server stays away, each run leaves an adapter in its journal, and DVC has it as well.
+    A file with other links is skipped: it is an output of a stage that is still in place, or it is
+    shared already.
+
+    Args:
+        cache: DVC's cache of the project, with files named by their MD5.
+    """
+    for kept in journals_folder().glob(f"*/*/{_FILES}/**/*"):
+        try:
+            stat = kept.lstat()
+            if not S_ISREG(stat.st_mode) or stat.st_size < _WORTH_SHARING or stat.st_nlink > 1:
+                continue
+            digest = dvc_digest(kept)
+            link = kept.with_name(f"{kept.name}.link")
+            os.link(cache / "files" / "md5" / digest[:2] / digest[2:], link)
+            link.replace(kept)
+        except OSError:  # sent and removed meanwhile, not in the cache, or on another file system
+            continue
 
 
 def read_events(journal: Path, offset: int = 0) -> tuple[list[Event], list[int]]:

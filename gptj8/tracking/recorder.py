@@ -18,16 +18,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gptj8.runtime.dvc_digests import cache_folder
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.process import set_defaults
 from gptj8.runtime.project import project_root
 from gptj8.tracking.journal import (
+    EVENTS,
     JournalWriter,
     end_if_killed,
     is_alive,
+    journals_folder,
     journals_of,
     now,
     read_events,
+    share_with_cache,
     update_state,
 )
 from gptj8.tracking.lineage import changes, libraries, lineage_tags, unknown_files
@@ -115,6 +119,7 @@ class _Recorder:
 
     def run(self) -> None:
         self._set_phase("starting")
+        self._free_disk_space()
         from gptj8.tracking import sending
 
         failures = 0
@@ -144,6 +149,13 @@ class _Recorder:
                 self._watch(pause)
                 if self._ended_at and time.monotonic() - self._ended_at > _LINGER_SECONDS:
                     return
+
+    def _free_disk_space(self) -> None:
+        try:
+            if len(list(journals_folder().glob(f"*/*/{EVENTS}"))) > 1:  # more than this one
+                share_with_cache(cache_folder(project_root()))
+        except Exception as error:  # recording works without it
+            print(f"journals are not shared with DVC's cache: {one_line(error)}", flush=True)
 
     def _watch_until_stage_exits(self) -> None:
         """Wait for the stage, which reads the journal's state just before it exits."""

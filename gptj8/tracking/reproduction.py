@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from gptj8.params.sections import load_params
-from gptj8.runtime.dvc_digests import dvc_digest
+from gptj8.runtime.dvc_digests import cache_folder, dvc_digest
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files, sha256_file
 from gptj8.runtime.messages import one_line
@@ -94,15 +94,7 @@ def _check_out(root: Path, folder: Path, commit: str) -> None:
     if git("worktree", "add", "--detach", "--force", str(folder), commit, folder=root) is None:
         raise UserError(f"git could not check {commit} out into {folder}")
     settings = folder / ".dvc" / "config.local"
-    cache = _cache_folder(root)
-    settings.write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
-
-
-def _cache_folder(root: Path) -> str:
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        return str(repo.cache.repo.path)
+    settings.write_text(f"[cache]\n    dir = {cache_folder(root)}\n", encoding="utf-8")
 
 
 def _share_untracked(root: Path, folder: Path, tags: dict[str, str]) -> None:
