@@ -213,13 +213,14 @@ def test_adapters_of_runs_that_wait_for_a_server_take_no_space(project, monkeypa
     while sum(path.stat().st_nlink == 1 for path in kept) > 1 and time.monotonic() < until:
         time.sleep(0.1)
     # Four adapters in DVC's cache, and the last one again: no later run has shared it yet.
-    used = disk_usage(project / ".dvc") + disk_usage(project / ".gptj8")
+    used = disk_usage(project / ".dvc", project / ".gptj8")
     assert used == pytest.approx(5_000_000, abs=200_000)
     contents = sorted(path.read_bytes() for path in kept)
     assert contents == [bytes([number]) * 1_000_000 for number in range(4)]
 
 
-def disk_usage(folder):
-    """Bytes below a folder; content with several names counts once."""
-    files = {f.stat().st_ino: f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+def disk_usage(*folders):
+    """Bytes below folders; content with several names counts once."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files = {path.stat().st_ino: path.stat().st_size for path in paths}
     return sum(files.values())
