@@ -176,7 +176,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error)  # torch's error for CPU memory
+    # torch's allocator on the CPU and cuBLAS raise a RuntimeError.
+    return any(text in str(error) for text in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def device_name(device: str) -> str:

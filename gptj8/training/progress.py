@@ -81,6 +81,7 @@ class TrainingProgress(TrainerCallback):
     def _facts(self) -> str:
         """Return the latest measurements as text."""
         measured, last = self._measured, self._last
+        self._read = min(self._read, len(measured.history))  # shorter after a step was repeated
         for point in measured.history[self._read :]:
             last |= point
         self._read = len(measured.history)

@@ -20,6 +20,7 @@ from gptj8.memory.estimate import Estimator, Plan, plan_of
 from gptj8.memory.fitting import choose_fit
 from gptj8.memory.skeleton import build, optimizer_bytes, read_config, weigh
 from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
+from gptj8.memory.training_memory import TrainingMemory
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.params.sections import load_params, parse_params
@@ -301,6 +302,47 @@ def test_confirm_reduces_a_fit_that_runs_out_of_memory():
 
     with pytest.raises(RuntimeError, match="shapes"):
         confirm(Fit(4, "full"), finetune_params(**AUTO), "cpu", lambda count: [{}] * count, fails)
+
+
+def test_both_fallbacks_reduce_memory_in_the_same_order():
+    """The trial before training, and running out of memory during training."""
+
+    def tried_before_training():
+        tried = []
+
+        def step(rows, kind):
+            tried.append((len(rows), kind))
+            raise torch.OutOfMemoryError("out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            finetune = finetune_params(**AUTO)
+            confirm(Fit(12, "none"), finetune, "cpu", lambda count: [{}] * count, step)
+        return tried
+
+    tried, settings = [], TrainingSettings(1e-3, 1, 12, checkpointing="none")
+    while settings is not None:
+        tried.append((settings.per_device_train_batch_size, settings.checkpointing))
+        assert settings.rows_per_step == 12
+        settings = settings.with_less_memory()
+    assert tried == tried_before_training()
+    assert tried == [(12, "none"), (12, "selective"), (12, "full")] + [
+        (size, "full") for size in (6, 3, 1)
+    ]
+
+
+def test_without_a_report_of_free_memory_everything_is_recomputed(tiny_8bit_dir, monkeypatch):
+    def unknown(device):
+        raise UserError("this system does not report free memory")
+
+    monkeypatch.setattr(machine, "available_bytes", unknown)
+    text = {**MINIMAL, "model": {"path": "y"}}
+    given = parse_params({**text, "finetune": {"per_device_train_batch_size": 2}})
+    memory = TrainingMemory(given, tiny_8bit_dir, torch.float32, "cpu", some_examples())
+    assert memory.fit(lambda *_: None) == Fit(2, "full")
+    auto = parse_params({**text, "finetune": {"per_device_train_batch_size": "auto"}})
+    memory = TrainingMemory(auto, tiny_8bit_dir, torch.float32, "cpu", some_examples())
+    with pytest.raises(UserError, match="does not report free memory; set a number"):
+        memory.fit(lambda *_: None)
 
 
 def some_examples(count=8):

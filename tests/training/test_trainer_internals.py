@@ -9,8 +9,12 @@ import re
 import tomllib
 
 import pytest
-from transformers import Trainer
+import torch
+from transformers import Trainer, TrainingArguments
 
+from gptj8.model.adapters import AdapterSpec, add_adapter
+from gptj8.model.loading import load_model
+from gptj8.training.settings import TrainingSettings, training_arguments
 from gptj8.training.trainer import CompletionTrainer
 from tests.helpers.paths import ROOT
 
@@ -55,6 +59,29 @@ def test_trainer_still_uses_the_private_attributes():
     own = inspect.getsource(CompletionTrainer)
     for name in ATTRIBUTES:
         assert f"self.{name}" in own and f"self.{name}" in source
+
+
+def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch):
+    set_up = TrainingArguments._setup_devices.func
+
+    def set_up_with_two_gpus(arguments):
+        device = set_up(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    monkeypatch.setattr(TrainingArguments._setup_devices, "func", set_up_with_two_gpus)
+    plain = TrainingArguments(output_dir="scratch", use_cpu=True)
+    assert plain.n_gpu == 2
+    model = add_adapter(
+        load_model(tiny_8bit_dir, torch.float32, torch.device("cpu")), AdapterSpec()
+    )
+    settings = TrainingSettings(1e-3, 1, per_device_train_batch_size=4)
+    arguments = training_arguments(settings, "scratch", model)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 4 and arguments.eval_batch_size == 4
+    # Trainer wraps a model in DataParallel, which copies it, if n_gpu is larger than 1.
+    trainer = Trainer(model, arguments)
+    assert trainer._train_batch_size == settings.rows_per_step == 4
 
 
 def test_transformers_version_is_bounded():
