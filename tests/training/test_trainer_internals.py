@@ -80,7 +80,7 @@ def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch):
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == 4 and arguments.eval_batch_size == 4
     # Trainer wraps a model in DataParallel, which copies it, if n_gpu is larger than 1.
-    trainer = Trainer(model, arguments)
+    trainer = Trainer(model, arguments, eval_dataset=[{}])
     assert trainer._train_batch_size == settings.rows_per_step == 4
 
 
