@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # A test file to each core; make test WORKERS= runs them one after the other.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
-STOPPED := 'stopped: the reason is just above, before what DVC says of it; mend that, and make repro goes on from there'
+STOPPED := 'stopped: the cause is above, before the message of DVC; fix it and run make repro again, which continues from there'
 
 .PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui docs lint lock clean
 

@@ -20,7 +20,6 @@ LAYERS = (
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 FILES = sorted((ROOT / "gptj8").rglob("*.py"))
 # The public names in gptj8/__init__.py are imported lazily.
-FACE = ROOT / "gptj8" / "__init__.py"
 
 
 def imported_packages(file):

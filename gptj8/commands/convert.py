@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gptj8.params.sections import Quantization
 from gptj8.runtime.errors import UserError
 
 
@@ -15,8 +16,18 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "source", metavar="SRC", help="model directory, as written by save_pretrained"
     )
     convert.add_argument("target", metavar="DST", help="directory to create")
-    convert.add_argument("--block-size", type=int, default=4096, help="64 to 4096 (default: 4096)")
-    convert.add_argument("--codebook", default="fitted", help="fitted or dynamic (default: fitted)")
+    defaults = Quantization()
+    convert.add_argument(
+        "--block-size",
+        type=int,
+        default=defaults.block_size,
+        help="weights per scale, a power of two from 64 to 4096 (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--codebook",
+        default=defaults.codebook,
+        help="fitted or dynamic (default: %(default)s)",
+    )
     convert.add_argument(
         "--skip", action="append", default=[], metavar="MODULE", help="do not convert this module"
     )

@@ -17,6 +17,7 @@ from gptj8.evaluation.harness import (
     stderr_name,
 )
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.project import BASE
 from gptj8.runtime.tables import format_table
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tasks", required=True, help="comma-separated names, such as hellaswag,arc_easy"
     )
-    parser.add_argument(
-        "--model", default="artifacts/base-8bit", help="default: artifacts/base-8bit"
-    )
+    parser.add_argument("--model", default=str(BASE), help="default: %(default)s")
     parser.add_argument("--adapter", help="also evaluate the model with this adapter")
     parser.add_argument(
         "--dtype",

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.project import BASE, EXPORT
 
 if TYPE_CHECKING:
     from gptj8.serving.predictor import Predictor
 
-_BASE, _EXPORT = "artifacts/base-8bit", "artifacts/export"
+_BASE, _EXPORT = str(BASE), str(EXPORT)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

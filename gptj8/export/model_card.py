@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
+from gptj8.runtime.messages import counted
+from gptj8.runtime.project import BASE, EXPORT
 
 _METRICS = {  # metric of stage evaluate -> the Hub's metric type
     f"{TUNED}/accuracy": "accuracy",
@@ -16,8 +18,7 @@ _METRICS = {  # metric of stage evaluate -> the Hub's metric type
     f"{TUNED}/perplexity": "perplexity",
 }
 _COLUMNS = {
-    "accuracy": "the fraction of rows whose most likely label is correct, with its 95% confidence "
-    "interval",
+    "accuracy": "the fraction of rows whose most likely label is correct",
     "macro_f1": "the mean F1 score over all labels",
     "exact_match": "the fraction of generated answers that equal the expected answer",
     "perplexity": "measured per token of held-out text",
@@ -86,19 +87,15 @@ import gptj8  # registers the 8-bit format with transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("artifacts/base-8bit")
-model = PeftModel.from_pretrained(base, "artifacts/export")
+base = AutoModelForCausalLM.from_pretrained("{BASE}")
+model = PeftModel.from_pretrained(base, "{EXPORT}")
 ```
 
 The prompt template is {json.dumps(data["prompt_template"])}. The answer follows after a space.
 
 ## Evaluation
 
-Results on the {_count(dataset)} rows of the test split:
-
-{_systems_table(evaluation)}
-
-{_meanings(evaluation)}
+{_results(evaluation, dataset)}
 
 {_equality(metrics.get("export", {}))}
 
@@ -114,6 +111,16 @@ The adapter repeats the errors and biases of its training rows. It was evaluated
 rows from the same source.
 """
     return f"---\n{card_data.to_yaml()}\n---\n{body}"
+
+
+def _results(evaluation: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
+    if not evaluation:
+        return "This adapter was not evaluated."
+    rows = dataset.get("rows", {}).get("test")
+    of = f"{counted(rows, 'row')} of the test split" if isinstance(rows, int) else "the test split"
+    ranges = any(key.endswith("_low") for key in evaluation)
+    interval = ", with 95 % confidence intervals" if ranges else ""
+    return f"Results on {of}{interval}:\n\n{_systems_table(evaluation)}\n\n{_meanings(evaluation)}"
 
 
 def _systems_table(evaluation: Mapping[str, Any]) -> str:
@@ -160,11 +167,6 @@ def _equality(export: Mapping[str, float]) -> str:
         f"{export['merged_identical_generations']:.0f} of {prompts:.0f} prompts, and its "
         f"perplexity is {ratio} times that of the unmerged model."
     )
-
-
-def _count(dataset: Mapping[str, Any]) -> str:
-    rows = dataset.get("rows", {}).get("test")
-    return f"{rows:,}" if isinstance(rows, int) else ""
 
 
 def _digests(dataset: Mapping[str, Any]) -> str:

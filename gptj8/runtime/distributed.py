@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import one_line
+from gptj8.runtime.messages import one_line, why_process_failed
 
 _Result = TypeVar("_Result")
 
@@ -60,8 +60,8 @@ def launch(launcher: str | None, module: str) -> bool:
         was launched itself; the caller then does the work.
 
     Raises:
-        UserError: if torchrun rejects its arguments.
-        SystemExit: with the exit code of the process that failed first.
+        UserError: if torchrun rejects its arguments, or if a signal killed a process.
+        SystemExit: with the exit code of the process that failed first, which printed the reason.
     """
     if launcher is None or "RANK" in os.environ:
         return False
@@ -90,7 +90,10 @@ def launch(launcher: str | None, module: str) -> bool:
         torchrun.run(arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        sys.exit(first.exitcode if first.exitcode > 0 else 1)
+        if first.exitcode < 0:
+            reason = why_process_failed(first.exitcode, "")
+            raise UserError(f"process {first.local_rank} of {here}: {reason}") from None
+        sys.exit(first.exitcode)
     except SignalException as error:
         sys.exit(128 + int(error.sigval))
     return True

@@ -22,6 +22,11 @@ def listed(values: Sequence[str], limit: int) -> str:
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean ...?` if a known name is similar, else an empty string."""
     by_lower_case = {c.lower(): c for c in known if len(c) <= _LONGEST_NAME}

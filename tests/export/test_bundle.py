@@ -274,6 +274,14 @@ def test_model_card_has_the_hubs_format():
     assert "rows.csv" in body
 
 
+def test_model_card_without_results_has_no_empty_sentences():
+    body = model_card(PARAMS, {}, {"labels": []})
+    assert "\n.\n" not in body and "the  rows" not in body and "| system |" not in body
+    assert "This adapter was not evaluated." in body
+    one = model_card(PARAMS, {"evaluate": {"tuned/accuracy": 1.0}}, {"rows": {"test": 1}})
+    assert "Results on 1 row of the test split:" in one and "confidence" not in one
+
+
 def test_dataset_description_includes_digests(tmp_path):
     (tmp_path / "dataset.json").write_text('{"labels": ["a"], "task": "classification"}')
     (tmp_path / "inputs.json").write_text('{"files": [], "prepared": "x.dir"}')

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
 from gptj8.params.documentation import PAGE, SCHEMA_FILE, json_schema, markdown
 from gptj8.params.sections import NO_PATH, OPTIONAL_PATHS, Params, load_params, parse_params
+from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 
 WRITTEN = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
@@ -52,6 +54,26 @@ def test_editors_find_the_schema_and_it_describes_the_file():
         described = schema["$defs"][section.capitalize()]
         assert set(content) == set(described["properties"])
         assert described["additionalProperties"] is False
+
+
+def test_the_schema_accepts_the_file_and_rejects_what_params_reject():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate(WRITTEN)
+    for section, key, value in (
+        ("finetune", "lerning_rate", 1e-4),
+        ("finetune", "r", 0),
+        ("finetune", "lora_dropout", 1.0),
+        ("quantization", "block_size", 100),
+        ("data", "task", "classify"),
+        ("data", "test_fraction", "a tenth"),
+    ):
+        wrong = {**WRITTEN, section: {**WRITTEN[section], key: value}}
+        (error,) = validator.iter_errors(wrong)
+        assert error.absolute_path[0] == section
+        with pytest.raises(UserError, match=key):
+            parse_params(wrong)
 
 
 @pytest.mark.parametrize(("section", "key"), OPTIONAL_PATHS)

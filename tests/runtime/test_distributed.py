@@ -117,6 +117,27 @@ def test_an_error_is_printed_once_and_sets_the_exit_code(tmp_path, how, code, st
 
 
 @pytest.mark.slow
+def test_a_killed_process_is_reported_with_its_signal(tmp_path):
+    kills = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "work.py").write_text(f"{kills} if int(os.environ['RANK']) else None")
+    source = (
+        "from gptj8.runtime.process import run\n"
+        "from gptj8.runtime.distributed import launch\n"
+        f"run(lambda: launch({LAUNCHER!r}, 'work'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    expected = "error: process 1 of 2: it was killed by SIGKILL, usually because memory ran out\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+@pytest.mark.slow
 def test_terminating_the_launcher_terminates_all_processes(tmp_path):
     waits = "import time, os; open(f'{os.getpid()}.pid', 'w'); time.sleep(100)"
     with launched(tmp_path, waits) as process:

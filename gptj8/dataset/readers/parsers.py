@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from gptj8.dataset.readers.csv_quotes import find_quote_problem
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes
-from gptj8.runtime.messages import one_line, quote
+from gptj8.runtime.messages import counted, one_line, quote
 
 BATCH_ROWS = 4096
 """Small enough that a batch of long texts needs little memory, large enough to vectorize."""
@@ -155,7 +155,8 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 warning = _joined(cells, delimiter, start) if line > start else None
                 yield Row(number, dict(zip(header, cells, strict=True)), warning=warning)
                 continue
-            problem = f"has {len(cells)} cells on line {start}, but the header has {len(header)}"
+            found = counted(len(cells), "cell")
+            problem = f"has {found} on line {start}, but the header has {len(header)}"
             if len(cells) > len(header):
                 problem += "; quote cells that contain the separator"
             yield Row(number, {}, problem)

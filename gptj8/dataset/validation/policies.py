@@ -16,7 +16,7 @@ from gptj8.dataset.text import INVISIBLE, canonical_words
 from gptj8.dataset.validation.checks import CHECKS, Kind
 from gptj8.dataset.validation.findings import Findings
 from gptj8.params.sections import Data
-from gptj8.runtime.messages import excerpt, listed
+from gptj8.runtime.messages import counted, excerpt, listed
 
 _EXAMPLES = 3
 
@@ -70,7 +70,7 @@ def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]
 def label_spellings(data: Data, names: Sequence[str], counts: Sequence[int]) -> str:
     """Return the problem of labels that differ only in spelling, given most frequent first."""
     described = " and ".join(
-        f"{name!r} ({count} rows)" for name, count in zip(names, counts, strict=True)
+        f"{name!r} ({counted(count, 'row')})" for name, count in zip(names, counts, strict=True)
     )
     return (
         f"labels {described} in column {data.label_column} differ only in case, "

@@ -182,7 +182,7 @@ def test_rows_joined_by_a_stray_quote_get_a_warning(
 
 MALFORMED = {
     "too-many-cells": ("t.csv", b"text,label\na,b\n\na,b,c\nd,e\n", "has 3 cells on line 4"),
-    "too-few-cells": ("t.csv", b'text,label\n"a\nb",c\na\nd,e\n', "has 1 cells on line 4"),
+    "too-few-cells": ("t.csv", b'text,label\n"a\nb",c\na\nd,e\n', "has 1 cell on line 4"),
     "truncated-json": (
         "t.jsonl",
         b'{"text": "a", "label": "b"}\n{"text"\n{"text": "d", "label": "e"}',

@@ -302,7 +302,7 @@ def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
         (pairs(2), "too few texts to hold out validation and test with at least two labels each"),
         (
             [*pairs(20), ["a", "Spam"], ["b", "spam "]],
-            "labels 'spam' (11 rows) and 'Spam' (1 rows)",
+            "labels 'spam' (11 rows) and 'Spam' (1 row)",
         ),
         ([*pairs(20, ("very good", "bad")), ["a", "very  good"]], "'very good' for all"),
     ],

@@ -30,7 +30,7 @@ DEEP = b"[" * 200_000 + b"\n"
 INVALID = "is not valid JSON: "
 
 LINES = [
-    raw("csv-cell-too-few", "csv", instead(b"only one cell\r\n"), "has 1 cells on line"),
+    raw("csv-cell-too-few", "csv", instead(b"only one cell\r\n"), "has 1 cell on line"),
     raw(
         "csv-cell-too-many", "csv", instead(b"a text, unquoted,sehr gut\r\n"), "has 3 cells on line"
     ),
