@@ -60,9 +60,11 @@ class Clone:
             command, cwd=cwd or self.folder, capture_output=True, text=True, check=True
         ).stdout
 
-    def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def dvc(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run DVC with changes of the environment."""
         scripts = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": ""}
+        environment |= changes
         environment.pop("MLFLOW_TRACKING_URI", None)
         environment.pop("TRANSFORMERS_VERBOSITY", None)  # users see all its messages
         command = [sys.executable, "-m", "dvc", *arguments]
