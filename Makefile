@@ -1,17 +1,17 @@
-# Thin on purpose: every target makes the environment on first use and hands over to a tool.
+# Every target creates the environment on first use and then calls a tool.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# Nothing phones home; DVC's own switches are in .dvc/config.
+# Turn telemetry off. DVC's settings are in .dvc/config.
 export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# A test file to each core; make test WORKERS= runs them one after the other.
+# Each core runs one test file at a time; `make test WORKERS=` runs the files one after the other.
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
-STOPPED := 'stopped: the cause is above, before the message of DVC; fix it and run make repro again, which continues from there'
+STOPPED := 'stopped: see the error above the message of DVC; fix it and run make repro again, which continues with this stage'
 
 .PHONY: repro compare test test-slow test-long test-browser test-faults audit bench ui docs lint lock clean
 

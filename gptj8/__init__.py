@@ -1,4 +1,4 @@
-"""gptj8: fine-tune GPT-J-class models whose large weights are frozen in 8 bits.
+"""gptj8: fine-tune language models with large weights that are frozen in 8 bits.
 
 `import gptj8` lets transformers load converted models. The import is cheap: torch and transformers
 are imported when a public name is first accessed, and the quantizer is registered when transformers

@@ -22,7 +22,8 @@ def main() -> None:
     story = Story("export")
     params = load_params()
     story.say(
-        f"{ADAPTER}, its metrics and model card; answers are compared with the trained model's"
+        f"collecting {ADAPTER}, its metrics and a model card; comparing its answers with those of "
+        "the trained model"
     )
     with stage_run("export", params) as record:
         from gptj8.evaluation.gate import require_all

@@ -55,8 +55,7 @@ def main() -> None:
         fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
         settings = TrainingSettings.from_params(mine.finetune, fit, params.seed)
         story.say(f"{spec}, {settings.plan(len(train_set))}")
-        # The adapter and three checkpoints, each with the weights and at most twice their size for
-        # the optimizer.
+        # The adapter and three checkpoints, each with at most twice its size for the optimizer.
         require_free_space(ADAPTER, 10 * adapter_bytes(adapted) + _SPARE_BYTES, "training")
         with SavedStates.of_stage(params.finetune, settings, device, dtype).alone() as states:
             limit, log, pad = mine.finetune.max_eval_samples, record.log_metrics, encoder.eos_id
@@ -70,12 +69,11 @@ def main() -> None:
                 write_manifest(staging)
             for curve in ("loss", "eval_loss"):
                 write_csv(REPORT / f"{curve}.csv", result.curve(curve), ["step", curve])
-            peak = peak_memory_gib()
-            metrics = {**result.metrics, "peak_memory_gib": peak, **memory.metrics(fit)}
-            write_json(REPORT / "metrics.json", metrics)
+            peak = {"peak_memory_gib": peak_memory_gib()}
+            write_json(REPORT / "metrics.json", {**result.metrics, **peak, **memory.metrics(fit)})
             memory.calibrate(result.tokens_per_second / (1 - result.padding_fraction), fit)
             states.clear()
-    story.end(f"{result}, peak memory {peak:.2f} GiB")
+    story.end(f"{result}, peak memory {peak['peak_memory_gib']:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads the files named in the params' `data` section and the tokenizer of `model.path`. An unusable
 dataset stops the pipeline here, before any model is loaded. If its files can be read, the report
-shows the reasons, also in MLflow. The report of an earlier dataset is always removed.
+shows the reasons and is also stored in MLflow. The report of an earlier dataset is always removed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory
+from gptj8.runtime.messages import counted
 from gptj8.runtime.process import run
 from gptj8.runtime.project import DATASET, REPORTS
 from gptj8.runtime.story import Story
@@ -42,7 +43,11 @@ def main() -> None:
             raise UserError(f"{problems} (full report: {REPORT}/report.html)")
     sizes = ", ".join(f"{validated.rows[name]:,} {name}" for name in SPLITS)
     dropped = validated.findings.dropped_rows
-    ignored = f"; {len(validated.ignored)} files not read" if validated.ignored else ""
+    ignored = (
+        f"; {counted(len(validated.ignored), 'file')} without rows or not read"
+        if validated.ignored
+        else ""
+    )
     total = validated.total_rows.total()
     story.end(f"{total:,} rows read: {sizes}; {dropped:,} dropped{ignored} ({REPORT}/report.html)")
 

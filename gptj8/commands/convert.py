@@ -1,8 +1,12 @@
-"""`gptj8 convert`: convert a model's large weights to 8 bits."""
+"""`gptj8 convert`: convert a model's large weights to 8 bits; `gptj8 unpack`: read a GGUF file."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gptj8.params.sections import Quantization
@@ -10,10 +14,10 @@ from gptj8.runtime.errors import UserError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `gptj8 convert`."""
+    """Add `gptj8 convert` and `gptj8 unpack`."""
     convert = commands.add_parser("convert", help="convert a model's large weights to 8 bits")
     convert.add_argument(
-        "source", metavar="SRC", help="model directory, as written by save_pretrained"
+        "source", metavar="SRC", help="model directory as written by save_pretrained, or GGUF file"
     )
     convert.add_argument("target", metavar="DST", help="directory to create")
     defaults = Quantization()
@@ -32,13 +36,58 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--skip", action="append", default=[], metavar="MODULE", help="do not convert this module"
     )
     convert.set_defaults(command=_convert)
+    unpack = commands.add_parser("unpack", help="write a GGUF file as a model directory")
+    unpack.add_argument("source", metavar="GGUF", help="GGUF file, in one part")
+    unpack.add_argument("target", metavar="DST", help="directory to create")
+    unpack.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="of the weights; float32 is exact for 8-bit files (default: %(default)s)",
+    )
+    unpack.set_defaults(command=_unpack)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    if Path(arguments.target).exists():
-        raise UserError(f"{arguments.target} already exists; remove it or choose another name")
+    source, target = Path(arguments.source), Path(arguments.target)
+    _require_new(target)
     from gptj8.quantization.conversion import convert_checkpoint, summarize
     from gptj8.quantization.quantizer import Blockwise8bitConfig
 
     config = Blockwise8bitConfig(arguments.block_size, arguments.codebook, arguments.skip)
-    print(summarize(convert_checkpoint(arguments.source, arguments.target, config)))
+    with _as_directory(source, target.parent) as directory:
+        print(summarize(convert_checkpoint(directory, target, config)))
+
+
+@contextmanager
+def _as_directory(source: Path, parent: Path) -> Iterator[Path]:
+    """Yield a model directory: the source, or a temporary one for a GGUF file."""
+    if source.suffix != ".gguf" and not source.is_file():
+        yield source
+        return
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=parent) as folder:
+        directory = Path(folder) / source.stem
+        _unpack_file(source, directory, "float32")
+        yield directory
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    target = Path(arguments.target)
+    _require_new(target)
+    _unpack_file(Path(arguments.source), target, arguments.dtype)
+    print(f"{arguments.source} unpacked into {target}, {arguments.dtype} weights")
+
+
+def _unpack_file(source: Path, target: Path, dtype: str) -> None:
+    import torch
+
+    from gptj8.quantization.gguf import unpack_gguf
+
+    for note in unpack_gguf(source, target, getattr(torch, dtype)):
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def _require_new(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} already exists; remove it or choose another name")

@@ -14,7 +14,7 @@ from gptj8.tracking.stage_results import measured_by_last_run
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 gate`."""
     gate = commands.add_parser(
-        "gate", help="check the last run against evaluate.require; exit code 2 if it fails"
+        "gate", help="check the conditions in evaluate.require; exit with code 2 if one is not met"
     )
     gate.set_defaults(command=_gate)
 

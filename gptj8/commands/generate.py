@@ -12,7 +12,9 @@ from gptj8.runtime.errors import UserError
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 generate`."""
     generate = commands.add_parser("generate", help="continue a prompt, or answer a row")
-    generate.add_argument("prompt", nargs="?", help="the prompt; - or none: read standard input")
+    generate.add_argument(
+        "prompt", nargs="?", help="the prompt (default, or -: read standard input)"
+    )
     generate.add_argument(
         "--row",
         action="append",
@@ -24,7 +26,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     generate.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
     generate.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
-    generate.add_argument("--seed", type=int, help="seed of the sampling (default: random)")
+    generate.add_argument("--seed", type=int, help="sampling seed (default: random)")
     add_model_arguments(generate)
     generate.set_defaults(command=_generate, computes=True)
 

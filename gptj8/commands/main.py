@@ -55,7 +55,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptj8",
-        description="Fine-tune GPT-J-class models whose large weights are frozen in 8 bits.",
+        description="Fine-tune language models with large weights that are frozen in 8 bits.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for subcommand in _SUBCOMMANDS:

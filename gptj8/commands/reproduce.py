@@ -30,7 +30,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if result.differing:
         folder = os.path.relpath(result.folder, Path.cwd())
         raise UserError(
-            f"run {run.info.run_id} is not reproduced: {', '.join(result.differing)} of the "
-            f"adapter differ; compare the checkout in {folder}"
+            f"run {run.info.run_id} is not reproduced: these files of the adapter differ: "
+            f"{', '.join(result.differing)}; compare the checkout in {folder}"
         )
     print(f"run {run.info.run_id} is reproduced: the adapter is byte-identical")

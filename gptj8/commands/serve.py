@@ -24,7 +24,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     serve.add_argument(
         "--max-batch", type=int, default=8, help="sequences per generation batch (default: 8)"
     )
-    serve.add_argument("--max-waiting", type=int, default=256, help="queue length (default: 256)")
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        help="maximum number of waiting requests (default: 256)",
+    )
     serve.add_argument(
         "--max-prompt-tokens", type=int, help="per request (default: the model's context length)"
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import counted
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -26,4 +27,4 @@ def _verify(arguments: argparse.Namespace) -> None:
     if (folder / "config.json").exists():  # only a model has a config and 8-bit tensors
         check_model_directory(folder)
         check_tensors(folder)
-    print(f"{folder}: {files} files are unchanged")
+    print(f"{folder}: unchanged, {counted(files, 'file')} checked")

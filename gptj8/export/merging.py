@@ -89,7 +89,7 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
     from gptj8.quantization.layers import Frozen8bitModule, full_precision_twin
     from gptj8.quantization.quantizer import restore_modules
 
-    # On the CPU, because 16-bit weights are twice the size that the GPU has to hold in training.
+    # Merge on the CPU: 16-bit weights are twice as large as the 8-bit weights that fit on the GPU.
     adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)
     for module in list(adapted.modules()):
         if not isinstance(module, BaseTunerLayer):

@@ -67,7 +67,10 @@ def dequantize(
 
 
 def few_rows(x: torch.Tensor) -> int:
-    """Return up to how many rows of x `linear` is faster than restoring; 0 if it is unavailable."""
+    """Return the largest number of rows of x for which `linear` is faster than restoring W.
+
+    Returns 0 if `linear` is unavailable.
+    """
     if x.dtype not in cpu.DTYPES:
         return 0
     if x.device.type == "cuda":

@@ -54,7 +54,7 @@ _WIDEST, _NARROWEST = 512, 64
 # (weights per tile, warps per program). The list is short because each entry is compiled and timed
 # at the first call with a new shape.
 _TILES = ((4096, 4), (4096, 8), (2048, 4), (2048, 8), (1024, 4))
-_SUMS_PER_THREAD = 128  # of 255 registers
+_SUMS_PER_THREAD = 128  # float32 sums; a thread has at most 255 registers
 
 # Set by `_load`, like `tl`: Triton resolves the names in a kernel in the globals of its module.
 _store_rounded: Any = None

@@ -37,8 +37,9 @@ def histogram(
     """Return a histogram of weights / absmax with equal bins over [-1, 1], weighted per block.
 
     Args:
-        block_mass: float64 (blocks,), what each weight of a block counts. Integers whose sum over
-            all weights is below 2^53, so that the order of addition does not change the result.
+        block_mass: float64 (blocks,), what each weight of a block adds to its bin. The values are
+            integers, and their sum over all weights is below 2^53, so that the order of addition
+            does not change the result.
 
     Returns:
         float64 (bins,).

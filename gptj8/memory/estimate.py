@@ -43,8 +43,8 @@ _SHALLOW, _DEEP = 2, 4
 # `restart_with_malloc_settings`).
 _UNUSED = 2.5
 _MOST_UNUSED = 210 << 20
-# Same for large blocks that keep only their inputs (`gptj8.training.heap`; measured for GPT-J-6B's
-# shape).
+# The same limit if the heap is trimmed, for large blocks that keep only their inputs
+# (`gptj8.training.heap`; measured for GPT-J-6B's shape).
 _MOST_UNUSED_TRIMMED = 64 << 20
 # Memory that oneDNN keeps per compiled matrix product (measured with torch 2.13): code, and
 # workspace that grows with the matrix.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 USED = 0.9
 """Fraction of the free memory that may be used, because estimates are accurate to 10%."""
-# Fraction of that which may be used to avoid recomputation; other programs use CPU memory too.
+# Fraction of the usable memory that may be spent to avoid recomputation. On a CPU, other programs
+# need memory too.
 _FOR_SPEED = {"cpu": 0.5, "cuda": 1.0}
 # With this many tokens per micro-batch, dequantization is a small part of a step, and avoiding
 # recomputation saves more time than larger micro-batches.

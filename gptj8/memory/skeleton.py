@@ -77,7 +77,7 @@ def read_config(path: str | Path) -> Any:
 
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"{file}: model_type = {architecture} is not a causal language model of transformers; "
+            f"{file}: model_type = {architecture} is not a causal language model in transformers; "
             "models with custom code are not supported"
         )
     quantization = content.get("quantization_config")

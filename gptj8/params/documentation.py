@@ -37,9 +37,10 @@ def json_schema() -> dict[str, Any]:
         # null is what the code sees; the file has a placeholder.
         field.pop("anyOf")
         field |= {"type": "string", "default": NO_PATH}
-    for section in schema["$defs"].values():
+    for section in (schema, *schema["$defs"].values()):
         for field in section["properties"].values():
-            field["description"] = " ".join(field["description"].split())
+            if "description" in field:
+                field["description"] = " ".join(field["description"].split())
     return schema
 
 

@@ -227,7 +227,7 @@ def _explain(error: Exception) -> str | None:
     """Return a one-line message for disk and memory errors, or None for any other error."""
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         where = f": {error.filename}" if error.filename else ""
-        return f"{_FILE_ERRORS[error.errno]}{where}; existing files were not changed"
+        return f"{_FILE_ERRORS[error.errno]}{where}; no partial output was written"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
@@ -243,7 +243,7 @@ def _explain(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError":  # it has only the number of the OS error
         number = re.search(r"os error (\d+)|code: (\d+)", str(error))
         known = _FILE_ERRORS.get(int(number[1] or number[2])) if number else None
-        return f"{known} (model weights); existing files were not changed" if known else None
+        return f"{known} (model weights); no partial output was written" if known else None
     return None
 
 

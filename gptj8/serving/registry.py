@@ -56,7 +56,7 @@ def register_export(
     except Exception as error:
         raise UserError(
             f"tracking.registered_model_name = {name}: registration failed: {one_line(error)}; "
-            f"the export in {export} is complete, rerun to register it"
+            f"the export in {export} is complete; rerun to register it"
         ) from error
 
 

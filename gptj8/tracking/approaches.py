@@ -64,8 +64,8 @@ def compare(names: Sequence[str], overrides: Sequence[str] = ()) -> None:
     failed = [outcome.approach for outcome in outcomes if outcome.metrics is None]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: the experiment failed (see the error above); fix it and compare "
-            "again, which reruns only what is missing"
+            f"{', '.join(failed)}: the experiment failed (see the error above); fix the cause and "
+            "run gptj8 compare again; finished experiments are not rerun"
         )
 
 
@@ -245,8 +245,9 @@ def _report_copies(copies: Sequence[Path]) -> None:
     require_free_space(".dvc/tmp", size, "a copy of the inputs that git does not track")
     names = ", ".join(path.as_posix() for path in shown)
     print(
-        f"not tracked by git, so copied for each experiment ({format_bytes(size)}): {names}; "
-        "`dvc add` them and `git add` their .dvc files to avoid the copies",
+        "git does not track these inputs, so they are copied for each experiment "
+        f"({format_bytes(size)}): {names}; run `dvc add` on them and `git add` on their .dvc files "
+        "to avoid the copies",
         flush=True,
     )
 

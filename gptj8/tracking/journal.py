@@ -64,7 +64,7 @@ class JournalWriter:
 
     @classmethod
     def begin(cls, key: str, stage: str) -> JournalWriter:
-        """Create the journal of a stage. It counts as alive while this process runs."""
+        """Create the journal of a stage. It is active while this process runs."""
         writer = cls(journals_folder() / key / f"{time.time_ns()}-{stage}")
         fcntl.flock(writer._descriptor, fcntl.LOCK_EX)
         return writer

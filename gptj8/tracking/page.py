@@ -1,8 +1,8 @@
 """Configure what MLflow's page shows for an experiment and for a run.
 
-By default the page treats an experiment as one of agents and traces, shows no metrics in the table
-of runs, and draws 130 charts in alphabetical order. Tags of the experiment fix this for every user:
-its kind, a description, and a saved view, which the page lists under "Views" and `gptj8 ui` opens.
+By default, the page is made for agents and their traces, shows no metrics in the table of runs, and
+draws 130 charts in alphabetical order. Tags of the experiment change this for every user: its kind,
+a description, and a saved view, which the page lists under "Views" and `gptj8 ui` opens.
 Only missing tags are set, so users' changes are kept.
 """
 

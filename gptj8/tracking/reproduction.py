@@ -56,7 +56,8 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     root = project_root()
     if git("cat-file", "-e", f"{commit}^{{commit}}", folder=root) is None:
         raise UserError(
-            f"run {run_id} needs commit {commit}, which is missing here; git fetch it first"
+            f"run {run_id} needs commit {commit}, which is not in this repository; "
+            "run git fetch first"
         )
     folder = state_folder() / "reproduce" / run_id[:8]
     _check_out(root, folder, commit)
@@ -92,7 +93,7 @@ def _check_out(root: Path, folder: Path, commit: str) -> None:
         remove(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if git("worktree", "add", "--detach", "--force", str(folder), commit, folder=root) is None:
-        raise UserError(f"git could not check {commit} out into {folder}")
+        raise UserError(f"git could not check out {commit} in {folder}")
     settings = folder / ".dvc" / "config.local"
     settings.write_text(f"[cache]\n    dir = {cache_folder(root)}\n", encoding="utf-8")
 
@@ -117,7 +118,7 @@ def _share_untracked(root: Path, folder: Path, tags: dict[str, str]) -> None:
 
 
 def _is_made(path: Path, root: Path) -> bool:
-    """Whether a recipe makes the path or a .dvc file describes it."""
+    """Return whether a recipe makes the path or a .dvc file describes it."""
     from gptj8.dataset.inputs import is_made_by_a_recipe
 
     return path.with_name(f"{path.name}.dvc").is_file() or is_made_by_a_recipe(path, root)

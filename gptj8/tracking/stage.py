@@ -157,7 +157,7 @@ class StageRun:
         if not self._is_sent:
             reason = state.get("reason") or f"{without_password(self._uri)} does not respond"
             _warn(
-                f"MLflow has not received all of {self.stage} yet ({reason}); no data is lost, run "
+                f"MLflow has not received all of {self.stage} yet ({reason}); no data is lost; run "
                 "`gptj8 sync` to send the rest"
             )
 

@@ -316,7 +316,7 @@ class CompletionTrainer(Trainer):
             set_random_state(self._resumed["now"])
 
     def finish_resumed_step(self) -> None:
-        """Restore state that Trainer does not, and run the logging and evaluation still due.
+        """Restore state that Trainer does not restore, then run any logging and evaluation due.
 
         Called before Trainer begins the next step.
         """

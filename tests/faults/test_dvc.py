@@ -1,4 +1,7 @@
-"""Test `dvc repro` killed with all its processes, and run twice at once, without manual repair."""
+"""Test that `dvc repro` works without manual repair after all its processes are killed.
+
+Also tests that a second `dvc repro` at the same time is rejected.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_a_device_map_places_the_model(source, device_map):
 
 
 def test_layers_can_be_offloaded_to_disk(tiny_8bit_dir, tmp_path):
-    """device_map="auto" does this if a model is larger than the memory of the machine."""
+    """device_map="auto" offloads layers if a model is larger than the memory of the machine."""
     device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
     device_map |= {"transformer.ln_f": "cpu", "transformer.drop": "cpu", "lm_head": "disk"}
     placed = AutoModelForCausalLM.from_pretrained(

@@ -197,7 +197,7 @@ def test_repeated_comparison_updates_one_run(project):
 @pytest.mark.usefixtures("recorded_beside")
 def test_adapters_of_runs_that_wait_for_a_server_take_no_space(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    subprocess.run(["dvc", "init", "--no-scm", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
     adapter = project / "artifacts" / "adapter"
     for number in range(4):
         shutil.rmtree(adapter, ignore_errors=True)
@@ -207,12 +207,13 @@ def test_adapters_of_runs_that_wait_for_a_server_take_no_space(project, monkeypa
         with stage_run("finetune", params(seed=number)):
             pass
         # What DVC does when the stage has ended: a copy in its cache, not a link.
-        subprocess.run(["dvc", "add", "-q", "artifacts/adapter"], check=True)
+        subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "artifacts/adapter"], check=True)
     kept = list(project.glob(".gptj8/journal/*/*/files/*/adapter/*"))
     until = time.monotonic() + 30  # the recorders work beside the stages
     while sum(path.stat().st_nlink == 1 for path in kept) > 1 and time.monotonic() < until:
         time.sleep(0.1)
-    # Four adapters in DVC's cache, and the last one again: no later run has shared it yet.
+    # Five copies: four adapters in DVC's cache, and the last journal's own copy, because only a
+    # later run replaces it with a link to the cache.
     used = disk_usage(project / ".dvc", project / ".gptj8")
     assert used == pytest.approx(5_000_000, abs=200_000)
     contents = sorted(path.read_bytes() for path in kept)

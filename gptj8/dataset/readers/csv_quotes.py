@@ -1,4 +1,4 @@
-"""Locate quoting errors in a CSV record; the standard library's reader does not report a place."""
+"""Locate quoting errors in a CSV record; Python's reader does not report positions."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def find_quote_problem(lines: Iterable[str], delimiter: str, max_cell: int) -> Q
                 if character == '"':
                     state = "closing"
                 elif length > max_cell:
-                    reason = f"a quote opens a cell of more than {max_cell:,} characters"
-                    return QuoteProblem(*opened, f"{reason}; close the quote")
+                    reason = f"a quoted cell has more than {max_cell:,} characters"
+                    advice = "the closing quote is probably missing"
+                    return QuoteProblem(*opened, f"{reason}; {advice}")
             elif state == "closing" and character == '"':
                 state = "quoted"
             elif character == delimiter:

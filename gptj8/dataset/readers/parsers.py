@@ -226,7 +226,7 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
             yield Row(number, {}, f"has the key {quote(str(error))} twice")
         except json.JSONDecodeError as error:
             yield Row(number, {}, f"is not valid JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        except (ValueError, RecursionError) as error:  # such as 5,000 digits or 1,000 brackets
             yield Row(number, {}, f"is not usable JSON: {one_line(error).partition(';')[0]}")
         else:
             yield _row_of(number, value)

@@ -106,7 +106,8 @@ CHECKS = {
     "joined": Check(
         Kind.SUSPECT,
         "cells that look like several rows",
-        "Double each quote inside a text and put the text in quotes; fix the first such cell.",
+        "Put the text in quotes and double each quote inside it. Start with the first such "
+        "cell; later ones may be consequences of it.",
     ),
     "mojibake": Check(
         Kind.SUSPECT, "texts that look like mojibake", "ftfy.fix_text repairs most mojibake."
@@ -124,7 +125,8 @@ CHECKS = {
     "special_token": Check(
         Kind.SUSPECT,
         "texts with the name of a special token",
-        "It is encoded as plain text and has no special effect; remove it if it should have one.",
+        "It is encoded as plain text, without a special effect. If it was added as a "
+        "separator or end marker, remove it.",
     ),
     "truncated": Check(
         Kind.SUSPECT,

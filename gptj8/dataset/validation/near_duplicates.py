@@ -212,7 +212,7 @@ class _SimilarPairs:
 
 
 def _root(parents: np.ndarray, text: int) -> int:
-    """Return the root of a text's family (union-find with path halving)."""
+    """Return the root of a text's cluster (union-find with path halving)."""
     while parents[text] != text:
         parents[text] = parents[parents[text]]
         text = int(parents[text])

@@ -57,7 +57,8 @@ def leaks(equal: pd.DataFrame, split: np.ndarray) -> pd.DataFrame:
     """Find rows whose text also occurs in a later split.
 
     Returns:
-        `index` and `other`, the first row with the text in the last split that has it.
+        `index`, the row, and `other`, a row with the same text: the first one in the last split
+        that contains the text.
     """
     found = equal.assign(split=split[equal["index"]])
     owners = found.sort_values(["split", "index"], ascending=[False, True])

@@ -65,8 +65,8 @@ class Validated:
         tokens: the number of tokens within max_length, per split.
         lengths: per split, the number of rows with 0, 1, 2 ... tokens before truncation.
         labels: the number of rows per label in each split; empty unless the task is classification.
-        near_recall: the expected share of pairs at the threshold of near-duplicates that is found,
-            0 to 1; null if near-duplicates are not searched for.
+        near_recall: the expected fraction, 0 to 1, of the pairs with a similarity equal to
+            `near_duplicate_threshold` that are found; None if near-duplicates are not searched for.
         seconds: the time taken.
     """
 

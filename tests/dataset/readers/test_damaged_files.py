@@ -173,7 +173,7 @@ def test_damaged_file_gives_a_report_or_an_error(
     for seed in range(SEEDS if suffix in (".csv", ".jsonl") else 1):
         rng = random.Random(f"{name} {suffix} {seed}")
         data = DAMAGES[name](good_file(suffix, rng, random_rows(rng)), rng)
-        if seed:  # a second damage, which may overlap the first
+        if seed:  # damage it again, possibly in the same place
             data = DAMAGES[rng.choice(["bits flipped", "truncated"])](data, rng) if data else data
         share = rng.choice([0.05, 1.0])
         path = tmp_path / f"{seed}{suffix}"
