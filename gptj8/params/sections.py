@@ -8,8 +8,10 @@ names them, and all errors are reported at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -373,8 +375,7 @@ def check_params(
     params = parse_params(content, source)
     problems = null_paths(content, path)
     problems += [
-        f"{source}: {key} = {value!r} is outside the project; put the data, or a link to it, into "
-        "the project's folder"
+        f"{source}: {key} = {value!r} {_outside(value)}"
         for key, value in params.inputs.items()
         if Path(value).is_absolute() or ".." in Path(value).parts
     ]
@@ -386,6 +387,14 @@ def check_params(
     if problems:
         raise UserError("\n".join(problems))
     return params
+
+
+def _outside(value: str) -> str:
+    """Return what is wrong with a path that is absolute or leads out of the project."""
+    with suppress(ValueError):
+        relative = Path(os.path.abspath(value)).relative_to(Path.cwd())
+        return f"is not relative to the project; use {str(relative)!r}"
+    return "is outside the project; put it, or a link to it, into the project's folder"
 
 
 def null_paths(content: Mapping[str, Any], path: str | Path = PARAMS_FILE) -> list[str]:

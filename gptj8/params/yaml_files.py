@@ -176,6 +176,8 @@ def _explain(problem: Any, content: dict[str, Any], model: type[BaseModel]) -> s
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
     shortened = Repr()
     shortened.maxstring = shortened.maxother = _LONGEST_VALUE
     try:

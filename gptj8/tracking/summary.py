@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from gptj8.evaluation.systems import OWN_SYSTEMS
+from gptj8.runtime.project import EXPORT, REPORTS
 from gptj8.runtime.tables import format_table
 
 _NEXT = (
-    ("adapter", "artifacts/export, whose README.md is its model card"),
-    ("reports", "reports/validate/report.html and reports/evaluate"),
+    ("adapter", f"{EXPORT}, whose README.md is its model card"),
+    ("reports", f"{REPORTS}/validate/report.html and {REPORTS}/evaluate"),
     ("all runs", "make ui, or dvc exp show"),
 )
 
@@ -25,7 +26,8 @@ def summary_lines(measured: Mapping[str, float]) -> list[str]:
         measured: `<stage>/<metric>` -> value; missing metrics have no line.
     """
     results = format_table(measured_rows(measured), align="lrl")
-    table = [*results, "", *format_table(_NEXT, align="l")]
+    shown = [line for line in _NEXT if line[0] != "adapter" or EXPORT.is_dir()]
+    table = [*results, "", *format_table(shown, align="l")]
     return [f"  {line}".rstrip() for line in table]
 
 

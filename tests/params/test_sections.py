@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptj8.params.sections import NO_PATH, load_params, parse_params, resolved
+from gptj8.params.sections import NO_PATH, check_params, load_params, parse_params, resolved
 from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -180,8 +180,17 @@ def test_paths_outside_the_project_raise(tmp_path, key, path):
     section, name = key.split(".")
     content = {**MINIMAL, section: {**MINIMAL.get(section, {}), name: path}}
     YAML().dump(content, tmp_path / "params.yaml")
-    with pytest.raises(UserError, match=rf"{key} = '{path}' is outside the project; put the da"):
+    with pytest.raises(
+        UserError, match=rf"{key} = '{path}' is outside the project; put it, or a l"
+    ):
         load_params(tmp_path / "params.yaml")
+
+
+def test_an_absolute_path_in_the_project_is_shown_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"data": {"train": str(tmp_path / "rows" / "x.csv")}, "model": {"path": "m"}}
+    with pytest.raises(UserError, match=r"is not relative .*; use 'rows/x\.csv'"):
+        check_params(content)
 
 
 @pytest.mark.parametrize("path", ["--config=x", "-x", "a\0b"])
