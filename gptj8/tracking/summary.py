@@ -26,7 +26,8 @@ def summary_lines(measured: Mapping[str, float]) -> list[str]:
         measured: `<stage>/<metric>` -> value; missing metrics have no line.
     """
     results = format_table(measured_rows(measured), align="lrl")
-    shown = [line for line in _NEXT if line[0] != "adapter" or EXPORT.is_dir()]
+    is_exported = any(key.startswith("export/") for key in measured)
+    shown = [line for line in _NEXT if is_exported or line[0] != "adapter"]
     table = [*results, "", *format_table(shown, align="l")]
     return [f"  {line}".rstrip() for line in table]
 

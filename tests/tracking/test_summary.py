@@ -4,11 +4,14 @@ from gptj8.tracking.summary import summary_lines
 
 
 def test_summary_shows_accuracy_and_locations():
-    lines = summary_lines({"evaluate/tuned/accuracy": 0.8123, "evaluate/base/accuracy": 1 / 6})
+    measured = {"evaluate/tuned/accuracy": 0.8123, "evaluate/base/accuracy": 1 / 6}
+    lines = summary_lines({**measured, "export/compared_prompts": 100})
     assert any("after: fine-tuned" in line and "81.2%" in line for line in lines)
     assert any("before: base model" in line and "16.7%" in line for line in lines)
     for place in ("artifacts/export", "reports/evaluate", "make ui", "dvc exp show"):
         assert any(place in line for line in lines)
+    # After a failed gate there is no export.
+    assert not any("artifacts/export" in line for line in summary_lines(measured))
 
 
 def test_summary_shows_intervals_and_external_systems():
