@@ -104,7 +104,7 @@ def _random(name: str, like: Any) -> Any:
         return torch.randint(0, 256, like.shape, dtype=torch.uint8)
     if name.endswith("codebook"):
         return torch.linspace(-1, 1, 256)
-    if name.endswith("absmax"):
+    if name.endswith(("absmax", "levels")):
         return torch.full(like.shape, 0.05)
     is_scale = ("ln_" in name or "norm" in name) and name.endswith("weight")
     return torch.full(like.shape, float(is_scale), dtype=like.dtype)

@@ -25,7 +25,8 @@ def main() -> None:
     story = Story("convert")
     params = load_params()
     story.say(
-        f"{params.model.path} to 8 bits, block size {params.quantization.block_size:,}, "
+        f"{params.model.path} to 8 bits, block size {params.quantization.block_size:,} "
+        f"(embeddings {params.quantization.embedding_block_size:,}), "
         f"{params.quantization.codebook} codebook"
     )
     with stage_run("convert", params):
@@ -33,11 +34,7 @@ def main() -> None:
         from gptj8.quantization.quantizer import Blockwise8bitConfig
 
         started = time.perf_counter()
-        config = Blockwise8bitConfig(
-            block_size=params.quantization.block_size,
-            codebook=params.quantization.codebook,
-            skip_modules=list(params.quantization.skip_modules),
-        )
+        config = Blockwise8bitConfig.from_params(params.quantization)
         report = convert_checkpoint(params.model.path, BASE, config)
         columns = [field.name for field in fields(TensorError)]
         write_csv(REPORT / "tensors.csv", map(asdict, report.tensors), columns)

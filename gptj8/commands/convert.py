@@ -25,7 +25,19 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--block-size",
         type=int,
         default=defaults.block_size,
-        help="weights per scale, a power of two from 64 to 4096 (default: %(default)s)",
+        help="weights per scale, a power of two from 32 to 4096 (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--embedding-block-size",
+        type=int,
+        default=defaults.embedding_block_size,
+        help="the same for embeddings and the head (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--scale-bits",
+        type=int,
+        default=defaults.scale_bits,
+        help="8, or 32 for exact scales (default: %(default)s)",
     )
     convert.add_argument(
         "--codebook",
@@ -54,7 +66,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     from gptj8.quantization.conversion import convert_checkpoint, summarize
     from gptj8.quantization.quantizer import Blockwise8bitConfig
 
-    config = Blockwise8bitConfig(arguments.block_size, arguments.codebook, arguments.skip)
+    config = Blockwise8bitConfig(
+        arguments.block_size,
+        arguments.codebook,
+        arguments.skip,
+        arguments.embedding_block_size,
+        arguments.scale_bits,
+    )
     with _as_directory(source, target.parent) as directory:
         print(summarize(convert_checkpoint(directory, target, config)))
 

@@ -19,7 +19,7 @@ from gptj8.runtime.errors import QuantizationError
 from gptj8.runtime.project import copied_project
 
 # Must equal INTERFACE in cpu_kernels.c. A library built from another version is not used.
-_INTERFACE = 2
+_INTERFACE = 3
 _CELLS = 4096
 _ENTRIES = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -116,6 +116,7 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return codebook[codes] * absmax; see `dispatch.dequantize`."""
     n = codes.numel()
@@ -127,7 +128,7 @@ def dequantize(
         _Array(codes, torch.uint8, n),
         n,
         block_size,
-        _Array(absmax, torch.float32, _blocks(n, block_size)),
+        *_scales(absmax, levels, _blocks(n, block_size)),
         _Array(codebook, torch.float32, _ENTRIES),
         _Array(out, dtype, n),
         DTYPES[dtype],
@@ -167,20 +168,21 @@ def linear(
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T computed directly from the codes; see `dispatch.linear`."""
     rows, n, (out, columns) = x.numel() // x.shape[-1], codes.numel(), codes.shape
     in_bfloat16 = x.dtype == torch.bfloat16 and columns % 64 == 0 and _multiplies_bfloat16()
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
     y = torch.empty(*x.shape[:-1], out, dtype=dtype, device="cpu")
-    arguments: list[_Array | int] = [
+    arguments: list[_Array | int | None] = [
         _Array(x.to(dtype), dtype, rows * columns),
         rows,
         _Array(codes, torch.uint8, n),
         out,
         columns,
         block_size,
-        _Array(absmax, torch.float32, _blocks(n, block_size)),
+        *_scales(absmax, levels, _blocks(n, block_size)),
         _Array(codebook, torch.float32, _ENTRIES),
         _Array(y),
     ]
@@ -221,6 +223,14 @@ class _Array:
         self.tensor = tensor.contiguous()  # keeps a copy alive until the call returns
 
 
+def _scales(
+    absmax: torch.Tensor, levels: torch.Tensor | None, blocks: int
+) -> tuple[_Array, _Array | None]:
+    if levels is None:
+        return _Array(absmax, torch.float32, blocks), None
+    return _Array(absmax, torch.uint8, blocks), _Array(levels, torch.float32, _ENTRIES)
+
+
 def _weights(flat: torch.Tensor) -> _Array:
     if flat.dtype not in DTYPES:
         raise QuantizationError(f"dtype {flat.dtype} is not float32, float16 or bfloat16")
@@ -231,7 +241,7 @@ def _blocks(n: int, block_size: int) -> int:
     return -(-n // block_size)
 
 
-def _call(name: str, weights: int, *arguments: _Array | int) -> None:
+def _call(name: str, weights: int, *arguments: _Array | int | None) -> None:
     """Call a library function with tensors as addresses, and the number of threads as last
     argument.
 
@@ -242,12 +252,10 @@ def _call(name: str, weights: int, *arguments: _Array | int) -> None:
     loaded = library()
     assert loaded is not None
     threads = min(torch.get_num_threads(), 1 + weights // _WEIGHTS_PER_THREAD)
-    getattr(loaded, f"gptj8_{name}")(
-        *(
-            ctypes.c_void_p(argument.tensor.data_ptr())
-            if isinstance(argument, _Array)
-            else ctypes.c_int64(argument)
-            for argument in arguments
-        ),
-        ctypes.c_int64(threads),
-    )
+    getattr(loaded, f"gptj8_{name}")(*map(_as_c, arguments), ctypes.c_int64(threads))
+
+
+def _as_c(argument: _Array | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_void_p(argument.tensor.data_ptr() if argument else None)

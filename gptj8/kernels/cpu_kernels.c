@@ -18,7 +18,7 @@
 #endif
 
 /* Increase it whenever a function or the meaning of an argument changes; cpu.py compares it. */
-#define INTERFACE 2
+#define INTERFACE 3
 
 #define MAX_BLOCK 4096
 /* Blocks of at least this length use a table of all 256 products with their absmax. */
@@ -72,6 +72,22 @@ static inline uint16_t to_half(float value) {
     return (uint16_t)(sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f)));
   magnitude += 0xfff + (magnitude >> 13 & 1);
   return (uint16_t)(sign | (magnitude - 0x38000000) >> 13);
+}
+
+/* Scales are float32, or codes of 256 float32 levels. */
+typedef struct {
+  const float *absmax;
+  const uint8_t *codes;
+  const float *levels;
+} scales;
+
+static inline scales scales_of(const void *absmax, const float *levels) {
+  scales found = {levels ? 0 : (const float *)absmax, levels ? (const uint8_t *)absmax : 0, levels};
+  return found;
+}
+
+static inline float scale_at(const scales *from, int64_t block) {
+  return from->levels ? from->levels[from->codes[block]] : from->absmax[block];
 }
 
 static inline int64_t length_of(int64_t block, int64_t n, int64_t block_size) {
@@ -298,6 +314,124 @@ WITH_VBMI static void look_up_16_streamed(const uint8_t *codes, int64_t length,
 }
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+/* The four bytes of the 256 float32 values of a codebook, each in four registers. */
+typedef struct {
+  __m512i byte[4][4];
+} float_tables;
+
+WITH_VBMI static void fill_float_tables(const float *codebook, float_tables *tables) {
+  uint8_t bytes[256];
+  for (int place = 0; place < 4; place++) {
+    for (int k = 0; k < 256; k++) bytes[k] = (uint8_t)(as_bits(codebook[k]) >> (8 * place));
+    for (int part = 0; part < 4; part++)
+      tables->byte[place][part] = _mm512_loadu_si512(bytes + 64 * part);
+  }
+}
+
+/* Look up 64 codes as float32 values; value[q] holds codes 16 q to 16 q + 15. */
+WITH_VBMI static inline __attribute__((always_inline)) void look_up_floats(
+    __m512i codes, const float_tables *tables, __m512 *value) {
+  /* Unpacking works within 128-bit lanes and interleaves twice: lane j of the result q holds the
+     codes 4 q to 4 q + 3 of lane j, so lane j gets codes 4 j to 4 j + 3 of each group of 16. */
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i code = _mm512_permutexvar_epi32(order, codes);
+  __mmask64 upper = _mm512_movepi8_mask(code);
+  __m512i plane[4];
+  for (int place = 0; place < 4; place++) {
+    const __m512i *table = tables->byte[place];
+    plane[place] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], code, table[1]),
+                                          _mm512_permutex2var_epi8(table[2], code, table[3]));
+  }
+  __m512i low = _mm512_unpacklo_epi8(plane[0], plane[1]);
+  __m512i low_high = _mm512_unpackhi_epi8(plane[0], plane[1]);
+  __m512i high = _mm512_unpacklo_epi8(plane[2], plane[3]);
+  __m512i high_high = _mm512_unpackhi_epi8(plane[2], plane[3]);
+  value[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+  value[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+  value[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low_high, high_high));
+  value[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low_high, high_high));
+}
+
+/* Round 16 finite float32 values to bfloat16 like to_bfloat16; the hardware's conversion flushes
+   subnormal values to zero. */
+WITH_VBMI static inline __m256i rounded_bfloat16(__m512 value) {
+  __m512i bits = _mm512_castps_si512(value);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+WITH_VBMI static inline __m256i narrowed(__m512 value, int dtype) {
+  return dtype == BFLOAT16
+             ? rounded_bfloat16(value)
+             : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* Restore the blocks `from` to `to`, which are complete and hold 32 weights or a multiple of 64. */
+WITH_VBMI static inline __attribute__((always_inline)) void restore_small_blocks(
+    const uint8_t *codes, int64_t from, int64_t to, int64_t block_size, const scales *scale,
+    const float_tables *tables, void *out, int dtype, int streams) {
+  int64_t at = from * block_size, end = to * block_size;
+  __m512 value[4];
+  for (; at + 64 <= end; at += 64) {
+    int64_t block = at / block_size;
+    __m512 first = _mm512_set1_ps(scale_at(scale, block)), second = first;
+    if (block_size == 32) second = _mm512_set1_ps(scale_at(scale, block + 1));
+    _mm_prefetch((const char *)(codes + at + AHEAD), _MM_HINT_T0);
+    look_up_floats(_mm512_loadu_si512(codes + at), tables, value);
+    for (int q = 0; q < 4; q++) value[q] = _mm512_mul_ps(value[q], q < 2 ? first : second);
+    for (int half = 0; half < 4; half += dtype == FLOAT32 ? 1 : 2) {
+      __m512i wide = dtype == FLOAT32
+                         ? _mm512_castps_si512(value[half])
+                         : _mm512_inserti64x4(
+                               _mm512_castsi256_si512(narrowed(value[half & 2], dtype)),
+                               narrowed(value[(half & 2) + 1], dtype), 1);
+      char *place = (char *)out + (at + 16 * half) * (dtype == FLOAT32 ? 4 : 2);
+      if (streams)
+        _mm512_stream_si512((void *)place, wide);
+      else
+        _mm512_storeu_si512(place, wide);
+    }
+  }
+  if (at < end) { /* a last block of 32 */
+    __m512 last = _mm512_set1_ps(scale_at(scale, to - 1));
+    look_up_floats(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)(codes + at))), tables,
+                   value);
+    for (int q = 0; q < 2; q++, at += 16) {
+      __m512 product = _mm512_mul_ps(value[q], last);
+      if (dtype == FLOAT32)
+        _mm512_storeu_ps((float *)out + at, product);
+      else
+        _mm256_storeu_si256((void *)((uint16_t *)out + at), narrowed(product, dtype));
+    }
+  }
+  if (streams) _mm_sfence();
+}
+
+WITH_VBMI static void restore_stored(const uint8_t *codes, int64_t from, int64_t to,
+                                     int64_t block_size, const scales *scale,
+                                     const float_tables *tables, void *out, int dtype) {
+  if (dtype == FLOAT32)
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT32, 0);
+  else if (dtype == BFLOAT16)
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, BFLOAT16, 0);
+  else
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT16, 0);
+}
+
+WITH_VBMI static void restore_streamed(const uint8_t *codes, int64_t from, int64_t to,
+                                       int64_t block_size, const scales *scale,
+                                       const float_tables *tables, void *out, int dtype) {
+  if (dtype == FLOAT32)
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT32, 1);
+  else if (dtype == BFLOAT16)
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, BFLOAT16, 1);
+  else
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT16, 1);
+}
+#endif
+
 FOR_EACH_MACHINE
 static void narrow(const float *values, int64_t length, int dtype, uint16_t *out) {
   if (dtype == BFLOAT16)
@@ -306,29 +440,46 @@ static void narrow(const float *values, int64_t length, int dtype, uint16_t *out
     for (int64_t i = 0; i < length; i++) out[i] = to_half(values[i]);
 }
 
-void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const float *absmax,
-                      const float *codebook, void *out, int64_t dtype, int64_t threads) {
-  int64_t blocks = (n + block_size - 1) / block_size;
+/* `absmax` is float32, or uint8 codes of `levels`, which is null otherwise. */
+void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const void *absmax,
+                      const float *levels, const float *codebook, void *out, int64_t dtype,
+                      int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size, done = 0;
+  scales scale = scales_of(absmax, levels);
   void (*look_up)(const uint8_t *, int64_t, const uint16_t *, uint16_t *) = look_up_16;
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512vbmi")) {
     int streams = n >= STREAMED && (uintptr_t)out % 64 == 0 && block_size % 32 == 0;
     look_up = streams ? look_up_16_streamed : look_up_16_stored;
+    if (dtype == FLOAT32 || block_size < TABLE_BLOCK) {
+      float_tables tables;
+      fill_float_tables(codebook, &tables);
+      done = n / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int thread = 0; thread < threads; thread++) {
+        /* Two blocks of 32 are restored at once. */
+        int64_t from = done / 2 * thread / threads * 2;
+        int64_t to = thread + 1 == threads ? done : done / 2 * (thread + 1) / threads * 2;
+        (streams ? restore_streamed : restore_stored)(codes, from, to, block_size, &scale, &tables,
+                                                      out, dtype);
+      }
+    }
   }
 #endif
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < blocks; block++) {
+  for (int64_t block = done; block < blocks; block++) {
     int64_t start = block * block_size, length = length_of(block, n, block_size);
+    float absmax_here = scale_at(&scale, block);
     if (dtype == FLOAT32) {
-      restore_block(codes + start, length, absmax[block], codebook, (float *)out + start);
+      restore_block(codes + start, length, absmax_here, codebook, (float *)out + start);
     } else if (block_size < TABLE_BLOCK) {
       float restored[TABLE_BLOCK];
-      restore_block(codes + start, length, absmax[block], codebook, restored);
+      restore_block(codes + start, length, absmax_here, codebook, restored);
       narrow(restored, length, dtype, (uint16_t *)out + start);
     } else {
       float products[256];
       uint16_t table[256];
-      for (int k = 0; k < 256; k++) products[k] = codebook[k] * absmax[block];
+      for (int k = 0; k < 256; k++) products[k] = codebook[k] * absmax_here;
       narrow(products, 256, dtype, table);
       look_up(codes + start, length, table, (uint16_t *)out + start);
     }
@@ -337,7 +488,7 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
 
 /* Products with few rows of x, computed directly from the codes.
 
-   y[t][r] = sum over the blocks of row r of absmax * sum of codebook[codes[r][c]] * x[t][c]
+   y[t][r] = sum of codebook[codes[r][c]] * scale of the block * x[t][c]
 
    A block may begin or end inside a row. A product with few rows is limited by memory bandwidth. This
    one reads one byte per weight and writes no restored weights, which moves a fifth of the bytes that
@@ -350,40 +501,74 @@ static inline int64_t segment_end(int64_t at, int64_t row_end, int64_t block_siz
   return end < row_end ? end : row_end;
 }
 
-/* sums[t] += scale * sum of codebook[codes[i]] * x[t][i], using 16 partial sums per row. */
+/* Restore the codes from `at` to `at + count`, which may begin and end inside a block. */
 FOR_EACH_MACHINE
-static void multiply_add(const uint8_t *codes, int64_t length, const float *codebook, const float *x,
-                         int64_t stride, int64_t rows, float scale, float *sums) {
-  for (int64_t start = 0; start < length; start += 256) {
-    float restored[256];
-    int64_t count = length - start < 256 ? length - start : 256;
-    for (int64_t i = 0; i < count; i++) restored[i] = codebook[codes[start + i]];
-    for (int64_t t = 0; t < rows; t++) {
-      const float *values = x + t * stride + start;
-      float lanes[16] = {0}, sum = 0;
-      int64_t i = 0;
-      for (; i + 16 <= count; i += 16)
-        for (int lane = 0; lane < 16; lane++) lanes[lane] += restored[i + lane] * values[i + lane];
-      for (; i < count; i++) lanes[0] += restored[i] * values[i];
-      for (int lane = 0; lane < 16; lane++) sum += lanes[lane];
-      sums[t] += scale * sum;
-    }
+static void restore_any(const uint8_t *codes, int64_t at, int64_t count, int64_t block_size,
+                        const scales *scale, const float *codebook, float *restored) {
+  for (int64_t end, stop = at + count; at < stop; at = end) {
+    end = segment_end(at, stop, block_size);
+    float factor = scale_at(scale, at / block_size);
+    for (int64_t i = at; i < end; i++) *restored++ = codebook[codes[i]] * factor;
   }
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+/* The same for whole groups of 64 codes that begin at a multiple of 64. */
+WITH_VBMI static void restore_groups(const uint8_t *codes, int64_t at, int64_t count,
+                                     int64_t block_size, const scales *scale,
+                                     const float_tables *tables, float *restored) {
+  __m512 value[4];
+  for (int64_t i = 0; i < count; i += 64) {
+    int64_t block = (at + i) / block_size;
+    __m512 first = _mm512_set1_ps(scale_at(scale, block)), second = first;
+    if (block_size == 32) second = _mm512_set1_ps(scale_at(scale, block + 1));
+    look_up_floats(_mm512_loadu_si512(codes + at + i), tables, value);
+    for (int q = 0; q < 4; q++)
+      _mm512_storeu_ps(restored + i + 16 * q, _mm512_mul_ps(value[q], q < 2 ? first : second));
+  }
+}
+#endif
+
+/* sums[t] += sum of restored[i] * x[t][i], using 16 partial sums per row. */
+FOR_EACH_MACHINE
+static void multiply_add(const float *restored, int64_t count, const float *x, int64_t stride,
+                         int64_t rows, float *sums) {
+  for (int64_t t = 0; t < rows; t++) {
+    const float *values = x + t * stride;
+    float lanes[16] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+      for (int lane = 0; lane < 16; lane++) lanes[lane] += restored[i + lane] * values[i + lane];
+    for (; i < count; i++) lanes[0] += restored[i] * values[i];
+    for (int lane = 0; lane < 16; lane++) sum += lanes[lane];
+    sums[t] += sum;
+  }
+}
+
+#define CHUNK 256
+
 /* x is float32 (rows, in), y is float32 (rows, out); at most MAX_ROWS rows. */
 void gptj8_linear_float32(const float *x, int64_t rows, const uint8_t *codes, int64_t out,
-                          int64_t in, int64_t block_size, const float *absmax,
-                          const float *codebook, float *y, int64_t threads) {
+                          int64_t in, int64_t block_size, const void *absmax,
+                          const float *levels, const float *codebook, float *y, int64_t threads) {
+  scales scale = scales_of(absmax, levels);
+#if defined(__x86_64__) && defined(__GNUC__)
+  float_tables tables;
+  int in_groups = in % 64 == 0 && __builtin_cpu_supports("avx512vbmi");
+  if (in_groups) fill_float_tables(codebook, &tables);
+#endif
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < out; r++) {
-    float sums[MAX_ROWS] = {0};
-    int64_t row = r * in, row_end = row + in;
-    for (int64_t at = row; at < row_end;) {
-      int64_t end = segment_end(at, row_end, block_size);
-      multiply_add(codes + at, end - at, codebook, x + (at - row), in, rows,
-                   absmax[at / block_size], sums);
-      at = end;
+    float sums[MAX_ROWS] = {0}, restored[CHUNK];
+    for (int64_t start = 0; start < in; start += CHUNK) {
+      int64_t count = in - start < CHUNK ? in - start : CHUNK;
+#if defined(__x86_64__) && defined(__GNUC__)
+      if (in_groups)
+        restore_groups(codes, r * in + start, count, block_size, &scale, &tables, restored);
+      else
+#endif
+        restore_any(codes, r * in + start, count, block_size, &scale, codebook, restored);
+      multiply_add(restored, count, x + start, in, rows, sums);
     }
     for (int64_t t = 0; t < rows; t++) y[t * out + r] = sums[t];
   }
@@ -415,13 +600,18 @@ WITH_BFLOAT16 static inline void look_up_64(const uint8_t *codes, const byte_tab
 /* Multiply one row of codes by ROWS rows of x. ROWS is a constant, so the sums stay in registers. */
 #define DEFINE_ROW(ROWS)                                                                          \
   WITH_BFLOAT16 static void row_##ROWS(const uint8_t *codes, int64_t row, int64_t in,             \
-                                       int64_t block_size, const float *absmax,                   \
+                                       int64_t block_size, const scales *from,                    \
                                        const byte_tables *tables, const uint16_t *x, float *sums) { \
     __m512 totals[ROWS];                                                                          \
     for (int t = 0; t < ROWS; t++) totals[t] = _mm512_setzero_ps();                               \
     for (int64_t at = row; at < row + in;) {                                                      \
       int64_t end = segment_end(at, row + in, block_size);                                        \
-      __m512 scale = _mm512_set1_ps(absmax[at / block_size]);                                     \
+      __m512 scale = _mm512_set1_ps(scale_at(from, at / block_size));                             \
+      if (block_size == 32) { /* the lower half of each sum belongs to the first block of two */ \
+        __m512 second = _mm512_set1_ps(scale_at(from, at / 32 + 1));                              \
+        scale = _mm512_mask_blend_ps(0xff00, scale, second);                                      \
+        end = at + 64;                                                                            \
+      }                                                                                           \
       __m512 part[ROWS];                                                                          \
       for (int t = 0; t < ROWS; t++) part[t] = _mm512_setzero_ps();                               \
       for (; at < end; at += 64) {                                                                \
@@ -450,9 +640,9 @@ DEFINE_ROW(8)
 
 WITH_BFLOAT16 static void linear_bfloat16(const uint16_t *x, int64_t rows, const uint8_t *codes,
                                           int64_t out, int64_t in, int64_t block_size,
-                                          const float *absmax, const float *codebook, uint16_t *y,
+                                          const scales *scale, const float *codebook, uint16_t *y,
                                           uint16_t *ordered, int64_t threads) {
-  static void (*const kernels[])(const uint8_t *, int64_t, int64_t, int64_t, const float *,
+  static void (*const kernels[])(const uint8_t *, int64_t, int64_t, int64_t, const scales *,
                                  const byte_tables *, const uint16_t *, float *) = {
       row_1, row_2, row_3, row_4, row_5, row_6, row_7, row_8};
   uint8_t low_bytes[256], high_bytes[256];
@@ -473,7 +663,7 @@ WITH_BFLOAT16 static void linear_bfloat16(const uint16_t *x, int64_t rows, const
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < out; r++) {
     float sums[MAX_ROWS];
-    kernels[rows - 1](codes, r * in, in, block_size, absmax, &tables, ordered, sums);
+    kernels[rows - 1](codes, r * in, in, block_size, scale, &tables, ordered, sums);
     for (int64_t t = 0; t < rows; t++) y[t * out + r] = to_bfloat16(sums[t]);
   }
 }
@@ -490,12 +680,13 @@ int gptj8_multiplies_bfloat16(void) {
 
 /* x and y are bfloat16; `in` is a multiple of 64; `ordered` has room for a copy of x. */
 void gptj8_linear_bfloat16(const uint16_t *x, int64_t rows, const uint8_t *codes, int64_t out,
-                           int64_t in, int64_t block_size, const float *absmax,
+                           int64_t in, int64_t block_size, const void *absmax, const float *levels,
                            const float *codebook, uint16_t *y, uint16_t *ordered, int64_t threads) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  linear_bfloat16(x, rows, codes, out, in, block_size, absmax, codebook, y, ordered, threads);
+  scales scale = scales_of(absmax, levels);
+  linear_bfloat16(x, rows, codes, out, in, block_size, &scale, codebook, y, ordered, threads);
 #else
   (void)x, (void)rows, (void)codes, (void)out, (void)in, (void)block_size, (void)absmax;
-  (void)codebook, (void)y, (void)ordered, (void)threads;
+  (void)levels, (void)codebook, (void)y, (void)ordered, (void)threads;
 #endif
 }

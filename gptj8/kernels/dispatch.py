@@ -45,16 +45,18 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return codebook[codes] * absmax; see `reference.dequantize`.
+    """Return codebook[codes] * scale; see `reference.dequantize`.
 
     Args:
         out: tensor to write the result to; contiguous, with `dtype` and the shape and device of
             the codes.
     """
     if backend(codes) is cpu and dtype in cpu.DTYPES:
-        return cpu.dequantize(codes, absmax, codebook, block_size, dtype, out)
-    arguments = (codes.contiguous(), absmax, codebook, block_size, dtype)
+        return cpu.dequantize(codes, absmax, codebook, block_size, dtype, out, levels)
+    scales = reference.scales_of(absmax, levels)
+    arguments = (codes.contiguous(), scales, codebook, block_size, dtype)
     has_kernels = codes.device.type in ("cpu", "cuda") and codes.numel() and dtype in cpu.DTYPES
     operator = _bitsandbytes() if has_kernels else None
     if operator and out is not None and codes.device.type == "cuda":
@@ -84,6 +86,7 @@ def linear(
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T computed directly from the codes, without restoring W, summed in float32.
 
@@ -97,8 +100,9 @@ def linear(
         are not bit-identical.
     """
     if x.device.type == "cuda":
-        return gpu.linear(x, codes, absmax, codebook, None, block_size)
-    return cpu.linear(x, codes, absmax, codebook, block_size)
+        scales = reference.scales_of(absmax, levels)
+        return gpu.linear(x, codes, scales, codebook, None, block_size)
+    return cpu.linear(x, codes, absmax, codebook, block_size, levels)
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -137,14 +141,17 @@ def _compiled_works() -> bool:
     codebook[127] = 0.0
     results: dict[ModuleType, list[torch.Tensor]] = {cpu: [], reference: []}
     for module, found in results.items():
-        for dtype, block_size in itertools.product(cpu.DTYPES, (64, 2048)):
+        for dtype, block_size in itertools.product(cpu.DTYPES, (32, 64, 2048)):
             flat = weights.to(dtype)
             scales = module.absmax(flat, block_size)
             mass = module.histogram(flat, scales, scales.double().ceil(), block_size, 1024)
             boundaries = reference.exact_midpoints(codebook)
             codes = module.encode(flat, scales, boundaries, block_size)
             restored = module.dequantize(codes, scales, codebook, block_size, dtype)
-            found += [scales, mass, codes, restored]
+            levels = torch.linspace(0.0, 3.0, 256, device="cpu")
+            coded = (scales * 80).to(torch.uint8)
+            coarse = module.dequantize(codes, coded, codebook, block_size, dtype, levels=levels)
+            found += [scales, mass, codes, restored, coarse]
     agree = all(itertools.starmap(torch.equal, zip(*results.values(), strict=True)))
     if not agree:
         _logger.warning("the compiled CPU kernels disagree with the reference and are not used")

@@ -1,6 +1,6 @@
 """The product with a frozen 8-bit matrix, as a torch operator.
 
-    forward     y = x W^T + b,     W = codebook[codes] * absmax, restored temporarily
+    forward     y = x W^T + b,     W = codebook[codes] * scale, restored temporarily
     backward    dx = dy W,         W restored again; there is no dW
 
 Between forward and backward only the 8-bit tensors are kept, which the module holds anyway. If x
@@ -81,17 +81,19 @@ def frozen_linear(
     bias: torch.Tensor | None,
     block_size: int,
     transposed: bool,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T + bias.
 
     Args:
         x: (..., in) float32, float16 or bfloat16; its dtype is the compute dtype.
         codes: uint8 (out, in), or (in, out) if transposed.
-        absmax: float32 (blocks,).
+        absmax: the scales, float32 (blocks,), or uint8 codes of `levels`.
         codebook: float32 (256,).
         bias: (out,) or None, any floating dtype.
         block_size: weights per block, in the order of the codes.
         transposed: whether the codes are (in, out), as in GPT-2.
+        levels: float32 (256,) if absmax is uint8.
 
     Returns:
         (..., out) in the dtype of x.
@@ -102,10 +104,10 @@ def frozen_linear(
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(f"x has shape {tuple(x.shape)}; its last dimension must be {columns}")
     if not transposed and 0 < x.numel() <= dispatch.few_rows(x) * columns:
-        y = dispatch.linear(x, codes, absmax, codebook, block_size)
+        y = dispatch.linear(x, codes, absmax, codebook, block_size, levels)
         return y if bias is None else y.add_(bias)
     step = piece_rows(x, codes.shape, block_size, transposed)
-    pieces = _restored_pieces(codes, absmax, codebook, block_size, x.dtype, step)
+    pieces = _restored_pieces(codes, absmax, levels, codebook, block_size, x.dtype, step)
     if step >= len(codes):
         ((_, weight),) = pieces
         if _keeping.wanted:
@@ -128,11 +130,12 @@ def frozen_linear_backward(
     codebook: torch.Tensor,
     block_size: int,
     transposed: bool,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of x (..., in), given the gradient of y (..., out)."""
     grad_x = None
     step = piece_rows(grad, codes.shape, block_size, transposed)
-    pieces = _restored_pieces(codes, absmax, codebook, block_size, grad.dtype, step)
+    pieces = _restored_pieces(codes, absmax, levels, codebook, block_size, grad.dtype, step)
     for rows, weight in pieces:
         part = grad.matmul(weight.t()) if transposed else grad[..., rows].matmul(weight)
         grad_x = part if grad_x is None else grad_x.float().add_(part)
@@ -144,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     # Stored on ctx instead of with save_for_backward: activation checkpointing recomputes a block
     # up to its last saved tensor. The gradient needs only these constants, so the last product of a
     # block, a third of the work in GPT-J, is not recomputed.
-    _, *quantized, _, ctx.block_size, ctx.transposed = inputs
+    _, *quantized, _, ctx.block_size, ctx.transposed, ctx.levels = inputs
     ctx.quantized = quantized
     if _keeping.latest is not None and ctx.needs_input_grad[0]:
         _kept[_place(quantized[0])] = quantized[0], _keeping.latest
@@ -158,10 +161,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             grad_x = grad.matmul(weight.t() if ctx.transposed else weight)
         else:
             backward = torch.ops.gptj8.frozen_linear_backward
-            grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed)
+            grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed, ctx.levels)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0)
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None
 
 
 def _take_kept(codes: torch.Tensor) -> torch.Tensor | None:
@@ -176,6 +179,7 @@ def _place(codes: torch.Tensor) -> tuple[int, int]:
 def _restored_pieces(
     codes: torch.Tensor,
     absmax: torch.Tensor,
+    levels: torch.Tensor | None,
     codebook: torch.Tensor,
     block_size: int,
     dtype: torch.dtype,
@@ -193,7 +197,7 @@ def _restored_pieces(
             out = dispatch.scratch(part.shape, dtype, codes.device)
         yield (
             slice(start, start + len(part)),
-            dispatch.dequantize(part, scales, codebook, block_size, dtype, out),
+            dispatch.dequantize(part, scales, codebook, block_size, dtype, out, levels),
         )
 
 
@@ -216,7 +220,7 @@ def piece_rows(x: torch.Tensor, shape: Sequence[int], block_size: int, whole: bo
 
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, *ctx.quantized, ctx.block_size, ctx.transposed = inputs
+    _, *ctx.quantized, ctx.block_size, ctx.transposed, ctx.levels = inputs
 
 
 def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -225,19 +229,19 @@ def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     dx = dy W is linear in dy, so its gradient is the forward product without a bias.
     """
     forward = torch.ops.gptj8.frozen_linear
-    grad_grad = forward(grad, *ctx.quantized, None, ctx.block_size, ctx.transposed)
-    return grad_grad, None, None, None, None, None
+    grad_grad = forward(grad, *ctx.quantized, None, ctx.block_size, ctx.transposed, ctx.levels)
+    return grad_grad, None, None, None, None, None, None
 
 
 # Not defined with `torch.library.custom_op`: its wrapper takes as long as a small product.
 _LIBRARY = torch.library.Library("gptj8", "DEF")
 _LIBRARY.define(
     "frozen_linear(Tensor x, Tensor codes, Tensor absmax, Tensor codebook, Tensor? bias, "
-    "int block_size, bool transposed) -> Tensor"
+    "int block_size, bool transposed, Tensor? levels=None) -> Tensor"
 )
 _LIBRARY.define(
     "frozen_linear_backward(Tensor grad, Tensor codes, Tensor absmax, Tensor codebook, "
-    "int block_size, bool transposed) -> Tensor"
+    "int block_size, bool transposed, Tensor? levels=None) -> Tensor"
 )
 _LIBRARY.impl("frozen_linear", frozen_linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("frozen_linear_backward", frozen_linear_backward, "CompositeExplicitAutograd")
@@ -253,7 +257,7 @@ torch.library.register_autograd(
 
 
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
-def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore[no-untyped-def]
+def _(x, codes, absmax, codebook, bias, block_size, transposed, levels=None):  # type: ignore[no-untyped-def]
     _keeping.latest = None
     if _keeping.wanted and (transposed or x.numel() > dispatch.few_rows(x) * codes.shape[1]):
         whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
@@ -262,5 +266,5 @@ def _(x, codes, absmax, codebook, bias, block_size, transposed):  # type: ignore
 
 
 @torch.library.register_fake("gptj8::frozen_linear_backward", lib=_LIBRARY)
-def _(grad, codes, absmax, codebook, block_size, transposed):  # type: ignore[no-untyped-def]
+def _(grad, codes, absmax, codebook, block_size, transposed, levels=None):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], codes.shape[0 if transposed else 1])

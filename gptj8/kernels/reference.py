@@ -3,7 +3,8 @@
 The faster implementations chosen by `gptj8.kernels.dispatch` return byte-identical results.
 `gptj8.quantization.codec` checks the arguments. A weight tensor is a flat row of `n` numbers
 (float32, float16 or bfloat16), split into blocks of `block_size`; the last block may be shorter.
-`absmax` is float32 (blocks,), `codebook` float32 (256,) and `codes` uint8 (n,).
+`absmax` is float32 (blocks,), `codebook` float32 (256,) and `codes` uint8 (n,). If scales have 8
+bits, `absmax` is uint8 (blocks,), the numbers of `levels`, float32 (256,).
 """
 
 from __future__ import annotations
@@ -67,15 +68,22 @@ def encode(
     return codes
 
 
+def scales_of(absmax: torch.Tensor, levels: torch.Tensor | None) -> torch.Tensor:
+    """Return the float32 scale of each block: absmax itself, or levels[absmax] if it has 8 bits."""
+    return absmax if levels is None else levels.index_select(0, absmax.int())
+
+
 def dequantize(
     codes: torch.Tensor,
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
     dtype: torch.dtype,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return codebook[codes] * absmax in the shape of the codes, a float32 product cast to
+    """Return codebook[codes] * scale in the shape of the codes, a float32 product cast to
     `dtype`."""
+    absmax = scales_of(absmax, levels)
     values = torch.index_select(codebook, 0, codes.reshape(-1).int())
     whole = codes.numel() // block_size * block_size
     blocks = values[:whole].view(-1, block_size)

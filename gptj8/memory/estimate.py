@@ -287,15 +287,13 @@ def plan_of(
         learned: Learned tokens of the longest row. None: a few for a label, otherwise all tokens
             but the first.
     """
-    finetune, quantization = params.finetune, params.quantization
+    finetune = params.finetune
     length = length or min(params.data.max_length, context_length(config))
     if learned is None:
         learned = _LABEL_TOKENS if params.data.task == "classification" else length - 1
     return Plan(
         config=config,
-        quantization=Blockwise8bitConfig(
-            quantization.block_size, quantization.codebook, list(quantization.skip_modules)
-        ),
+        quantization=Blockwise8bitConfig.from_params(params.quantization),
         adapter=AdapterSpec.from_params(finetune),
         dtype=dtype,
         device=device,

@@ -64,7 +64,8 @@ def measure_process_memory(dtype: str) -> int:
         for module in model.modules():
             if isinstance(module, Frozen8bitModule):
                 module.codebook.copy_(torch.linspace(-1, 1, 256))
-                module.absmax.fill_(0.1)
+                assert module.levels is not None
+                module.levels.fill_(0.1)
         adapted = add_adapter(model, AdapterSpec()).train()
         ids = torch.arange(64).expand(4, -1)
         adapted(input_ids=ids, labels=ids).loss.backward()

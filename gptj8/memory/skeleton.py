@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptj8.model.adapters import AdapterSpec, add_adapter
-from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.layers import QUANTIZED_BUFFERS, Frozen8bitModule
 from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap_modules
 from gptj8.runtime.errors import QuantizationError, UserError
 from gptj8.runtime.files import read_json
@@ -134,8 +134,7 @@ def build(
     own = getattr(config, "quantization_config", None)
     if own is not None:
         own = own if isinstance(own, dict) else own.to_dict()
-        known = ("block_size", "codebook", "skip_modules")
-        quantization = Blockwise8bitConfig(**{k: own[k] for k in known if k in own})
+        quantization = Blockwise8bitConfig.from_dict(own)
         del config.quantization_config
     try:
         with torch.device("meta"):
@@ -151,7 +150,7 @@ def build(
         tied, origin = (model.get_submodule(name.removesuffix(".weight")) for name in names)
         if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
             tied.weight = origin.weight
-            tied.absmax, tied.codebook = origin.absmax, origin.codebook
+            tied.use_scales_of(origin)
     return add_adapter(model, adapter)
 
 
@@ -192,7 +191,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 kind = "adapter"
             elif isinstance(module, Frozen8bitModule) and name == "weight":
                 kind = "codes"
-            elif isinstance(module, Frozen8bitModule) and name in ("absmax", "codebook"):
+            elif isinstance(module, Frozen8bitModule) and name in QUANTIZED_BUFFERS:
                 kind = "scales"
             else:
                 kind = "unquantized"

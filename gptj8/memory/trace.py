@@ -275,8 +275,9 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
         return args[0].untyped_storage().nbytes(), 0
     if not name.startswith("gptj8::frozen_linear"):
         return 0, 0
-    x, codes, block_size, transposed = args[0], args[1], args[-2], args[-1]
     is_forward = name == "gptj8::frozen_linear"
+    x, codes = args[0], args[1]
+    block_size, transposed = args[5:7] if is_forward else args[4:6]
     few = dispatch.few_rows(x) * codes.shape[1]
     if is_forward and not transposed and x.numel() <= few:
         return 0, 0
@@ -291,7 +292,7 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
 def _product(name: str, args: Any) -> dict[tuple[Any, ...], int]:
     """Return the key by which a matrix product is compiled, mapped to its second matrix's size."""
     if name.startswith("gptj8::frozen_linear"):
-        x, right, transposed = args[0], args[1], args[-1]
+        x, right, transposed = args[0], args[1], args[6 if name == "gptj8::frozen_linear" else 5]
         return {(name, tuple(x.shape), tuple(right.shape), transposed): right.numel()}
     if name in _PRODUCTS:
         left, right = args[-2:] if name == "aten::addmm" else args[:2]

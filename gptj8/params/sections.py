@@ -138,8 +138,12 @@ class Model(Section):
 class Quantization(Section):
     """How the frozen weights are stored."""
 
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 4096
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 128
     """Number of weights that share one scale."""
+    embedding_block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 32
+    """The same for embeddings and the language-model head, whose errors contribute most."""
+    scale_bits: Literal[8, 32] = 8
+    """Size of a scale: 8 (one of 256 levels per tensor) or 32 (float32)."""
     codebook: Literal["dynamic", "fitted"] = "fitted"
     """The 256 values that a code can represent: `fitted` to each tensor, or `dynamic`,
     bitsandbytes' map."""

@@ -1,11 +1,14 @@
 """Block-wise 8-bit quantization of tensors as pure functions, byte-identical on every device.
 
-A tensor is flattened and split into blocks; the last block may be shorter. Each block stores its
-largest magnitude (`absmax`), and each weight stores the index of the codebook value nearest to
-weight / absmax:
+A tensor is flattened and split into blocks; the last block may be shorter. Each block has a scale,
+and each weight stores the index of the codebook value nearest to weight / scale:
 
-    codes[i]  = argmin_k |codebook[k] - w[i] / absmax[i // block_size]|    (ties: the lower k)
-    restored  = codebook[codes[i]] * absmax[i // block_size]               (float32, then rounded)
+    codes[i]  = argmin_k |codebook[k] - w[i] / scale[i // block_size]|    (ties: the lower k)
+    restored  = codebook[codes[i]] * scale[i // block_size]               (float32, then rounded)
+
+The scale is the block's largest magnitude (`absmax`, float32), or that value rounded up to one of
+256 levels, which needs only 8 bits (`absmax` is then the number of the level). See
+`gptj8.quantization.scales`.
 
 The nearest code is exact. Quotients are compared with the midpoints of neighboring codebook values,
 rounded such that a float32 comparison always agrees with exact arithmetic. Division is correctly
@@ -30,10 +33,12 @@ from gptj8.quantization.codebooks import (
     dynamic_codebook,
     fit_codebook,
 )
+from gptj8.quantization.scales import LEVELS, encode_scales, fit_levels
 from gptj8.runtime.errors import QuantizationError
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CODEBOOKS = ("dynamic", "fitted")
+SCALE_BITS = (8, 32)
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,18 +49,26 @@ class QuantizedTensor:
 
     Attributes:
         codes: uint8, in the shape of the tensor.
-        absmax: float32 (blocks,), the largest magnitude of each block.
+        absmax: float32 (blocks,), the largest magnitude of each block; or uint8 (blocks,), the
+            number of its level.
         codebook: float32 (256,), ascending.
         block_size: weights per block.
+        levels: float32 (256,), ascending, if absmax is uint8; otherwise None.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
     codebook: torch.Tensor
     block_size: int
+    levels: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_quantized(self.codes, self.absmax, self.codebook, self.block_size)
+        check_quantized(self.codes, self.absmax, self.codebook, self.block_size, levels=self.levels)
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """float32 (blocks,), the factor of each block."""
+        return reference.scales_of(self.absmax, self.levels)
 
 
 def quantize_blockwise(
@@ -63,31 +76,40 @@ def quantize_blockwise(
     block_size: int = 4096,
     codebook: str | torch.Tensor = "fitted",
     name: str = "tensor",
+    scale_bits: int = 32,
 ) -> QuantizedTensor:
     """Quantize a tensor.
 
     Args:
         weight: any shape, float32, float16 or bfloat16, on any device.
-        block_size: a power of two from 64 to 4096.
+        block_size: a power of two from 32 to 4096.
         codebook: "fitted", "dynamic", or 256 ascending finite float32 values.
         name: name of the tensor in error messages.
+        scale_bits: 32 for exact scales, or 8 for scales rounded up to one of 256 levels.
 
     Raises:
         QuantizationError: if the dtype, block size or codebook is invalid, or if a weight is NaN or
             infinite; the message contains the index of the first such weight.
     """
     check_block_size(block_size)
+    check_scale_bits(scale_bits)
     if weight.dtype not in _FLOAT_DTYPES:
         raise QuantizationError(f"{name}: dtype {weight.dtype} is not float32, float16 or bfloat16")
     flat = _flat(weight)
     absmax = dispatch.backend(flat).absmax(flat, block_size)
     _check_finite(weight, absmax, name)
+    levels = None
+    scales = absmax
+    if scale_bits == 8:
+        levels = fit_levels(absmax)
+        absmax = encode_scales(absmax, levels)
+        scales = reference.scales_of(absmax, levels)
     if isinstance(codebook, torch.Tensor):
         table = check_codebook(codebook, name)
     elif codebook == "dynamic":
         table = dynamic_codebook()
     elif codebook == "fitted":
-        table = _fit(flat, absmax, block_size)
+        table = _fit(flat, scales, block_size)
     else:
         raise QuantizationError(
             f"{name}: codebook = {codebook!r} is not one of {', '.join(CODEBOOKS)}"
@@ -95,9 +117,9 @@ def quantize_blockwise(
     # Copy it: tensors that share memory cannot be saved, and a caller may change its own codebook.
     table = table.to(weight.device, copy=True)
     codes = dispatch.backend(flat).encode(
-        flat, absmax, reference.exact_midpoints(table), block_size
+        flat, scales, reference.exact_midpoints(table), block_size
     )
-    return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size)
+    return QuantizedTensor(codes.view(weight.shape), absmax, table, block_size, levels)
 
 
 def dequantize_blockwise(
@@ -107,7 +129,7 @@ def dequantize_blockwise(
 
     Returns:
         A tensor of `dtype` with the shape and device of the codes: the float32 product of codebook
-        value and absmax, rounded to nearest.
+        value and scale, rounded to nearest.
     """
     return dispatch.dequantize(
         quantized.codes,
@@ -115,6 +137,7 @@ def dequantize_blockwise(
         quantized.codebook,
         quantized.block_size,
         dtype,
+        levels=quantized.levels,
     )
 
 
@@ -136,7 +159,7 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
     errors, norms = dispatch.backend(flat).squared_errors(
         flat,
         quantized.codes.reshape(-1),
-        quantized.absmax,
+        quantized.scales,
         quantized.codebook,
         quantized.block_size,
     )
@@ -148,6 +171,12 @@ def check_block_size(block_size: int) -> None:
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise QuantizationError(f"block_size = {block_size!r} is not one of {sizes}")
+
+
+def check_scale_bits(scale_bits: int) -> None:
+    """Raise QuantizationError unless scales of this size are supported."""
+    if type(scale_bits) is not int or scale_bits not in SCALE_BITS:
+        raise QuantizationError(f"scale_bits = {scale_bits!r} is not one of 8, 32")
 
 
 def check_codebook(codebook: torch.Tensor, name: str = "tensor") -> torch.Tensor:
@@ -183,6 +212,7 @@ def check_quantized(
     codebook: torch.Tensor,
     block_size: int,
     name: str = "tensor",
+    levels: torch.Tensor | None = None,
 ) -> None:
     """Raise QuantizationError unless dtypes, shapes and values form a valid quantized tensor."""
     check_block_size(block_size)
@@ -194,15 +224,22 @@ def check_quantized(
             f"{name}: absmax has shape {tuple(absmax.shape)}, but {codes.numel()} codes in blocks "
             f"of {block_size} need shape ({blocks},)"
         )
-    if absmax.dtype != torch.float32:
-        raise QuantizationError(f"{name}: absmax is {absmax.dtype}, not torch.float32")
+    wanted = torch.float32 if levels is None else torch.uint8
+    if absmax.dtype != wanted:
+        raise QuantizationError(f"{name}: absmax is {absmax.dtype}, not {wanted}")
     if codebook.dtype != torch.float32:
         raise QuantizationError(f"{name}: the codebook is {codebook.dtype}, not torch.float32")
+    if levels is not None and (levels.dtype, tuple(levels.shape)) != (torch.float32, (LEVELS,)):
+        raise QuantizationError(
+            f"{name}: levels are {levels.dtype} of shape {tuple(levels.shape)}, not torch.float32 "
+            f"of shape ({LEVELS},)"
+        )
     if codebook.device.type != "meta":
         check_codebook(codebook, name)
-        if not bool(torch.isfinite(absmax).all()):
-            at = int((~torch.isfinite(absmax)).nonzero()[0])
-            raise QuantizationError(f"{name}: absmax[{at}] = {float(absmax[at])} is not finite")
+        factors, kind = (absmax, "absmax") if levels is None else (levels, "levels")
+        if not bool(torch.isfinite(factors).all()):
+            at = int((~torch.isfinite(factors)).nonzero()[0])
+            raise QuantizationError(f"{name}: {kind}[{at}] = {float(factors[at])} is not finite")
 
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:

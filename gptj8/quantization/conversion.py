@@ -117,7 +117,7 @@ def convert_checkpoint(
     stored = original_format.quantized_modules(weights.shapes)
     if stored:
         block_size = original_format.common_block_size(stored, source)
-        config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules)
+        config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules, block_size, 32)
     skeleton = build_skeleton(source)
     modules = [name for name, _ in skeleton.named_modules()]
     for skipped in config.skip_modules:
@@ -145,8 +145,14 @@ def convert_checkpoint(
                 if prefix in stored:
                     quantized = original_format.take_over(weights, prefix, config.block_size)
                 elif module != name and module in swapped:
+                    frozen = skeleton.get_submodule(module)
+                    assert isinstance(frozen, Frozen8bitModule)
                     quantized = quantize_blockwise(
-                        tensor, config.block_size, config.codebook, name=source_name
+                        tensor,
+                        frozen.block_size,
+                        config.codebook,
+                        name=source_name,
+                        scale_bits=config.scale_bits,
                     )
                     report.add(name, tensor, quantized)
                 else:
@@ -156,6 +162,8 @@ def convert_checkpoint(
                 writer.add(name, quantized.codes)
                 writer.add(f"{module}.absmax", quantized.absmax)
                 writer.add(f"{module}.codebook", quantized.codebook)
+                if quantized.levels is not None:
+                    writer.add(f"{module}.levels", quantized.levels)
         writer.finish()
         original_format.save_adapters(staging, weights, skeleton, base_model=str(target))
         _write_side_files(source, staging, model_config, config, writer.digests)

@@ -7,8 +7,8 @@ Alternatives considered: a tensor subclass was rejected because it needs a handl
 operator that a model may call; caching restored weights was rejected because it needs the memory
 that 8 bits save.
 
-`absmax` and `codebook` stay float32 even if the module is cast to another dtype. Rounding them to
-16 bits would silently shift every block by up to 0.4 %.
+Scales and codebook keep their dtype even if the module is cast to another one. Rounding them to 16
+bits would silently shift every block by up to 0.4 %.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from gptj8.kernels import operators  # noqa: F401 (defines the operator)
 from gptj8.quantization.codebooks import CODEBOOK_SIZE
 from gptj8.quantization.codec import QuantizedTensor, dequantize_blockwise
 
-_FLOAT32_BUFFERS = ("absmax", "codebook")
+QUANTIZED_BUFFERS = ("absmax", "codebook", "levels")
+"""Names of a frozen module's buffers; `levels` is None if scales have 32 bits."""
 
 
 class FrozenCodes(nn.Parameter):
@@ -66,31 +67,53 @@ class FrozenCodes(nn.Parameter):
 
 
 class Frozen8bitModule(nn.Module):
-    """Base class of frozen modules: a uint8 `weight` with float32 `absmax` and `codebook`."""
+    """Base class of frozen modules: a uint8 `weight` with `absmax`, `codebook` and `levels`.
+
+    See `gptj8.quantization.codec.QuantizedTensor` for their shapes.
+    """
 
     weight: Any  # FrozenCodes; torch's modules declare it with different types
     absmax: torch.Tensor
     codebook: torch.Tensor
+    levels: torch.Tensor | None
     block_size: int
 
-    def _allocate(self, shape: tuple[int, ...], block_size: int, device: Any) -> None:
+    def _allocate(
+        self, shape: tuple[int, ...], block_size: int, scale_bits: int, device: Any
+    ) -> None:
         self.block_size = block_size
         self.weight = FrozenCodes(torch.zeros(shape, dtype=torch.uint8, device=device))
         blocks = math.ceil(math.prod(shape) / block_size)
-        for name, length in (("absmax", blocks), ("codebook", CODEBOOK_SIZE)):
-            self.register_buffer(name, torch.zeros(length, dtype=torch.float32, device=device))
+        kind = torch.uint8 if scale_bits == 8 else torch.float32
+        self.register_buffer("absmax", torch.zeros(blocks, dtype=kind, device=device))
+        codebook = torch.zeros(CODEBOOK_SIZE, dtype=torch.float32, device=device)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("levels", torch.zeros_like(codebook) if scale_bits == 8 else None)
+
+    @property
+    def buffer_names(self) -> list[str]:
+        """Names of the buffers that are part of the weight."""
+        return [name for name in QUANTIZED_BUFFERS if getattr(self, name) is not None]
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor`."""
-        return QuantizedTensor(self.weight.detach(), self.absmax, self.codebook, self.block_size)
+        return QuantizedTensor(
+            self.weight.detach(), self.absmax, self.codebook, self.block_size, self.levels
+        )
 
     def share_scales(self) -> None:
-        """Exclude absmax and codebook from the state dict.
+        """Exclude scales and codebook from the state dict.
 
-        For a module with a tied weight, whose absmax and codebook are saved by the other module.
+        For a module with a tied weight, whose scales and codebook are saved by the other module.
         """
-        self._non_persistent_buffers_set.update(_FLOAT32_BUFFERS)
+        self._non_persistent_buffers_set.update(QUANTIZED_BUFFERS)
+
+    def use_scales_of(self, other: Frozen8bitModule) -> None:
+        """Use the scales and the codebook of a module with the same weight."""
+        for name in QUANTIZED_BUFFERS:
+            setattr(self, name, getattr(other, name))
+        self.block_size = other.block_size
 
     def load_quantized(self, quantized: QuantizedTensor) -> None:
         """Replace the weight by quantized tensors.
@@ -105,6 +128,7 @@ class Frozen8bitModule(nn.Module):
             )
         self.weight = FrozenCodes(quantized.codes)
         self.absmax, self.codebook = quantized.absmax, quantized.codebook
+        self.levels = quantized.levels
         self.block_size = quantized.block_size
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -117,7 +141,7 @@ class Frozen8bitModule(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
-        kept = {name: getattr(self, name) for name in _FLOAT32_BUFFERS}
+        kept = {name: getattr(self, name) for name in self.buffer_names}
         super()._apply(fn, recurse)
         for name, original in kept.items():
             moved = getattr(self, name)
@@ -128,7 +152,10 @@ class Frozen8bitModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the description shown when the model is printed."""
-        return f"{super().extra_repr()}, 8-bit, block_size={self.block_size}"
+        return (
+            f"{super().extra_repr()}, 8-bit, block_size={self.block_size}, "
+            f"scale_bits={32 if self.levels is None else 8}"
+        )
 
 
 class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
@@ -142,10 +169,11 @@ class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
         block_size: int = 4096,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        scale_bits: int = 32,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._allocate((out_features, in_features), block_size, device)
+        self._allocate((out_features, in_features), block_size, scale_bits, device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
@@ -166,10 +194,11 @@ class Frozen8bitConv1D(Frozen8bitModule, Conv1D):
         block_size: int = 4096,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        scale_bits: int = 32,
     ) -> None:
         nn.Module.__init__(self)
         self.nf, self.nx = nf, nx
-        self._allocate((nx, nf), block_size, device)
+        self._allocate((nx, nf), block_size, scale_bits, device)
         self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,6 +222,7 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
         block_size: int = 4096,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        scale_bits: int = 32,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -200,7 +230,7 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
         self.output_dtype = dtype or torch.get_default_dtype()
-        self._allocate((num_embeddings, embedding_dim), block_size, device)
+        self._allocate((num_embeddings, embedding_dim), block_size, scale_bits, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return (..., embedding_dim) in `output_dtype` for integer ids (...)."""
@@ -211,12 +241,16 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
             step = min(dim, self.block_size)
             runs = torch.arange(dim // step, device=rows.device)
             block = (rows[:, None] * (dim // step) + runs) // (self.block_size // step)
-            scale = self.absmax[block].repeat_interleave(step, dim=1)
+            scale = self._scales(block).repeat_interleave(step, dim=1)
         else:
             element = rows[:, None] * dim + torch.arange(dim, device=rows.device)
-            scale = self.absmax[element // self.block_size]
+            scale = self._scales(element // self.block_size)
         values = self.codebook[codes.int()] * scale
         return values.to(self.output_dtype).view(*ids.shape, dim)
+
+    def _scales(self, blocks: torch.Tensor) -> torch.Tensor:
+        found = self.absmax[blocks]
+        return found if self.levels is None else self.levels[found.int()]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
@@ -242,10 +276,13 @@ def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tens
         module.bias,
         module.block_size,
         transposed,
+        module.levels,
     )
 
 
-def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -> nn.Module | None:
+def frozen_twin(
+    module: nn.Module, block_size: int, dtype: torch.dtype | None, scale_bits: int = 32
+) -> nn.Module | None:
     """Return an empty frozen module to replace `module`, on the same device, or None.
 
     Subclasses of `nn.Linear`, `nn.Embedding` and `Conv1D` are not replaced, because they may
@@ -259,6 +296,7 @@ def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -
             block_size=block_size,
             device=module.weight.device,
             dtype=dtype,
+            scale_bits=scale_bits,
         )
     if type(module) is nn.Embedding and module.max_norm is None:
         return Frozen8bitEmbedding(
@@ -268,10 +306,16 @@ def frozen_twin(module: nn.Module, block_size: int, dtype: torch.dtype | None) -
             block_size=block_size,
             device=module.weight.device,
             dtype=dtype,
+            scale_bits=scale_bits,
         )
     if type(module) is Conv1D:
         return Frozen8bitConv1D(
-            module.nf, module.nx, block_size, device=module.weight.device, dtype=dtype
+            module.nf,
+            module.nx,
+            block_size,
+            device=module.weight.device,
+            dtype=dtype,
+            scale_bits=scale_bits,
         )
     return None
 

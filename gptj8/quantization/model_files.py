@@ -55,12 +55,12 @@ def check_tensors(path: str | Path) -> None:
     quantization = read_json(path / "config.json").get("quantization_config")
     weights = ShardedWeights(path)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        swap_modules(skeleton, Blockwise8bitConfig(**quantization))
+        swap_modules(skeleton, Blockwise8bitConfig.from_dict(quantization))
         missing = [
             f"{name}.{part}"
             for name, module in skeleton.named_modules()
             if isinstance(module, Frozen8bitModule) and f"{name}.weight" in weights.shapes
-            for part in ("absmax", "codebook")
+            for part in module.buffer_names
             if f"{name}.{part}" not in weights.shapes
         ]
         if missing:
@@ -146,7 +146,7 @@ def match_names(
         f"{name}.{part}"
         for name, module in skeleton.named_modules()
         if isinstance(module, Frozen8bitModule)
-        for part in ("absmax", "codebook")
+        for part in module.buffer_names
     }
     for missing in sorted(set(expected) - made_here - set(tied) - set(names.values())):
         problems.append(f"{source}: the checkpoint has no tensor {missing}")

@@ -1,9 +1,9 @@
 """The transformers quantizer for loading and saving models with 8-bit weights.
 
 `from_pretrained` builds the model on the meta device, calls the quantizer to replace modules, and
-loads the checkpoint into the result. A converted checkpoint contains `weight` (uint8), `absmax` and
-`codebook` of each module and needs no further steps. For an ordinary checkpoint loaded with a
-`quantization_config`, each weight is quantized while it is loaded.
+loads the checkpoint into the result. A converted checkpoint contains `weight` (uint8), `absmax`,
+`codebook` and `levels` of each module and needs no further steps. For an ordinary checkpoint loaded
+with a `quantization_config`, each weight is quantized while it is loaded.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from gptj8.quantization.codec import (
     QuantizationError,
     check_block_size,
     check_quantized,
+    check_scale_bits,
     quantize_blockwise,
 )
-from gptj8.quantization.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+from gptj8.quantization.layers import (
+    QUANTIZED_BUFFERS,
+    Frozen8bitModule,
+    frozen_twin,
+    full_precision_twin,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gptj8.params.sections import Quantization
 
 QUANT_METHOD = "blockwise_8bit"
 
@@ -38,29 +46,54 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
     """Configuration of 8-bit weights, saved in the config.json of a converted model.
 
     Args:
-        block_size: number of weights that share one absmax, a power of two from 64 to 4096.
+        block_size: number of weights that share one scale, a power of two from 32 to 4096.
         codebook: "fitted" (to each tensor) or "dynamic" (bitsandbytes' map).
         skip_modules: modules to leave unquantized, given as complete or partial dotted names. The
             children of a skipped module are skipped too.
+        embedding_block_size: block size of embeddings and the language-model head, whose errors
+            contribute most.
+        scale_bits: 8, or 32 for scales in float32.
 
     Raises:
-        QuantizationError: if the block size or codebook is not supported.
+        QuantizationError: if a block size, the codebook or scale_bits is not supported.
     """
 
     def __init__(
         self,
-        block_size: int = 4096,
+        block_size: int = 128,
         codebook: str = "fitted",
         skip_modules: list[str] | None = None,
+        embedding_block_size: int = 32,
+        scale_bits: int = 8,
         **kwargs: Any,
     ) -> None:
         super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
         check_block_size(block_size)
+        check_block_size(embedding_block_size)
+        check_scale_bits(scale_bits)
         if codebook not in CODEBOOKS:
             raise QuantizationError(f"codebook = {codebook!r} is not one of {', '.join(CODEBOOKS)}")
         self.block_size = block_size
         self.codebook = codebook
         self.skip_modules = list(skip_modules or [])
+        self.embedding_block_size = embedding_block_size
+        self.scale_bits = scale_bits
+
+    @classmethod
+    def from_params(cls, quantization: Quantization) -> Blockwise8bitConfig:
+        """Return the config that the params' section describes."""
+        return cls(**{**quantization.model_dump(), "skip_modules": list(quantization.skip_modules)})
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the config saved in a config.json; older ones have one block size and float32
+        scales."""
+        if "scale_bits" not in config_dict and "block_size" in config_dict:
+            size = config_dict["block_size"]
+            config_dict = {**config_dict, "embedding_block_size": size, "scale_bits": 32}
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -85,14 +118,14 @@ class Blockwise8bitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for tied, origin in _tied_modules(model):
-            tied.absmax, tied.codebook = origin.absmax, origin.codebook
+            tied.use_scales_of(origin)
         # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
             if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
                 if self.pre_quantized:
                     _require_loaded(name, module)
                 parts = (module.weight, module.absmax, module.codebook)
-                check_quantized(*parts, module.block_size, f"{name}.weight")
+                check_quantized(*parts, module.block_size, f"{name}.weight", module.levels)
         return model
 
     def get_new_dtype(
@@ -100,7 +133,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
     ) -> torch.dtype | None:
         name = converter.target_patterns[0]
         # `from_pretrained(dtype=torch.bfloat16)` would round absmax and codebook as well.
-        if name.rpartition(".")[2] in ("absmax", "codebook"):
+        if name.rpartition(".")[2] in QUANTIZED_BUFFERS:
             return None
         # Codes and floats must never be cast to each other: the results would be meaningless.
         stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
@@ -119,7 +152,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return 1 + 4 / self.quantization_config.block_size
+        config = self.quantization_config
+        return 1 + config.scale_bits / 8 / config.block_size
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self.quantization_config)
@@ -138,7 +172,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
 
 
 class _QuantizeOnLoad(ConversionOps):
-    """Converts a full-precision `weight` to the three tensors of a frozen module during loading."""
+    """Converts a full-precision `weight` to the tensors of a frozen module during loading."""
 
     def __init__(self, config: Blockwise8bitConfig) -> None:
         self.config = config
@@ -153,17 +187,19 @@ class _QuantizeOnLoad(ConversionOps):
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         name = full_layer_name or "weight"
-        quantized = quantize_blockwise(
-            weight, self.config.block_size, self.config.codebook, name=name
-        )
         prefix = name.removesuffix("weight")
+        module = kwargs["model"].get_submodule(prefix.removesuffix("."))
+        quantized = quantize_blockwise(
+            weight,
+            module.block_size,
+            self.config.codebook,
+            name=name,
+            scale_bits=self.config.scale_bits,
+        )
+        parts = {f"{prefix}{part}": getattr(quantized, part) for part in module.buffer_names}
         if missing_keys is not None:
-            missing_keys -= {f"{prefix}absmax", f"{prefix}codebook"}
-        return {
-            name: quantized.codes,
-            f"{prefix}absmax": quantized.absmax,
-            f"{prefix}codebook": quantized.codebook,
-        }
+            missing_keys -= set(parts)
+        return {name: quantized.codes, **parts}
 
 
 def swap_modules(
@@ -179,9 +215,13 @@ def swap_modules(
     from gptj8.kernels.fused import fuse_activations
 
     twins = {}
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     for name, module in model.named_modules():
         if not is_skipped(name, config.skip_modules):
-            twin = frozen_twin(module, config.block_size, dtype)
+            is_embedding = isinstance(module, nn.Embedding) or module is head
+            size = config.embedding_block_size if is_embedding else config.block_size
+            twin = frozen_twin(module, size, dtype, config.scale_bits)
             if twin is not None:
                 twins[name] = twin.train(module.training)
     # Modules that share a weight are either all in 8 bits or all unquantized.
@@ -230,7 +270,7 @@ def _require_loaded(name: str, module: Frozen8bitModule) -> None:
 
     The module would otherwise compute with uninitialized memory.
     """
-    for part in ("weight", "absmax", "codebook"):
+    for part in ("weight", *module.buffer_names):
         # transformers sets this attribute on loaded tensors so that they are not initialized.
         if not getattr(getattr(module, part), "_is_hf_initialized", False):
             raise QuantizationError(f"the checkpoint has no tensor {name}.{part}")

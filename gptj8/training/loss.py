@@ -92,12 +92,12 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         for number in range(chunks):
             chunk = slice(len(hidden) * number // chunks, len(hidden) * (number + 1) // chunks)
             logits = torch.ops.gptj8.frozen_linear(
-                hidden[chunk], *quantized, head.bias, head.block_size, False
+                hidden[chunk], *quantized, head.bias, head.block_size, False, head.levels
             )
             total += _replace_by_gradient(logits, targets[chunk, None], scale, needs_grad)
             if gradient is not None:
                 product = torch.ops.gptj8.frozen_linear_backward(
-                    logits, *quantized, head.block_size, False
+                    logits, *quantized, head.block_size, False, head.levels
                 )
                 gradient[chunk] = product.div_(scale) if scale != 1 else product
         if gradient is not None:

@@ -15,7 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptj8.kernels import cpu, dispatch, reference
 from gptj8.quantization.codebooks import dynamic_codebook, fit_codebook
-from gptj8.quantization.codec import QuantizationError, quantize_blockwise
+from gptj8.quantization.codec import (
+    QuantizationError,
+    dequantize_blockwise,
+    quantize_blockwise,
+)
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -57,7 +61,7 @@ def test_kernels_are_compiled_if_a_compiler_is_available():
 
 @compiled
 @pytest.mark.parametrize("n", [1, 255, 4096, 50_001])
-@pytest.mark.parametrize("block_size", [64, 512, 1024, 4096])
+@pytest.mark.parametrize("block_size", [32, 64, 512, 1024, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operations_are_bit_identical_to_the_reference(dtype, block_size, n, threads):
     flat = some_weights(dtype, n)
@@ -77,6 +81,10 @@ def test_operations_are_bit_identical_to_the_reference(dtype, block_size, n, thr
             restored = reference.dequantize(codes, absmax, codebook, block_size, out)
             ours = cpu.dequantize(codes, absmax, codebook, block_size, out)
             assert torch.equal(bits(ours), bits(restored))
+            coded, levels = (absmax * 50).to(torch.uint8), torch.linspace(1e-6, 5.0, 256)
+            restored = reference.dequantize(codes, coded, codebook, block_size, out, levels)
+            ours = cpu.dequantize(codes, coded, codebook, block_size, out, levels=levels)
+            assert torch.equal(bits(ours), bits(restored))
 
         sums = reference.squared_errors(flat, codes, absmax, codebook, block_size)
         for ours, theirs in zip(
@@ -87,15 +95,17 @@ def test_operations_are_bit_identical_to_the_reference(dtype, block_size, n, thr
 
 @compiled
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not-aligned"])
-def test_streaming_stores_match_the_reference(offset):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_streaming_stores_match_the_reference(offset, dtype, block_size):
     """From 2^24 weights on, the output bypasses the caches if its memory is aligned."""
-    n, block_size = (1 << 24) + 777, 4096
+    n = (1 << 24) + 777
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (n,), dtype=torch.uint8)
     absmax, codebook = torch.rand(-(-n // block_size)), torch.linspace(-1, 1, 256)
-    out = torch.empty(n + 1, dtype=torch.bfloat16)[offset : offset + n]
-    cpu.dequantize(codes, absmax, codebook, block_size, torch.bfloat16, out)
-    expected = reference.dequantize(codes, absmax, codebook, block_size, torch.bfloat16)
+    out = torch.empty(n + 1, dtype=dtype)[offset : offset + n]
+    cpu.dequantize(codes, absmax, codebook, block_size, dtype, out)
+    expected = reference.dequantize(codes, absmax, codebook, block_size, dtype)
     assert torch.equal(out, expected)
 
 
@@ -158,7 +168,15 @@ def test_encode_with_a_codebook_beyond_one_matches_the_reference(reach):
 @pytest.mark.parametrize("rows", range(1, 9))
 @pytest.mark.parametrize(
     ("out", "columns", "block_size"),
-    [(33, 128, 4096), (50, 320, 256), (64, 4096, 4096), (7, 200, 64), (100, 192, 64)],
+    [
+        (33, 128, 4096),
+        (50, 320, 256),
+        (64, 4096, 4096),
+        (7, 200, 64),
+        (100, 192, 64),
+        (100, 192, 32),
+        (9, 200, 32),
+    ],
 )
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
@@ -173,6 +191,10 @@ def test_linear_from_codes_is_accurate(dtype, tolerance, out, columns, block_siz
     exact = x.double() @ weight.t()
     ours = dispatch.linear(x, q.codes, q.absmax, q.codebook, block_size)
     assert ours.dtype == dtype
+    assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
+    q = quantize_blockwise(torch.randn(out, columns), block_size, scale_bits=8)
+    exact = x.double() @ dequantize_blockwise(q).double().t()
+    ours = dispatch.linear(x, q.codes, q.absmax, q.codebook, block_size, q.levels)
     assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
 
 

@@ -146,7 +146,7 @@ def test_a_custom_codebook_is_used():
     assert torch.equal(q.codebook, codebook)
 
 
-@pytest.mark.parametrize("block_size", [0, -1, 3, 32, 8192, 2**64, True, 64.5], ids=str)
+@pytest.mark.parametrize("block_size", [0, -1, 3, 16, 8192, 2**64, True, 64.5], ids=str)
 def test_invalid_block_sizes_raise(block_size):
     with pytest.raises(QuantizationError, match="block_size = "):
         quantize_blockwise(torch.ones(10), block_size)

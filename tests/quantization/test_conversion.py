@@ -114,7 +114,7 @@ def test_sharded_output_loads_and_matches_its_manifest(
 
 @pytest.mark.parametrize("codebook", ["dynamic", "fitted"])
 def test_conversion_error_of_both_codebooks(tiny_model_dir, tmp_path, codebook):
-    config = gptj8.Blockwise8bitConfig(block_size=4096, codebook=codebook)
+    config = gptj8.Blockwise8bitConfig(4096, codebook, None, 4096, scale_bits=32)
     report = gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", config)
     low, high = {"dynamic": (0.012, 0.014), "fitted": (0.005, 0.007)}[codebook]
     assert low < report.relative_rmse < high

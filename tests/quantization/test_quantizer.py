@@ -203,11 +203,22 @@ def test_training_a_reloaded_model_is_bit_identical(tiny_model_dir, tmp_path):
         ("codebook", lambda t: t.flip(0), "codebook is not ascending"),
         ("codebook", lambda t: t[:255], r"shape \(255,\), but config.json implies \(256,\)"),
         ("codebook", lambda t: t * float("nan"), "is not finite"),
-        ("absmax", lambda t: t / 0.0, "is not finite"),
+        ("levels", lambda t: t / 0.0, "is not finite"),
+        ("levels", lambda t: t[:-1], r"shape \(255,\), but .* implies \(256,\)"),
+        ("absmax", lambda t: t.float(), "absmax is torch.float32, not torch.uint8"),
         ("absmax", lambda t: t[:-1], r"shape \(63,\), but .* implies \(64,\)"),
         ("weight", lambda t: t[:-1], r"shape \(255, 64\), but .* implies \(256, 64\)"),
     ],
-    ids=["descending", "255", "nan", "infinite", "absmax-short", "weight-short"],
+    ids=[
+        "descending",
+        "255",
+        "nan",
+        "infinite",
+        "levels-short",
+        "absmax-float",
+        "absmax-short",
+        "weight-short",
+    ],
 )
 def test_damaged_tensors_raise_and_are_named(tiny_8bit_dir, tmp_path, part, change, message):
     folder = shutil.copytree(tiny_8bit_dir, tmp_path / "model")
