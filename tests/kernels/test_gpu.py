@@ -29,6 +29,7 @@ SHAPES = {
     "one block per row": (1024, 9, 1024),
     "several blocks per row": (2048, 5, 1024),
     "small blocks": (256, 33, 64),
+    "smallest blocks": (256, 33, 32),
     "several rows per block": (256, 37, 4096),
     "short last block": (64, 70, 4096),
     "unaligned blocks": (1100, 9, 1024),
@@ -61,7 +62,7 @@ class TestKernels:
         assert gpu.is_available(DEVICE)
 
     @pytest.mark.parametrize("n", [1, 255, 4096, 20_001])
-    @pytest.mark.parametrize("block_size", [64, 1024, 4096])
+    @pytest.mark.parametrize("block_size", [32, 64, 1024, 4096])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_dequantize_is_bit_identical_to_the_reference(self, dtype, block_size, n):
         codes, absmax, codebook = quantized((n,), block_size)
