@@ -18,9 +18,11 @@ from gptj8.evaluation.statistics import (
     accuracy_difference,
     accuracy_interval,
     mcnemar,
+    mean_per_token,
     perplexity_ratio,
 )
 from gptj8.evaluation.systems import ORIGINAL, TUNED
+from gptj8.model.scoring.divergence import Divergence
 from gptj8.model.scoring.perplexity import DocumentScores
 
 
@@ -52,6 +54,27 @@ def perplexity_metrics(
             rng=np.random.default_rng(seed),
         )
         metrics |= _interval(f"{system}/perplexity_ratio", ratio)
+    return metrics
+
+
+def divergence_metrics(
+    divergences: Mapping[str, Divergence], *, resamples: int, seed: int
+) -> dict[str, float]:
+    """Return `kl_divergence` (nats per token) and `top1_agreement` (a share) of each system.
+
+    Both compare with the original model, and have 95 % intervals from a bootstrap over documents.
+
+    Args:
+        divergences: system -> sums per document; documents without tokens are ignored.
+        resamples, seed: settings of the bootstrap.
+    """
+    metrics: dict[str, float] = {}
+    for system, found in divergences.items():
+        for name, sums in (("kl_divergence", found.kl), ("top1_agreement", found.same)):
+            mean = mean_per_token(
+                sums, found.tokens, resamples=resamples, rng=np.random.default_rng(seed)
+            )
+            metrics |= _interval(f"{system}/{name}", mean)
     return metrics
 
 

@@ -109,12 +109,16 @@ class Evaluation:
         """Measure the models one after another and yield a line of results for each."""
         comparison, original = self.comparison, self.params.model.path
         device, dtype = pick_arithmetic(self.params.model.dtype)
-        with comparison.costing(ORIGINAL):  # not assigned, so it is freed before the next model
-            comparison.measure(ORIGINAL, load_original(original, base, dtype, device))
+        with comparison.costing(ORIGINAL):
+            model = load_original(original, base, dtype, device)
+            comparison.measure(ORIGINAL, model)
+            comparison.remember(ORIGINAL, model)
+            del model  # frees it before the next model is loaded
         yield self._result(ORIGINAL)
         with comparison.costing(QUANTIZED):
             model = load_model(base, dtype, device)
             comparison.measure(QUANTIZED, model)
+            comparison.compare(QUANTIZED, model)
         yield self._result(QUANTIZED)
         if self.solved:
             with comparison.costing(FEW_SHOT):

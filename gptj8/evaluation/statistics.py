@@ -81,6 +81,34 @@ def perplexity_ratio(
     return Estimate(float(np.exp(difference.sum() / tokens.sum())), float(low), float(high))
 
 
+def mean_per_token(
+    sums: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    resamples: int,
+    rng: np.random.Generator,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Return the sum over all documents per token, with a percentile bootstrap interval.
+
+    Args:
+        sums: (documents,) sum over the tokens of each document.
+        tokens: (documents,) number of tokens of each document.
+        resamples, rng, confidence: see `perplexity_ratio`.
+
+    Raises:
+        ValueError: if no document has tokens.
+    """
+    sums, tokens = np.asarray(sums, np.float64), np.asarray(tokens, np.float64)
+    sums, tokens = sums[tokens > 0], tokens[tokens > 0]
+    if not len(tokens):
+        raise ValueError("no document has tokens")
+    tail = (1 - confidence) / 2
+    means = _resampled_ratios(sums, tokens, resamples, rng)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(sums.sum() / tokens.sum()), float(low), float(high))
+
+
 def _resampled_ratios(
     numerator: np.ndarray, denominator: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:

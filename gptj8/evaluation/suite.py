@@ -17,11 +17,13 @@ from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.dataset.readers.formats import read_rows
 from gptj8.evaluation.metrics import (
     classification_metrics,
+    divergence_metrics,
     generation_metrics,
     likelihood_metrics,
     perplexity_metrics,
 )
 from gptj8.model.generation.answers import write_answers
+from gptj8.model.scoring.divergence import Divergence, NextTokens, compared_documents
 from gptj8.model.scoring.likelihood import score_labels_in_shares
 from gptj8.model.scoring.perplexity import DocumentScores, score_documents
 from gptj8.runtime.distributed import each_a_share
@@ -176,6 +178,7 @@ class Comparison:
         likelihoods: system -> (test rows, labels) float64, log-likelihoods in nats.
         predictions: system -> (test rows,) labels.
         generated: system -> generated texts for the first rows.
+        divergences: system -> its distance from the original model.
         costs: `<system>/seconds`, `<system>/tokens_per_second` (for perplexity) and
             `<system>/peak_memory_gib`.
     """
@@ -187,7 +190,10 @@ class Comparison:
     likelihoods: dict[str, np.ndarray] = field(default_factory=dict)
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     generated: dict[str, list[str]] = field(default_factory=dict)
+    divergences: dict[str, Divergence] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    _original: NextTokens | None = None
+    _compared: int = 0
     _scoring_seconds: float = 0.0
 
     @contextmanager
@@ -227,6 +233,38 @@ class Comparison:
         if self.questions.prompts:
             self.ask(system, model, self.questions.prompts)
 
+    def remember(self, system: str, model: Model) -> None:
+        """Keep the next-token distributions of the original model for `compare`."""
+
+        ids, starts = compared_documents(self.documents.ids, self.documents.starts, model.config)
+        self._compared = len(ids)
+
+        def keep(numbers: Sequence[int]) -> list[None]:
+            # Each process keeps those of its own share, which is the same in `compare`.
+            self._original = NextTokens(
+                model,
+                [ids[i] for i in numbers],
+                [starts[i] for i in numbers],
+                batch_size=self.batch_size,
+                description=f"{system}: distributions",
+            )
+            return [None] * len(numbers)
+
+        each_a_share(keep, self._compared)
+
+    def compare(self, system: str, model: Model) -> None:
+        """Measure how far the next-token distributions are from those of `remember`."""
+
+        def divergence(numbers: Sequence[int]) -> list[tuple[float, float, int]]:
+            assert self._original is not None
+            found = self._original.compare(model, f"{system}: divergence")
+            return list(zip(found.kl, found.same, found.tokens, strict=True))
+
+        if found := each_a_share(divergence, self._compared):
+            kl, same, tokens = (np.array(column) for column in zip(*found, strict=True))
+            self.divergences[system] = Divergence(kl, same, tokens)
+        self._original = None  # frees the file
+
     def ask(self, system: str, model: Model, prompts: Sequence[Sequence[int]]) -> None:
         """Predict the most likely label for each prompt, and generate answers to the first ones."""
         questions = self.questions
@@ -264,6 +302,7 @@ class Comparison:
         """
         labels, answers = self.questions.labels, self.questions.answers
         metrics = perplexity_metrics(self.scores, resamples=resamples, seed=seed)
+        metrics |= divergence_metrics(self.divergences, resamples=resamples, seed=seed)
         if labels:
             metrics |= classification_metrics(
                 labels, answers, self.predictions, resamples=resamples, seed=seed

@@ -22,6 +22,10 @@ _COLUMNS = {
     "macro_f1": "the mean F1 score over all labels",
     "exact_match": "the fraction of generated answers that equal the expected answer",
     "perplexity": "measured per token of held-out text",
+    "kl_divergence": "how far the next-token distribution is from that of the original model, in "
+    "nats per token; 0 is equal",
+    "top1_agreement": "the fraction of tokens for which the most likely next token is that of the "
+    "original model",
 }
 _TASKS = {"classification": "text-classification"}
 _SYSTEMS = {

@@ -52,7 +52,8 @@ tag `stage.<name>` shows whether DVC ran a stage or restored it from its cache (
 |---|---|
 | `evaluate/tuned/accuracy` | accuracy on the test rows after fine-tuning |
 | `evaluate/base/accuracy` | accuracy of the original model before fine-tuning |
-| `evaluate/quantized/perplexity_ratio` | cost of 8-bit weights; 1 means no loss |
+| `evaluate/quantized/kl_divergence` | cost of 8-bit weights in nats per token; 0 means no loss |
+| `evaluate/quantized/perplexity_ratio` | the same as a ratio of perplexities; 1 means no loss |
 | `finetune/peak_memory_gib` | peak memory of training |
 
 Select runs and click Compare to see which params differ. The `predictions.json` of a run contains

@@ -61,6 +61,7 @@ def _rows(measured: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
         yield "perplexity before: base model", "evaluate/base/perplexity", "{:.3f}"
         yield "perplexity after: fine-tuned", "evaluate/tuned/perplexity", "{:.3f}"
     yield "perplexity, 8-bit / base", "evaluate/quantized/perplexity_ratio", "{:.5f}"
+    yield "KL divergence, 8-bit from base", "evaluate/quantized/kl_divergence", "{:.2g}"
     yield "peak memory of training, GiB", "finetune/peak_memory_gib", "{:.2f}"
     yield "  estimated before training", "finetune/estimated_memory_gib", "{:.2f}"
     yield "training tokens per second", "finetune/tokens_per_second", "{:,.0f}"

@@ -107,6 +107,7 @@ def test_classification(project):
         *(f"{system}/{name}" for system in prompted for name in ("accuracy_normalized", "ece")),
         *(f"{system}/perplexity" for system in measured),
         *(f"{system}/perplexity_ratio{e}" for system in measured - {"base"} for e in interval),
+        *(f"quantized/{m}{e}" for m in ("kl_divergence", "top1_agreement") for e in interval),
         *(f"tuned/accuracy_minus_{s}{e}" for s in systems - {"tuned"} for e in interval),
         *(f"tuned/p_value_against_{system}" for system in systems - {"tuned"}),
     }

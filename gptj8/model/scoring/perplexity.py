@@ -24,7 +24,7 @@ after each batch, and converted to float32 in chunks of at most 64 MiB.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +135,6 @@ def score_documents(
     return DocumentScores(nll, np.array(tokens, dtype=np.int64))
 
 
-@torch.inference_mode()
 def score_sequences(
     model: PreTrainedModel | PeftModel,
     sequences: Sequence[Sequence[int]],
@@ -159,12 +158,51 @@ def score_sequences(
     Raises:
         UserError: if a likelihood is not finite, for example because float16 overflows.
     """
-    device = model.device
     totals = np.zeros(len(sequences))
+
+    def score(
+        batch: Sequence[int], rows: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+    ) -> None:
+        losses = token_nll(logits, targets).double().cpu()
+        sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, losses)
+        totals[batch] = sums.numpy()
+
+    visit_logits(model, sequences, starts, score, batch_size=batch_size, description=description)
+    if not np.isfinite(totals).all():
+        raise UserError(
+            f"{description}: the model's likelihoods are not finite for "
+            f"{int((~np.isfinite(totals)).sum())} of {len(totals)} texts; try model.dtype: float32"
+        )
+    return totals
+
+
+Visit = Callable[[Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@torch.inference_mode()
+def visit_logits(
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    visit: Visit,
+    *,
+    batch_size: int,
+    description: str | None = "scoring",
+) -> None:
+    """Compute the logits that predict `sequence[start:]` of each sequence, batch by batch.
+
+    Args:
+        visit: called once per batch with the numbers of its sequences; and, for each scored token,
+            in the order of the sequences: the sequence's place in the batch (int64, on the CPU),
+            logits (tokens, vocabulary) and the token itself.
+
+    The other arguments are those of `score_sequences`.
+    """
+    device = model.device
     inputs = [len(sequence) - 1 for sequence in sequences]
     max_tokens = max_batch_tokens(device, model.config.vocab_size)
 
-    def score(batch: list[int]) -> None:
+    def run(batch: list[int]) -> None:
         ids, lengths = pad_right([sequences[i] for i in batch], device)
         position = torch.arange(ids.shape[1] - 1, device=device)
         first = torch.tensor([starts[i] for i in batch], device=device)[:, None] - 1
@@ -178,19 +216,10 @@ def score_sequences(
         ).logits
         if logits.dim() == 3:  # the model does not support a `logits_to_keep` mask
             logits = logits[scored]
-        losses = token_nll(logits, ids[:, 1:][scored]).double().cpu()
-        rows = scored.nonzero()[:, 0].cpu()
-        sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, losses)
-        totals[batch] = sums.numpy()
+        visit(batch, scored.nonzero()[:, 0].cpu(), logits, ids[:, 1:][scored])
 
     batches = plan_batches(inputs, batch_size, max_tokens)
-    for_each_batch(batches, score, description, len(sequences))
-    if not np.isfinite(totals).all():
-        raise UserError(
-            f"{description}: the model's likelihoods are not finite for "
-            f"{int((~np.isfinite(totals)).sum())} of {len(totals)} texts; try model.dtype: float32"
-        )
-    return totals
+    for_each_batch(batches, run, description, len(sequences))
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -211,5 +240,9 @@ def log_normalizers(logits: torch.Tensor) -> torch.Tensor:
         logits: (tokens, vocabulary), converted to float32 in chunks of at most 64 MiB.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(1, _CHUNK_LOGITS.get(logits.device.type, 1 << 20) // logits.shape[1])
-    return torch.cat([part.to(dtype).logsumexp(1) for part in logits.split(rows)])
+    return torch.cat([part.to(dtype).logsumexp(1) for part in logits.split(chunk_rows(logits))])
+
+
+def chunk_rows(logits: torch.Tensor) -> int:
+    """Return how many rows of logits to convert to float32 at once."""
+    return max(1, _CHUNK_LOGITS.get(logits.device.type, 1 << 20) // logits.shape[1])
