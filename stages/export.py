@@ -5,6 +5,8 @@ python -m stages.export
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gptj8.params.sections import load_params, resolved
 from gptj8.runtime.files import replace_directory, write_json
 from gptj8.runtime.process import run
@@ -40,7 +42,7 @@ def main() -> None:
         require_all([text for text in require if "export/" not in text], measured)
         dataset = bundle.describe_dataset(DATASET, REPORTS / "validate" / "inputs.json")
         with replace_directory(EXPORT) as staging:
-            bundle.collect(ADAPTER, BASE, staging)
+            bundle.collect(ADAPTER, BASE, staging, Path(params.model.path))
             compared = compare_in_fresh_process(ADAPTER, BASE, staging, dtype, device)
             bundle.require_same_answers(compared, "the export")
             metrics = {"adapter_bytes": bundle.adapter_bytes(staging), **compared}

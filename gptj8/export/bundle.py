@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj8.export.model_card import model_card
+from gptj8.export.model_card import hub_name, model_card
 from gptj8.export.reference_answers import require_unchanged
 from gptj8.model.loading import ADAPTER_CONFIG, ADAPTER_FILE
 from gptj8.runtime.errors import UserError
@@ -29,13 +29,14 @@ _TOKENIZER_FILES = (
 _IDENTICAL = 0.9
 
 
-def collect(adapter: Path, base: Path, folder: Path) -> None:
-    """Copy the adapter and the tokenizer to `folder`.
+def collect(adapter: Path, base: Path, folder: Path, original: Path) -> None:
+    """Copy the adapter and the tokenizer to `folder`, with the name of the original base model.
 
     Args:
         adapter: Output folder of stage `finetune`.
         base: Folder of the converted base model, with its tokenizer.
         folder: Existing folder to copy to.
+        original: Folder of the base model before its conversion, which PEFT loads by this name.
 
     Raises:
         UserError: If the adapter is incomplete or was changed after training.
@@ -45,6 +46,9 @@ def collect(adapter: Path, base: Path, folder: Path) -> None:
             raise UserError(f"{adapter} has no {name}; rerun finetune")
         shutil.copyfile(adapter / name, folder / name)
     require_unchanged(adapter)
+    name, revision = hub_name(original)
+    config = {"base_model_name_or_path": name, "revision": revision}
+    write_json(folder / ADAPTER_CONFIG, {**read_json(folder / ADAPTER_CONFIG), **config})
     copy_tokenizer(base, folder)
 
 

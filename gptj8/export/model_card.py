@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj8.evaluation.systems import BASELINE, FEW_SHOT, ORIGINAL, QUANTIZED, TUNED, own_first
+from gptj8.runtime.files import read_json
 from gptj8.runtime.messages import counted
 from gptj8.runtime.project import BASE, EXPORT
 
@@ -52,7 +53,11 @@ def model_card(
 
     data, finetune = params["data"], params["finetune"]
     model = Path(params["model"]["path"])
-    of = model.parent.name if model.name == "model" else model.name
+    base, _ = hub_name(model)
+    if base != str(model):
+        of = base.rpartition("/")[2]
+    else:
+        of = model.parent.name if model.name == "model" else model.name
     name = f"{finetune['method']} adapter for {of}"
     evaluation = metrics.get("evaluate", {})
     results = [
@@ -68,7 +73,7 @@ def model_card(
         if key in evaluation
     ]
     card_data = ModelCardData(
-        base_model=params["model"]["path"],
+        base_model=base,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["gptj8", "8-bit", finetune["method"]],
@@ -95,6 +100,14 @@ base = AutoModelForCausalLM.from_pretrained("{BASE}")
 model = PeftModel.from_pretrained(base, "{EXPORT}")
 ```
 
+The adapter also works on the original model, with PEFT alone:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{EXPORT}")
+```
+
 The prompt template is {json.dumps(data["prompt_template"])}. The answer follows after a space.
 
 ## Evaluation
@@ -115,6 +128,16 @@ The adapter repeats the errors and biases of its training rows. It was evaluated
 rows from the same source.
 """
     return f"---\n{card_data.to_yaml()}\n---\n{body}"
+
+
+def hub_name(model: Path) -> tuple[str, str | None]:
+    """Return the Hub id and revision that a model was downloaded from, or its path and None."""
+    source = model / "source.json"
+    if source.is_file():
+        content = read_json(source)
+        if isinstance(content, dict) and content.get("repo"):
+            return str(content["repo"]), content.get("revision")
+    return str(model), None
 
 
 def _results(evaluation: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:

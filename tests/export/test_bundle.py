@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,9 @@ DATASET = {
 }
 
 
+ORIGINAL = Path("models/tiny")
+
+
 @pytest.fixture(scope="module")
 def adapter(tiny_8bit_dir, tmp_path_factory):
     """An adapter as stage finetune writes it: nonzero, with reference answers."""
@@ -79,8 +84,8 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def exported(adapter, tiny_8bit_dir, tmp_path):
-    collect(adapter, tiny_8bit_dir, tmp_path)
+def exported(adapter, tiny_model_dir, tiny_8bit_dir, tmp_path):
+    collect(adapter, tiny_8bit_dir, tmp_path, tiny_model_dir)
     describe(tmp_path, PARAMS, METRICS, DATASET)
     return tmp_path
 
@@ -114,6 +119,48 @@ def test_export_equals_the_trained_model(exported, adapter, tiny_8bit_dir):
         "identical_generations": 2,
     }
     require_same_answers(compared, "the export")
+
+
+PLAIN_PEFT = """
+import json, sys
+import torch
+from peft import AutoPeftModelForCausalLM
+
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+assert "gptj8" not in sys.modules
+with torch.no_grad():
+    print(json.dumps([model(torch.tensor([ids])).logits[0].tolist() for ids in prompts]))
+"""
+
+
+def test_plain_peft_loads_the_export_on_the_original_model(exported, adapter, tiny_8bit_dir):
+    command = [sys.executable, "-c", PLAIN_PEFT, str(exported), json.dumps(PROMPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    model = load_adapter(load_model(tiny_8bit_dir, torch.float32, CPU), adapter)
+    base = load_model(tiny_8bit_dir, torch.float32, CPU)
+    for ids, found in zip(PROMPTS, json.loads(done.stdout), strict=True):
+        with torch.no_grad():
+            tuned, plain = (m(torch.tensor([list(ids)])).logits[0] for m in (model, base))
+        found = torch.tensor(found)
+        # The 8-bit weights differ slightly from the original's; the adapter changes much more.
+        width = min(found.shape[1], tuned.shape[1])
+        error = (found - tuned)[:, :width].norm()
+        assert error < 0.1 * (tuned - plain)[:, :width].norm()
+
+
+def test_export_names_the_original_model(adapter, tiny_8bit_dir, tmp_path):
+    model = tmp_path / "gpt-j-6b" / "model"
+    model.mkdir(parents=True)
+    for folder, expected in ((model, (str(model), None)), (model, ("owner/gpt-j", "0123abcd"))):
+        (tmp_path / expected[0][-4:]).mkdir()
+        collect(adapter, tiny_8bit_dir, tmp_path / expected[0][-4:], folder)
+        config = json.loads((tmp_path / expected[0][-4:] / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected
+        card = model_card({**PARAMS, "model": {"path": str(folder)}}, METRICS, DATASET)
+        assert f"base_model: {expected[0]}" in card
+        # Now as a recipe that downloaded it would write it.
+        (model / "source.json").write_text('{"repo": "owner/gpt-j", "revision": "0123abcd"}')
 
 
 def test_different_adapter_raises(exported, adapter, tiny_8bit_dir):
@@ -178,7 +225,7 @@ def test_choose_prompts_takes_the_first_up_to_the_limits():
 def test_incomplete_adapter_raises(tiny_8bit_dir, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(UserError, match=r"no adapter_config\.json; rerun finetune"):
-        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path)
+        collect(tmp_path / "adapter", tiny_8bit_dir, tmp_path, ORIGINAL)
 
 
 def test_adapter_changed_after_training_raises(adapter, tiny_8bit_dir, tmp_path):
@@ -192,10 +239,10 @@ def test_adapter_changed_after_training_raises(adapter, tiny_8bit_dir, tmp_path)
     state[name][0, 0] += 1e-6
     save_file(state, changed / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="was changed after training"):
-        collect(changed, tiny_8bit_dir, tmp_path)
+        collect(changed, tiny_8bit_dir, tmp_path, ORIGINAL)
     (changed / REFERENCE_FILE).unlink()
     with pytest.raises(UserError, match=f"{REFERENCE_FILE} does not exist; rerun finetune"):
-        collect(changed, tiny_8bit_dir, tmp_path)
+        collect(changed, tiny_8bit_dir, tmp_path, ORIGINAL)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def exports(adapter, tiny_8bit_dir, tmp_path_factory):
             "files": [{"path": "rows.csv", "md5": "0" * 32}],
             "prepared": "0.dir",
         }
-        collect(adapter, tiny_8bit_dir, folders[task])
+        collect(adapter, tiny_8bit_dir, folders[task], tiny_8bit_dir)
         describe(folders[task], resolved(params), {}, dataset)
     return folders
 
