@@ -1,4 +1,4 @@
-"""Tests of the GPT-J-6B recipe, with a small fake Hub on the loopback interface."""
+"""Tests of the recipes for models on the Hub, with a small fake Hub on the loopback interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import yaml
 
 from tests.helpers.paths import ROOT
 
-RECIPE = ROOT / "data" / "models" / "gpt-j-6b"
+MODELS = ROOT / "data" / "models"
+RECIPE = MODELS / "gpt-j-6b"
 REPO = "someone/small-j"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,6 +50,7 @@ class Hub:
         self.stalled = threading.Event()
         self.closing = threading.Event()
         self.failing: str | None = None
+        self.branch = COMMIT
         self.ranges: list[str] = []
         self.fetched: set[str] = set()
         hub = self
@@ -73,7 +75,8 @@ class Hub:
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         path = request.path.partition("?")[0]
         resolve = f"/{REPO}/resolve/{COMMIT}/"
-        if path == f"/api/models/{REPO}/revision/{COMMIT}":
+        revisions = [f"/api/models/{REPO}/revision/{at}" for at in (COMMIT, self.branch)]
+        if path in revisions:
             siblings = [{"rfilename": name, **self.describe(name)} for name in self.files]
             self.send_json(request, {"id": REPO, "sha": COMMIT, "siblings": siblings})
         elif self.failing is not None and path == resolve + self.failing:
@@ -145,8 +148,17 @@ def recipe(tmp_path: Path) -> Path:
     folder = tmp_path / "recipe"
     folder.mkdir()
     shutil.copy(RECIPE / "download.py", folder)
+    (tmp_path / "hub").mkdir()
+    shutil.copy(MODELS / "hub" / "download.py", tmp_path / "hub")
     (folder / "params.yaml").write_text(f"repo: {REPO}\nrevision: {COMMIT}\n")
     return folder
+
+
+@pytest.fixture
+def any_model(recipe: Path) -> Path:
+    """The general recipe, which accepts safetensors only."""
+    shutil.copy(recipe / "params.yaml", recipe.parent / "hub")
+    return recipe.parent / "hub"
 
 
 def start(recipe: Path, endpoint: str, **environment: str) -> subprocess.Popen[str]:
@@ -290,6 +302,55 @@ def test_repository_without_weights_raises(hub: Hub, recipe: Path) -> None:
     assert done.returncode == 2
     assert "has no safetensors or PyTorch weights" in done.stderr
     assert {path.name for path in recipe.iterdir()} == {"download.py", "params.yaml"}
+
+
+def test_any_model_is_downloaded_as_safetensors(hub: Hub, any_model: Path) -> None:
+    own = {"model.safetensors": os.urandom(1000), "tokenizer.model": b"sentencepiece"}
+    own["chat_template.jinja"] = b"{{ messages }}"
+    hub.files = hub.sent = SMALL | UNWANTED | LARGE | own
+    done = download(any_model, hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert names(any_model / "model") == {*SMALL, *own, "source.json"}
+    source = json.loads((any_model / "model" / "source.json").read_text())
+    assert (source["repo"], source["revision"]) == (REPO, COMMIT)
+
+
+def test_pickles_are_refused_by_the_general_recipe(hub: Hub, any_model: Path) -> None:
+    done = download(any_model, hub.endpoint)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"error: {REPO} at {COMMIT} has no model.safetensors, only .bin, .h5" in line
+    assert {path.name for path in any_model.iterdir()} == {"download.py", "params.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "repo: null\nrevision: null\n",
+            "error: params.yaml: repo = null; set it to the owner/name",
+        ),
+        ("repo: a/b\nrevision: 1234\n", "error: params.yaml: revision: not a string"),
+        ("repo: a b\nrevision: null\n", "error: a b at main cannot be looked up"),
+        ("repos: a/b\n", "error: params.yaml: repos is not a known key; did you mean repo?"),
+    ],
+    ids=["no-repo", "number", "no-name", "unknown-key"],
+)
+def test_wrong_params_are_one_line(any_model: Path, content: str, message: str) -> None:
+    (any_model / "params.yaml").write_text(content)
+    done = download(any_model, "http://127.0.0.1:9")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_a_branch_is_resolved_to_a_commit(hub: Hub, any_model: Path) -> None:
+    hub.files = hub.sent = SMALL | {"model.safetensors": b"weights"}
+    hub.branch = "main"
+    (any_model / "params.yaml").write_text(f"repo: {REPO}\nrevision: null\n")
+    done = download(any_model, hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((any_model / "model" / "source.json").read_text())["revision"] == COMMIT
 
 
 def test_recipe_pins_a_commit() -> None:
