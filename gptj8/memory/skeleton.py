@@ -14,7 +14,12 @@ from torch import nn
 
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.quantization.layers import QUANTIZED_BUFFERS, Frozen8bitModule
-from gptj8.quantization.quantizer import QUANT_METHOD, Blockwise8bitConfig, swap_modules
+from gptj8.quantization.quantizer import (
+    QUANT_METHOD,
+    Blockwise8bitConfig,
+    swap_modules,
+    tied_modules,
+)
 from gptj8.runtime.errors import QuantizationError, UserError
 from gptj8.runtime.files import read_json
 from gptj8.runtime.messages import one_line
@@ -146,11 +151,9 @@ def build(
         swap_modules(model, quantization, dtype)
     except QuantizationError as error:
         raise UserError(f"config.json: {error}") from None
-    for names in getattr(model, "all_tied_weights_keys", {}).items():
-        tied, origin = (model.get_submodule(name.removesuffix(".weight")) for name in names)
-        if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
-            tied.weight = origin.weight
-            tied.use_scales_of(origin)
+    for tied, origin in tied_modules(model):
+        tied.weight = origin.weight
+        tied.use_scales_of(origin)
     return add_adapter(model, adapter)
 
 

@@ -9,6 +9,7 @@ only when all its files are on disk.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 
 from gptj8.quantization import original_format
 from gptj8.quantization.codec import QuantizedTensor, quantize_blockwise, squared_errors
-from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
 from gptj8.quantization.quantizer import Blockwise8bitConfig, is_skipped, swap_modules
 from gptj8.quantization.shards import ShardedWeights, ShardWriter
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_FILES = ("*.index.json", MANIFEST, "config.json")
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def convert_checkpoint(
             f"{source}: nothing to convert, because all modules are skipped or have no 8-bit form"
         )
     _check_remaining_modules(skeleton, config.skip_modules, source)
+    _check_use_of_weights(skeleton, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     names, report.dropped = match_names(weights, skeleton, source)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
@@ -201,6 +206,35 @@ def _check_remaining_modules(
             + (f" and {len(large) - 3} more" if len(large) > 3 else "")
             + "; list them in skip_modules to convert the other modules"
         )
+
+
+def _check_use_of_weights(skeleton: PreTrainedModel, source: Path) -> None:
+    """Raise UserError if the model computes with the codes of a frozen module.
+
+    The forward pass runs without data. A model that needs data for it is checked when it is used.
+    """
+    ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            skeleton.eval()(input_ids=ids, use_cache=False)
+    except CodesUsedAsWeightsError as error:
+        named = (
+            name
+            for name, module in skeleton.named_modules()
+            if isinstance(module, Frozen8bitModule) and _is_same(module.weight, error.codes)
+        )
+        name = next(named, "an 8-bit module")
+        raise UserError(
+            f"{source}: {type(skeleton).__name__} computes with the weight of {name} itself, or "
+            "with its dtype, which is impossible in 8 bits; list it and others like it in "
+            "skip_modules"
+        ) from None
+    except Exception as error:  # any architecture, with any reason not to run without data
+        _logger.debug("%s cannot run without data: %s", type(skeleton).__name__, error)
+
+
+def _is_same(weight: torch.Tensor, codes: torch.Tensor | None) -> bool:
+    return codes is not None and weight.untyped_storage()._cdata == codes.untyped_storage()._cdata
 
 
 def _estimate_bytes(weights: ShardedWeights, names: dict[str, str], swapped: list[str]) -> int:

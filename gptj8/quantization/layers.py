@@ -14,7 +14,7 @@ bits would silently shift every block by up to 0.4 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,16 +24,45 @@ from transformers.pytorch_utils import Conv1D
 from gptj8.kernels import operators  # noqa: F401 (defines the operator)
 from gptj8.quantization.codebooks import CODEBOOK_SIZE
 from gptj8.quantization.codec import QuantizedTensor, dequantize_blockwise
+from gptj8.runtime.errors import QuantizationError
 
 QUANTIZED_BUFFERS = ("absmax", "codebook", "levels")
 """Names of a frozen module's buffers; `levels` is None if scales have 32 bits."""
 
 
-class FrozenCodes(nn.Parameter):
-    """A uint8 weight that raises an error on in-place arithmetic.
+# What a model must not compute with codes: the result would be meaningless.
+_ARITHMETIC = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in "add sub mul div matmul truediv".split()
+    for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"))
+) | frozenset(
+    "linear mm bmm mv addmm addmv addbmm baddbmm einsum tensordot bilinear embedding embedding_bag "
+    "conv1d conv2d conv_transpose1d float half bfloat16 double type_as norm mean sum exp neg "
+    "addcmul lerp svd qr mul_ div_ __imul__ __itruediv__".split()
+)
 
-    Adding to codes is meaningless, but PEFT's `merge_and_unload(safe_merge=True)` would do it
-    silently: it casts the adapter to uint8, where most values become zero, and discards it.
+
+class CodesUsedAsWeightsError(QuantizationError):
+    """A model computes with the codes of a frozen module, or casts its activations to their dtype.
+
+    Attributes:
+        codes: the weight, if known.
+    """
+
+    def __init__(self, codes: torch.Tensor | None = None) -> None:
+        super().__init__(
+            "the model uses the weight of an 8-bit module directly, which would read the codes as "
+            "weights; list the module in skip_modules"
+        )
+        self.codes = codes
+
+
+class FrozenCodes(nn.Parameter):
+    """A uint8 weight that raises an error if it is used in arithmetic.
+
+    Some models compute with a module's weight instead of calling the module. PEFT's
+    `merge_and_unload(safe_merge=True)` would add to codes silently: it casts the adapter to uint8,
+    where most values become zero, and discards it.
     """
 
     def __new__(cls, codes: torch.Tensor, requires_grad: bool = False) -> FrozenCodes:
@@ -45,12 +74,14 @@ class FrozenCodes(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = getattr(func, "__name__", "")
-        if name in ("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__"):
+        if name in ("add_", "sub_", "__iadd__", "__isub__"):
             # Not a TypeError, because torch would then fall back to out-of-place addition.
             raise ValueError(
                 "an adapter cannot be merged into 8-bit weights; restore them first with "
                 "model = model.dequantize(torch.float32), then load and merge the adapter"
             )
+        if name in _ARITHMETIC or (name in ("to", "type") and _is_cast_to_float(args, kwargs)):
+            raise CodesUsedAsWeightsError(next((a for a in args if isinstance(a, cls)), None))
         if getattr(func, "__module__", "") in ("torch.nn.init", "transformers.initialization"):
             # transformers initializes weights that it leaves on disk, but codes have no random
             # initialization.
@@ -64,6 +95,11 @@ class FrozenCodes(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return FrozenCodes, (self.as_subclass(torch.Tensor),)
+
+
+def _is_cast_to_float(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    values = (*args[1:], *(kwargs or {}).values())
+    return any(isinstance(v, torch.dtype) and v.is_floating_point for v in values)
 
 
 class Frozen8bitModule(nn.Module):
@@ -235,7 +271,7 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return (..., embedding_dim) in `output_dtype` for integer ids (...)."""
         rows, dim = ids.reshape(-1), self.embedding_dim
-        codes = self.weight.index_select(0, rows)
+        codes = self.weight.detach().index_select(0, rows)
         if dim % self.block_size == 0 or self.block_size % dim == 0:
             # No block begins or ends inside a run of `step` weights, so each run has one absmax.
             step = min(dim, self.block_size)
@@ -268,6 +304,8 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 
 def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tensor:
     codes = module.weight.detach()
+    if not x.is_floating_point():  # Mamba 2 casts it to the dtype of the weight
+        raise CodesUsedAsWeightsError(codes)
     return torch.ops.gptj8.frozen_linear(
         in_autocast_dtype(x),
         codes,

@@ -113,11 +113,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         swap_modules(model, self.quantization_config, dtype or _dtype_of(model))
-        for tied, _ in _tied_modules(model):
+        for tied, _ in tied_modules(model):
             tied.share_scales()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for tied, origin in _tied_modules(model):
+        for tied, origin in tied_modules(model):
             tied.use_scales_of(origin)
         # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
@@ -230,10 +230,26 @@ def swap_modules(
         if not all(name in twins for name in tied):
             for name in tied:
                 twins.pop(name, None)
+    _keep_one_floating_parameter(model, twins)
     for name, twin in twins.items():
         model.set_submodule(name, twin)
     fuse_activations(model)
     return list(twins)
+
+
+def _keep_one_floating_parameter(model: nn.Module, twins: dict[str, nn.Module]) -> None:
+    """Leave the smallest matrix unquantized if no other parameter is a floating-point number.
+
+    transformers reads a model's dtype from its parameters. OLMo has neither biases nor weights of
+    normalization layers.
+    """
+    weights = {name: model.get_parameter(f"{name}.weight") for name in twins}
+    frozen = set(map(id, weights.values()))
+    if any(p.is_floating_point() and id(p) not in frozen for p in model.parameters()):
+        return
+    matrices = [name for name in twins if isinstance(model.get_submodule(name), nn.Linear)]
+    if matrices and len(twins) > 1:
+        del twins[min(matrices, key=lambda name: weights[name].numel())]
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -255,10 +271,12 @@ def is_skipped(name: str, skip_modules: list[str]) -> bool:
     return any(f".{skipped}." in dotted for skipped in skip_modules)
 
 
-def _tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitModule]]:
+def tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitModule]]:
     """Return pairs of frozen modules: a module with a tied weight, and the one it is tied to."""
     pairs = []
     for names in getattr(model, "all_tied_weights_keys", {}).items():
+        if not all(name.endswith(".weight") for name in names):
+            continue  # BERT ties biases too
         tied, origin = (model.get_submodule(name.removesuffix(".weight")) for name in names)
         if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
             pairs.append((tied, origin))

@@ -52,7 +52,9 @@ class ShardedWeights:
         # Open the file for each tensor: the pages of a mapped file count as resident memory until
         # the mapping is closed, and one file may contain the complete model.
         tensor = self._open(self.file_of[name])[name]
-        return tensor if isinstance(tensor, torch.Tensor) else tensor[:]
+        if isinstance(tensor, torch.Tensor):
+            return tensor
+        return tensor[:] if tensor.get_shape() else tensor[...]
 
     def _open(self, file: Path) -> Mapping[str, Any]:
         """Return the tensors of a file by name, or slices that are read when they are indexed."""
