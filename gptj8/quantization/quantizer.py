@@ -112,7 +112,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        swap_modules(model, self.quantization_config, dtype or _dtype_of(model))
+        config = self.quantization_config
+        if not self.pre_quantized:
+            heads = [name for name in _task_heads(model) if name not in config.skip_modules]
+            config.skip_modules = [*config.skip_modules, *heads]
+        swap_modules(model, config, dtype or _dtype_of(model))
         for tied, _ in tied_modules(model):
             tied.share_scales()
 
@@ -122,8 +126,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
         # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
             if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
-                if self.pre_quantized:
-                    _require_loaded(name, module)
+                _require_loaded(name, module)
                 parts = (module.weight, module.absmax, module.codebook)
                 check_quantized(*parts, module.block_size, f"{name}.weight", module.levels)
         return model
@@ -235,6 +238,18 @@ def swap_modules(
         model.set_submodule(name, twin)
     fuse_activations(model)
     return list(twins)
+
+
+def _task_heads(model: nn.Module) -> list[str]:
+    """Return the names of modules outside the base model, if the model predicts no tokens.
+
+    A checkpoint of a language model has no weights for them: they are new and will be trained.
+    """
+    base, head = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", None)
+    if base is model or head is None or head() is not None:
+        return []
+    inside = set(map(id, base.modules()))
+    return [name for name, module in model.named_modules() if name and id(module) not in inside]
 
 
 def _keep_one_floating_parameter(model: nn.Module, twins: dict[str, nn.Module]) -> None:
