@@ -94,7 +94,8 @@ def save_adapter(model: PeftModel, folder: str | Path, dtype: torch.dtype) -> No
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(str(folder))
+    # "auto" may add the weights of embeddings, which are codes here.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     file = Path(folder) / "adapter_config.json"
     content = read_json(file)
     for key, value in content.items():

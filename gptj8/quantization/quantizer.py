@@ -125,7 +125,15 @@ class Blockwise8bitQuantizer(HfQuantizer):
             tied.use_scales_of(origin)
         # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
-            if isinstance(module, Frozen8bitModule) and module.weight.device.type != "meta":
+            if not isinstance(module, Frozen8bitModule):
+                continue
+            if module.weight.device.type == "meta":
+                if not self.pre_quantized:
+                    raise QuantizationError(
+                        f"{name} is on the disk (device_map) and cannot be quantized while it is "
+                        "loaded; convert the model first with gptj8 convert"
+                    )
+            else:
                 _require_loaded(name, module)
                 parts = (module.weight, module.absmax, module.codebook)
                 check_quantized(*parts, module.block_size, f"{name}.weight", module.levels)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import gptj8
 from gptj8.quantization.layers import Frozen8bitLinear
+from gptj8.runtime.errors import QuantizationError
 
 IDS = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(0))
 ON_THE_FLY = {"quantization_config": gptj8.Blockwise8bitConfig(block_size=256)}
@@ -38,12 +39,30 @@ def test_a_device_map_places_the_model(source, device_map):
     assert torch.equal(placed(IDS).logits, plain(IDS).logits)
 
 
+ON_DISK = {
+    "transformer.wte": "cpu",
+    "transformer.drop": "cpu",
+    "transformer.h.0": "cpu",
+    "transformer.h.1": "disk",
+    "transformer.ln_f": "cpu",
+    "lm_head": "disk",
+}
+
+
+def test_layers_on_disk_cannot_be_quantized_on_the_fly(tiny_model_dir, tmp_path):
+    with pytest.raises(QuantizationError, match=r"is on the disk .* gptj8 convert"):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_model_dir,
+            device_map=ON_DISK,
+            offload_folder=tmp_path,
+            quantization_config=gptj8.Blockwise8bitConfig(),
+        )
+
+
 def test_layers_can_be_offloaded_to_disk(tiny_8bit_dir, tmp_path):
     """device_map="auto" offloads layers if a model is larger than the memory of the machine."""
-    device_map = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk"}
-    device_map |= {"transformer.ln_f": "cpu", "transformer.drop": "cpu", "lm_head": "disk"}
     placed = AutoModelForCausalLM.from_pretrained(
-        tiny_8bit_dir, device_map=device_map, offload_folder=tmp_path
+        tiny_8bit_dir, device_map=ON_DISK, offload_folder=tmp_path
     )
     assert placed.transformer.h[1].mlp.fc_in.weight.device.type == "meta"
     plain = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
