@@ -22,7 +22,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         metavar="COLUMN=TEXT",
         help="answer a row instead of a prompt; repeat for each column of the training data",
     )
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    generate.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="default: 64, or for a row of a classification the length of the longest label",
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     generate.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
     generate.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
@@ -46,10 +50,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: {error}") from None
     try:
+        given = arguments.max_new_tokens
         request = GenerateRequest(
             prompt=None if row else prompt,
             row=row or None,
-            max_new_tokens=arguments.max_new_tokens,
+            **({} if given is None else {"max_new_tokens": given}),
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
@@ -61,6 +66,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from gptj8.model.generation.batch import GenerationBatch
     from gptj8.serving.predictor import AnswerStream
 
+    request = request.with_default_tokens(predictor)
     try:
         encoded = request.encode(predictor)
     except ValueError as error:

@@ -34,6 +34,7 @@ from gptj8.runtime.files import (
     write_json,
 )
 from gptj8.runtime.manifest import MANIFEST, write_manifest
+from gptj8.runtime.messages import counted
 from gptj8.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class ConversionReport:
         tensors: one entry per quantized tensor, in the order of the checkpoint.
         kept: names of tensors that stay in full precision, for example LayerNorm weights.
         dropped: names of checkpoint tensors that the model does not use, such as causal masks.
+        rounded: names of float64 tensors, which are rounded to float32 first.
     """
 
     parameters: int = 0
@@ -71,6 +73,7 @@ class ConversionReport:
     tensors: list[TensorError] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
     _squared_error: float = 0.0
     _squared_norm: float = 0.0
 
@@ -146,6 +149,9 @@ def convert_checkpoint(
                 if name is None:
                     continue
                 report.parameters += tensor.numel()
+                if tensor.dtype == torch.float64:
+                    tensor = tensor.float()
+                    report.rounded.append(source_name)
                 module, prefix = name.removesuffix(".weight"), source_name.removesuffix(".weight")
                 if prefix in stored:
                     quantized = original_format.take_over(weights, prefix, config.block_size)
@@ -265,4 +271,5 @@ def summarize(report: ConversionReport) -> str:
     """Return a one-line summary for the terminal."""
     sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.converted_bytes)}"
     error = f"relative RMS error {report.relative_rmse:.3%}" if report.tensors else "codes kept"
-    return f"{report.parameters:,} parameters, {sizes}, {error}"
+    rounded = f", {counted(len(report.rounded), 'float64 tensor')} rounded to float32"
+    return f"{report.parameters:,} parameters, {sizes}, {error}{rounded if report.rounded else ''}"

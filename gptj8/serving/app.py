@@ -155,9 +155,7 @@ def create_app(
 
         Each event contains `text`. The last event is the response that is sent without `stream`.
         """
-        if "max_new_tokens" not in body.model_fields_set:
-            fewer = min(body.max_new_tokens, limits.max_new_tokens)
-            body = body.model_copy(update={"max_new_tokens": fewer})
+        body = body.with_default_tokens(predictor, limits.max_new_tokens)
         if body.max_new_tokens > limits.max_new_tokens:
             reason = (
                 f"max_new_tokens = {body.max_new_tokens} exceeds the limit of "

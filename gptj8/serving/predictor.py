@@ -20,6 +20,7 @@ from gptj8.model.scoring.perplexity import context_length
 from gptj8.model.scoring.probabilities import label_probabilities
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import quote, suggest
+from gptj8.serving.mlflow_model import NEW_TOKENS
 from gptj8.serving.task import TunedTask
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Predictor:
     Attributes:
         context: maximum number of tokens of prompt and answer together.
         labels: labels of a classification; empty for other tasks.
+        answer_tokens: default number of tokens of an answer to a row: those of the longest label,
+            or 64, but at most half of the length that the model was trained on.
     """
 
     def __init__(
@@ -58,11 +61,14 @@ class Predictor:
         self.labels = task.labels if task else ()
         self._prompts: PromptEncoder | None = None
         self._label_ids: list[list[int]] = []
+        self.answer_tokens = NEW_TOKENS
         if task:
             template, side = task.shape.prompt_template, task.shape.truncation_side
             length = min(task.max_length, self.context)
             self._prompts = PromptEncoder(encoder, template, length, side)
             self._label_ids = [self._prompts.completion_ids(label) for label in task.labels]
+            completion = max(1, min(NEW_TOKENS, length // 2))
+            self.answer_tokens = max(map(len, self._label_ids), default=completion)
 
     @classmethod
     def load(cls, base: str | Path, export: str | Path | None, dtype: str = "auto") -> Predictor:

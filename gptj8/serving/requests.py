@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gptj8.dataset.prepared.prompts import EncodedPrompt
+from gptj8.serving.mlflow_model import NEW_TOKENS
 
 if TYPE_CHECKING:
     from gptj8.model.generation.batch import Sampling
@@ -24,7 +25,7 @@ class GenerateRequest(_Body):
 
     prompt: str | None = None
     row: dict[str, Any] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] = NEW_TOKENS
     temperature: Annotated[float, Field(ge=0, le=10, description="0: greedy decoding")] = 0.0
     top_k: Annotated[int, Field(ge=0, description="0: all tokens")] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -38,6 +39,20 @@ class GenerateRequest(_Body):
         if 0 < self.temperature < _MIN_TEMPERATURE:
             raise ValueError(f"temperature must be 0 or at least {_MIN_TEMPERATURE}")
         return self
+
+    def with_default_tokens(
+        self, predictor: Predictor, limit: int | None = None
+    ) -> GenerateRequest:
+        """Return the request with as many tokens as its answer may need, unless it sets them.
+
+        Args:
+            predictor: predictor whose task is used.
+            limit: maximum of the default.
+        """
+        if "max_new_tokens" in self.model_fields_set:
+            return self
+        tokens = predictor.answer_tokens if self.row is not None else self.max_new_tokens
+        return self.model_copy(update={"max_new_tokens": min(tokens, limit or tokens)})
 
     @property
     def sampling(self) -> Sampling:

@@ -21,6 +21,7 @@ from transformers import (
 import gptj8
 from gptj8.model.loading import load_model
 from gptj8.quantization import shards
+from gptj8.quantization.conversion import summarize
 from gptj8.runtime.errors import UserError
 from tests.conftest import gptj_config
 
@@ -119,6 +120,19 @@ def test_conversion_error_of_both_codebooks(tiny_model_dir, tmp_path, codebook):
     low, high = {"dynamic": (0.012, 0.014), "fitted": (0.005, 0.007)}[codebook]
     assert low < report.relative_rmse < high
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_float64_weights_are_rounded_and_reported(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "double")
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.double() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
+    report = gptj8.convert_checkpoint(folder, tmp_path / "out", CONFIG)
+    assert f"{len(state)} float64 tensors rounded to float32" in summarize(report)
+    gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "single", CONFIG)
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "single")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_small_tensors_keep_the_dtype_of_the_source(tmp_path):
@@ -356,6 +370,7 @@ def test_skipping_modules_after_the_conversion_raises(tiny_8bit_dir, tmp_path):
 KILLED = """
 import sys, gptj8
 from gptj8.quantization import shards
+from gptj8.quantization.conversion import summarize
 shards.SHARD_BYTES = 20_000  # a few tensors per file
 gptj8.convert_checkpoint(sys.argv[1], sys.argv[2], gptj8.Blockwise8bitConfig(block_size=256))
 """

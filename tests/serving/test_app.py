@@ -289,6 +289,13 @@ def test_default_max_new_tokens_respects_limit(server):
     assert 0 < post(server, "/generate", prompt="liquor").json()["new_tokens"] <= 40
 
 
+def test_default_max_new_tokens_of_a_row_is_that_of_the_longest_label(server, predictors):
+    longest = max(map(len, predictors["classification"]._label_ids))
+    assert longest < 64
+    answer = post(server, "/generate", row={"text": "the quick fox"}).json()
+    assert 0 < answer["new_tokens"] <= longest
+
+
 def test_base_model_rejects_rows_and_classification(base_server):
     assert_rejected(
         post(base_server, "/classify", row={"text": "a"}), 422, "is not fine-tuned to classify"
