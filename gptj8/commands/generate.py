@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from gptj8.commands.model_arguments import add_model_arguments, load_predictor
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import counted
+
+if TYPE_CHECKING:
+    from gptj8.serving.predictor import Predictor
+    from gptj8.serving.requests import GenerateRequest
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -20,12 +26,14 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="COLUMN=TEXT",
-        help="answer a row instead of a prompt; repeat for each column of the training data",
+        help="answer a row instead of a prompt; repeat for each column of the training data. A "
+        "classification gives the most likely label, or free text with --max-new-tokens or "
+        "--temperature",
     )
     generate.add_argument(
         "--max-new-tokens",
         type=int,
-        help="default: 64, or for a row of a classification the length of the longest label",
+        help="default: 64, or what is left of the trained length",
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     generate.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens")
@@ -39,6 +47,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     row = _row_of(arguments.row)
     if row and arguments.prompt is not None:
         raise UserError("give either a prompt or --row, not both")
+    request = _request(arguments, row)
+    predictor = load_predictor(arguments)
+    try:
+        if row and predictor.labels and not _is_sampling(arguments):
+            encoded = predictor.encode_for_labels(row)
+            _warn_if_cut(encoded.cut_tokens)
+            print(predictor.labels[int(predictor.classify([encoded.ids])[0].argmax())])
+            return
+        request = request.with_default_tokens(predictor)
+        encoded = request.encode(predictor)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _warn_if_cut(encoded.cut_tokens)
+    _stream(predictor, encoded.ids, request)
+
+
+def _request(arguments: argparse.Namespace, row: dict[str, str]) -> GenerateRequest:
+    """Return the checked request, with the prompt from standard input if none is given."""
     from pydantic import ValidationError
 
     from gptj8.serving.requests import GenerateRequest, explain
@@ -49,9 +75,9 @@ def _generate(arguments: argparse.Namespace) -> None:
             prompt = sys.stdin.buffer.read().decode()  # always UTF-8, regardless of the locale
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: {error}") from None
+    given = arguments.max_new_tokens
     try:
-        given = arguments.max_new_tokens
-        request = GenerateRequest(
+        return GenerateRequest(
             prompt=None if row else prompt,
             row=row or None,
             **({} if given is None else {"max_new_tokens": given}),
@@ -62,21 +88,27 @@ def _generate(arguments: argparse.Namespace) -> None:
         )
     except ValidationError as error:
         raise UserError("\n".join(map(explain, error.errors()))) from None
-    predictor = load_predictor(arguments)
+
+
+def _is_sampling(arguments: argparse.Namespace) -> bool:
+    """Return whether free text is asked for, instead of the most likely label."""
+    return arguments.max_new_tokens is not None or arguments.temperature > 0
+
+
+def _warn_if_cut(tokens: int) -> None:
+    if tokens:
+        print(f"warning: the row was truncated by {counted(tokens, 'token')}", file=sys.stderr)
+
+
+def _stream(predictor: Predictor, ids: list[int], request: GenerateRequest) -> None:
+    """Print the answer token by token."""
     from gptj8.model.generation.batch import GenerationBatch
     from gptj8.serving.predictor import AnswerStream
 
-    request = request.with_default_tokens(predictor)
-    try:
-        encoded = request.encode(predictor)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if encoded.cut_tokens:
-        print(f"warning: the row was truncated by {encoded.cut_tokens} tokens", file=sys.stderr)
     encoder = predictor.encoder
     batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
-    stream, shown = AnswerStream(encoder, of_row=bool(row)), 0
-    (answer,) = batch.add([encoded.ids], [request.sampling])
+    stream, shown = AnswerStream(encoder, of_row=request.row is not None), 0
+    (answer,) = batch.add([ids], [request.sampling])
     while True:
         for token in answer.ids[shown:]:
             print(stream.put(token), end="", flush=True)

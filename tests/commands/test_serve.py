@@ -69,6 +69,19 @@ def test_a_prompt_as_argument_or_from_standard_input(gptj8, predictors):
 
 
 @pytest.mark.slow
+def test_a_row_of_a_classification_gets_its_most_likely_label(gptj8, predictors):
+    predictor = predictors["classification"]
+    row = {"text": "the quick brown fox"}
+    (probabilities,) = predictor.classify([predictor.encode_for_labels(row).ids])
+    label = predictor.labels[int(probabilities.argmax())]
+    process = gptj8("generate", "--row", f"text={row['text']}")
+    assert process.stdout.decode() == label + "\n"
+    free = gptj8("generate", "--row", f"text={row['text']}", "--max-new-tokens", 12)
+    answer = expected(predictor, predictor.encode_row(row, 12).ids, 12).lstrip()
+    assert free.stdout.decode() == answer + "\n"
+
+
+@pytest.mark.slow
 def test_a_row_is_answered(gptj8, predictors):
     row = {"instruction": "jump = over", "input": "the dog"}
     predictor = predictors["instructions"]
