@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
@@ -53,6 +53,18 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,  # the descriptions in docs/params.md
     )
+
+
+class TextSection(Section):
+    """A section whose values are texts or null, such as names and revisions on the Hub."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: object) -> object:
+        # YAML reads a commit that has only digits as a number.
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ValueError("not a string; put it in quotes, or set null")
+        return value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

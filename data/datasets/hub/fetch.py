@@ -33,9 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pydantic import field_validator
-
-from gptj8.params.yaml_files import Section, read_checked
+from gptj8.params.yaml_files import TextSection, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import replace_directory, require_free_space, write_json
 from gptj8.runtime.messages import one_line
@@ -61,20 +59,12 @@ NAME = r"[\w.-]+/[\w.-]+"
 URL = rf"hf://datasets/({NAME})(?:@(refs/(?:convert/\w+|pr/\d+)|[^/@]+))?(?:/(.*))?"
 
 
-class Params(Section):
+class Params(TextSection):
     """The keys of params.yaml, which documents them."""
 
     dataset: str | None = None
     revision: str | None = None
     config: str | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def check_text(cls, value: object) -> object:
-        # YAML reads a commit that has only digits as a number.
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError("not a string; put it in quotes, or set null")
-        return value
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import field_validator
-
-from gptj8.params.yaml_files import Section, read_checked
+from gptj8.params.yaml_files import TextSection, read_checked
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes, require_free_space, sha256_file, write_json
 from gptj8.runtime.messages import one_line
@@ -52,19 +50,11 @@ SPARE_BYTES = 1 << 28
 Result = TypeVar("Result")
 
 
-class Params(Section):
+class Params(TextSection):
     """The keys of params.yaml, which documents them."""
 
     repo: str | None = None
     revision: str | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def check_text(cls, value: object) -> object:
-        # YAML reads a commit that has only digits as a number.
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError("not a string; put it in quotes, or set null")
-        return value
 
 
 def main(pytorch_weights: bool = False) -> None:
