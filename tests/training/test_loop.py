@@ -219,12 +219,12 @@ def test_reloaded_adapter_equals_the_trained_model(tiny_8bit_dir, examples, tmp_
 
 
 @pytest.mark.parametrize("items", [None, 50], ids=["mean", "of-accumulated-tokens"])
-def test_loss_equals_the_models_own_loss(tiny_8bit_dir, examples, items):
+def test_loss_equals_the_models_own_loss(tiny_8bit_dir, examples, items, tmp_path):
     model = adapted_model(tiny_8bit_dir)
     batch = _collator()(examples[:3])
     trainer = CompletionTrainer(
         model=model,
-        args=training_arguments(SETTINGS, "unused", model),
+        args=training_arguments(SETTINGS, tmp_path, model),
         eval_dataset=examples,
         monitor=Monitor(lambda values, step: None, None),
         checkpoints=None,

@@ -61,7 +61,7 @@ def test_trainer_still_uses_the_private_attributes():
         assert f"self.{name}" in own and f"self.{name}" in source
 
 
-def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch):
+def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch, tmp_path):
     set_up = TrainingArguments._setup_devices.func
 
     def set_up_with_two_gpus(arguments):
@@ -70,7 +70,7 @@ def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch):
         return device
 
     monkeypatch.setattr(TrainingArguments._setup_devices, "func", set_up_with_two_gpus)
-    plain = TrainingArguments(output_dir="scratch", use_cpu=True)
+    plain = TrainingArguments(output_dir=tmp_path, use_cpu=True)
     assert plain.n_gpu == 2
     model = add_adapter(
         load_model(tiny_8bit_dir, torch.float32, torch.device("cpu")), AdapterSpec()
