@@ -76,7 +76,7 @@ def test_several_gpus_in_one_process_are_not_copies(tiny_8bit_dir, monkeypatch, 
         load_model(tiny_8bit_dir, torch.float32, torch.device("cpu")), AdapterSpec()
     )
     settings = TrainingSettings(1e-3, 1, per_device_train_batch_size=4)
-    arguments = training_arguments(settings, "scratch", model)
+    arguments = training_arguments(settings, tmp_path, model)
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == 4 and arguments.eval_batch_size == 4
     # Trainer wraps a model in DataParallel, which copies it, if n_gpu is larger than 1.
