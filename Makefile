@@ -48,7 +48,8 @@ audit: ## every pinned package against known advisories: needs the network; audi
 
 bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`: an hour
 	python -m benchmarks.codec data/models/tiny-gptj/model
-	python -m benchmarks.perplexity
+	dvc repro data/models/smollm2-135m/dvc.yaml
+	python -m benchmarks.perplexity --dither
 	python -m benchmarks.compare
 
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000

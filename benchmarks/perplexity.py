@@ -30,6 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptj8 import Blockwise8bitConfig, dequantize_blockwise, quantize_blockwise
+from gptj8.quantization.model_files import check_model_directory
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.process import run
 from gptj8.runtime.progress import progress
@@ -55,6 +56,7 @@ def main() -> None:
         raise UserError(
             f"--formats: {unknown[0]} is not one of {', '.join(FORMATS)} or BLOCK/BLOCK"
         )
+    check_model_directory(arguments.model)
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if arguments.dither:
         dither(original)

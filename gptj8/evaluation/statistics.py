@@ -72,13 +72,8 @@ def perplexity_ratio(
             f"nll and tokens must be 1-D and of equal length, not {difference.shape} and "
             f"{tokens.shape}"
         )
-    difference, tokens = difference[tokens > 0], tokens[tokens > 0]
-    if not len(tokens):
-        raise ValueError("no document has tokens")
-    log_ratios = _resampled_ratios(difference, tokens, resamples, rng)
-    tail = (1 - confidence) / 2
-    low, high = np.exp(np.quantile(log_ratios, [tail, 1 - tail]))
-    return Estimate(float(np.exp(difference.sum() / tokens.sum())), float(low), float(high))
+    mean = mean_per_token(difference, tokens, resamples=resamples, rng=rng, confidence=confidence)
+    return Estimate(*(float(np.exp(end)) for end in (mean.value, mean.low, mean.high)))
 
 
 def mean_per_token(

@@ -409,26 +409,23 @@ WITH_VBMI static inline __attribute__((always_inline)) void restore_small_blocks
   if (streams) _mm_sfence();
 }
 
-WITH_VBMI static void restore_stored(const uint8_t *codes, int64_t from, int64_t to,
-                                     int64_t block_size, const scales *scale,
-                                     const float_tables *tables, void *out, int dtype) {
-  if (dtype == FLOAT32)
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT32, 0);
-  else if (dtype == BFLOAT16)
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, BFLOAT16, 0);
-  else
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT16, 0);
-}
-
-WITH_VBMI static void restore_streamed(const uint8_t *codes, int64_t from, int64_t to,
-                                       int64_t block_size, const scales *scale,
-                                       const float_tables *tables, void *out, int dtype) {
-  if (dtype == FLOAT32)
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT32, 1);
-  else if (dtype == BFLOAT16)
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, BFLOAT16, 1);
-  else
-    restore_small_blocks(codes, from, to, block_size, scale, tables, out, FLOAT16, 1);
+/* Call restore_small_blocks with constants, so that each combination is compiled on its own. */
+WITH_VBMI static void restore_vbmi(const uint8_t *codes, int64_t from, int64_t to,
+                                   int64_t block_size, const scales *scale,
+                                   const float_tables *tables, void *out, int dtype, int streams) {
+#define RESTORE(DTYPE)                                                                       \
+  if (streams)                                                                               \
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, DTYPE, 1);         \
+  else                                                                                       \
+    restore_small_blocks(codes, from, to, block_size, scale, tables, out, DTYPE, 0)
+  if (dtype == FLOAT32) {
+    RESTORE(FLOAT32);
+  } else if (dtype == BFLOAT16) {
+    RESTORE(BFLOAT16);
+  } else {
+    RESTORE(FLOAT16);
+  }
+#undef RESTORE
 }
 #endif
 
@@ -460,8 +457,7 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
         /* Two blocks of 32 are restored at once. */
         int64_t from = done / 2 * thread / threads * 2;
         int64_t to = thread + 1 == threads ? done : done / 2 * (thread + 1) / threads * 2;
-        (streams ? restore_streamed : restore_stored)(codes, from, to, block_size, &scale, &tables,
-                                                      out, dtype);
+        restore_vbmi(codes, from, to, block_size, &scale, &tables, out, dtype, streams);
       }
     }
   }

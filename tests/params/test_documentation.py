@@ -9,7 +9,15 @@ import pytest
 from ruamel.yaml import YAML
 
 from gptj8.params.documentation import PAGE, SCHEMA_FILE, json_schema, markdown
-from gptj8.params.sections import NO_PATH, OPTIONAL_PATHS, Params, load_params, parse_params
+from gptj8.params.sections import (
+    NO_PATH,
+    OPTIONAL_PATHS,
+    Params,
+    Quantization,
+    load_params,
+    parse_params,
+)
+from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -41,6 +49,11 @@ def test_deleting_a_key_changes_nothing():
             shorter = {k: v for k, v in content.items() if k != key}
             assert parse_params({**WRITTEN, section: shorter}) == complete, f"{section}.{key}"
     assert parse_params({k: v for k, v in WRITTEN.items() if k != "seed"}) == complete
+
+
+def test_the_quantizer_has_the_defaults_of_the_params():
+    found = Blockwise8bitConfig().to_dict()
+    assert found == Blockwise8bitConfig.from_params(Quantization()).to_dict()
 
 
 def test_editors_find_the_schema_and_it_describes_the_file():

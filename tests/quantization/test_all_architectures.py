@@ -17,18 +17,12 @@ from transformers import AutoModelForCausalLM
 import gptj8
 from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.runtime.errors import UserError
+from tests.helpers import architectures
 
 pytestmark = pytest.mark.slow
 
-LLAMA = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LLAMA = {**architectures.LLAMA, "max_position_embeddings": 64}
+GPT2 = architectures.GPT2
 SEQ2SEQ = {
     "d_model": 64,
     "encoder_layers": 2,
