@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from gptj8.kernels import reference
 from gptj8.runtime.errors import QuantizationError
 from gptj8.runtime.project import copied_project
 
 # Must equal INTERFACE in cpu_kernels.c. A library built from another version is not used.
-_INTERFACE = 3
+_INTERFACE = 4
 _CELLS = 4096
 _ENTRIES = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -107,6 +108,33 @@ def encode(
         _Array(codes),
     )
     return codes
+
+
+def search_levels(
+    flat: torch.Tensor,
+    absmax: torch.Tensor,
+    levels: torch.Tensor,
+    nearest: torch.Tensor,
+    block_size: int,
+    candidates: int,
+) -> torch.Tensor:
+    """Return for each block the level with the smallest error; see `reference.search_levels`."""
+    n, blocks = flat.numel(), _blocks(flat.numel(), block_size)
+    best = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+    _call(
+        "search_levels",
+        n * candidates,
+        _weights(flat),
+        DTYPES[flat.dtype],
+        n,
+        block_size,
+        _Array(absmax, torch.uint8, blocks),
+        _Array(levels, torch.float32, _ENTRIES),
+        _Array(nearest, torch.float32, reference.SEARCH_CELLS),
+        candidates,
+        _Array(best),
+    )
+    return best
 
 
 def dequantize(

@@ -18,12 +18,16 @@
 #endif
 
 /* Increase it whenever a function or the meaning of an argument changes; cpu.py compares it. */
-#define INTERFACE 3
+#define INTERFACE 4
 
 #define MAX_BLOCK 4096
 /* Blocks of at least this length use a table of all 256 products with their absmax. */
 #define TABLE_BLOCK 1024
 #define CELLS 4096
+/* Of search_levels; see reference.py. */
+#define SEARCH_CELLS 4096
+#define SEARCH_UNIT 65536.0f
+#define SEARCH_LIMIT 4095
 /* Number of weights from which the restored tensor (32 MB) no longer fits into the caches. */
 #define STREAMED (1 << 24)
 /* Codes are prefetched one page ahead. The hardware prefetcher stops at the end of each 4 KB page,
@@ -206,6 +210,49 @@ void gptj8_encode(const void *weight, int64_t dtype, int64_t n, int64_t block_si
     int64_t start = block * block_size, length = length_of(block, n, block_size);
     const float *values = widen(weight, dtype, start, length, buffer);
     encode_block(values, length, absmax[block], boundaries, first, codes + start);
+  }
+}
+
+/* Sum the squared errors of a block divided by `scale`, in units of 1 / SEARCH_UNIT^2. */
+FOR_EACH_MACHINE
+static int64_t search_error(const float *values, int64_t length, float scale, const float *nearest) {
+  float divisor = scale > 0 ? scale : 1.0f;
+  int64_t sum = 0;
+  for (int64_t start = 0; start < length; start += 128) { /* as many squares fit into 32 bits */
+    int64_t count = length - start < 128 ? length - start : 128;
+    int32_t part = 0;
+    for (int64_t i = 0; i < count; i++) {
+      float x = values[start + i] / divisor;
+      int32_t cell = (int32_t)((x + 1.0f) * (SEARCH_CELLS / 2));
+      cell = cell < 0 ? 0 : cell < SEARCH_CELLS ? cell : SEARCH_CELLS - 1;
+      int32_t error = (int32_t)((x - nearest[cell]) * SEARCH_UNIT);
+      error = error < SEARCH_LIMIT ? error : SEARCH_LIMIT;
+      error = error > -SEARCH_LIMIT ? error : -SEARCH_LIMIT;
+      part += error * error;
+    }
+    sum += part;
+  }
+  return sum;
+}
+
+/* best[block] = the level with the smallest squared error, of `candidates` levels from absmax[block]
+   on. */
+void gptj8_search_levels(const void *weight, int64_t dtype, int64_t n, int64_t block_size,
+                         const uint8_t *absmax, const float *levels, const float *nearest,
+                         int64_t candidates, uint8_t *best, int64_t threads) {
+  int64_t blocks = (n + block_size - 1) / block_size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    float buffer[MAX_BLOCK];
+    int64_t length = length_of(block, n, block_size);
+    const float *values = widen(weight, dtype, block * block_size, length, buffer);
+    double lowest = INFINITY;
+    best[block] = absmax[block];
+    for (int64_t level = absmax[block]; level < absmax[block] + candidates && level < 256; level++) {
+      double scale = levels[level], total = (double)search_error(values, length, levels[level], nearest);
+      double squared = total * (scale * scale);
+      if (squared < lowest) lowest = squared, best[block] = (uint8_t)level;
+    }
   }
 }
 

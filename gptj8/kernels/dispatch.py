@@ -30,7 +30,8 @@ _scratch = threading.local()
 
 
 def backend(tensor: torch.Tensor) -> ModuleType:
-    """Return the module to call `absmax`, `histogram`, `encode` and `squared_errors` from.
+    """Return the module to call `absmax`, `histogram`, `encode`, `search_levels` and
+    `squared_errors` from.
 
     Either `reference` or `cpu`. Only the sums of `squared_errors` may differ between them, in the
     last bits.
@@ -149,9 +150,11 @@ def _compiled_works() -> bool:
             codes = module.encode(flat, scales, boundaries, block_size)
             restored = module.dequantize(codes, scales, codebook, block_size, dtype)
             levels = torch.linspace(0.0, 3.0, 256, device="cpu")
-            coded = (scales * 80).to(torch.uint8)
+            coded = (scales * 85).ceil().to(torch.uint8)
             coarse = module.dequantize(codes, coded, codebook, block_size, dtype, levels=levels)
-            found += [scales, mass, codes, restored, coarse]
+            nearest = reference.nearest_values(codebook)
+            searched = module.search_levels(flat, coded, levels, nearest, block_size, 8)
+            found += [scales, mass, codes, restored, coarse, searched]
     agree = all(itertools.starmap(torch.equal, zip(*results.values(), strict=True)))
     if not agree:
         _logger.warning("the compiled CPU kernels disagree with the reference and are not used")

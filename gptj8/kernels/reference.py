@@ -18,6 +18,12 @@ import torch
 # embedding of 206 million weights is never copied to float32 as a whole.
 _PIECE = 1 << 22
 
+# Of `search_levels`. An error is counted in steps of 1 / SEARCH_UNIT of the scale, up to
+# SEARCH_LIMIT steps, so that the squares of 128 errors fit into 32 bits.
+SEARCH_CELLS = 4096
+SEARCH_UNIT = 1 << 16
+SEARCH_LIMIT = 4095
+
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
     """Return the largest magnitude of each block; NaN or infinite if any weight in it is."""
@@ -66,6 +72,45 @@ def encode(
         found = torch.bucketize(normalized, boundaries, out_int32=True)
         codes[start : start + found.numel()] = found.flatten()[: flat.numel() - start]
     return codes
+
+
+def search_levels(
+    flat: torch.Tensor,
+    absmax: torch.Tensor,
+    levels: torch.Tensor,
+    nearest: torch.Tensor,
+    block_size: int,
+    candidates: int,
+) -> torch.Tensor:
+    """Return for each block the level with the smallest squared error: uint8 (blocks,).
+
+    Tries the level of each block and the next higher ones. Errors are summed in integers, so that
+    the choice does not depend on the order of addition; ties go to the lower level.
+
+    Args:
+        absmax: uint8 (blocks,), the lowest level that is not below any magnitude.
+        nearest: float32 (SEARCH_CELLS,), the codebook value nearest to the center of each of the
+            equal cells of [-1, 1].
+        candidates: number of levels to try.
+    """
+    best = absmax.clone()
+    lowest = torch.full(absmax.shape, torch.inf, dtype=torch.float64, device=absmax.device)
+    for step in range(candidates):
+        tried = (absmax.int() + step).clamp_(max=len(levels) - 1).to(torch.uint8)
+        scales = scales_of(tried, levels)
+        sums = []
+        for start, normalized in _normalized_pieces(flat, scales, block_size):
+            cell = ((normalized + 1.0) * (SEARCH_CELLS / 2)).to(torch.int32)
+            value = nearest[cell.clamp_(0, SEARCH_CELLS - 1)]
+            error = ((normalized - value) * SEARCH_UNIT).to(torch.int32)
+            error = error.clamp_(-SEARCH_LIMIT, SEARCH_LIMIT)
+            error.view(-1)[flat.numel() - start :] = 0  # the padding of a short last block
+            sums.append((error * error).sum(1))
+        total = torch.cat([absmax.new_zeros(0, dtype=torch.int64), *sums])
+        squared = total.double() * (scales.double() * scales.double())
+        better = squared < lowest
+        best, lowest = torch.where(better, tried, best), torch.where(better, squared, lowest)
+    return best
 
 
 def scales_of(absmax: torch.Tensor, levels: torch.Tensor | None) -> torch.Tensor:
@@ -125,6 +170,13 @@ def exact_midpoints(codebook: torch.Tensor) -> torch.Tensor:
     rounded = exact.float()
     below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
     return torch.where(rounded.double() > exact, below, rounded)
+
+
+def nearest_values(codebook: torch.Tensor) -> torch.Tensor:
+    """Return the codebook value nearest to the center of each cell: float32 (SEARCH_CELLS,)."""
+    cells = torch.arange(SEARCH_CELLS, dtype=torch.float32, device=codebook.device)
+    centers = (cells + 0.5) / (SEARCH_CELLS / 2) - 1.0
+    return codebook[torch.bucketize(centers, exact_midpoints(codebook))]
 
 
 def _in_blocks(values: torch.Tensor, block_size: int) -> torch.Tensor:

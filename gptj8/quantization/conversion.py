@@ -23,7 +23,12 @@ from gptj8.quantization import original_format
 from gptj8.quantization.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
-from gptj8.quantization.quantizer import Blockwise8bitConfig, is_skipped, swap_modules
+from gptj8.quantization.quantizer import (
+    Blockwise8bitConfig,
+    is_skipped,
+    stored_codes,
+    swap_modules,
+)
 from gptj8.quantization.shards import ShardedWeights, ShardWriter
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import (
@@ -170,7 +175,7 @@ def convert_checkpoint(
                     report.kept.append(name)
                     writer.add(name, tensor.clone(memory_format=torch.contiguous_format))
                     continue
-                writer.add(name, quantized.codes)
+                writer.add(name, stored_codes(quantized.codes))
                 writer.add(f"{module}.absmax", quantized.absmax)
                 writer.add(f"{module}.codebook", quantized.codebook)
                 if quantized.levels is not None:

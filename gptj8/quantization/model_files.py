@@ -114,6 +114,11 @@ def match_names(
             of the first five.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    coded = {
+        f"{name}.weight": (module.weight.numel(),)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, Frozen8bitModule)
+    }
     tied = skeleton.all_tied_weights_keys
     names: dict[str, str] = {}
     dropped: list[str] = []
@@ -122,7 +127,7 @@ def match_names(
         match = _model_name(name, skeleton, expected)
         if match is None:
             dropped.append(name)
-        elif expected[match] != shape:
+        elif expected[match] != shape and not (match in coded and shape == coded[match]):
             problems.append(
                 f"{weights.file_of[name]}: {name} has shape {shape}, but config.json implies "
                 f"{expected[match]}"

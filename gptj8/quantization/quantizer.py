@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -120,7 +120,23 @@ class Blockwise8bitQuantizer(HfQuantizer):
         for tied, _ in tied_modules(model):
             tied.share_scales()
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return the operation that gives stored codes the shape of the weight."""
+        return [WeightConverter("weight", "weight", [_Unflatten()])] if self.pre_quantized else []
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
+        """Return the tensors to save."""
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, Frozen8bitModule):
+                key = f"{name}.weight"
+                state[key] = stored_codes(state[key])
+        return state, {}
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Saving the model must not reverse the operation; see `get_state_dict_and_metadata`.
+        conversions: Any = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _unflattens(c)] or None
         for tied, origin in tied_modules(model):
             tied.use_scales_of(origin)
         # Check the tensors before they are passed to native code.
@@ -180,6 +196,36 @@ class Blockwise8bitQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def stored_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes in the shape in which a model directory stores them: (weights,).
+
+    The shape of the weight would let transformers without gptj8 load codes as if they were weights,
+    with a warning only. A row of numbers does not fit, so that it raises an error.
+    """
+    return codes.detach().reshape(-1)
+
+
+class _Unflatten(ConversionOps):
+    """Gives codes the shape of the module's weight, which they have in older directories."""
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        ((value,),) = input_dict.values()
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if isinstance(module, Frozen8bitModule) and value.shape == (module.weight.numel(),):
+            value = value.view(module.weight.shape)
+        return {full_layer_name: value}
+
+
+def _unflattens(conversion: Any) -> bool:
+    return any(isinstance(op, _Unflatten) for op in getattr(conversion, "operations", ()))
 
 
 class _QuantizeOnLoad(ConversionOps):

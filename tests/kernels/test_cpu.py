@@ -20,6 +20,7 @@ from gptj8.quantization.codec import (
     dequantize_blockwise,
     quantize_blockwise,
 )
+from gptj8.quantization.scales import encode_scales, fit_levels
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -76,6 +77,16 @@ def test_operations_are_bit_identical_to_the_reference(dtype, block_size, n, thr
         boundaries = reference.exact_midpoints(codebook)
         codes = reference.encode(flat, absmax, boundaries, block_size)
         assert torch.equal(cpu.encode(flat, absmax, boundaries, block_size), codes)
+
+        levels = fit_levels(absmax)
+        lowest = encode_scales(absmax, levels)
+        found = [
+            module.search_levels(
+                flat, lowest, levels, reference.nearest_values(codebook), block_size, 8
+            )
+            for module in (cpu, reference)
+        ]
+        assert torch.equal(*found)
 
         for out in DTYPES:
             restored = reference.dequantize(codes, absmax, codebook, block_size, out)

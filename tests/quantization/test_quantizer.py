@@ -14,6 +14,7 @@ import gptj8
 from gptj8.model.loading import load_model
 from gptj8.quantization.codec import QuantizationError
 from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitLinear
+from gptj8.quantization.model_files import check_tensors
 from gptj8.runtime.errors import UserError
 
 IDS = torch.randint(1, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -60,6 +61,31 @@ def test_save_pretrained_writes_the_loaded_tensors_unchanged(tiny_8bit_dir, tmp_
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_transformers_without_gptj8_refuses_a_converted_model(tiny_8bit_dir, tmp_path):
+    """It does not know the quantizer, and would otherwise take codes for weights."""
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(tiny_8bit_dir).save_pretrained(saved)
+    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    for folder in (tiny_8bit_dir, saved):
+        plain = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True
+        )
+        assert plain.returncode == 1
+        assert plain.stderr.splitlines()[-1].startswith("RuntimeError: You set `ignore_mismatched")
+        known = subprocess.run([sys.executable, "-c", f"import gptj8; {code}", str(folder)])
+        assert known.returncode == 0
+
+
+def test_codes_in_the_shape_of_the_weight_are_still_read(tiny_8bit_dir, tmp_path):
+    """Earlier versions stored codes in that shape."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_8bit_dir)
+    old = shutil.copytree(tiny_8bit_dir, tmp_path / "old")
+    save_file(dict(model.state_dict()), old / "model.safetensors", {"format": "pt"})
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(old)(IDS).logits, model(IDS).logits)
+    check_tensors(old)
+    check_tensors(tiny_8bit_dir)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -207,7 +233,7 @@ def test_training_a_reloaded_model_is_bit_identical(tiny_model_dir, tmp_path):
         ("levels", lambda t: t[:-1], r"shape \(255,\), but .* implies \(256,\)"),
         ("absmax", lambda t: t.float(), "absmax is torch.float32, not torch.uint8"),
         ("absmax", lambda t: t[:-1], r"shape \(63,\), but .* implies \(64,\)"),
-        ("weight", lambda t: t[:-1], r"shape \(255, 64\), but .* implies \(256, 64\)"),
+        ("weight", lambda t: t[:-1], r"shape \(16383,\), but .* implies \(256, 64\)"),
     ],
     ids=[
         "descending",
