@@ -142,7 +142,7 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
     for name, module in list(model.named_modules()):
         if method.startswith("gptj8"):
             from gptj8.quantization.codec import quantize_blockwise
-            from gptj8.quantization.layers import frozen_twin
+            from gptj8.quantization.twins import frozen_twin
 
             twin: Any = frozen_twin(module, 4096, DTYPE)
             if twin is None:
@@ -175,7 +175,7 @@ def _convert(method: str, model: nn.Module, device: torch.device) -> None:
 def _round(model: nn.Module) -> None:
     """Replace each large weight by its quantized and restored values."""
     from gptj8.quantization.codec import dequantize_blockwise, quantize_blockwise
-    from gptj8.quantization.layers import frozen_twin
+    from gptj8.quantization.twins import frozen_twin
 
     for module in model.modules():
         if frozen_twin(module, 4096, None) is not None:

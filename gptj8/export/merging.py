@@ -86,8 +86,9 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from gptj8.quantization.layers import Frozen8bitModule, full_precision_twin
+    from gptj8.quantization.layers import Frozen8bitModule
     from gptj8.quantization.quantizer import restore_modules
+    from gptj8.quantization.twins import full_precision_twin
 
     # Merge on the CPU: 16-bit weights are twice as large as the 8-bit weights that fit on the GPU.
     adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)

@@ -23,6 +23,7 @@ from gptj8.quantization import original_format
 from gptj8.quantization.codec import QuantizedTensor, quantize_blockwise, squared_errors
 from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
+from gptj8.quantization.proof import NotProvenError, difference
 from gptj8.quantization.quantizer import (
     Blockwise8bitConfig,
     is_skipped,
@@ -70,6 +71,7 @@ class ConversionReport:
         kept: names of tensors that stay in full precision, for example LayerNorm weights.
         dropped: names of checkpoint tensors that the model does not use, such as causal masks.
         rounded: names of float64 tensors, which are rounded to float32 first.
+        unproven: why the 8-bit form could not be proven on a small copy (`proof`), or None.
     """
 
     parameters: int = 0
@@ -79,6 +81,7 @@ class ConversionReport:
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
+    unproven: str | None = None
     _squared_error: float = 0.0
     _squared_norm: float = 0.0
 
@@ -143,6 +146,7 @@ def convert_checkpoint(
     _check_remaining_modules(skeleton, config.skip_modules, source)
     _check_use_of_weights(skeleton, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
+    report.unproven = _prove(skeleton, config, source)
     names, report.dropped = match_names(weights, skeleton, source)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
@@ -244,6 +248,24 @@ def _check_use_of_weights(skeleton: PreTrainedModel, source: Path) -> None:
         _logger.debug("%s cannot run without data: %s", type(skeleton).__name__, error)
 
 
+def _prove(skeleton: PreTrainedModel, config: Blockwise8bitConfig, source: Path) -> str | None:
+    """Raise UserError if a small copy computes something else in 8 bits.
+
+    Returns:
+        Why there is no such copy, or None.
+    """
+    try:
+        found = difference(skeleton, config)
+    except NotProvenError as error:
+        return str(error)
+    if found is not None:
+        raise UserError(
+            f"{source}: {type(skeleton).__name__} {found}; list the modules that it uses "
+            "differently in skip_modules"
+        )
+    return None
+
+
 def _is_same(weight: torch.Tensor, codes: torch.Tensor | None) -> bool:
     return codes is not None and weight.untyped_storage()._cdata == codes.untyped_storage()._cdata
 
@@ -277,4 +299,6 @@ def summarize(report: ConversionReport) -> str:
     sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.converted_bytes)}"
     error = f"relative RMS error {report.relative_rmse:.3%}" if report.tensors else "codes kept"
     rounded = f", {counted(len(report.rounded), 'float64 tensor')} rounded to float32"
-    return f"{report.parameters:,} parameters, {sizes}, {error}{rounded if report.rounded else ''}"
+    unproven = f", not proven on a small copy ({report.unproven})" if report.unproven else ""
+    rounded = rounded if report.rounded else ""
+    return f"{report.parameters:,} parameters, {sizes}, {error}{rounded}{unproven}"

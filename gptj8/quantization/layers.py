@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptj8.kernels import operators  # noqa: F401 (defines the operator)
 from gptj8.quantization.codebooks import CODEBOOK_SIZE
-from gptj8.quantization.codec import QuantizedTensor, dequantize_blockwise
+from gptj8.quantization.codec import QuantizedTensor
 from gptj8.runtime.errors import QuantizationError
 
 QUANTIZED_BUFFERS = ("absmax", "codebook", "levels")
@@ -316,64 +316,3 @@ def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tens
         transposed,
         module.levels,
     )
-
-
-def frozen_twin(
-    module: nn.Module, block_size: int, dtype: torch.dtype | None, scale_bits: int = 32
-) -> nn.Module | None:
-    """Return an empty frozen module to replace `module`, on the same device, or None.
-
-    Subclasses of `nn.Linear`, `nn.Embedding` and `Conv1D` are not replaced, because they may
-    compute something else.
-    """
-    if type(module) is nn.Linear:
-        return Frozen8bitLinear(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            block_size=block_size,
-            device=module.weight.device,
-            dtype=dtype,
-            scale_bits=scale_bits,
-        )
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return Frozen8bitEmbedding(
-            module.num_embeddings,
-            module.embedding_dim,
-            padding_idx=module.padding_idx,
-            block_size=block_size,
-            device=module.weight.device,
-            dtype=dtype,
-            scale_bits=scale_bits,
-        )
-    if type(module) is Conv1D:
-        return Frozen8bitConv1D(
-            module.nf,
-            module.nx,
-            block_size,
-            device=module.weight.device,
-            dtype=dtype,
-            scale_bits=scale_bits,
-        )
-    return None
-
-
-def full_precision_twin(module: Frozen8bitModule, dtype: torch.dtype) -> nn.Module:
-    """Return an ordinary module with the restored weight and the same bias and training mode."""
-    weight = dequantize_blockwise(module.quantized_weight, dtype)
-    twin: nn.Module
-    with torch.device("meta"):
-        if isinstance(module, Frozen8bitLinear):
-            twin = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-        elif isinstance(module, Frozen8bitEmbedding):
-            twin = nn.Embedding(
-                module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx
-            )
-        else:
-            assert isinstance(module, Frozen8bitConv1D)
-            twin = Conv1D(module.nf, module.nx)
-    twin.weight = nn.Parameter(weight)
-    if getattr(module, "bias", None) is not None:
-        twin.bias = nn.Parameter(cast(torch.Tensor, module.bias).detach().to(dtype))
-    twin.train(module.training)
-    return twin

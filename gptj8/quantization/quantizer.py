@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -26,12 +27,8 @@ from gptj8.quantization.codec import (
     check_scale_bits,
     quantize_blockwise,
 )
-from gptj8.quantization.layers import (
-    QUANTIZED_BUFFERS,
-    Frozen8bitModule,
-    frozen_twin,
-    full_precision_twin,
-)
+from gptj8.quantization.layers import QUANTIZED_BUFFERS, Frozen8bitModule
+from gptj8.quantization.twins import frozen_twin, full_precision_twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +107,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
         register_fused_attention()
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -119,6 +120,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
         swap_modules(model, config, dtype or _dtype_of(model))
         for tied, _ in tied_modules(model):
             tied.share_scales()
+        if self.pre_quantized:
+            _check_dtypes(model, checkpoint_files or [])
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return the operation that gives stored codes the shape of the weight."""
@@ -162,13 +165,6 @@ class Blockwise8bitQuantizer(HfQuantizer):
         # `from_pretrained(dtype=torch.bfloat16)` would round absmax and codebook as well.
         if name.rpartition(".")[2] in QUANTIZED_BUFFERS:
             return None
-        # Codes and floats must never be cast to each other: the results would be meaningless.
-        stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
-        if (stored in ("U8", "torch.uint8")) != (dtype == torch.uint8):
-            raise QuantizationError(
-                f"{name} is {stored} in the checkpoint, but the quantization_config requires "
-                f"{dtype}; skip_modules or the file was changed after the conversion"
-            )
         return super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -361,6 +357,30 @@ def _require_loaded(name: str, module: Frozen8bitModule) -> None:
         # transformers sets this attribute on loaded tensors so that they are not initialized.
         if not getattr(getattr(module, part), "_is_hf_initialized", False):
             raise QuantizationError(f"the checkpoint has no tensor {name}.{part}")
+
+
+def _check_dtypes(model: nn.Module, files: list[str]) -> None:
+    """Raise an error if codes would be cast to floats, or floats to codes.
+
+    The results would be meaningless.
+    """
+    modules = dict(model.named_modules())
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                module = modules.get(name.removesuffix(".weight"))
+                if module is None or not name.endswith(".weight"):
+                    continue
+                stored = tensors.get_slice(name).get_dtype()
+                wanted = isinstance(module, Frozen8bitModule)
+                if (stored == "U8") != wanted:
+                    raise QuantizationError(
+                        f"{name} is {stored} in the checkpoint, but the quantization_config "
+                        f"requires {torch.uint8 if wanted else 'floating-point weights'}; "
+                        "skip_modules or the file was changed after the conversion"
+                    )
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -61,27 +61,14 @@ def test_convert_train_and_generate(saved, tmp_path):
     assert generated.shape == (2, 13)
 
 
-def is_offset_table(name: str) -> bool:
-    """Return whether a name is OPT's position table, a subclass of Embedding, so not converted."""
-    return name == "model.decoder.embed_positions.weight"
-
-
 def test_all_large_matrices_are_in_8_bits_and_stored_once(saved, tmp_path):
     original, folder = saved
     report = gptj8.convert_checkpoint(folder, tmp_path / "8bit", CONFIG)
-    matrices = {
-        name
-        for name, tensor in original.state_dict().items()
-        if tensor.dim() == 2 and not is_offset_table(name)
-    }
+    matrices = {name for name, tensor in original.state_dict().items() if tensor.dim() == 2}
     with safe_open(tmp_path / "8bit" / "model.safetensors", "pt") as stored:
         large = {n: stored.get_tensor(n).dtype for n in stored.keys() if n in matrices}
     assert set(large.values()) == {torch.uint8}
-    distinct = {
-        p.data_ptr(): p
-        for name, p in original.named_parameters()
-        if p.dim() == 2 and not is_offset_table(name)
-    }
+    distinct = {p.data_ptr(): p for p in original.parameters() if p.dim() == 2}
     assert len(large) == len(distinct) == len(report.tensors)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "8bit")
     if original.config.tie_word_embeddings:

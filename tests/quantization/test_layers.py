@@ -11,7 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gptj8.kernels import operators
 from gptj8.quantization.codec import quantize_blockwise
-from gptj8.quantization.layers import Frozen8bitModule, frozen_twin, full_precision_twin
+from gptj8.quantization.layers import (
+    CodesUsedAsWeightsError,
+    Frozen8bitLinear,
+    Frozen8bitModule,
+)
+from gptj8.quantization.twins import frozen_twin, full_precision_twin
 
 
 def linear() -> nn.Module:
@@ -284,12 +289,85 @@ def test_state_dict_round_trip_is_bit_identical():
     assert torch.equal(other(x), frozen(x))
 
 
-def test_subclasses_have_no_frozen_version():
-    class Masked(nn.Linear):
-        """A subclass, which may compute something else."""
+class Transposed(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
 
-    assert frozen_twin(Masked(4, 4), 64, None) is None
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Routed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).topk(2)
+
+
+class Masked(nn.Linear):
+    def __init__(self, rows, columns):
+        super().__init__(rows, columns)
+        self.register_buffer("mask", torch.ones(columns, rows))
+
+
+def test_linear_subclasses_are_replaced_if_they_compute_the_same():
+    assert type(frozen_twin(Transposed(4, 4), 64, None)) is Frozen8bitLinear
+    for other in (Doubled, Routed, Masked):
+        assert frozen_twin(other(4, 4), 64, None) is None, other
+    assert frozen_twin(nn.MultiheadAttention(4, 2).out_proj, 64, None) is None
     assert frozen_twin(nn.LayerNorm(4), 64, None) is None
+
+
+class Scaled(nn.Embedding):
+    """Like Gemma's: the factor follows the weight's dtype."""
+
+    def __init__(self, rows, columns, padding_idx=None):
+        super().__init__(rows, columns, padding_idx)
+        self.factor = nn.Buffer(torch.tensor(1.7), persistent=False)
+
+    def forward(self, ids):
+        return super().forward(ids) * self.factor.to(self.weight.dtype)
+
+
+class Shifted(nn.Embedding):
+    """Like BART's positions, and with a child."""
+
+    def __init__(self, rows, columns):
+        super().__init__(rows, columns)
+        self.norm = nn.LayerNorm(columns)
+
+    def forward(self, ids, shift=2):
+        return self.norm(super().forward(ids + shift))
+
+
+class Direct(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.embedding(ids, self.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Scaled, Shifted])
+def test_embedding_subclasses_run_their_own_forward(kind, dtype):
+    original = kind(20, 64)
+    frozen = frozen_twin(original, 64, torch.float32)
+    assert isinstance(frozen, kind) and isinstance(frozen, Frozen8bitModule)
+    frozen.load_quantized(quantize_blockwise(original.weight, 64))
+    frozen = copy.deepcopy(frozen).to(dtype)
+    twin = full_precision_twin(frozen, dtype)
+    assert type(twin) is kind
+    ids = torch.tensor([[3, 0, 7]])
+    assert torch.equal(frozen(ids), twin(ids))
+    assert frozen(ids).dtype == dtype
+    restored = pickle.loads(pickle.dumps(frozen))
+    assert torch.equal(restored(ids), twin(ids))
+    error = (frozen(ids) - original.to(dtype)(ids)).norm() / frozen(ids).norm()
+    assert error < 0.01
+
+
+def test_an_embedding_that_uses_its_weight_itself_raises():
+    frozen = frozen_twin(Direct(20, 64), 64, torch.float32)
+    with pytest.raises(CodesUsedAsWeightsError):
+        frozen(torch.tensor([1]))
 
 
 def test_frozen_modules_are_recognized_by_peft():

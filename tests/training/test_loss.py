@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from gptj8.quantization.codec import quantize_blockwise
-from gptj8.quantization.layers import frozen_twin, full_precision_twin
+from gptj8.quantization.twins import frozen_twin, full_precision_twin
 from gptj8.training import loss
 from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
 
