@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptj8.quantization.model_files import check_model_directory, check_tensors
+from gptj8.quantization.model_files import (
+    build_skeleton,
+    check_model_directory,
+    check_tensors,
+)
+from gptj8.quantization.shards import ShardedWeights
 from gptj8.runtime.distributed import process_count, processes_here
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import list_files
@@ -91,8 +96,6 @@ def load_model(
         UserError: if the directory is not a causal language model, or its first layer does not fit
             into memory.
     """
-    from transformers import AutoModelForCausalLM
-
     from gptj8.kernels.fused import fuse_activations, register_fused_attention
 
     verify_manifest(path)
@@ -110,9 +113,7 @@ def load_model(
     ):
         placement = {"device_map": "auto", "max_memory": {"cpu": max_resident_bytes}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, **placement
-        )
+        model, missing = _from_files(Path(path), dtype=dtype, **placement)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: the weights contain objects other than tensors; save them as safetensors"
@@ -128,12 +129,35 @@ def load_model(
         raise UserError(
             f"{path} cannot be loaded as a causal language model: {one_line(error)}"
         ) from error
+    if missing:  # transformers fills them with random numbers
+        raise UserError(f"{path}: the checkpoint has no tensor {min(missing)}")
     if model.device.type == "meta":  # the first layer does not fit, so inputs have no device
         if max_resident_bytes is None:
             raise UserError(f"{path}: not enough memory for the first layer of the model")
         return load_model(path, dtype, device)
     fuse_activations(model)  # also in the original, so comparisons differ only in the weights
     return model.eval()
+
+
+def _from_files(path: Path, **arguments: Any) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model in a directory, and the names of the tensors that its files lack."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    arguments |= {"trust_remote_code": False, "output_loading_info": True}
+    loaded: Any
+    weights = ShardedWeights(path)
+    if not weights.is_wrapped:
+        loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    else:
+        skeleton: Any = build_skeleton(path)
+        if arguments.get("device_map") == "auto":
+            arguments.pop("max_memory", None)  # layers cannot stay in files with other names
+        loaded = type(skeleton).from_pretrained(
+            None, config=skeleton.config, state_dict=weights.lazily(), **arguments
+        )
+        if (path / "generation_config.json").is_file():
+            loaded[0].generation_config = GenerationConfig.from_pretrained(path)
+    return loaded[0], set(loaded[1]["missing_keys"])
 
 
 def load_original(

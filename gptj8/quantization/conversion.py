@@ -129,6 +129,7 @@ def convert_checkpoint(
 
     _check_target(target)
     weights = ShardedWeights(source)
+    _check_float8(weights, source)
     stored = original_format.quantized_modules(weights.shapes)
     if stored:
         block_size = original_format.common_block_size(stored, source)
@@ -200,6 +201,19 @@ def _check_target(target: Path) -> None:
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{target} cannot be created: {parent} is a file")
+
+
+def _check_float8(weights: ShardedWeights, source: Path) -> None:
+    """Raise UserError if tensors are 8-bit floats, whose scales are other tensors."""
+    names = [
+        name for name, dtype in weights.dtypes.items() if "f8" in dtype.lower() or "float8" in dtype
+    ]
+    if names:
+        raise UserError(
+            f"{source}: {counted(len(names), 'tensor')} such as {names[0]} are 8-bit floats "
+            f"({weights.dtypes[names[0]]}), which are not converted; load the model with "
+            "transformers and FineGrainedFP8Config(dequantize=True), save it, and convert that"
+        )
 
 
 def _check_remaining_modules(

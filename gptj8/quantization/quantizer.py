@@ -139,7 +139,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Saving the model must not reverse the operation; see `get_state_dict_and_metadata`.
         conversions: Any = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _unflattens(c)] or None
+        kept = [c for c in conversions if not _unflattens(c)]
+        setattr(model, "_weight_conversions", kept or None)  # noqa: B010 (the type is transformers')
         for tied, origin in tied_modules(model):
             tied.use_scales_of(origin)
         # Check the tensors before they are passed to native code.

@@ -27,13 +27,31 @@ SHARD_BYTES = 400_000_000
 _INDEX = "model.safetensors.index.json"
 
 
+# What training programs put before the names of tensors: DataParallel, torch.compile, and
+# Lightning, whose module holds the model as an attribute.
+_WRAPPERS = ("module.", "_orig_mod.")
+_OWNER = "model."
+# Keys under which training programs store a state dict beside other things.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+
 class ShardedWeights:
-    """The tensors of a checkpoint in file order; iteration reads one tensor at a time."""
+    """The tensors of a checkpoint in file order; iteration reads one tensor at a time.
+
+    Checkpoints that training programs wrote around a model are read, too: the state dict is an
+    entry of the file, or names have a prefix.
+
+    Attributes:
+        is_wrapped: whether transformers cannot read the names as they are in the files.
+        dtypes: names of the stored dtypes, as safetensors or torch call them.
+    """
 
     def __init__(self, source: Path) -> None:
         self.files = _weight_files(source)
         self.is_safetensors = self.files[0].suffix == ".safetensors"
+        self.is_wrapped = False
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self.file_of: dict[str, Path] = {}
         self.total_bytes = 0
         self._unmapped: dict[Path, dict[str, torch.Tensor]] = {}
@@ -41,11 +59,16 @@ class ShardedWeights:
             for name, tensor in self._open(file).items():
                 shape, item_bytes = _shape_and_item_bytes(tensor)
                 self.shapes[name], self.file_of[name] = shape, file
+                self.dtypes[name] = _dtype_name(tensor)
                 self.total_bytes += math.prod(shape) * item_bytes
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.shapes:
             yield name, self.read(name)
+
+    def lazily(self) -> dict[str, Any]:
+        """Return tensors, or slices that are read when they are indexed, by name."""
+        return {name: self._open(self.file_of[name])[name] for name in self.shapes}
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, memory-mapped if the format supports it."""
@@ -63,9 +86,9 @@ class ShardedWeights:
         try:
             if self.is_safetensors:
                 opened = safe_open(file, framework="pt")
-                return {name: opened.get_slice(name) for name in opened.keys()}
+                return self._unwrapped({name: opened.get_slice(name) for name in opened.keys()})
             try:
-                return _dense_tensors(
+                return self._tensors_of(
                     torch.load(file, map_location="cpu", weights_only=True, mmap=True), file
                 )
             except RuntimeError as error:
@@ -73,7 +96,7 @@ class ShardedWeights:
                     raise
             # Files from before torch 1.6 cannot be memory-mapped, so they are read once and kept.
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-            self._unmapped = {file: _dense_tensors(loaded, file)}
+            self._unmapped = {file: self._tensors_of(loaded, file)}
             return self._unmapped[file]
         except pickle.UnpicklingError as error:
             raise UserError(
@@ -83,6 +106,35 @@ class ShardedWeights:
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             reason = one_line(error)
             raise UserError(f"{file} cannot be read; it may be truncated: {reason}") from error
+
+    def _tensors_of(self, loaded: Any, file: Path) -> dict[str, torch.Tensor]:
+        """Return the tensors of a loaded torch file."""
+        if isinstance(loaded, dict):
+            inner = [loaded[key] for key in _STATE_KEYS if isinstance(loaded.get(key), dict)]
+            if inner and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
+                self.is_wrapped, loaded = True, inner[0]
+        return self._unwrapped(_dense_tensors(loaded, file))
+
+    def _unwrapped(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Return the tensors with the names that the model itself gave them."""
+        names = {name: _without_wrappers(name) for name in tensors}
+        inner = {name.removeprefix(_OWNER) for name in names.values()}
+        if all(name.startswith(_OWNER) for name in names.values()) and any(
+            name.startswith((_OWNER, "transformer.", "lm_head.")) for name in inner
+        ):
+            names = {old: new.removeprefix(_OWNER) for old, new in names.items()}
+        self.is_wrapped |= any(old != new for old, new in names.items())
+        return {names[old]: tensor for old, tensor in tensors.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _dtype_name(tensor: Any) -> str:
+    return str(tensor.dtype) if isinstance(tensor, torch.Tensor) else tensor.get_dtype()
 
 
 def _dense_tensors(loaded: Any, file: Path) -> dict[str, torch.Tensor]:

@@ -118,17 +118,18 @@ class _LookUp(nn.Embedding):
 def _subclass_of(original: type[nn.Embedding]) -> type[FrozenSubclass]:
     stand_in = type(f"{original.__name__}StandIn", (original, _LookUp), {})
     members = {"original_class": original, "stand_in_class": stand_in}
-    return type(f"Frozen8bit{original.__name__}", (FrozenSubclass, original), members)
+    kind: Any = type(f"Frozen8bit{original.__name__}", (FrozenSubclass, original), members)
+    return cast(type[FrozenSubclass], kind)
 
 
-def _empty_subclass(original: type[nn.Embedding]) -> FrozenSubclass:
+def _empty_subclass(original: Any) -> FrozenSubclass:
     kind = _subclass_of(original)
-    return kind.__new__(kind)
+    return cast(FrozenSubclass, nn.Module.__new__(kind))
 
 
 def _frozen_subclass(module: nn.Embedding, frozen: Frozen8bitEmbedding) -> FrozenSubclass:
     """Return `frozen` with the class, attributes and other tensors of `module`."""
-    twin = _like(module, _subclass_of(type(module)))
+    twin = _like(module, _subclass_of(cast(Any, type(module))))
     twin.__dict__.update({k: v for k, v in frozen.__dict__.items() if k not in _REGISTRIES})
     twin.weight = frozen.weight
     for name in QUANTIZED_BUFFERS:

@@ -286,7 +286,7 @@ def test_shards_may_be_links_like_in_the_hub_cache(tiny_8bit_dir, model_dir, tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}}, r"'state_dict' \(dict\) is not a named tensor"),
+        ({"weights": {}}, r"'weights' \(dict\) is not a named tensor"),
         ({"epoch": 3}, r"'epoch' \(int\) is not a named tensor"),
         ({7: torch.ones(1)}, r"7 \(Tensor\) is not a named tensor"),
         ([torch.ones(1)], "contains a list, not a state dict"),
