@@ -64,10 +64,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     limit = min(LENGTH, original.config.max_position_embeddings)
     rows = []
+    together: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for text, documents in texts().items():
         sequences = cut(documents, tokenizer, limit, arguments.tokens)
         found = compare(original, stored, sequences, text)
         rows += [(text, name, *described(found[name])) for name in names]
+        for name in names:
+            together[name].append(found[name])
+    rows += [("all", name, *described(np.concatenate(together[name]))) for name in names]
     header = ("text", "format", "KL, 1e-4", "same first choice", "perplexity ratio")
     print("\n".join(format_table([header, *rows], align="llrrr")))
 
