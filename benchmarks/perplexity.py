@@ -30,7 +30,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptj8 import Blockwise8bitConfig, dequantize_blockwise, quantize_blockwise
+from gptj8.quantization.calibration import TOKENS, choose_scales, sums_of_squares
 from gptj8.quantization.model_files import check_model_directory
+from gptj8.quantization.quantizer import quantize_for
+from gptj8.quantization.twins import frozen_twin
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.process import run
 from gptj8.runtime.progress import progress
@@ -45,24 +48,32 @@ Restore = Callable[[torch.Tensor, bool], torch.Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="data/models/smollm2-135m/model")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="default: %(default)s")
+    parser.add_argument(
+        "--formats", default=",".join([*FORMATS, "calibrated"]), help="default: %(default)s"
+    )
     parser.add_argument("--dither", action="store_true", help="for weights from a GGUF file")
     parser.add_argument(
         "--tokens", type=int, default=12_000, help="per text (default: %(default)s)"
     )
     arguments = parser.parse_args()
     names = arguments.formats.split(",")
-    if unknown := [name for name in names if name not in FORMATS and not _parsed(name)]:
+    known = {*FORMATS, "calibrated"}
+    if unknown := [name for name in names if name not in known and not _parsed(name)]:
         raise UserError(
-            f"--formats: {unknown[0]} is not one of {', '.join(FORMATS)} or BLOCK/BLOCK"
+            f"--formats: {unknown[0]} is not one of {', '.join(sorted(known))} or BLOCK/BLOCK"
         )
     check_model_directory(arguments.model)
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if arguments.dither:
         dither(original)
-    stored = {name: with_weights(original, FORMATS.get(name) or blockwise(name)) for name in names}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     limit = min(LENGTH, original.config.max_position_embeddings)
+    stored = {
+        name: calibrated(original, cut(calibration_texts(), tokenizer, limit, TOKENS))
+        if name == "calibrated"
+        else with_weights(original, FORMATS.get(name) or blockwise(name))
+        for name in names
+    }
     rows = []
     together: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for text, documents in texts().items():
@@ -85,8 +96,11 @@ def texts() -> dict[str, list[str]]:
             if "licen" in file.name.lower() and file.suffix in ("", ".txt", ".md"):
                 path = Path(str(file.locate()))
                 licences.add(path.read_text(errors="ignore") if path.is_file() else "")
+    import pandas
+
+    core = Path(pandas.__file__).parent / "core"
     found = {
-        "docstrings": sorted(_docstrings()),
+        "docstrings": sorted(_docstrings(core, "**/*.py")),
         "licences": sorted(licences),
         "descriptions": sorted(descriptions),
     }
@@ -95,11 +109,16 @@ def texts() -> dict[str, list[str]]:
     return found
 
 
-def _docstrings() -> Iterator[str]:
-    import pandas
+def calibration_texts() -> list[str]:
+    """Return docstrings of the standard library, none of which is in `texts`."""
+    found = sorted(_docstrings(Path(ast.__file__).parent, "*.py"))
+    random.Random(0).shuffle(found)
+    return found
 
+
+def _docstrings(folder: Path, pattern: str) -> Iterator[str]:
     kinds = (ast.FunctionDef, ast.ClassDef)
-    for file in Path(pandas.__file__).parent.glob("core/**/*.py"):
+    for file in folder.glob(pattern):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             if text and len(text) > 600:
@@ -171,6 +190,23 @@ def with_weights(model: nn.Module, restore: Restore) -> nn.Module:
             done.add(id(module.weight))
             is_embedding = isinstance(module, nn.Embedding) or module.weight is head
             module.weight.copy_(restore(module.weight.detach(), is_embedding))
+    return changed
+
+
+def calibrated(model: nn.Module, sequences: list[torch.Tensor]) -> nn.Module:
+    """Return a copy with the weights of the default format with scales per input column."""
+    config = Blockwise8bitConfig()
+    changed = with_weights(model, _restored(config))
+    head = model.get_output_embeddings()
+    matrices = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    sums = sums_of_squares(model, matrices, sequences)
+    with torch.no_grad():
+        for name, module in matrices.items():
+            size = config.embedding_block_size if module is head else config.block_size
+            frozen: Any = frozen_twin(module, size, torch.float32, config.scale_bits)
+            frozen.input_scales = choose_scales(frozen, module.weight, sums[name], config)
+            frozen.load_quantized(quantize_for(frozen, module.weight, config, name))
+            changed.get_submodule(name).weight.copy_(frozen.restore(torch.float32))
     return changed
 
 

@@ -35,7 +35,8 @@ def main() -> None:
 
         started = time.perf_counter()
         config = Blockwise8bitConfig.from_params(params.quantization)
-        report = convert_checkpoint(params.model.path, BASE, config)
+        text = params.quantization.calibration
+        report = convert_checkpoint(params.model.path, BASE, config, text)
         columns = [field.name for field in fields(TensorError)]
         write_csv(REPORT / "tensors.csv", map(asdict, report.tensors), columns)
         write_json(

@@ -45,6 +45,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="fitted or dynamic (default: %(default)s)",
     )
     convert.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="text file of the kind that the model is for; its activations make the 8-bit model "
+        "more accurate",
+    )
+    convert.add_argument(
         "--skip", action="append", default=[], metavar="MODULE", help="do not convert this module"
     )
     convert.set_defaults(command=_convert)
@@ -74,7 +80,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.scale_bits,
     )
     with _as_directory(source, target.parent) as directory:
-        print(summarize(convert_checkpoint(directory, target, config)))
+        print(summarize(convert_checkpoint(directory, target, config, arguments.calibration)))
 
 
 @contextmanager

@@ -8,10 +8,12 @@ only when all its files are on disk.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptj8.quantization import original_format
-from gptj8.quantization.codec import QuantizedTensor, quantize_blockwise, squared_errors
+from gptj8.quantization.calibration import choose_scales, input_sizes, read_sequences
+from gptj8.quantization.checkpoint_form import stored_codes
+from gptj8.quantization.codec import QuantizedTensor, squared_errors
 from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
 from gptj8.quantization.proof import NotProvenError, difference
 from gptj8.quantization.quantizer import (
     Blockwise8bitConfig,
     is_skipped,
-    stored_codes,
+    quantize_for,
     swap_modules,
 )
 from gptj8.quantization.shards import ShardedWeights, ShardWriter
@@ -55,7 +59,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TensorError:
-    """The quantization error of a tensor: `relative_rmse` = |restored - original| / |original|."""
+    """The quantization error of a tensor: `relative_rmse` = |restored - original| / |original|.
+
+    With scales per input column, both are divided by them.
+    """
 
     name: str
     parameters: int
@@ -100,7 +107,10 @@ class ConversionReport:
 
 
 def convert_checkpoint(
-    source_dir: str | Path, target_dir: str | Path, config: Blockwise8bitConfig
+    source_dir: str | Path,
+    target_dir: str | Path,
+    config: Blockwise8bitConfig,
+    calibration: str | Path | None = None,
 ) -> ConversionReport:
     """Write an 8-bit copy of a model directory, which `from_pretrained` can load.
 
@@ -113,12 +123,42 @@ def convert_checkpoint(
         target_dir: the directory to create; an existing one is replaced once the new one is
             complete.
         config: block size, codebook and modules to skip.
+        calibration: UTF-8 text for scales per input column (`gptj8.quantization.calibration`). The
+            model is then converted twice, because the first copy reads the text.
 
     Raises:
         UserError: if the source is not a model, is already quantized, is incomplete or does not
             match its config, or if the disk is too small; `target_dir` is not changed.
     """
     source, target = Path(source_dir), Path(target_dir)
+    if calibration is not None:
+        return _convert_calibrated(source, target, config, Path(calibration))
+    return _convert(source, target, config)
+
+
+def _convert_calibrated(
+    source: Path, target: Path, config: Blockwise8bitConfig, text: Path
+) -> ConversionReport:
+    check_model_directory(source)
+    if original_format.quantized_modules(ShardedWeights(source).shapes):
+        raise UserError(f"calibration = {text}: {source} is in 8 bits already and keeps its codes")
+    read_sequences(source, text)  # raises before the work begins
+    plain, calibrated = copy.copy(config), copy.copy(config)
+    plain.input_scales, calibrated.input_scales = False, True
+    _check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=target.parent) as folder:
+        _convert(source, Path(folder) / "model", plain)
+        sizes = input_sizes(Path(folder) / "model", text)
+    return _convert(source, target, calibrated, sizes)
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    config: Blockwise8bitConfig,
+    sizes: Mapping[str, torch.Tensor] | None = None,
+) -> ConversionReport:
     check_model_directory(source)
     model_config = read_json(source / "config.json")
     if quantization := model_config.get("quantization_config"):
@@ -168,14 +208,13 @@ def convert_checkpoint(
                 elif module != name and module in swapped:
                     frozen = skeleton.get_submodule(module)
                     assert isinstance(frozen, Frozen8bitModule)
-                    quantized = quantize_blockwise(
-                        tensor,
-                        frozen.block_size,
-                        config.codebook,
-                        name=source_name,
-                        scale_bits=config.scale_bits,
-                    )
-                    report.add(name, tensor, quantized)
+                    if frozen.input_scales is not None:
+                        sums = (sizes or {})[module]
+                        frozen.input_scales = choose_scales(frozen, tensor, sums, config)
+                    quantized = quantize_for(frozen, tensor, config, source_name)
+                    report.add(name, frozen.scaled(tensor), quantized)
+                    if frozen.input_scales is not None:
+                        writer.add(f"{module}.input_scales", frozen.input_scales.clone())
                 else:
                     report.kept.append(name)
                     writer.add(name, tensor.clone(memory_format=torch.contiguous_format))

@@ -23,11 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gptj8.kernels import operators  # noqa: F401 (defines the operator)
 from gptj8.quantization.codebooks import CODEBOOK_SIZE
-from gptj8.quantization.codec import QuantizedTensor
+from gptj8.quantization.codec import QuantizedTensor, dequantize_blockwise
 from gptj8.runtime.errors import QuantizationError
 
-QUANTIZED_BUFFERS = ("absmax", "codebook", "levels")
-"""Names of a frozen module's buffers; `levels` is None if scales have 32 bits."""
+QUANTIZED_BUFFERS = ("absmax", "codebook", "levels", "input_scales")
+"""Names of a frozen module's buffers; `levels` is None if scales have 32 bits, and `input_scales`
+unless the model was calibrated."""
 
 
 # What a model must not compute with codes: the result would be meaningless.
@@ -105,13 +106,17 @@ def _is_cast_to_float(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> 
 class Frozen8bitModule(nn.Module):
     """Base class of frozen modules: a uint8 `weight` with `absmax`, `codebook` and `levels`.
 
-    See `gptj8.quantization.codec.QuantizedTensor` for their shapes.
+    See `gptj8.quantization.codec.QuantizedTensor` for their shapes. With `input_scales`, float32
+    (in,), the restored matrix is the weight divided by them, column by column, and inputs are
+    multiplied by them first (`gptj8.quantization.calibration`).
     """
 
     weight: Any  # FrozenCodes; torch's modules declare it with different types
     absmax: torch.Tensor
     codebook: torch.Tensor
     levels: torch.Tensor | None
+    input_scales: torch.Tensor | None
+    input_dim = 1
     block_size: int
 
     def _allocate(
@@ -125,6 +130,28 @@ class Frozen8bitModule(nn.Module):
         codebook = torch.zeros(CODEBOOK_SIZE, dtype=torch.float32, device=device)
         self.register_buffer("codebook", codebook)
         self.register_buffer("levels", torch.zeros_like(codebook) if scale_bits == 8 else None)
+        self.register_buffer("input_scales", None)
+
+    def allocate_input_scales(self) -> None:
+        """Add `input_scales`, filled with ones."""
+        columns = self.weight.shape[self.input_dim]
+        self.input_scales = torch.ones(columns, dtype=torch.float32, device=self.weight.device)
+
+    def scaled(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what is quantized: the weight divided by `input_scales`, if there are any."""
+        if self.input_scales is None:
+            return weight
+        return weight.float() / self._along_columns(self.input_scales)
+
+    def restore(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight in full precision."""
+        if self.input_scales is None:
+            return dequantize_blockwise(self.quantized_weight, dtype)
+        restored = dequantize_blockwise(self.quantized_weight, torch.float32)
+        return restored.mul_(self._along_columns(self.input_scales)).to(dtype)
+
+    def _along_columns(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales if self.input_dim == 1 else scales[:, None]
 
     @property
     def buffer_names(self) -> list[str]:
@@ -133,7 +160,7 @@ class Frozen8bitModule(nn.Module):
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
-        """The weight as a `QuantizedTensor`."""
+        """The codes as a `QuantizedTensor`, without `input_scales`."""
         return QuantizedTensor(
             self.weight.detach(), self.absmax, self.codebook, self.block_size, self.levels
         )
@@ -223,6 +250,8 @@ class Frozen8bitLinear(Frozen8bitModule, nn.Linear):
 class Frozen8bitConv1D(Frozen8bitModule, Conv1D):
     """transformers' `Conv1D` (GPT-2), a linear layer, with a frozen 8-bit weight (in, out)."""
 
+    input_dim = 0
+
     def __init__(
         self,
         nf: int,
@@ -282,6 +311,8 @@ class Frozen8bitEmbedding(Frozen8bitModule, nn.Embedding):
             element = rows[:, None] * dim + torch.arange(dim, device=rows.device)
             scale = self._scales(element // self.block_size)
         values = self.codebook[codes.int()] * scale
+        if self.input_scales is not None:  # of the head that shares the weight
+            values = values * self.input_scales
         return values.to(self.output_dtype).view(*ids.shape, dim)
 
     def _scales(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -306,8 +337,11 @@ def _frozen_linear(module: Any, x: torch.Tensor, transposed: bool) -> torch.Tens
     codes = module.weight.detach()
     if not x.is_floating_point():  # Mamba 2 casts it to the dtype of the weight
         raise CodesUsedAsWeightsError(codes)
+    x = in_autocast_dtype(x)
+    if module.input_scales is not None:
+        x = x * module.input_scales.to(x.dtype)  # powers of two, so nothing is rounded
     return torch.ops.gptj8.frozen_linear(
-        in_autocast_dtype(x),
+        x,
         codes,
         module.absmax,
         module.codebook,

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptj8.quantization.codec import quantize_blockwise
 from gptj8.quantization.layers import Frozen8bitModule
-from gptj8.quantization.quantizer import Blockwise8bitConfig, restore_modules, swap_modules
+from gptj8.quantization.quantizer import (
+    Blockwise8bitConfig,
+    quantize_for,
+    restore_modules,
+    swap_modules,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,11 +159,10 @@ def _quantized(model: PreTrainedModel, config: Blockwise8bitConfig) -> PreTraine
         module, original = model.get_submodule(name), before[name]
         assert isinstance(module, Frozen8bitModule)
         weight: Any = original.weight
-        module.load_quantized(
-            quantize_blockwise(
-                weight, module.block_size, config.codebook, scale_bits=config.scale_bits
-            )
-        )
+        if module.input_scales is not None:
+            columns = torch.arange(len(module.input_scales))
+            module.input_scales = torch.exp2(columns % 3 - 1.0)
+        module.load_quantized(quantize_for(module, weight, config, name))
         if getattr(original, "bias", None) is not None:
             module.bias = original.bias
     return model.eval()

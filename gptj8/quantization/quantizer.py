@@ -8,10 +8,9 @@ with a `quantization_config`, each weight is quantized while it is loaded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,15 +18,23 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gptj8.quantization.checkpoint_form import (
+    Unflatten,
+    check_dtypes,
+    require_loaded,
+    stored_codes,
+    unflattens,
+)
 from gptj8.quantization.codec import (
     CODEBOOKS,
     QuantizationError,
+    QuantizedTensor,
     check_block_size,
     check_quantized,
     check_scale_bits,
     quantize_blockwise,
 )
-from gptj8.quantization.layers import QUANTIZED_BUFFERS, Frozen8bitModule
+from gptj8.quantization.layers import QUANTIZED_BUFFERS, Frozen8bitEmbedding, Frozen8bitModule
 from gptj8.quantization.twins import frozen_twin, full_precision_twin
 
 if TYPE_CHECKING:
@@ -50,6 +57,8 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         embedding_block_size: block size of embeddings and the language-model head, whose errors
             contribute most.
         scale_bits: 8, or 32 for scales in float32.
+        input_scales: whether matrices have scales per input column, from calibration text. Only
+            `convert_checkpoint` can make them.
 
     Raises:
         QuantizationError: if a block size, the codebook or scale_bits is not supported.
@@ -62,6 +71,7 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         embedding_block_size: int = 32,
         scale_bits: int = 8,
+        input_scales: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
@@ -75,11 +85,15 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         self.skip_modules = list(skip_modules or [])
         self.embedding_block_size = embedding_block_size
         self.scale_bits = scale_bits
+        self.input_scales = input_scales
 
     @classmethod
     def from_params(cls, quantization: Quantization) -> Blockwise8bitConfig:
         """Return the config that the params' section describes."""
-        return cls(**{**quantization.model_dump(), "skip_modules": list(quantization.skip_modules)})
+        settings = quantization.model_dump()
+        calibration = settings.pop("calibration")
+        settings["skip_modules"] = list(quantization.skip_modules)
+        return cls(**settings, input_scales=calibration is not None)
 
     @classmethod
     def from_dict(
@@ -115,17 +129,22 @@ class Blockwise8bitQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
+            if config.input_scales:
+                raise QuantizationError(
+                    "input_scales = True needs a calibration text; convert the model with gptj8 "
+                    "convert --calibration"
+                )
             heads = [name for name in _task_heads(model) if name not in config.skip_modules]
             config.skip_modules = [*config.skip_modules, *heads]
         swap_modules(model, config, dtype or _dtype_of(model))
         for tied, _ in tied_modules(model):
             tied.share_scales()
         if self.pre_quantized:
-            _check_dtypes(model, checkpoint_files or [])
+            check_dtypes(model, checkpoint_files or [])
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return the operation that gives stored codes the shape of the weight."""
-        return [WeightConverter("weight", "weight", [_Unflatten()])] if self.pre_quantized else []
+        return [WeightConverter("weight", "weight", [Unflatten()])] if self.pre_quantized else []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the tensors to save."""
@@ -139,7 +158,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Saving the model must not reverse the operation; see `get_state_dict_and_metadata`.
         conversions: Any = getattr(model, "_weight_conversions", None) or []
-        kept = [c for c in conversions if not _unflattens(c)]
+        kept = [c for c in conversions if not unflattens(c)]
         setattr(model, "_weight_conversions", kept or None)  # noqa: B010 (the type is transformers')
         for tied, origin in tied_modules(model):
             tied.use_scales_of(origin)
@@ -154,7 +173,7 @@ class Blockwise8bitQuantizer(HfQuantizer):
                         "loaded; convert the model first with gptj8 convert"
                     )
             else:
-                _require_loaded(name, module)
+                require_loaded(name, module)
                 parts = (module.weight, module.absmax, module.codebook)
                 check_quantized(*parts, module.block_size, f"{name}.weight", module.levels)
         return model
@@ -195,36 +214,6 @@ class Blockwise8bitQuantizer(HfQuantizer):
         return True
 
 
-def stored_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Return codes in the shape in which a model directory stores them: (weights,).
-
-    The shape of the weight would let transformers without gptj8 load codes as if they were weights,
-    with a warning only. A row of numbers does not fit, so that it raises an error.
-    """
-    return codes.detach().reshape(-1)
-
-
-class _Unflatten(ConversionOps):
-    """Gives codes the shape of the module's weight, which they have in older directories."""
-
-    def convert(  # type: ignore[override]
-        self,
-        input_dict: dict[str, Any],
-        full_layer_name: str = "",
-        model: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        ((value,),) = input_dict.values()
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        if isinstance(module, Frozen8bitModule) and value.shape == (module.weight.numel(),):
-            value = value.view(module.weight.shape)
-        return {full_layer_name: value}
-
-
-def _unflattens(conversion: Any) -> bool:
-    return any(isinstance(op, _Unflatten) for op in getattr(conversion, "operations", ()))
-
-
 class _QuantizeOnLoad(ConversionOps):
     """Converts a full-precision `weight` to the tensors of a frozen module during loading."""
 
@@ -243,17 +232,29 @@ class _QuantizeOnLoad(ConversionOps):
         name = full_layer_name or "weight"
         prefix = name.removesuffix("weight")
         module = kwargs["model"].get_submodule(prefix.removesuffix("."))
-        quantized = quantize_blockwise(
-            weight,
-            module.block_size,
-            self.config.codebook,
-            name=name,
-            scale_bits=self.config.scale_bits,
-        )
+        quantized = quantize_for(module, weight, self.config, name)
         parts = {f"{prefix}{part}": getattr(quantized, part) for part in module.buffer_names}
         if missing_keys is not None:
             missing_keys -= set(parts)
         return {name: quantized.codes, **parts}
+
+
+def quantize_for(
+    module: Frozen8bitModule, weight: torch.Tensor, config: Blockwise8bitConfig, name: str
+) -> QuantizedTensor:
+    """Quantize the weight of a frozen module.
+
+    Args:
+        weight: in full precision.
+        name: name of the weight in error messages.
+    """
+    return quantize_blockwise(
+        module.scaled(weight),
+        module.block_size,
+        config.codebook,
+        name=name,
+        scale_bits=config.scale_bits,
+    )
 
 
 def swap_modules(
@@ -287,6 +288,12 @@ def swap_modules(
     _keep_one_floating_parameter(model, twins)
     for name, twin in twins.items():
         model.set_submodule(name, twin)
+        if config.input_scales and not isinstance(twin, Frozen8bitEmbedding):
+            cast(Frozen8bitModule, twin).allocate_input_scales()
+    if config.input_scales:
+        for module, origin in tied_modules(model):
+            if module.input_scales is not None:
+                origin.allocate_input_scales()
     fuse_activations(model)
     return list(twins)
 
@@ -347,41 +354,6 @@ def tied_modules(model: nn.Module) -> list[tuple[Frozen8bitModule, Frozen8bitMod
         if isinstance(tied, Frozen8bitModule) and isinstance(origin, Frozen8bitModule):
             pairs.append((tied, origin))
     return pairs
-
-
-def _require_loaded(name: str, module: Frozen8bitModule) -> None:
-    """Raise an error if a tensor of a module was missing in the checkpoint.
-
-    The module would otherwise compute with uninitialized memory.
-    """
-    for part in ("weight", *module.buffer_names):
-        # transformers sets this attribute on loaded tensors so that they are not initialized.
-        if not getattr(getattr(module, part), "_is_hf_initialized", False):
-            raise QuantizationError(f"the checkpoint has no tensor {name}.{part}")
-
-
-def _check_dtypes(model: nn.Module, files: list[str]) -> None:
-    """Raise an error if codes would be cast to floats, or floats to codes.
-
-    The results would be meaningless.
-    """
-    modules = dict(model.named_modules())
-    for file in files:
-        if not file.endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                module = modules.get(name.removesuffix(".weight"))
-                if module is None or not name.endswith(".weight"):
-                    continue
-                stored = tensors.get_slice(name).get_dtype()
-                wanted = isinstance(module, Frozen8bitModule)
-                if (stored == "U8") != wanted:
-                    raise QuantizationError(
-                        f"{name} is {stored} in the checkpoint, but the quantization_config "
-                        f"requires {torch.uint8 if wanted else 'floating-point weights'}; "
-                        "skip_modules or the file was changed after the conversion"
-                    )
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

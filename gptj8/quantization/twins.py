@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from gptj8.quantization.codec import dequantize_blockwise
 from gptj8.quantization.layers import (
     QUANTIZED_BUFFERS,
     CodesUsedAsWeightsError,
@@ -60,7 +59,7 @@ def frozen_twin(
 
 def full_precision_twin(module: Frozen8bitModule, dtype: torch.dtype) -> nn.Module:
     """Return an ordinary module with the restored weight and the same bias and training mode."""
-    weight = dequantize_blockwise(module.quantized_weight, dtype)
+    weight = module.restore(dtype)
     twin: nn.Module
     with torch.device("meta"):
         if isinstance(module, Frozen8bitLinear):
