@@ -8,6 +8,7 @@ names them, and all errors are reported at once.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from gptj8.params.requirements import parse_requirement
-from gptj8.params.templates import parse_template
+from gptj8.params.templates import parse_template, unescaped
 from gptj8.params.yaml_files import Section, check, read_yaml
 from gptj8.runtime.errors import UserError
 
@@ -34,6 +35,17 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 OptionalPath = Annotated[
     str | None, BeforeValidator(lambda path: None if path == NO_PATH else path)
 ]
+
+
+def _as_labels(labels: Any) -> Any:
+    """Return labels as text; YAML reads `[0, 1]` as numbers and `[yes, no]` as true and false."""
+    if not isinstance(labels, list | tuple):
+        return labels
+    known = (int, float)
+    return type(labels)(
+        json.dumps(label) if isinstance(label, known) else label for label in labels
+    )
+
 
 OPTIONAL_PATHS = (
     ("data", "validation"),
@@ -85,11 +97,12 @@ class Data(Section):
     """Column with the messages of a conversation."""
     optional_columns: tuple[str, ...] = ("input",)
     """Template columns that may be empty. The words that belong to an empty column are omitted."""
-    labels: tuple[str, ...] | None = None
+    labels: Annotated[tuple[str, ...] | None, BeforeValidator(_as_labels)] = None
     """All valid labels; a row with another label is invalid. `null`: the labels of the training
     split."""
-    prompt_template: str = "{text}\n\nLabel:"
-    """How a row becomes a prompt. Names in braces are columns."""
+    prompt_template: Annotated[str, AfterValidator(unescaped)] = "{text}\n\nLabel:"
+    r"""How a row becomes a prompt. Names in braces are columns, `\n` is a line break, `\t` a tab,
+    and two backslashes stand for one."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Maximum number of tokens of prompt and completion together. A longer text is truncated; a
     completion never is."""

@@ -44,12 +44,13 @@ def test_an_unset_path_is_none_in_params_and_a_file_for_dvc(tmp_path):
 def test_null_paths_raise_an_error_that_names_them(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     nulls = text.replace(NO_PATH + "\n", "null\n")
-    assert nulls.count("null") == text.count("null") + 4
+    assert nulls.count("null") == text.count("null") + 5
     (tmp_path / "params.yaml").write_text(nulls)
     with pytest.raises(UserError) as caught:
         load_params(tmp_path / "params.yaml")
     lines = str(caught.value).splitlines()
-    keys = ["data.validation", "data.test", "evaluate.perplexity_text", "evaluate.predictions"]
+    keys = ["data.validation", "data.test", "quantization.calibration"]
+    keys += ["evaluate.perplexity_text", "evaluate.predictions"]
     assert [line.split(": ")[1].split()[0] for line in lines] == keys
     assert all("use data/none for no path" in line for line in lines)
     (tmp_path / "None").write_text("as in earlier commits")

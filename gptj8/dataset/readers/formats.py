@@ -164,17 +164,43 @@ def _param(field: str) -> str:
 def _column_names(path: Path, wanted: Iterable[str]) -> list[str]:
     suffix = suffix_of(path)
     if suffix == ".parquet":
-        with open_parquet(path) as file:
+        with open_parquet(path, {}) as file:
             return file.schema_arrow.names
     names: dict[str, None] = {}
     empty = True
-    for row in parse_file(path, {}, "line", lambda size: None):
+    wanted = list(wanted)
+    for row in parse_file(path, {name: name for name in wanted}, "line", lambda size: None):
         empty = False
         names.update(dict.fromkeys(row.cells))
         if names.keys() >= set(wanted) or (suffix in DELIMITERS and row.cells):
             break  # otherwise read on: a later JSON object may have more keys
     # If no row is valid JSON, the error is the malformed rows and not a missing column.
     return list(names) if names or empty else list(wanted)
+
+
+def require_optional_columns(files: Iterable[Path], columns: Iterable[str]) -> None:
+    """Raise UserError if no file has an optional column of the prompt template.
+
+    A name that is misspelled would otherwise be an empty column of every row.
+    """
+    missing = set(columns)
+    names: dict[str, None] = {}
+    for file in files:
+        if not missing:
+            return
+        try:
+            found = ["text"] if suffix_of(file) == ".txt" else _column_names(file, missing)
+        except UserError:
+            return  # the error is reported, with others, when the rows are read
+        names.update(dict.fromkeys(found))
+        missing -= set(found)
+    if missing and names:
+        listed = " and ".join(f"{quote(c)}{suggest(c, list(names))}" for c in sorted(missing))
+        shown = ", ".join(map(quote, list(names)[:30]))
+        raise UserError(
+            f"data.prompt_template names the column {listed}, which no file has; their columns: "
+            f"{shown}"
+        )
 
 
 def explain_missing_file(path: Path) -> str:

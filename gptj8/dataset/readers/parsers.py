@@ -75,7 +75,7 @@ def parse_file(
                 head = stream.read(4)
             if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:2].count(0) == 1:
                 raise UserError(f"{path} is UTF-16; save it as UTF-8")
-            rows = _parse_text_format(path, text_row, advance)
+            rows = _parse_text_format(path, columns, text_row, advance)
         for row in rows:
             empty = False
             yield row
@@ -113,17 +113,17 @@ def _decode(stream: BinaryIO) -> io.TextIOWrapper:
 
 
 def _parse_text_format(
-    path: Path, text_row: str, advance: Callable[[int], object]
+    path: Path, columns: Mapping[str, str], text_row: str, advance: Callable[[int], object]
 ) -> Iterator[Row]:
     suffix = suffix_of(path)
     with _open(path) as (stream, raw):
         text = _decode(stream)
         if suffix in DELIMITERS:
-            rows = _parse_delimited(text, path)
+            rows = _parse_delimited(text, path, columns)
         elif suffix == ".txt":
             rows = _parse_plain(text, text_row)
         else:
-            rows = _parse_json(text, path)
+            rows = _parse_json(text, path, frozenset(columns.values()))
         position = 0
         for index, row in enumerate(rows, 1):
             yield row
@@ -134,7 +134,9 @@ def _parse_text_format(
         text.detach()  # `_open` closes the stream
 
 
-def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+def _parse_delimited(
+    text: io.TextIOWrapper, path: Path, columns: Mapping[str, str]
+) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CELL)
     delimiter = DELIMITERS[suffix_of(path)]
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -148,7 +150,7 @@ def _parse_delimited(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 continue
             if header is None:
                 header = cells
-                _check_header(header, path)
+                _check_header(header, path, columns)
                 continue
             number += 1
             if len(cells) == len(header):
@@ -188,21 +190,22 @@ def _joined(cells: Sequence[str], delimiter: str, line: int) -> str | None:
     return None
 
 
-def _check_header(header: list[str], path: Path) -> None:
+def _check_header(header: list[str], path: Path, columns: Mapping[str, str]) -> None:
     if any(_is_undecodable(name) for name in header):
         raise UserError(f"{path} line 1: the column names are not UTF-8; save it as UTF-8")
-    _check_names(header, path)
+    _check_names(header, path, columns)
 
 
-def _check_names(names: Sequence[str], path: Path) -> None:
-    """Raise an error if a column name is repeated, because it would be ambiguous."""
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+def _check_names(names: Sequence[str], path: Path, columns: Mapping[str, str]) -> None:
+    """Raise an error if the name of a column that is read is repeated, which is ambiguous."""
+    read = set(columns.values())
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1 and name in read)
     if repeated:
         listed = ", ".join(map(quote, repeated[:10]))
         raise UserError(f"{path} has repeated column names: {listed}")
 
 
-def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+def _parse_json(text: io.TextIOWrapper, path: Path, read: frozenset[str]) -> Iterator[Row]:
     lines = ((number, line) for number, line in enumerate(text, 1) if not line.isspace())
     first_number, first = next(lines, (0, ""))
     if first.lstrip().startswith("["):
@@ -212,7 +215,7 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
                 f"{path} is a JSON array of {format_bytes(size)}, too large to read into memory; "
                 "convert it to JSON Lines, with one object per line"
             )
-        yield from _parse_json_array(first + text.read(), path, first_number)
+        yield from _parse_json_array(first + text.read(), path, first_number, read)
         return
     if first.strip() == "{":
         raise UserError(
@@ -222,41 +225,64 @@ def _parse_json(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
     for number, line in itertools.chain([(first_number, first)] if first else [], lines):
         try:
             value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_object)
-        except _RepeatedKeyError as error:
-            yield Row(number, {}, f"has the key {quote(str(error))} twice")
         except json.JSONDecodeError as error:
             yield Row(number, {}, f"is not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # such as 5,000 digits or 1,000 brackets
             yield Row(number, {}, f"is not usable JSON: {one_line(error).partition(';')[0]}")
         else:
-            yield _row_of(number, value)
+            yield _row_of(number, value, read)
 
 
-class _RepeatedKeyError(Exception):
-    """An object has a repeated key, of which `json` would keep only the last value."""
+class _Ambiguous(dict[str, Any]):
+    """An object with repeated keys, of which `json` would keep only the last values."""
+
+    repeated: tuple[str, ...] = ()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _RepeatedKeyError(next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1))
-    return found
+    if len(found) == len(pairs):
+        return found
+    ambiguous = _Ambiguous(found)
+    counts = Counter(key for key, _ in pairs)
+    ambiguous.repeated = tuple(key for key, count in counts.items() if count > 1)
+    return ambiguous
 
 
-def _parse_json_array(text: str, path: Path, first_line: int) -> Iterator[Row]:
+def _repeated_key(value: Any) -> str | None:
+    """Return a repeated key of an object, at any depth."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, _Ambiguous):
+            return value.repeated[0]
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+    return None
+
+
+def _parse_json_array(
+    text: str, path: Path, first_line: int, read: frozenset[str]
+) -> Iterator[Row]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno + first_line - 1} column {error.colno}"
         raise UserError(f"{path} {where} is not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         reason = one_line(error).partition(";")[0]
         raise UserError(f"{path} line {first_line} is not usable JSON: {reason}") from None
-    yield from itertools.starmap(_row_of, enumerate(values, 1))
+    for number, value in enumerate(values, 1):
+        yield _row_of(number, value, read)
 
 
-def _row_of(number: int, value: Any) -> Row:
+def _row_of(number: int, value: Any, read: frozenset[str]) -> Row:
     if isinstance(value, dict):
+        repeated = value.repeated if isinstance(value, _Ambiguous) else ()
+        keys = [key for key in repeated if key in read]
+        keys += filter(None, (_repeated_key(value.get(column)) for column in read))
+        if keys:
+            return Row(number, {}, f"has the key {quote(keys[0])} twice")
         return Row(number, value)
     return Row(number, {}, "is not a JSON object, such as {...}")
 
@@ -273,12 +299,12 @@ def _parse_plain(text: io.TextIOWrapper, text_row: str) -> Iterator[Row]:
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[pq.ParquetFile]:
     if path.suffix.lower() != ".parquet":
         raise UserError(f"{path}: compressed Parquet is not supported; unpack {path.suffix} first")
     try:
         file = pq.ParquetFile(path)
-        _check_names(file.schema_arrow.names, path)
+        _check_names(file.schema_arrow.names, path, columns)
     except UnicodeDecodeError:
         raise UserError(f"{path}: the column names are not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
@@ -292,7 +318,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 def _parse_parquet(
     path: Path, columns: Mapping[str, str], advance: Callable[[int], object]
 ) -> Iterator[Row]:
-    with open_parquet(path) as file:
+    with open_parquet(path, columns) as file:
         present = set(file.schema_arrow.names)
         wanted = [name for name in dict.fromkeys(columns.values()) if name in present]
         names_of = _label_names(file.schema_arrow, wanted)

@@ -138,6 +138,7 @@ def shape_of(data: Data) -> Shape:
     optional = frozenset(f for f, column in columns.items() if column in data.optional_columns)
     if len(columns) == 1:  # the only column of a prompt must not be empty
         optional = frozenset()
+    template = template.with_optional(optional)
     if MESSAGES not in columns:
         answer = FIELDS[data.task][1]
         columns[answer] = getattr(data, f"{answer}_column")

@@ -30,6 +30,8 @@ import pyarrow as pa
 
 from gptj8.dataset.prepared.dataset import SPLITS, PreparedWriter
 from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.readers.formats import require_optional_columns
+from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.readers.sources import find_sources
 from gptj8.dataset.validation import near_duplicates, policies, relations
 from gptj8.dataset.validation.findings import Findings, copy_dropped
@@ -106,6 +108,9 @@ def validate(
     """
     started = time.monotonic()
     sources = find_sources(data)
+    shape = shape_of(data)
+    files = [file for paths in sources.files.values() for file in paths]
+    require_optional_columns(files, (shape.columns[field] for field in shape.optional))
     directory = Path(directory)
     scratch = directory / ".scratch"
     try:

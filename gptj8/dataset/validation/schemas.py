@@ -25,8 +25,8 @@ from gptj8.params.templates import MESSAGES
 _KINDS = {
     "text": ("text",),
     "prompt": ("text",),
-    "label": ("text", "integer", "boolean"),
-    "completion": ("text", "integer", "boolean"),
+    "label": ("text", "integer", "number", "boolean"),
+    "completion": ("text", "integer", "number", "boolean"),
     MESSAGES: ("list", "text"),  # in CSV, lists are written as JSON
 }
 _OTHER_KINDS = ("text", "integer", "number", "boolean")

@@ -88,7 +88,7 @@ def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncod
         22: ({"text": "caf\ufffd", "label": "ham"}, ("text", "replacement")),
         30: ({"text": "a", "label": None}, ("label", "missing")),
         31: ({"text": "b", "label": "  "}, ("label", "empty")),
-        32: ({"text": "c", "label": 1.5}, ("label", "type")),
+        32: ({"text": "c", "label": [1.5]}, ("label", "type")),
         33: ({"text": "d", "label": {"is": "ham"}}, ("label", "type")),
     }
     rows = [{"text": text, "label": label} for text, label in pairs(60)]

@@ -81,7 +81,7 @@ BLANK = [
     cell("output-absent", "instruction", "jsonl", "output", ..., "missing"),
 ]
 
-# Cells that are not text; integers and booleans are valid answers.
+# Cells that are not text; numbers and booleans are valid answers.
 NUMBER = "is a number, not text"
 LIST = "is a list, not text"
 OBJECT = "is an object, not text"
@@ -91,9 +91,7 @@ TYPES = [
     cell("text-is-boolean", "labelled", "jsonl", "tweet", True, "type", "is a boolean, not text"),
     cell("text-is-list", "labelled", "jsonl", "tweet", ["a", "b"], "type", LIST),
     cell("text-is-object", "labelled", "jsonl", "tweet", {"a": "b"}, "type", OBJECT),
-    cell("label-is-number", "labelled", "jsonl", "class", 7.5, "type", NUMBER),
     cell("label-is-list", "labelled", "jsonl", "class", ["a", "b"], "type", LIST),
-    cell("completion-is-number", "completion", "jsonl", "reply", 7.5, "type", NUMBER),
     cell("completion-is-object", "completion", "jsonl", "reply", {"a": "b"}, "type", OBJECT),
     cell("input-is-list", "instruction", "jsonl", "input", [1], "type", LIST),
 ]
