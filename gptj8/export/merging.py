@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -92,9 +93,10 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
 
     # Merge on the CPU: 16-bit weights are twice as large as the 8-bit weights that fit on the GPU.
     adapted = load_adapter(load_model(base, dtype, torch.device("cpu")), adapter)
-    for module in list(adapted.modules()):
-        if not isinstance(module, BaseTunerLayer):
-            continue
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    if _share_a_weight(layers, adapted.get_base_model()):
+        _untie(adapted.get_base_model())
+    for module in layers:
         if isinstance(module.base_layer, Frozen8bitModule):
             module.base_layer = full_precision_twin(module.base_layer, torch.float32)
         module.merge()
@@ -103,6 +105,25 @@ def merge(base: Path, adapter: Path, target: Path, dtype: torch.dtype) -> None:
     del merged.config.quantization_config
     merged.save_pretrained(target)
     copy_tokenizer(base, target)
+
+
+def _share_a_weight(layers: Sequence[Any], model: Any) -> bool:
+    """Return whether an adapted module has a weight that another module uses too."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users[weight.data_ptr()] = users.get(weight.data_ptr(), 0) + 1
+    return any(users.get(layer.get_base_layer().weight.data_ptr(), 0) > 1 for layer in layers)
+
+
+def _untie(model: Any) -> None:
+    """Let head and embedding have weights of their own, so that a merge changes only one."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    for inner in model.modules():
+        if hasattr(inner, "all_tied_weights_keys"):
+            inner.all_tied_weights_keys = {}
 
 
 def perplexity_against_tuned(

@@ -17,7 +17,7 @@ from gptj8.quantization.model_files import (
 from gptj8.quantization.shards import ShardedWeights
 from gptj8.runtime.distributed import process_count, processes_here
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import list_files
+from gptj8.runtime.files import list_files, read_json
 from gptj8.runtime.machine import is_out_of_memory
 from gptj8.runtime.manifest import verify_manifest
 from gptj8.runtime.messages import one_line
@@ -146,6 +146,8 @@ def _from_files(path: Path, **arguments: Any) -> tuple[PreTrainedModel, set[str]
     arguments |= {"trust_remote_code": False, "output_loading_info": True}
     loaded: Any
     weights = ShardedWeights(path)
+    if not read_json(path / "config.json").get("quantization_config"):
+        weights.require_floats(path)
     if not weights.is_wrapped:
         loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
     else:

@@ -25,6 +25,7 @@ import torch
 from gptj8.quantization.codec import dequantize_blockwise, quantize_blockwise
 from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitModule
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import read_json
 from gptj8.runtime.messages import one_line
 from gptj8.runtime.progress import progress
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 TOKENS = 4096
 """Tokens of the text that are used, from its start; more change little."""
 LENGTH = 512
+SHORTEST = 128
+# The keys of config.json that limit the length of a text. Some models need two positions more.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
 _PART = 1 << 22  # weights from which the exponent is chosen
 _SMALLEST = 2.0**-10  # columns with smaller inputs than this share of the largest are treated alike
@@ -79,15 +83,27 @@ def read_sequences(folder: Path, text: Path) -> list[torch.Tensor]:
         raise UserError(f"calibration = {text} cannot be read: {one_line(error)}") from error
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        ids = tokenizer(content[: 16 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
+    except Exception as error:  # tokenizers and transformers raise anything
         raise UserError(
-            f"calibration needs the model's tokenizer, which cannot be loaded: {one_line(error)}"
+            f"calibration needs the model's tokenizer, which cannot be loaded from {folder}: "
+            f"{one_line(error)}"
         ) from error
-    ids = tokenizer(content[: 16 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
-    sequences = [part for part in ids.split(LENGTH, 1) if part.shape[1] > 1]
-    if sum(part.shape[1] for part in sequences) < 128:
-        raise UserError(f"calibration = {text} has {ids.shape[1]} tokens; at least 128 are needed")
-    return sequences
+    if not ids.numel() and content.strip():
+        raise UserError(f"calibration needs the model's tokenizer, but {folder} has none")
+    if ids.numel() < SHORTEST:
+        raise UserError(
+            f"calibration = {text} has {ids.numel()} tokens; at least {SHORTEST} are needed"
+        )
+    config = read_json(folder / "config.json")
+    rows = config.get("vocab_size")
+    if isinstance(rows, int) and int(ids.max()) >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has token {int(ids.max())}, but the model only {rows} tokens"
+        )
+    known = [config[key] for key in _POSITIONS if isinstance(config.get(key), int)]
+    length = max(min([LENGTH, *(size - 2 for size in known if size > 2)]), 1)
+    return [part for part in ids.long().split(length, 1) if part.shape[1] > 1]
 
 
 def choose_scales(
@@ -150,12 +166,16 @@ def sums_of_squares(
         return hook
 
     hooks = [each.register_forward_pre_hook(record(name)) for name, each in modules.items()]
-    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    with torch.inference_mode(), progress(len(sequences), "calibrate", "sequences") as advance:
-        for ids in sequences:
-            for part in ids.split(limit, 1):
-                model(input_ids=part, use_cache=False)
-            advance(1)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.inference_mode(), progress(len(sequences), "calibrate", "sequences") as advance:
+            for ids in sequences:
+                model(input_ids=ids, use_cache=False)
+                advance(1)
+    except Exception as error:  # any architecture, with any reason not to read a text
+        raise UserError(
+            f"calibration: {type(model).__name__} cannot read the text: {one_line(error)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     return sums

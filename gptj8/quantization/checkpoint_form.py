@@ -10,16 +10,21 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.shards import FLOATS
 from gptj8.runtime.errors import QuantizationError
 
 
-def stored_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Return codes in the shape in which a model directory stores them: (weights,).
+def names_of_rows(model: nn.Module) -> set[str]:
+    """Return the names of the weights whose codes are stored as one row of numbers.
 
     The shape of the weight would let transformers without gptj8 load codes as if they were weights,
-    with a warning only. A row of numbers does not fit, so that it raises an error.
+    with a warning only. A row does not fit, so that it raises an error. Tied weights keep their
+    shape, because transformers reads them from the files as they are if layers stay on the disk,
+    and a single row is enough for the error. Without any other weight, they are rows too.
     """
-    return codes.detach().reshape(-1)
+    names = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Frozen8bitModule)}
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return names - {*pairs, *pairs.values()} or names
 
 
 class Unflatten(ConversionOps):
@@ -44,10 +49,15 @@ def unflattens(conversion: Any) -> bool:
     return any(isinstance(op, Unflatten) for op in getattr(conversion, "operations", ()))
 
 
-def check_dtypes(model: nn.Module, files: list[str]) -> None:
-    """Raise an error if codes would be cast to floats, or floats to codes.
+def check_dtypes(model: nn.Module, files: list[str], in_8_bits: bool) -> None:
+    """Raise an error if codes would be cast to floats, or anything but floats quantized.
 
     The results would be meaningless.
+
+    Args:
+        model: with frozen modules.
+        files: the checkpoint; only safetensors are checked.
+        in_8_bits: whether the frozen modules' weights are stored as codes.
     """
     modules = dict(model.named_modules())
     for file in files:
@@ -59,13 +69,17 @@ def check_dtypes(model: nn.Module, files: list[str]) -> None:
                 if module is None or not name.endswith(".weight"):
                     continue
                 stored = tensors.get_slice(name).get_dtype()
-                wanted = isinstance(module, Frozen8bitModule)
-                if (stored == "U8") != wanted:
+                is_code = in_8_bits and isinstance(module, Frozen8bitModule)
+                if (stored == "U8") if is_code else (stored in FLOATS):
+                    continue
+                wanted = torch.uint8 if is_code else "floating-point weights"
+                if in_8_bits:
                     raise QuantizationError(
                         f"{name} is {stored} in the checkpoint, but the quantization_config "
-                        f"requires {torch.uint8 if wanted else 'floating-point weights'}; "
-                        "skip_modules or the file was changed after the conversion"
+                        f"requires {wanted}; skip_modules or the file was changed after the "
+                        "conversion"
                     )
+                raise QuantizationError(f"{name} is {stored} in the checkpoint, not {wanted}")
 
 
 def require_loaded(name: str, module: Frozen8bitModule) -> None:

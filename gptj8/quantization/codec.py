@@ -175,11 +175,11 @@ def squared_errors(weight: torch.Tensor, quantized: QuantizedTensor) -> tuple[fl
     return float(errors.sum()), float(norms.sum())
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise QuantizationError unless every backend supports the block size."""
+def check_block_size(block_size: int, name: str = "block_size") -> None:
+    """Raise QuantizationError, with the setting's name, unless every backend supports the size."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise QuantizationError(f"block_size = {block_size!r} is not one of {sizes}")
+        raise QuantizationError(f"{name} = {block_size!r} is not one of {sizes}")
 
 
 def check_scale_bits(scale_bits: int) -> None:

@@ -14,7 +14,8 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import torch
 
 from gptj8.quantization import original_format
 from gptj8.quantization.calibration import choose_scales, input_sizes, read_sequences
-from gptj8.quantization.checkpoint_form import stored_codes
+from gptj8.quantization.checkpoint_form import names_of_rows
 from gptj8.quantization.codec import QuantizedTensor, squared_errors
 from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.model_files import build_skeleton, check_model_directory, match_names
@@ -44,7 +45,7 @@ from gptj8.runtime.files import (
     write_json,
 )
 from gptj8.runtime.manifest import MANIFEST, write_manifest
-from gptj8.runtime.messages import counted
+from gptj8.runtime.messages import counted, one_line
 from gptj8.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def convert_checkpoint(
             match its config, or if the disk is too small; `target_dir` is not changed.
     """
     source, target = Path(source_dir), Path(target_dir)
+    if calibration is None and config.input_scales:
+        raise UserError("input_scales = True needs a calibration text")
     if calibration is not None:
         return _convert_calibrated(source, target, config, Path(calibration))
     return _convert(source, target, config)
@@ -146,11 +149,33 @@ def _convert_calibrated(
     plain, calibrated = copy.copy(config), copy.copy(config)
     plain.input_scales, calibrated.input_scales = False, True
     _check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=target.parent) as folder:
-        _convert(source, Path(folder) / "model", plain)
-        sizes = input_sizes(Path(folder) / "model", text)
+    with _new_parents(target), _temporary_beside(target) as folder:
+        _convert(source, folder / "model", plain)
+        sizes = input_sizes(folder / "model", text)
     return _convert(source, target, calibrated, sizes)
+
+
+@contextmanager
+def _new_parents(target: Path) -> Iterator[None]:
+    """Create the parents of a folder; after an error, remove those that were created."""
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be created: {one_line(error)}") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=target.absolute().parent) as name:
+        yield Path(name)
 
 
 def _convert(
@@ -169,15 +194,16 @@ def _convert(
 
     _check_target(target)
     weights = ShardedWeights(source)
-    _check_float8(weights, source)
     stored = original_format.quantized_modules(weights.shapes)
-    if stored:
+    if not stored:
+        weights.require_floats(source)
+    else:
         block_size = original_format.common_block_size(stored, source)
         config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules, block_size, 32)
     skeleton = build_skeleton(source)
     modules = [name for name, _ in skeleton.named_modules()]
     for skipped in config.skip_modules:
-        if not any(is_skipped(name, [skipped]) for name in modules):
+        if not skipped or not any(is_skipped(name, [skipped]) for name in modules):
             raise UserError(f"skip_modules = {skipped!r}: {source} has no such module")
     swapped = swap_modules(skeleton, config)
     if not swapped:
@@ -188,6 +214,7 @@ def _convert(
     _check_use_of_weights(skeleton, source)
     report = ConversionReport(source_bytes=weights.total_bytes)
     report.unproven = _prove(skeleton, config, source)
+    rows = names_of_rows(skeleton)
     names, report.dropped = match_names(weights, skeleton, source)
     require_free_space(target.parent, _estimate_bytes(weights, names, swapped), "the 8-bit model")
 
@@ -209,7 +236,8 @@ def _convert(
                     frozen = skeleton.get_submodule(module)
                     assert isinstance(frozen, Frozen8bitModule)
                     if frozen.input_scales is not None:
-                        sums = (sizes or {})[module]
+                        columns = torch.ones(tensor.shape[frozen.input_dim])
+                        sums = (sizes or {}).get(module, columns.double())  # not in use: equal
                         frozen.input_scales = choose_scales(frozen, tensor, sums, config)
                     quantized = quantize_for(frozen, tensor, config, source_name)
                     report.add(name, frozen.scaled(tensor), quantized)
@@ -219,7 +247,8 @@ def _convert(
                     report.kept.append(name)
                     writer.add(name, tensor.clone(memory_format=torch.contiguous_format))
                     continue
-                writer.add(name, stored_codes(quantized.codes))
+                codes = quantized.codes
+                writer.add(name, codes.reshape(-1) if name in rows else codes)
                 writer.add(f"{module}.absmax", quantized.absmax)
                 writer.add(f"{module}.codebook", quantized.codebook)
                 if quantized.levels is not None:
@@ -240,19 +269,6 @@ def _check_target(target: Path) -> None:
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{target} cannot be created: {parent} is a file")
-
-
-def _check_float8(weights: ShardedWeights, source: Path) -> None:
-    """Raise UserError if tensors are 8-bit floats, whose scales are other tensors."""
-    names = [
-        name for name, dtype in weights.dtypes.items() if "f8" in dtype.lower() or "float8" in dtype
-    ]
-    if names:
-        raise UserError(
-            f"{source}: {counted(len(names), 'tensor')} such as {names[0]} are 8-bit floats "
-            f"({weights.dtypes[names[0]]}), which are not converted; load the model with "
-            "transformers and FineGrainedFP8Config(dequantize=True), save it, and convert that"
-        )
 
 
 def _check_remaining_modules(

@@ -82,15 +82,7 @@ def build_skeleton(source: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        ValueError,
-        KeyError,
-        AttributeError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ArithmeticError,
-    ) as error:
+    except Exception as error:  # any config, with any reason not to be a model
         reason = one_line(error)
         raise UserError(f"{source} is not a causal language model: {reason}") from error
 
@@ -123,11 +115,13 @@ def match_names(
     names: dict[str, str] = {}
     dropped: list[str] = []
     problems = []
+    misshapen = set()
     for name, shape in weights.shapes.items():
         match = _model_name(name, skeleton, expected)
         if match is None:
             dropped.append(name)
         elif expected[match] != shape and not (match in coded and shape == coded[match]):
+            misshapen.add(match)
             problems.append(
                 f"{weights.file_of[name]}: {name} has shape {shape}, but config.json implies "
                 f"{expected[match]}"
@@ -153,7 +147,8 @@ def match_names(
         if isinstance(module, Frozen8bitModule)
         for part in module.buffer_names
     }
-    for missing in sorted(set(expected) - made_here - set(tied) - set(names.values())):
+    present = {*made_here, *tied, *misshapen, *names.values()}
+    for missing in sorted(set(expected) - present):
         problems.append(f"{source}: the checkpoint has no tensor {missing}")
     if problems:
         shown = problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else [])
@@ -182,7 +177,6 @@ def _model_name(
     if computed is not None:
         raise UserError(
             f"{type(skeleton).__name__} computes {renamed} from several tensors of the checkpoint, "
-            f"including {name}, which the conversion does not support; load the model with "
-            "transformers, save it again, and convert the saved model"
+            f"including {name}, which the conversion does not support"
         )
     return renamed if renamed in expected else None

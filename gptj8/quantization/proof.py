@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptj8.quantization.layers import Frozen8bitModule
+from gptj8.quantization.layers import CodesUsedAsWeightsError, Frozen8bitModule
 from gptj8.quantization.quantizer import (
     Blockwise8bitConfig,
     quantize_for,
     restore_modules,
     swap_modules,
 )
+from gptj8.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,13 +59,21 @@ def difference(model: PreTrainedModel, config: Blockwise8bitConfig) -> str | Non
 
 def _difference(model: PreTrainedModel, config: Blockwise8bitConfig) -> str | None:
     ids = torch.randint(2, VOCABULARY - 2, (2, 12), generator=torch.Generator().manual_seed(0))
-    frozen = _quantized(build_small_copy(model, ids), config)
-    twin = restore_modules(copy.deepcopy(frozen), torch.float32)
-    expected = _step(twin, ids)
+    small = build_small_copy(model, ids)
     try:
-        actual = _step(frozen, ids)
+        frozen = _quantized(small, config)
+        twin = restore_modules(copy.deepcopy(frozen), torch.float32)
+        expected = _step(twin, ids)
+    except Exception as error:  # any architecture, with any reason not to train as it is
+        raise NotProvenError(f"{type(error).__name__}: {one_line(error)}") from error
+    entered: list[str] = []
+    try:
+        actual = _step(frozen, ids, entered)
     except Exception as error:  # any architecture, with any reason not to run in 8 bits
-        return f"cannot run in 8 bits ({type(error).__name__}: {error})".splitlines()[0]
+        if isinstance(error, CodesUsedAsWeightsError):
+            used = (n for n, m in frozen.named_modules() if getattr(m, "weight", 0) is error.codes)
+            return f"computes with the weight of {next(used, entered[-1])} itself"
+        return f"cannot run in 8 bits: {entered[-1]} raises {type(error).__name__}"
     for name, value in expected.items():
         if not _equal(actual.get(name), value):
             return f"computes something else in 8 bits, first in {name or 'the model itself'}"
@@ -96,7 +106,7 @@ def build_small_copy(model: PreTrainedModel, ids: torch.Tensor) -> PreTrainedMod
                 return small
             reason = reason or "its outputs are not finite"
         except Exception as error:  # any architecture, with any reason not to be built small
-            reason = reason or f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = reason or f"{type(error).__name__}: {one_line(error)}"
     raise NotProvenError(reason)
 
 
@@ -145,7 +155,7 @@ def shrink(config: Any, factor: int) -> None:
     for name, value in list(vars(config).items()):
         if not isinstance(value, int):
             continue
-        if name.startswith("vocab_size"):
+        if "vocab_size" in name:
             setattr(config, name, VOCABULARY)
         elif name.endswith("_token_id") and value >= VOCABULARY:
             setattr(config, name, VOCABULARY - 1)
@@ -168,9 +178,15 @@ def _quantized(model: PreTrainedModel, config: Blockwise8bitConfig) -> PreTraine
     return model.eval()
 
 
-def _step(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+def _step(
+    model: PreTrainedModel, ids: torch.Tensor, entered: list[str] | None = None
+) -> dict[str, Any]:
     """Return the outputs of all modules in the order of their execution, and the gradient that
-    arrives at the embedding after it has passed through all layers."""
+    arrives at the embedding after it has passed through all layers.
+
+    Args:
+        entered: receives the names of the modules that are called, in order.
+    """
     found: dict[str, Any] = {}
     start: list[torch.Tensor] = []
 
@@ -188,6 +204,10 @@ def _step(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
         return start[-1].clone()  # the model may change it in place
 
     hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules()]
+    names = [] if entered is None else entered
+    for name, module in model.named_modules():
+        enter = functools.partial(lambda name, *_: names.append(name), name or "the model itself")
+        hooks.append(module.register_forward_pre_hook(enter))
     hooks.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

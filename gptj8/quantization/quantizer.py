@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gptj8.quantization.checkpoint_form import (
     Unflatten,
     check_dtypes,
+    names_of_rows,
     require_loaded,
-    stored_codes,
     unflattens,
 )
 from gptj8.quantization.codec import (
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from gptj8.params.sections import Quantization
 
 QUANT_METHOD = "blockwise_8bit"
+# Keys that transformers adds to every saved quantization_config.
+_FOREIGN_SETTINGS = {"quant_method", "modules_to_not_convert"}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -75,8 +77,12 @@ class Blockwise8bitConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
+        if unknown := set(kwargs) - _FOREIGN_SETTINGS:
+            raise QuantizationError(f"{min(unknown)} is not a setting of 8-bit weights")
+        if isinstance(skip_modules, str):
+            raise QuantizationError(f"skip_modules = {skip_modules!r} is not a list of names")
         check_block_size(block_size)
-        check_block_size(embedding_block_size)
+        check_block_size(embedding_block_size, "embedding_block_size")
         check_scale_bits(scale_bits)
         if codebook not in CODEBOOKS:
             raise QuantizationError(f"codebook = {codebook!r} is not one of {', '.join(CODEBOOKS)}")
@@ -134,13 +140,12 @@ class Blockwise8bitQuantizer(HfQuantizer):
                     "input_scales = True needs a calibration text; convert the model with gptj8 "
                     "convert --calibration"
                 )
-            heads = [name for name in _task_heads(model) if name not in config.skip_modules]
-            config.skip_modules = [*config.skip_modules, *heads]
+        heads = [name for name in _task_heads(model) if name not in config.skip_modules]
+        config.skip_modules = [*config.skip_modules, *heads]
         swap_modules(model, config, dtype or _dtype_of(model))
         for tied, _ in tied_modules(model):
             tied.share_scales()
-        if self.pre_quantized:
-            check_dtypes(model, checkpoint_files or [])
+        check_dtypes(model, checkpoint_files or [], self.pre_quantized)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return the operation that gives stored codes the shape of the weight."""
@@ -149,10 +154,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the tensors to save."""
         state = model.state_dict()
-        for name, module in model.named_modules():
-            if isinstance(module, Frozen8bitModule):
-                key = f"{name}.weight"
-                state[key] = stored_codes(state[key])
+        for name in names_of_rows(model):
+            state[name] = state[name].detach().reshape(-1)
         return state, {}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -162,6 +165,11 @@ class Blockwise8bitQuantizer(HfQuantizer):
         setattr(model, "_weight_conversions", kept or None)  # noqa: B010 (the type is transformers')
         for tied, origin in tied_modules(model):
             tied.use_scales_of(origin)
+        from transformers import PreTrainedModel
+
+        for inner in model.modules():  # the inner model of a causal one can be saved by itself
+            if isinstance(inner, PreTrainedModel):
+                inner.hf_quantizer = self  # type: ignore[assignment]
         # Check the tensors before they are passed to native code.
         for name, module in model.named_modules():
             if not isinstance(module, Frozen8bitModule):
@@ -204,6 +212,8 @@ class Blockwise8bitQuantizer(HfQuantizer):
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
+        if isinstance(dtype, str):  # `save_pretrained` writes the dtype's name into the config
+            dtype = getattr(torch, dtype)
         return restore_modules(model, dtype or torch.get_default_dtype())
 
     def is_serializable(self) -> bool:

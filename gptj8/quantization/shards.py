@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -19,10 +20,14 @@ from safetensors.torch import save_file
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, sha256_file, write_json
-from gptj8.runtime.messages import one_line
+from gptj8.runtime.messages import counted, one_line
 
 SHARD_BYTES = 400_000_000
 """Maximum size of a file, unless a single tensor is larger. Up to two files are held in memory."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes of weights. 8-bit floats are not among them: their scales are
+tensors of their own."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -66,6 +71,25 @@ class ShardedWeights:
         for name in self.shapes:
             yield name, self.read(name)
 
+    def require_floats(self, source: Path) -> None:
+        """Raise UserError if weights are stored in 8-bit floats or integers.
+
+        Their scales are other tensors, so the weights by themselves are meaningless.
+        """
+        known = {*FLOATS, "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+        names = [
+            name
+            for name, dtype in self.dtypes.items()
+            if dtype not in known and name.endswith("weight") and len(self.shapes[name]) == 2
+        ]
+        if names:
+            raise UserError(
+                f"{source}: {counted(len(names), 'tensor')} such as {names[0]} have the dtype "
+                f"{self.dtypes[names[0]]}, not floating-point weights; if they are 8-bit floats, "
+                "load the model with transformers and FineGrainedFP8Config(dequantize=True), save "
+                "it, and use that"
+            )
+
     def lazily(self) -> dict[str, Any]:
         """Return tensors, or slices that are read when they are indexed, by name."""
         return {name: self._open(self.file_of[name])[name] for name in self.shapes}
@@ -86,7 +110,8 @@ class ShardedWeights:
         try:
             if self.is_safetensors:
                 opened = safe_open(file, framework="pt")
-                return self._unwrapped({name: opened.get_slice(name) for name in opened.keys()})
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                return self._unwrapped(slices, file)
             try:
                 return self._tensors_of(
                     torch.load(file, map_location="cpu", weights_only=True, mmap=True), file
@@ -109,13 +134,14 @@ class ShardedWeights:
 
     def _tensors_of(self, loaded: Any, file: Path) -> dict[str, torch.Tensor]:
         """Return the tensors of a loaded torch file."""
-        if isinstance(loaded, dict):
+        while isinstance(loaded, dict):
             inner = [loaded[key] for key in _STATE_KEYS if isinstance(loaded.get(key), dict)]
-            if inner and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-                self.is_wrapped, loaded = True, inner[0]
-        return self._unwrapped(_dense_tensors(loaded, file))
+            if not inner:
+                break
+            self.is_wrapped, loaded = True, inner[0]
+        return self._unwrapped(_dense_tensors(loaded, file), file)
 
-    def _unwrapped(self, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _unwrapped(self, tensors: dict[str, Any], file: Path) -> dict[str, Any]:
         """Return the tensors with the names that the model itself gave them."""
         names = {name: _without_wrappers(name) for name in tensors}
         inner = {name.removeprefix(_OWNER) for name in names.values()}
@@ -123,6 +149,10 @@ class ShardedWeights:
             name.startswith((_OWNER, "transformer.", "lm_head.")) for name in inner
         ):
             names = {old: new.removeprefix(_OWNER) for old, new in names.items()}
+        if len(set(names.values())) < len(names):
+            twice = Counter(names.values()).most_common(1)[0][0]
+            found = " and ".join(old for old, new in names.items() if new == twice)
+            raise UserError(f"{file} has the tensor {twice} twice: as {found}; remove one of them")
         self.is_wrapped |= any(old != new for old, new in names.items())
         return {names[old]: tensor for old, tensor in tensors.items()}
 

@@ -98,7 +98,8 @@ class FrozenSubclass(Frozen8bitEmbedding):
         stand_in.__dict__.update(self.__dict__, frozen=self)
         stand_in.__dict__["_parameters"] = {**self._parameters, "weight": FrozenCodes(empty)}
         try:
-            return stand_in.forward(*args, **kwargs)
+            # accelerate's hooks replace `forward` in the instance, which would lead back here.
+            return self.stand_in_class.forward(stand_in, *args, **kwargs)
         except CodesUsedAsWeightsError:
             raise CodesUsedAsWeightsError(self.weight) from None
 

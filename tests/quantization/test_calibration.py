@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BartConfig, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 import gptj8
 from gptj8.commands.main import main
+from gptj8.export.merging import merge
 from gptj8.quantization.calibration import choose_scales, input_sizes, scales_for
 from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitModule
 from gptj8.quantization.quantizer import quantize_for
@@ -27,7 +28,7 @@ IDS = torch.randint(2, 190, (2, 12), generator=torch.Generator().manual_seed(0))
 
 def llama(**changes):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    return LlamaConfig(vocab_size=384, num_attention_heads=4, **sizes, **changes)
+    return LlamaConfig(**{"vocab_size": 384, "num_attention_heads": 4, **sizes, **changes})
 
 
 def gpt2():
@@ -214,3 +215,58 @@ def test_the_command(text, tmp_path, monkeypatch):
     assert model.config.quantization_config.input_scales
     assert model.lm_head.input_scales is not None
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "text.txt"}
+
+
+def test_modules_that_are_not_called_get_ones(text, tmp_path):
+    sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=384, decoder_ffn_dim=128, max_position_embeddings=128, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model", 384)
+    gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG, text)
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "8bit").model.decoder.layers[0]
+    assert layer.encoder_attn.k_proj.input_scales.tolist() == [1.0] * 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").write_text("[]"), "which cannot be loaded"),
+        (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"),
+        (lambda f: make_tokenizer(f, 500), r"the tokenizer has token \d+, but the model only"),
+    ],
+    ids=["broken", "none", "larger"],
+)
+def test_unusable_tokenizers_are_refused_before_the_conversion(text, tmp_path, damage, message):
+    saved(llama(vocab_size=258), tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=message) as raised:
+        gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "new" / "8bit", CONFIG, text)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_leaves_no_folders(text, tmp_path):
+    saved(llama(), tmp_path / "model")
+    config = gptj8.Blockwise8bitConfig(skip_modules=["nothing"])
+    with pytest.raises(UserError, match="has no such module"):
+        gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "a" / "b" / "c", config, text)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="needs a calibration text"):
+        gptj8.convert_checkpoint(
+            tmp_path / "model", tmp_path / "c", gptj8.Blockwise8bitConfig(input_scales=True)
+        )
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_merging_an_adapter_of_a_tied_weight(text, tmp_path, targets):
+    saved(MODELS["tied"], tmp_path / "model")
+    gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG, text)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "8bit")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge(tmp_path / "8bit", tmp_path / "adapter", tmp_path / "merged", torch.float16)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    expected = adapted(IDS).logits
+    assert (merged(IDS).logits - expected).norm() < 0.01 * expected.norm()

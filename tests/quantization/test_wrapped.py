@@ -90,7 +90,33 @@ def test_8_bit_floats_are_refused_in_one_line(tiny_model_dir, tmp_path):
         state[name] = state[name].to(torch.float8_e4m3fn)
         state[f"{name}_scale_inv"] = torch.ones(1)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"are 8-bit floats \(F8_E4M3\).*dequantize=True") as raised:
+    with pytest.raises(UserError, match=r"have the dtype F8_E4M3, .*dequantize=True") as raised:
         gptj8.convert_checkpoint(folder, tmp_path / "out", CONFIG)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="have the dtype F8_E4M3"):
+        load_model(folder, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"is F8_E4M3 in the checkpoint, not floating-point"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["sibling", "nested"])
+def test_a_state_dict_beside_tensors_or_in_two_levels(tiny_model_dir, tmp_path, kind):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "wrapped")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    contents = {
+        "sibling": {"model": state, "best_val_loss": torch.tensor(1.0)},
+        "nested": {"state_dict": {"model": state}, "epoch": 3},
+    }
+    torch.save(contents[kind], folder / "pytorch_model.bin")
+    check(folder, tiny_model_dir, tmp_path)
+
+
+def test_the_same_tensor_under_two_names_is_an_error(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state |= {f"module.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"twice: as .* and module\..*; remove one"):
+        gptj8.convert_checkpoint(folder, tmp_path / "out", CONFIG)
