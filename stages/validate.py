@@ -10,6 +10,7 @@ from __future__ import annotations
 from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.validation.checks import CHECKS
 from gptj8.dataset.validation.report import write_report
 from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import load_params
@@ -49,6 +50,12 @@ def main() -> None:
         else ""
     )
     total = validated.total_rows.total()
+    kinds = [
+        f"{validated.findings.count(check):,} {CHECKS[check].heading}"
+        for check in validated.findings.checks()
+    ]
+    if kinds:
+        story.say(f"found {', '.join(kinds)}")
     story.end(f"{total:,} rows read: {sizes}; {dropped:,} dropped{ignored} ({REPORT}/report.html)")
 
 

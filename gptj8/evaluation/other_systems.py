@@ -21,6 +21,7 @@ from gptj8.runtime.messages import listed, quote, suggest
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ROW = re.compile(r"[0-9]{1,18}")
 _EXAMPLES = 3
+_READ = {name: name for name in ("file", "row", "prediction")}
 
 _Key = tuple[str, int]
 
@@ -99,7 +100,7 @@ def _read_system(
         found.setdefault(problem, []).append(example)
 
     try:
-        for record in parse_file(path, {}, "line", lambda size: None):
+        for record in parse_file(path, _READ, "line", lambda size: None):
             where = f"record {record.number}"
             if record.problem:
                 add("unreadable records", f"{where} {record.problem}")
