@@ -51,11 +51,11 @@ def main() -> None:
     )
     total = validated.total_rows.total()
     kinds = [
-        f"{validated.findings.count(check):,} {CHECKS[check].heading}"
+        f"{CHECKS[check].heading}: {validated.findings.count(check):,}"
         for check in validated.findings.checks()
     ]
     if kinds:
-        story.say(f"found {', '.join(kinds)}")
+        story.say(f"found {'; '.join(kinds)}")
     story.end(f"{total:,} rows read: {sizes}; {dropped:,} dropped{ignored} ({REPORT}/report.html)")
 
 

@@ -26,7 +26,7 @@ def test_stage_on_user_csv(project: Path) -> None:
     write_params(project, text_column="tweet", label_column="class")
     done = run_stage(project)
     assert done.returncode == 0, done.stderr
-    assert "found 1 empty texts, 1 duplicates within a split\n" in done.stdout
+    assert "found empty texts: 1; duplicates within a split: 1\n" in done.stdout
     assert "62 rows read: 48 train, 6 validation, 6 test; 2 dropped" in done.stdout
     dataset = load_prepared(project / "artifacts" / "dataset")
     assert dataset.labels == ("not good", "very good")
