@@ -95,8 +95,10 @@ class FrozenSubclass(Frozen8bitEmbedding):
         """Return what the subclass computes from the 8-bit rows."""
         stand_in = self.stand_in_class.__new__(self.stand_in_class)
         empty = torch.empty(0, dtype=self.output_dtype, device=self.weight.device)
+        if type(empty) is torch.Tensor:  # not while memory is estimated without data
+            empty = FrozenCodes(empty)
         stand_in.__dict__.update(self.__dict__, frozen=self)
-        stand_in.__dict__["_parameters"] = {**self._parameters, "weight": FrozenCodes(empty)}
+        stand_in.__dict__["_parameters"] = {**self._parameters, "weight": empty}
         try:
             # accelerate's hooks replace `forward` in the instance, which would lead back here.
             return self.stand_in_class.forward(stand_in, *args, **kwargs)

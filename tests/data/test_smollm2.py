@@ -85,14 +85,21 @@ def test_tokenizer_and_chat_template_work(model_dir):
 
 
 def test_model_answers_a_question(model_dir):
+    """The answer's first words are given: without them, two beginnings are almost equally likely,
+    and any rounding decides between them."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, quantization_config=gptj8.Blockwise8bitConfig()
-    )
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, ids["input_ids"].shape[1] :])
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(f"{prompt}The capital of France is", return_tensors="pt")
+    probability = []
+    for settings in ({}, {"quantization_config": gptj8.Blockwise8bitConfig()}):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **settings)
+        answer = model.generate(**ids, max_new_tokens=3, do_sample=False)
+        assert tokenizer.decode(answer[0, ids["input_ids"].shape[1] :]).startswith(" Paris.")
+        with torch.no_grad():
+            scores = torch.softmax(model(**ids).logits[0, -1], -1)
+        probability.append(float(scores[tokenizer(" Paris").input_ids[0]]))
+    assert abs(probability[1] - probability[0]) < 0.02
 
 
 def test_default_format_beats_other_8_bit_formats_on_real_weights(model_dir):
