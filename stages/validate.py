@@ -10,6 +10,7 @@ from __future__ import annotations
 from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.readers.parsers import encoding_of, suffix_of
 from gptj8.dataset.validation.checks import CHECKS
 from gptj8.dataset.validation.report import write_report
 from gptj8.dataset.validation.run import validate
@@ -49,6 +50,9 @@ def main() -> None:
         if validated.ignored
         else ""
     )
+    for file in (file for files in validated.files.values() for file in files):
+        if suffix_of(file) != ".parquet" and encoding_of(file) == "cp1252":
+            story.say(f"{file} is not UTF-8; it was read as Windows-1252")
     total = validated.total_rows.total()
     kinds = [
         f"{CHECKS[check].heading}: {validated.findings.count(check):,}"

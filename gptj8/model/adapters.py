@@ -11,7 +11,7 @@ import torch
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, write_json
-from gptj8.runtime.messages import one_line
+from gptj8.runtime.messages import one_line, suggest
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -130,6 +130,7 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
         modules = list(DEFAULT_MODULES[architecture])
     else:
         modules = list(spec.target)
+        _require_modules(model, modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.r,
@@ -137,6 +138,21 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
         lora_dropout=spec.lora_dropout,
         target_modules=modules,
     )
+
+
+def _require_modules(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Raise UserError if a name matches no module; PEFT ignores it beside one that does."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, _ in model.named_modules()]
+    adaptable = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    known = {n.rpartition(".")[2]: 0 for n, m in model.named_modules() if isinstance(m, adaptable)}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"finetune.target: the model has no module {target}{suggest(target, list(known))}; "
+                f"its linear layers and embeddings: {', '.join(known)}"
+            )
 
 
 def _layernorm_config(model: PreTrainedModel) -> PeftConfig:

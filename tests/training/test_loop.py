@@ -197,8 +197,11 @@ def test_targets(tiny_8bit_dir, target, modules):
 
 
 def test_unknown_target_raises(tiny_8bit_dir):
-    with pytest.raises(UserError, match=r"finetune\.target = \['query'\]"):
-        adapted_model(tiny_8bit_dir, target=["query"])
+    for target in (["query"], ["q_proj", "query"]):
+        with pytest.raises(UserError, match=r"no module query; .*: wte, .*q_proj, .*lm_head$"):
+            adapted_model(tiny_8bit_dir, target=target)
+    with pytest.raises(UserError, match="no module qproj, did you mean q_proj"):
+        adapted_model(tiny_8bit_dir, target=["qproj"])
 
 
 def test_reloaded_adapter_equals_the_trained_model(tiny_8bit_dir, examples, tmp_path):

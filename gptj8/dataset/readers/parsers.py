@@ -6,11 +6,14 @@ All formats are streamed, except a JSON array, which is read into memory. A malf
 
 from __future__ import annotations
 
+import codecs
 import csv
+import functools
 import io
 import itertools
 import json
 import lzma
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +36,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 
+_MULTIBYTE = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
+_NOT_WINDOWS_1252 = b"\x81\x8d\x8f\x90\x9d"
 _MAX_CELL = 1 << 26
 _MAX_ARRAY_BYTES = 1 << 29
 
@@ -107,17 +112,46 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 yield stream, raw  # type: ignore[misc]
 
 
-def _decode(stream: BinaryIO) -> io.TextIOWrapper:
+def encoding_of(path: Path) -> str:
+    """Return the encoding of a text file: UTF-8, or Windows-1252, which includes Latin-1.
+
+    A file is Windows-1252 if it has bytes that are not UTF-8 and no character of several bytes that
+    is. With both, parts of the file have different encodings, and it is read as UTF-8.
+    """
+    status = path.stat()
+    return _encoding_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoding_of(path: Path, size: int, changed: int) -> str:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    has_others = False
+    with _open(path) as (stream, _):
+        while chunk := stream.read(1 << 20):
+            if chunk.isascii() and not decoder.getstate()[0]:
+                continue
+            text = decoder.decode(chunk)
+            if _MULTIBYTE.search(text):
+                return "utf-8-sig"
+            has_others = has_others or _is_undecodable(text)
+            if any(byte in chunk for byte in _NOT_WINDOWS_1252):
+                return "utf-8-sig"
+    has_others = has_others or _is_undecodable(decoder.decode(b"", final=True))
+    return "cp1252" if has_others else "utf-8-sig"
+
+
+def _decode(stream: BinaryIO, encoding: str) -> io.TextIOWrapper:
     """Return a text stream that keeps line ends, and non-UTF-8 bytes as surrogates (PEP 383)."""
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _parse_text_format(
     path: Path, columns: Mapping[str, str], text_row: str, advance: Callable[[int], object]
 ) -> Iterator[Row]:
     suffix = suffix_of(path)
+    encoding = encoding_of(path)
     with _open(path) as (stream, raw):
-        text = _decode(stream)
+        text = _decode(stream, encoding)
         if suffix in DELIMITERS:
             rows = _parse_delimited(text, path, columns)
         elif suffix == ".txt":
@@ -164,7 +198,7 @@ def _parse_delimited(
             yield Row(number, {}, problem)
     except csv.Error as error:
         with _open(path) as (stream, _):
-            lines = _decode(stream)
+            lines = _decode(stream, encoding_of(path))
             place = find_quote_problem(itertools.islice(lines, line, None), delimiter, _MAX_CELL)
             lines.detach()
         if place is None:

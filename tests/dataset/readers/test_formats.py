@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset.readers.formats import read_batches, read_rows
+from gptj8.dataset.readers.parsers import encoding_of
 from gptj8.runtime.errors import UserError
 from tests.helpers.row_files import ROWS, write_csv, write_rows
 
@@ -131,7 +132,11 @@ DAMAGED = {
         b'text,label\r\nx,"a\nb" c\n',
         "line 3 column 3: text follows a closing quote",
     ),
-    "latin-1-header": ("t.csv", b"text,caf\xe9\na,b\n", "line 1: the column names are not UTF-8"),
+    "latin-1-header": (
+        "t.csv",
+        b"text,caf\xe9\n\xc3\xbc,b\n",
+        "line 1: the column names are not UTF-8",
+    ),
     "repeated-column": ("t.csv", b"text,label,text\na,b,c\n", "repeated column names: text"),
     "semicolons": ("t.csv", b"text;label\na;b\n", "separate the cells by commas"),
     "json-array": ("t.json", b'[{"text": "a"},\n {"text" 1}]', "line 2 column 10"),
@@ -216,9 +221,9 @@ def test_malformed_row_has_a_problem(
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("t.csv", b"text,label\na,b\ncaf\xe9,b\nc,d\n"),
-        ("t.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "c", "label": "d"}\n'),
-        ("t.txt", b"a\ncaf\xe9\nc\n"),
+        ("t.csv", b"text,label\n\xc3\xa0,b\ncaf\xe9,b\nc,d\n"),
+        ("t.jsonl", b'{"text": "\xc3\xa0"}\n{"text": "caf\xe9"}\n{"text": "c", "label": "d"}\n'),
+        ("t.txt", b"\xc3\xa0\ncaf\xe9\nc\n"),
     ],
 )
 def test_bytes_that_are_not_utf_8_affect_only_their_cell(
@@ -227,7 +232,40 @@ def test_bytes_that_are_not_utf_8_affect_only_their_cell(
     (tmp_path / name).write_bytes(content)
     rows = read_rows(tmp_path / name, {"text": "text"})
     assert list(rows["text_kind"]) == ["text", "undecodable", "text"]
-    assert list(rows["text"]) == ["a", "caf\ufffd", "c"]
+    assert list(rows["text"]) == ["à", "caf\ufffd", "c"]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("filler", [0, 3_000_000], ids=["small", "several-chunks"])
+@pytest.mark.parametrize(
+    ("encoding", "text", "found"),
+    [
+        ("latin-1", "café,naïve", "cp1252"),
+        ("cp1252", "“quoted”,€ 5", "cp1252"),
+        ("utf-8", "café,“quoted”", "utf-8-sig"),
+        ("utf-8-sig", "café,x", "utf-8-sig"),
+        ("ascii", "plain,x", "utf-8-sig"),
+    ],
+)
+def test_the_encoding_of_a_file_as_a_whole(tmp_path, encoding, text, found, filler, compression):
+    lines = f"text,label\n{'a' * filler},b\n{text}\n".encode(encoding)
+    path = tmp_path / f"t.csv{compression}"
+    path.write_bytes(gzip.compress(lines) if compression else lines)
+    assert encoding_of(path) == found
+    rows = read_rows(path, {"text": "text"})
+    assert rows["text"][1] == text.split(",")[0]
+    assert (rows["text_kind"] == "text").all()
+
+
+@pytest.mark.parametrize("content", [b"a\x81b", b"\xc3\xa0 caf\xe9", b"caf\xe9 \xe2\x82\xac"])
+def test_bytes_of_two_encodings_or_of_none_are_not_guessed(tmp_path, content):
+    (tmp_path / "t.txt").write_bytes(content)
+    assert encoding_of(tmp_path / "t.txt") == "utf-8-sig"
+
+
+def test_a_last_byte_that_begins_a_character(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"caf\xe9")
+    assert encoding_of(tmp_path / "t.txt") == "cp1252"
 
 
 @pytest.mark.parametrize(
