@@ -105,7 +105,7 @@ def test_problems_of_all_files_are_listed(tmp_path, test_rows):
 
 def test_all_problems_of_a_file_are_listed(problems):
     content = GOOD.encode() + (
-        b"data/a.csv,1,1\ndata/a.csv,1,NA\ndata/a.csv,2,1\ndata/c.csv,1,1\n"
+        b"data/a.csv,1,1\ndata/a.csv,1,NA\ndata/a.csv,2,1\ndata/c.csv,1,\xc3\xbc\n"
         b"data/a.csv,3.0,1\ndata/a.csv,,1\ndata/b.csv,7\ndata/b.csv,7,\xff\n"
     )
     content = content.replace(b"data/b.csv,1,sql\n", b"")
