@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptj8.params.sections import Quantization
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.files import temporary_sibling
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -79,19 +79,18 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.embedding_block_size,
         arguments.scale_bits,
     )
-    with _as_directory(source, target.parent) as directory:
+    with _as_directory(source, target) as directory:
         print(summarize(convert_checkpoint(directory, target, config, arguments.calibration)))
 
 
 @contextmanager
-def _as_directory(source: Path, parent: Path) -> Iterator[Path]:
+def _as_directory(source: Path, target: Path) -> Iterator[Path]:
     """Yield a model directory: the source, or a temporary one for a GGUF file."""
     if source.suffix != ".gguf" and not source.is_file():
         yield source
         return
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=parent) as folder:
-        directory = Path(folder) / source.stem
+    with temporary_sibling(target, ".gguf-") as folder:
+        directory = folder / source.stem
         _unpack_file(source, directory, "float32")
         yield directory
 

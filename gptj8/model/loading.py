@@ -148,14 +148,16 @@ def _from_files(path: Path, **arguments: Any) -> tuple[PreTrainedModel, set[str]
     weights = ShardedWeights(path)
     if not read_json(path / "config.json").get("quantization_config"):
         weights.require_floats(path)
-    if not weights.is_wrapped:
+    state = weights.lazily() if weights.is_wrapped else None
+    del weights  # a file that cannot be memory-mapped is in memory
+    if state is None:
         loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
     else:
         skeleton: Any = build_skeleton(path)
         if arguments.get("device_map") == "auto":
             arguments.pop("max_memory", None)  # layers cannot stay in files with other names
         loaded = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=weights.lazily(), **arguments
+            None, config=skeleton.config, state_dict=state, **arguments
         )
         if (path / "generation_config.json").is_file():
             loaded[0].generation_config = GenerationConfig.from_pretrained(path)

@@ -8,7 +8,6 @@ names them, and all errors are reported at once.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from gptj8.params.requirements import parse_requirement
 from gptj8.params.templates import parse_template, unescaped
 from gptj8.params.yaml_files import Section, check, read_yaml
 from gptj8.runtime.errors import UserError
+from gptj8.runtime.tables import cell_text
 
 PARAMS_FILE = "params.yaml"
 NO_PATH = "data/none"
@@ -42,9 +42,7 @@ def _as_labels(labels: Any) -> Any:
     if not isinstance(labels, list | tuple):
         return labels
     known = (int, float)
-    return type(labels)(
-        json.dumps(label) if isinstance(label, known) else label for label in labels
-    )
+    return type(labels)(cell_text(label) if isinstance(label, known) else label for label in labels)
 
 
 OPTIONAL_PATHS = (

@@ -43,22 +43,21 @@ _PART = 1 << 22  # weights from which the exponent is chosen
 _SMALLEST = 2.0**-10  # columns with smaller inputs than this share of the largest are treated alike
 
 
-def input_sizes(folder: Path, text: Path) -> dict[str, torch.Tensor]:
+def input_sizes(folder: Path, sequences: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the sums of the squared inputs of each frozen matrix.
 
     Args:
-        folder: an 8-bit model with its tokenizer.
-        text: UTF-8 text, of the kind that the model is for.
+        folder: an 8-bit model.
+        sequences: from `read_sequences`.
 
     Returns:
         float64 (in,) by module name. A tied matrix appears under the names of both modules.
 
     Raises:
-        UserError: if the text or the tokenizer cannot be read, or the text is too short.
+        UserError: if the model cannot read the sequences.
     """
     from transformers import AutoModelForCausalLM
 
-    sequences = read_sequences(folder, text)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     matrices = {
         name: module
@@ -74,7 +73,15 @@ def input_sizes(folder: Path, text: Path) -> dict[str, torch.Tensor]:
 
 
 def read_sequences(folder: Path, text: Path) -> list[torch.Tensor]:
-    """Return the first `TOKENS` tokens of a text as sequences (1, at most `LENGTH`)."""
+    """Return the first `TOKENS` tokens of a text as sequences (1, at most `LENGTH`).
+
+    Args:
+        folder: a model with its tokenizer.
+        text: UTF-8 text, of the kind that the model is for.
+
+    Raises:
+        UserError: if the text or the tokenizer cannot be read, or the text is too short.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -122,7 +129,7 @@ def choose_scales(
     best, lowest = torch.ones(len(sums)), math.inf
     for exponent in EXPONENTS:
         scales = scales_for(sums, exponent)
-        along = scales if module.input_dim == 1 else scales[:, None]
+        along = module.along_columns(scales)
         quantized = quantize_blockwise(
             part / along, module.block_size, config.codebook, scale_bits=config.scale_bits
         )

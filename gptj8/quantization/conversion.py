@@ -13,9 +13,7 @@ import json
 import logging
 import math
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +40,11 @@ from gptj8.runtime.files import (
     read_json,
     replace_directory,
     require_free_space,
+    temporary_sibling,
     write_json,
 )
 from gptj8.runtime.manifest import MANIFEST, write_manifest
-from gptj8.runtime.messages import counted, one_line
+from gptj8.runtime.messages import counted
 from gptj8.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -145,37 +144,15 @@ def _convert_calibrated(
     check_model_directory(source)
     if original_format.quantized_modules(ShardedWeights(source).shapes):
         raise UserError(f"calibration = {text}: {source} is in 8 bits already and keeps its codes")
-    read_sequences(source, text)  # raises before the work begins
+    sequences = read_sequences(source, text)
     plain, calibrated = copy.copy(config), copy.copy(config)
     plain.input_scales, calibrated.input_scales = False, True
     _check_target(target)
-    with _new_parents(target), _temporary_beside(target) as folder:
+    with temporary_sibling(target, ".calibration-") as folder:
         _convert(source, folder / "model", plain)
-        sizes = input_sizes(folder / "model", text)
-    return _convert(source, target, calibrated, sizes)
-
-
-@contextmanager
-def _new_parents(target: Path) -> Iterator[None]:
-    """Create the parents of a folder; after an error, remove those that were created."""
-    missing = [folder for folder in target.absolute().parents if not folder.exists()]
-    try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target} cannot be created: {one_line(error)}") from error
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _temporary_beside(target: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=target.absolute().parent) as name:
-        yield Path(name)
+        sizes = input_sizes(folder / "model", sequences)
+        shutil.rmtree(folder / "model")  # before the next copy needs as much space
+        return _convert(source, target, calibrated, sizes)
 
 
 def _convert(
@@ -236,9 +213,12 @@ def _convert(
                     frozen = skeleton.get_submodule(module)
                     assert isinstance(frozen, Frozen8bitModule)
                     if frozen.input_scales is not None:
-                        columns = torch.ones(tensor.shape[frozen.input_dim])
-                        sums = (sizes or {}).get(module, columns.double())  # not in use: equal
-                        frozen.input_scales = choose_scales(frozen, tensor, sums, config)
+                        sums = (sizes or {}).get(module)
+                        frozen.input_scales = (
+                            torch.ones(tensor.shape[frozen.input_dim])
+                            if sums is None  # the text did not reach this module
+                            else choose_scales(frozen, tensor, sums, config)
+                        )
                     quantized = quantize_for(frozen, tensor, config, source_name)
                     report.add(name, frozen.scaled(tensor), quantized)
                     if frozen.input_scales is not None:

@@ -141,16 +141,17 @@ class Frozen8bitModule(nn.Module):
         """Return what is quantized: the weight divided by `input_scales`, if there are any."""
         if self.input_scales is None:
             return weight
-        return weight.float() / self._along_columns(self.input_scales)
+        return weight.float() / self.along_columns(self.input_scales)
 
     def restore(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight in full precision."""
         if self.input_scales is None:
             return dequantize_blockwise(self.quantized_weight, dtype)
         restored = dequantize_blockwise(self.quantized_weight, torch.float32)
-        return restored.mul_(self._along_columns(self.input_scales)).to(dtype)
+        return restored.mul_(self.along_columns(self.input_scales)).to(dtype)
 
-    def _along_columns(self, scales: torch.Tensor) -> torch.Tensor:
+    def along_columns(self, scales: torch.Tensor) -> torch.Tensor:
+        """Return scales (in,) in a shape that multiplies the columns of the weight."""
         return scales if self.input_dim == 1 else scales[:, None]
 
     @property

@@ -120,7 +120,7 @@ def match_names(
         match = _model_name(name, skeleton, expected)
         if match is None:
             dropped.append(name)
-        elif expected[match] != shape and not (match in coded and shape == coded[match]):
+        elif shape not in (expected[match], coded.get(match)):
             misshapen.add(match)
             problems.append(
                 f"{weights.file_of[name]}: {name} has shape {shape}, but config.json implies "

@@ -92,7 +92,8 @@ class ShardedWeights:
 
     def lazily(self) -> dict[str, Any]:
         """Return tensors, or slices that are read when they are indexed, by name."""
-        return {name: self._open(self.file_of[name])[name] for name in self.shapes}
+        opened = {file: self._open(file) for file in self.files}
+        return {name: opened[file][name] for name, file in self.file_of.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, memory-mapped if the format supports it."""

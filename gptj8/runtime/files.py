@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,31 @@ def replace_directory(target: str | Path) -> Iterator[Path]:
         if discarded.exists() and not target.exists():
             discarded.rename(target)
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def temporary_sibling(target: str | Path, prefix: str) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, which is deleted at the end.
+
+    The parents of `target` are created first; after an error, those that were created are removed.
+
+    Raises:
+        UserError: if they cannot be created.
+    """
+    parent = Path(target).absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be created: {one_line(error)}") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name:
+            yield Path(name)
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
         raise
 
 

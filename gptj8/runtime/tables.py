@@ -13,6 +13,19 @@ from gptj8.runtime.files import replace_file
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
+def cell_text(value: bool | int | float) -> str:
+    """Return a cell that is not text as text: `true`, `2`, `2.5`.
+
+    A whole number is written without decimals, because a column of integers with a missing cell is
+    stored as floats.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or value.is_integer():
+        return str(int(value))
+    return repr(value)
+
+
 def write_csv(
     path: str | Path,
     rows: Iterable[Mapping[str, Any]],

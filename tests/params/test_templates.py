@@ -60,7 +60,7 @@ def test_line_breaks_that_a_shell_passed_on_as_two_characters(written, meant):
 
 @pytest.mark.parametrize(
     ("labels", "meant"),
-    [([0, 1], ("0", "1")), ([True, "no"], ("true", "no")), ([2.5, 3], ("2.5", "3"))],
+    [([0, 1], ("0", "1")), ([True, "no"], ("true", "no")), ([2.5, 3, 2.0], ("2.5", "3", "2"))],
 )
 def test_labels_that_yaml_reads_as_numbers(labels, meant):
     assert Data(train="x.csv", labels=tuple(labels)).labels == meant

@@ -14,7 +14,12 @@ from transformers.pytorch_utils import Conv1D
 import gptj8
 from gptj8.commands.main import main
 from gptj8.export.merging import merge
-from gptj8.quantization.calibration import choose_scales, input_sizes, scales_for
+from gptj8.quantization.calibration import (
+    choose_scales,
+    input_sizes,
+    read_sequences,
+    scales_for,
+)
 from gptj8.quantization.layers import Frozen8bitEmbedding, Frozen8bitModule
 from gptj8.quantization.quantizer import quantize_for
 from gptj8.quantization.twins import frozen_twin, full_precision_twin
@@ -145,7 +150,7 @@ def test_a_tied_embedding_uses_the_scales_of_the_head(text, tmp_path):
 def test_scales_follow_the_inputs(text, tmp_path):
     original = saved(llama(), tmp_path / "model")
     gptj8.convert_checkpoint(tmp_path / "model", tmp_path / "8bit", CONFIG)
-    found = input_sizes(tmp_path / "8bit", text)
+    found = input_sizes(tmp_path / "8bit", read_sequences(tmp_path / "8bit", text))
     assert not any("embed" in name for name in found)
     gain = original.model.layers[0].input_layernorm.weight
     sums = found["model.layers.0.self_attn.q_proj"]

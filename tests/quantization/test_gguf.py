@@ -232,3 +232,15 @@ def test_one_part_of_several_is_refused(tmp_path, llama, tokenizer):
     file = write(tmp_path / "tiny-00001-of-00003.gguf", llama, tokenizer)
     with pytest.raises(UserError, match="one of 3 parts"):
         unpack_gguf(file, tmp_path / "model")
+
+
+def test_a_failed_conversion_leaves_no_folders(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but nothing more")
+    target = tmp_path / "new" / "folder" / "8bit"
+    arguments = ["gptj8", "convert", str(tmp_path / "broken.gguf"), str(target)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "broken.gguf cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

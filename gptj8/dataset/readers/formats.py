@@ -38,6 +38,7 @@ from gptj8.dataset.readers.parsers import (
 )
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import quote, suggest
+from gptj8.runtime.tables import cell_text
 
 
 def read_rows(path: str | Path, columns: Mapping[str, str], text_row: str = "line") -> pd.DataFrame:
@@ -106,14 +107,13 @@ def _normalize(cell: Any) -> tuple[str | None, str]:
         return (cell, "text") if cell.isascii() else _normalize_unicode(cell)
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None, "missing"
-    if isinstance(cell, bool):
-        return json.dumps(cell), "boolean"
-    if isinstance(cell, int):
-        return str(cell), "integer"
     if isinstance(cell, Decimal):  # from a database
         cell = float(cell)
-    if isinstance(cell, float):  # a column of integers with a missing cell is stored as floats
-        return (str(int(cell)), "integer") if cell.is_integer() else (repr(cell), "number")
+    if isinstance(cell, bool):
+        return cell_text(cell), "boolean"
+    if isinstance(cell, int | float):
+        is_whole = isinstance(cell, int) or cell.is_integer()
+        return cell_text(cell), "integer" if is_whole else "number"
     if isinstance(cell, list | dict):
         kind = "list" if isinstance(cell, list) else "object"
         text, found = _normalize_unicode(json.dumps(cell, ensure_ascii=False, default=str))
