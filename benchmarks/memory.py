@@ -150,7 +150,7 @@ def measure(
     steps = 1 if length * config.hidden_size >= _LONG else 2  # a step takes a minute or more
     ids = torch.randint(0, config.vocab_size, (steps * rows, length), generator=generator).tolist()
     examples = [
-        {"input_ids": row, "prompt_length": length - learned, "length": length} for row in ids
+        {"input_ids": row, "learned": [length - learned, length], "length": length} for row in ids
     ]
     train(model, examples, examples[:rows], settings, 0)
     return {

@@ -9,7 +9,13 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from gptj8.dataset.prepared.examples import IGNORED, Example, lengths_of, padded_length
+from gptj8.dataset.prepared.examples import (
+    IGNORED,
+    Example,
+    learned_spans,
+    lengths_of,
+    padded_length,
+)
 from gptj8.model.scoring.perplexity import context_length
 
 if TYPE_CHECKING:
@@ -90,7 +96,7 @@ class Collator:
         for row, example in enumerate(examples):
             filled = len(example["input_ids"])
             batch["input_ids"][row, :filled] = torch.tensor(example["input_ids"])
-            learned = slice(example["prompt_length"], filled)
-            batch["labels"][row, learned] = batch["input_ids"][row, learned]
+            for span in learned_spans(example):
+                batch["labels"][row, span] = batch["input_ids"][row, span]
             batch["attention_mask"][row, :filled] = 1
         return batch

@@ -57,7 +57,8 @@ def naming_rows(dataset: PreparedDataset) -> Iterator[None]:
     except TrainingDivergedError as error:
         if dataset.task == "text" or not error.examples:  # a text example spans many rows
             raise UserError(str(error)) from None
-        rows = dataset.split("train").iloc[error.examples]
+        sources = dataset.examples("train").select(error.examples)["source_row"]
+        rows = dataset.split("train").iloc[list(dict.fromkeys(sources))]
         names = [f"{f}:{r}" for f, r in zip(rows["file"], rows["row"], strict=True)]
         raise UserError(error.told(names)) from None
 

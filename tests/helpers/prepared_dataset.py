@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from gptj8.dataset.prepared.dataset import FIELDS, PreparedWriter
+from gptj8.dataset.prepared.dataset import FIELDS, IDS, SPANS, PreparedWriter
 
 
 def write_prepared(
@@ -25,8 +25,7 @@ def write_prepared(
                 for field in (*FIELDS[task], "file")
             }
             columns["row"] = pa.array(rows["row"].tolist(), pa.int64())
-            ids = [[1, 2, 3]] * len(rows)
-            columns["input_ids"] = pa.array(ids, pa.large_list(pa.int32()))
-            columns["prompt_length"] = pa.array([1] * len(rows), pa.int32())
+            columns["input_ids"] = pa.array([[[1, 2, 3]]] * len(rows), pa.large_list(IDS))
+            columns["learned"] = pa.array([[[1, 3]]] * len(rows), pa.large_list(SPANS))
             writer.add(name, pa.RecordBatch.from_pydict(columns))
         writer.finish(sorted(labels))

@@ -32,7 +32,7 @@ def rows(folder):
     prompts = PromptEncoder(TextEncoder.load(folder), "{text} =", 32)
     encoded = [prompts.example(text, completion) for text, completion in ROWS]
     return [
-        {"input_ids": e.ids, "prompt_length": e.prompt_length, "length": len(e.ids)}
+        {"input_ids": e.ids, "learned": [e.prompt_length, len(e.ids)], "length": len(e.ids)}
         for e in encoded
     ]
 

@@ -351,7 +351,7 @@ def some_examples(count=8):
     return [
         {
             "input_ids": torch.randint(1, 380, (n,), generator=generator).tolist(),
-            "prompt_length": n - 3,
+            "learned": [n - 3, n],
             "length": n,
         }
         for n in lengths

@@ -70,7 +70,7 @@ def test_batches_are_right_padded_and_masked(examples):
 
 
 def _batch_shape(*lengths, context=64):
-    rows = [{"input_ids": [1] * length, "prompt_length": 0} for length in lengths]
+    rows = [{"input_ids": [1] * length, "learned": [0, length]} for length in lengths]
     return tuple(_collator(context)(rows)["input_ids"].shape)
 
 

@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gptj8.dataset.prepared.examples import learned_tokens
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, write_json
@@ -38,11 +39,18 @@ FIELDS = {
     "text": ("text",),
 }
 
+IDS = pa.large_list(pa.int32())
+"""Type of the token ids of an example."""
+SPANS = pa.large_list(pa.int32())
+"""Type of the learned spans of an example."""
+
 _TOKENS = pa.schema(
     [
-        ("input_ids", pa.large_list(pa.int32())),
-        ("prompt_length", pa.int32()),
+        ("input_ids", IDS),
+        ("learned", SPANS),
         ("length", pa.int32()),
+        ("learned_tokens", pa.int32()),
+        ("source_row", pa.int64()),
     ]
 )
 
@@ -78,9 +86,11 @@ class PreparedDataset:
     def examples(self, name: str) -> Dataset:
         """Return the training examples of a split, memory-mapped from disk.
 
-        The columns are `input_ids`, `prompt_length` (the number of leading tokens without loss) and
-        `length` (the number of tokens). Rows with a prompt and a completion give one example each.
-        Running text is packed: every example except the last has `data.max_length` tokens.
+        The columns are `input_ids`, `learned` (see `gptj8.dataset.prepared.examples`), `length`
+        (the number of tokens), `learned_tokens` (those with a loss) and `source_row` (the row's
+        index in `split`; -1 for running text). A row with a prompt and a completion gives one
+        example, a conversation one or several. Running text is packed: every example except the
+        last has `data.max_length` tokens.
         """
         from datasets import Dataset
 
@@ -171,18 +181,25 @@ class PreparedWriter:
         self._packers = {name: _Packer(max_length) for name in TRAINED_SPLITS}
 
     def add(self, split: str, rows: pa.RecordBatch) -> None:
-        """Add rows to a split: the task's fields, `file`, `row`, `input_ids`, `prompt_length`."""
+        """Add rows to a split.
+
+        Their columns are the task's fields, `file`, `row`, and `input_ids` and `learned`, each a
+        list with one item per training example of the row.
+        """
         if not rows.num_rows:
             return
         self._tables[split].write_batch(rows.select(self._columns))
+        before = self.rows[split]
         self.rows[split] += rows.num_rows
         if split not in TRAINED_SPLITS:
             return
         ids = rows.column("input_ids")
         if self.task == "text":
-            self._write_examples(split, self._packers[split].add(ids.flatten().to_numpy()))
-        else:
-            self._write(split, ids, rows.column("prompt_length"))
+            stream = ids.flatten().flatten().to_numpy()
+            self._write_packed(split, self._packers[split].add(stream))
+            return
+        sources = np.repeat(np.arange(before, self.rows[split]), ids.value_lengths().to_numpy())
+        self._write(split, ids.flatten(), rows.column("learned").flatten(), sources)
 
     def finish(self, labels: Sequence[str]) -> None:
         """Complete all files.
@@ -191,7 +208,7 @@ class PreparedWriter:
             labels: the labels of a classification task, otherwise empty.
         """
         for name, packer in self._packers.items():
-            self._write_examples(name, packer.rest())
+            self._write_packed(name, packer.rest())
         self.close()
         content = {
             "task": self.task,
@@ -211,15 +228,17 @@ class PreparedWriter:
         """Close all files; without `finish` the dataset is incomplete."""
         self._files.close()
 
-    def _write_examples(self, split: str, examples: list[np.ndarray]) -> None:
+    def _write_packed(self, split: str, examples: list[np.ndarray]) -> None:
         if examples:
-            ids = pa.array(examples, _TOKENS.field("input_ids").type)
-            self._write(split, ids, pa.array([0] * len(examples), pa.int32()))
+            ids = pa.array(examples, IDS)
+            learned = pa.array([[0, len(example)] for example in examples], SPANS)
+            self._write(split, ids, learned, np.full(len(examples), -1))
 
-    def _write(self, split: str, ids: pa.Array, prompt_lengths: pa.Array) -> None:
+    def _write(self, split: str, ids: pa.Array, learned: pa.Array, rows: np.ndarray) -> None:
         lengths = ids.value_lengths().cast(pa.int32())
-        batch = pa.RecordBatch.from_arrays([ids, prompt_lengths, lengths], schema=_TOKENS)
-        self._tokens[split].write_batch(batch)
+        counts = pa.array(map(learned_tokens, learned.to_pylist()), pa.int32())
+        arrays = [ids, learned, lengths, counts, pa.array(rows, pa.int64())]
+        self._tokens[split].write_batch(pa.RecordBatch.from_arrays(arrays, schema=_TOKENS))
         self.examples[split] += len(ids)
 
 

@@ -1,14 +1,14 @@
-"""Training examples: token ids and the number of leading prompt tokens without loss.
+"""Training examples: token ids and the spans of tokens that are learned.
 
-Only completion tokens have a loss. Prompt tokens and padding are masked by position and not by the
-padding token's id: where padding is the end-of-text token, masking by id would also mask the end of
-the completion, and the model would never learn to stop. Running text has no prompt, so every token
-has a loss.
+Only answers have a loss: the completion of a prompt, or the answers in a conversation. Other tokens
+and padding are masked by position and not by the padding token's id: where padding is the
+end-of-text token, masking by id would also mask the end of an answer, and the model would never
+learn to stop. Running text has no prompt, so every token has a loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,8 @@ PADDED_TO = 16
 for each new length, which takes a millisecond or more and made the default model a fifth slower."""
 
 Example = Mapping[str, Any]
-"""`input_ids` (a list of int), `prompt_length` (leading tokens without loss) and `length`."""
+"""`input_ids` (a list of int), `learned` (start and end of each learned span, in a flat list) and
+`length`."""
 
 
 def padded_length(length: int, context: int, device: str) -> int:
@@ -40,20 +41,31 @@ def padded_length(length: int, context: int, device: str) -> int:
     return max(length, min(-(-length // PADDED_TO) * PADDED_TO, context))
 
 
+def learned_spans(example: Example) -> Iterator[slice]:
+    """Yield the spans of `input_ids` that have a loss, in order."""
+    ends = iter(example["learned"])
+    return (slice(start, end) for start, end in zip(ends, ends, strict=True))
+
+
 def prompt_ids(example: Example) -> list[int]:
-    """Return the ids of the prompt; for running text, all ids."""
+    """Return the ids before the last answer; for running text, all ids."""
     ids = example["input_ids"]
-    return ids[: example["prompt_length"]] or ids
+    *_, last = learned_spans(example)
+    return ids[: last.start] or ids
+
+
+def learned_tokens(learned: Sequence[int]) -> int:
+    """Return the number of tokens with a loss, given the spans of an example."""
+    # The first token has no loss, because nothing precedes it.
+    return sum(learned[1::2]) - sum(learned[::2]) - (1 if learned and learned[0] == 0 else 0)
 
 
 def lengths_of(examples: Sequence[Example] | Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return per example the number of tokens and the number of tokens with a loss."""
     if isinstance(examples, Sequence):
         lengths = [len(example["input_ids"]) for example in examples]
-        prompts = [example["prompt_length"] for example in examples]
+        learned = [learned_tokens(example["learned"]) for example in examples]
     else:
         columns: Any = examples
-        lengths, prompts = columns["length"], columns["prompt_length"]
-    tokens = np.asarray(lengths, dtype=np.int64)
-    # The first token has no loss, because nothing precedes it.
-    return tokens, tokens - np.maximum(np.asarray(prompts, dtype=np.int64), 1)
+        lengths, learned = columns["length"], columns["learned_tokens"]
+    return np.asarray(lengths, dtype=np.int64), np.asarray(learned, dtype=np.int64)

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from gptj8.dataset.prepared.dataset import IDS, SPANS
 from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
 from gptj8.dataset.readers.formats import read_batches
 from gptj8.dataset.readers.parsers import EmptyFileError
@@ -41,8 +42,8 @@ class ScannedBatch:
 
     Attributes:
         rows: the valid rows, with the task's fields, `file`, `row`, `tokens` (the length without
-            truncation), `cut_tokens` (tokens of the text that do not fit), `input_ids` (int32, the
-            training example) and `prompt_length` (leading tokens that are excluded from the loss).
+            truncation), `cut_tokens` (tokens of the text that do not fit), and `input_ids` and
+            `learned` (lists with the ids and the learned spans of each training example).
         facts: `key_high` and `key_low` (uint64, from the SHA-256 of the text) and `answer` (uint64,
             from the SHA-256 of the answer) per valid row.
         normalized: the text to compare for near-duplicates per valid row; empty if disabled.
@@ -135,17 +136,18 @@ class Scanner:
     def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
         """Tokenize rows; see `ScannedBatch.rows`. `room` is the tokens left for the text."""
         texts, encoder = fields[self.shape.input].tolist(), self.encoder
-        rows: list[tuple[int, int, int, int, list[int]]] = []
+        rows: list[tuple[int, int, int, list[list[int]], list[list[int]]]] = []
         if self.shape.answer is None:
             # Documents are packed end to end and never truncated.
             for text in encoder.encode_batch(texts):
                 ids = [*encoder.prefix_ids, *text, encoder.eos_id]
-                rows.append((len(ids), 0, 0, 1, ids))
+                rows.append((len(ids), 0, 1, [ids], [[0, len(ids)]]))
         else:
             for row in self.prompts.examples(texts, fields[self.shape.answer].tolist()):
                 tokens = len(row.ids) + row.cut_tokens
-                rows.append((tokens, row.cut_tokens, row.prompt_length, row.room, row.ids))
-        names = ["tokens", "cut_tokens", "prompt_length", "room", "input_ids"]
+                learned = [row.prompt_length, len(row.ids)]
+                rows.append((tokens, row.cut_tokens, row.room, [row.ids], [learned]))
+        names = ["tokens", "cut_tokens", "room", "input_ids", "learned"]
         return pd.DataFrame(rows, fields.index, names)
 
     def _failed(self, fields: pd.DataFrame, check: str, field: str, reason: str) -> pd.DataFrame:
@@ -191,8 +193,9 @@ def row_schema(shape: Shape) -> pa.Schema:
         [
             *((name, pa.large_string()) for name in (*fields, "file")),
             ("row", pa.int64()),
-            *((name, pa.int32()) for name in ("tokens", "cut_tokens", "prompt_length")),
-            ("input_ids", pa.large_list(pa.int32())),
+            *((name, pa.int32()) for name in ("tokens", "cut_tokens")),
+            ("input_ids", pa.large_list(IDS)),
+            ("learned", pa.large_list(SPANS)),
         ]
     )
 

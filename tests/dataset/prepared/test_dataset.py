@@ -114,8 +114,15 @@ def test_prepared_dataset_round_trip(tmp_path: Path) -> None:
     assert dataset.rows == {"train": 8, "validation": 2, "test": 2}
     assert dataset.prompt_template == "{text}:"
     assert [dict(example) for example in dataset.examples("validation")] == [
-        {"input_ids": [1, 2, 3], "prompt_length": 1, "length": 3}
-    ] * 2
+        {
+            "input_ids": [1, 2, 3],
+            "learned": [1, 3],
+            "length": 3,
+            "learned_tokens": 2,
+            "source_row": number,
+        }
+        for number in range(2)
+    ]
     with pytest.raises(ValueError, match="'test' is not one of"):
         dataset.examples("test")
     for name in SPLITS:

@@ -239,7 +239,7 @@ def test_cut_tokens_match_the_prompt_encoder(
         for row, example in zip(rows.itertuples(), examples, strict=True):
             expected = prompts.example(getattr(row, first), getattr(row, second))
             assert example["input_ids"] == expected.ids
-            assert example["prompt_length"] == expected.prompt_length
+            assert example["learned"] == [expected.prompt_length, len(expected.ids)]
             assert example["length"] == len(expected.ids)
             reason = f"is truncated by {expected.cut_tokens} tokens"
             assert cut.get(row.row) == (reason if expected.cut_tokens else None)
@@ -287,7 +287,8 @@ def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
     assert validated.found("truncated") == []  # documents are packed, not truncated
     examples = [list(e["input_ids"]) for e in validated.prepared.examples("train")]
     assert {len(ids) for ids in examples[:-1]} == {96}  # packed to the last token
-    assert [e["prompt_length"] for e in validated.prepared.examples("train")] == [0] * len(examples)
+    learned = [e["learned"] for e in validated.prepared.examples("train")]
+    assert learned == [[0, len(example)] for example in examples]
     stream = [token for ids in examples for token in ids]
     texts = validated.splits["train"]["text"]
     expected = [token for text in texts for token in (*encoder.encode(text), encoder.eos_id)]
