@@ -33,7 +33,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.near_duplicates import SHINGLE, normalize, similarity
 from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import Data

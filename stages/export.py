@@ -28,6 +28,8 @@ def main() -> None:
         "the trained model"
     )
     with stage_run("export", params) as record:
+        from gptj8.dataset.prepared.dataset import load_prepared
+        from gptj8.dataset.prepared.text_encoder import TextEncoder
         from gptj8.evaluation.gate import require_all
         from gptj8.export import bundle
         from gptj8.export.merging import export_merged
@@ -43,6 +45,7 @@ def main() -> None:
         dataset = bundle.describe_dataset(DATASET, REPORTS / "validate" / "inputs.json")
         with replace_directory(EXPORT) as staging:
             bundle.collect(ADAPTER, BASE, staging, Path(params.model.path))
+            bundle.write_chat(staging, load_prepared(DATASET), TextEncoder.load(BASE))
             compared = compare_in_fresh_process(ADAPTER, BASE, staging, dtype, device)
             bundle.require_same_answers(compared, "the export")
             metrics = {"adapter_bytes": bundle.adapter_bytes(staging), **compared}

@@ -31,7 +31,7 @@ def main() -> None:
 
         from gptj8.dataset.prepared.dataset import load_prepared
         from gptj8.dataset.prepared.examples import prompt_ids
-        from gptj8.dataset.prepared.prompts import TextEncoder
+        from gptj8.dataset.prepared.text_encoder import TextEncoder
         from gptj8.export.reference_answers import save_reference
         from gptj8.memory.training_memory import TrainingMemory
         from gptj8.model.adapters import AdapterSpec, adapter_bytes, add_adapter, save_adapter
@@ -65,7 +65,8 @@ def main() -> None:
             leave()
             with replace_directory(ADAPTER) as staging:
                 save_adapter(adapted, staging, dtype)
-                save_reference(staging, adapted, map(prompt_ids, valid_set), encoder.eos_id)
+                ends = dataset.end_ids(encoder)
+                save_reference(staging, adapted, map(prompt_ids, valid_set), ends)
                 write_manifest(staging)
             for curve in ("loss", "eval_loss"):
                 write_csv(REPORT / f"{curve}.csv", result.curve(curve), ["step", curve])

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.parsers import encoding_of, suffix_of
+from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.validation.checks import CHECKS
+from gptj8.dataset.validation.conversation_rows import describe_template
 from gptj8.dataset.validation.report import write_report
 from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import load_params
@@ -37,6 +39,8 @@ def main() -> None:
         f"tokenizer of {params.model.path}"
     )
     encoder = TextEncoder.load(params.model.path)
+    for line in describe_template(params.data, shape_of(params.data), encoder):
+        story.say(line)
     with stage_run(STAGE, params), replace_directory(DATASET) as staging:
         validated = validate(params.data, encoder, staging)
         write_report(REPORT, validated, params.data, staging)
@@ -53,6 +57,11 @@ def main() -> None:
     for file in (file for files in validated.files.values() for file in files):
         if suffix_of(file) != ".parquet" and encoding_of(file) == "cp1252":
             story.say(f"{file} is not UTF-8; it was read as Windows-1252")
+    if validated.rewritten_rows:
+        story.say(
+            f"the chat template rewrites the earlier answers of "
+            f"{counted(validated.rewritten_rows, 'conversation')}; each answer is an example"
+        )
     total = validated.total_rows.total()
     kinds = [
         f"{CHECKS[check].heading}: {validated.findings.count(check):,}"

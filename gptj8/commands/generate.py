@@ -106,8 +106,8 @@ def _stream(predictor: Predictor, ids: list[int], request: GenerateRequest) -> N
     from gptj8.serving.predictor import AnswerStream
 
     encoder = predictor.encoder
-    batch = GenerationBatch(predictor.model, encoder.vocab_size, encoder.eos_id)
-    stream, shown = AnswerStream(encoder, of_row=request.row is not None), 0
+    batch = GenerationBatch(predictor.model, encoder.vocab_size, predictor.end_ids)
+    stream, shown = AnswerStream(encoder, ids, request.row is not None), 0
     (answer,) = batch.add([ids], [request.sampling])
     while True:
         for token in answer.ids[shown:]:

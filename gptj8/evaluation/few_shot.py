@@ -91,8 +91,9 @@ def few_shot_prompts(
     Raises:
         UserError: if the examples do not fit into the context.
     """
-    reserve = max(len(prompts.completion_ids(label)) for label in labels)
-    longest = max(labels, key=lambda label: len(prompts.completion_ids(label)))
+    encoded = prompts.labels(labels)
+    reserve = encoded.longest
+    longest = labels[[len(ids) for ids in encoded.ids].index(reserve)]
     try:
         overhead = len(prompts.prompt("", reserve, [("", longest)] * count).ids)
     except UserError:
@@ -106,6 +107,6 @@ def few_shot_prompts(
         labels,
         count,
         seed,
-        fits=lambda text: len(prompts.encoder.encode(text.strip())) <= share,
+        fits=lambda text: len(prompts.encoder.encode(text)) <= share,
     )
-    return [prompts.prompt(text, reserve, examples).ids for text in texts]
+    return [prompts.prompt(text, reserve, examples, encoded).ids for text in texts]

@@ -337,7 +337,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from gptj8.dataset.prepared.prompts import TextEncoder
+    from gptj8.dataset.prepared.text_encoder import TextEncoder
 
     eos_id = TextEncoder.load(path).eos_id
     tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)

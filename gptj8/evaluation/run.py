@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from gptj8.dataset.prepared.dataset import PreparedDataset
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.evaluation.baseline import predict_with_tfidf
 from gptj8.evaluation.few_shot import few_shot_prompts
 from gptj8.evaluation.other_systems import read_predictions
@@ -60,6 +61,7 @@ class Evaluation:
         settings, labels = params.evaluate, dataset.labels
         train, test = dataset.split("train"), dataset.split("test")
         prompts, full_context = _prompt_encoders(params, dataset, base)
+        conversations = dataset.conversation_encoder(prompts.encoder, prompts.max_length)
         rows, documents = held_out_documents(
             dataset.task,
             test,
@@ -67,6 +69,7 @@ class Evaluation:
             path=settings.perplexity_text,
             text_column=params.data.text_column,
             limit=settings.max_perplexity_documents,
+            conversations=conversations,
         )
         questions = Questions.of_rows(
             dataset.task,
@@ -75,6 +78,7 @@ class Evaluation:
             prompts,
             max_new_tokens=settings.max_new_tokens,
             max_generated_rows=settings.max_generated_rows,
+            conversations=conversations,
         )
         comparison = Comparison(documents, questions, settings.per_device_eval_batch_size)
         if settings.predictions is not None:

@@ -13,7 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.conversations import Conversation
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import read_rows
 from gptj8.evaluation.metrics import (
     classification_metrics,
@@ -44,10 +47,12 @@ class Documents:
     Attributes:
         ids: token ids of each document, including the tokens before the first scored one.
         starts: first position to score in each document.
+        spans: the spans to score, for documents with several answers; None: all from `starts`.
     """
 
     ids: list[list[int]]
     starts: list[int]
+    spans: list[list[int]] | None = None
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], encoder: TextEncoder) -> Documents:
@@ -71,6 +76,24 @@ class Documents:
             [max(1, e.prompt_length) for e in examples],
         )
 
+    @classmethod
+    def of_conversations(
+        cls, conversations: Sequence[str], encoder: ConversationEncoder
+    ) -> Documents:
+        """Return documents with the answers scored that are learned in training.
+
+        Of a conversation whose earlier answers are rewritten, only the last answer is scored.
+
+        Args:
+            conversations: as `Conversation.to_json` writes them.
+            encoder: encoder of the conversations.
+        """
+        read = map(Conversation.from_json, conversations)
+        examples = [encoder.encode(conversation).examples[-1] for conversation in read]
+        ids = [example[: learned[-1]] for example, learned in examples]
+        spans = [[max(1, place) for place in learned] for _, learned in examples]
+        return cls(ids, [learned[0] for learned in spans], spans)
+
 
 def held_out_documents(
     task: str,
@@ -80,6 +103,7 @@ def held_out_documents(
     path: str | None = None,
     text_column: str = "text",
     limit: int | None = None,
+    conversations: ConversationEncoder | None = None,
 ) -> tuple[pd.DataFrame, Documents]:
     """Return the rows that perplexity is measured on, with `file` and `row`, and their documents.
 
@@ -90,12 +114,15 @@ def held_out_documents(
         path: a file of held-out text.
         text_column: column of the text in `path`.
         limit: maximum number of rows, from the start; None uses all rows.
+        conversations: encoder of the rows, if they are conversations.
 
     Raises:
         UserError: if there is no text.
     """
     if path is None and task == "completion":
         rows = test.head(limit or len(test))
+        if conversations is not None:
+            return rows, Documents.of_conversations(rows["conversation"], conversations)
         pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
         return rows, Documents.of_completions(pairs, prompts)
     rows = test if path is None else read_rows(path, {"text": text_column})
@@ -118,6 +145,7 @@ class Questions:
         label_ids: token ids of each label, including its end token.
         max_new_tokens: maximum length of a generated answer, including its end token.
         generated_rows: number of rows, from the start, for which answers are generated.
+        end_ids: tokens that end a generated answer.
     """
 
     encoder: TextEncoder
@@ -127,6 +155,7 @@ class Questions:
     label_ids: list[list[int]]
     max_new_tokens: int
     generated_rows: int
+    end_ids: tuple[int, ...] = ()
 
     @classmethod
     def of_rows(
@@ -138,6 +167,7 @@ class Questions:
         *,
         max_new_tokens: int,
         max_generated_rows: int | None = None,
+        conversations: ConversationEncoder | None = None,
     ) -> Questions:
         """Encode the test rows once for all systems; prompts leave room for every label.
 
@@ -149,8 +179,9 @@ class Questions:
             max_new_tokens: maximum length of a completion, limited to half of the maximum length of
                 `prompts`. For a classification, the length of the longest label is used instead.
             max_generated_rows: maximum number of generated answers; None uses all rows.
+            conversations: encoder of the rows, if they are conversations.
         """
-        label_ids = [prompts.completion_ids(label) for label in labels]
+        encoded = prompts.labels(labels)
         texts, answers = {
             "classification": ("text", "label"),
             "completion": ("prompt", "completion"),
@@ -158,12 +189,19 @@ class Questions:
         if texts is None:
             return cls(prompts.encoder, [], [], (), [], 0, 0)
         tokens = min(max_new_tokens, prompts.max_length // 2)
-        tokens = max(map(len, label_ids), default=tokens)
-        ids = [prompts.prompt(text, tokens).ids for text in test[texts]]
+        tokens = encoded.longest if labels else tokens
+        if conversations is None:
+            ids = [prompts.prompt(text, tokens, labels=encoded).ids for text in test[texts]]
+        else:
+            asked = (Conversation.from_json(found).without_last() for found in test["conversation"])
+            ids = [conversations.prompt(conversation, tokens).ids for conversation in asked]
         # An empty prompt is replaced by the end-of-text token.
         ids = [prompt or [prompts.encoder.eos_id] for prompt in ids]
+        ends = conversations.end_ids if conversations else prompts.encoder.end_ids
         rows = len(ids) if max_generated_rows is None else min(max_generated_rows, len(ids))
-        return cls(prompts.encoder, ids, list(test[answers]), labels, label_ids, tokens, rows)
+        return cls(
+            prompts.encoder, ids, list(test[answers]), labels, encoded.ids, tokens, rows, ends
+        )
 
 
 @dataclass
@@ -212,7 +250,7 @@ class Comparison:
     def measure(self, system: str, model: Model) -> None:
         """Measure perplexity and, if there are prompts, accuracy."""
         started = time.perf_counter()
-        ids, starts = self.documents.ids, self.documents.starts
+        ids, starts, spans = self.documents.ids, self.documents.starts, self.documents.spans
 
         def score(numbers: Sequence[int]) -> list[tuple[float, int]]:
             found = score_documents(
@@ -221,6 +259,7 @@ class Comparison:
                 [starts[i] for i in numbers],
                 batch_size=self.batch_size,
                 description=f"{system}: perplexity",
+                spans=None if spans is None else [spans[i] for i in numbers],
             )
             return list(zip(found.nll, found.tokens, strict=True))
 
@@ -289,6 +328,7 @@ class Comparison:
                     max_new_tokens=questions.max_new_tokens,
                     batch_size=self.batch_size,
                     description=f"{system}: answers",
+                    end_ids=questions.end_ids,
                 )
 
             self.generated[system] = each_a_share(write, questions.generated_rows)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptj8.dataset.prepared.dataset import PreparedDataset
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.export.model_card import hub_name, model_card
 from gptj8.export.reference_answers import require_unchanged
 from gptj8.model.loading import ADAPTER_CONFIG, ADAPTER_FILE
@@ -85,6 +87,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def write_chat(folder: Path, dataset: PreparedDataset, encoder: TextEncoder) -> None:
+    """Write how conversations were written in training, as transformers reads it.
+
+    `apply_chat_template` then gives the prompts of training, and `generate` ends with an answer.
+
+    Args:
+        folder: Folder with a tokenizer, and with generation_config.json if it has a model.
+        dataset: The dataset of the training; nothing is written if its rows are prompts.
+        encoder: The model's tokenizer.
+    """
+    if dataset.chat is None:
+        return
+    (folder / "chat_template.jinja").write_text(dataset.chat.template, encoding="utf-8")
+    file = folder / "generation_config.json"
+    if file.is_file():
+        write_json(file, {**read_json(file), "eos_token_id": list(dataset.end_ids(encoder))})
 
 
 def adapter_bytes(folder: Path) -> int:

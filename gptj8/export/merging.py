@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 
 from gptj8.dataset.prepared.dataset import load_prepared
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.evaluation.statistics import Estimate, perplexity_ratio
 from gptj8.evaluation.suite import Documents, held_out_documents
-from gptj8.export.bundle import copy_tokenizer, require_same_answers
+from gptj8.export.bundle import copy_tokenizer, require_same_answers, write_chat
 from gptj8.export.reference_answers import compare_in_fresh_process
 from gptj8.model.loading import load_adapter, load_model
 from gptj8.model.scoring.perplexity import score_documents
@@ -44,16 +44,19 @@ def export_merged(
         UserError: If its answers differ from the trained model's.
     """
     merge(BASE, ADAPTER, folder, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+    dataset, settings, encoder = load_prepared(DATASET), params.evaluate, TextEncoder.load(BASE)
+    write_chat(folder, dataset, encoder)
     compared = compare_in_fresh_process(ADAPTER, folder, None, dtype, device)
     require_same_answers(compared, "the merged model")
-    dataset, settings = load_prepared(DATASET), params.evaluate
+    length = params.data.max_length
     _, documents = held_out_documents(
         dataset.task,
         dataset.split("test"),
-        dataset.prompt_encoder(TextEncoder.load(BASE), params.data.max_length),
+        dataset.prompt_encoder(encoder, length),
         path=settings.perplexity_text,
         text_column=params.data.text_column,
         limit=settings.max_perplexity_documents,
+        conversations=dataset.conversation_encoder(encoder, length),
     )
     ratio = perplexity_against_tuned(
         load_model(folder, dtype, device),
@@ -151,6 +154,7 @@ def perplexity_against_tuned(
         documents.starts,
         batch_size=batch_size,
         description="merged: perplexity",
+        spans=documents.spans,
     )
     rng = np.random.default_rng(seed)
     return perplexity_ratio(scores.nll, tuned_nll, scores.tokens, resamples=resamples, rng=rng)

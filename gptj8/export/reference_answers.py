@@ -49,7 +49,10 @@ def choose_prompts(prompts: Iterable[Sequence[int]]) -> list[Sequence[int]]:
 
 
 def save_reference(
-    folder: str | Path, model: torch.nn.Module, prompts: Iterable[Sequence[int]], eos_id: int
+    folder: str | Path,
+    model: torch.nn.Module,
+    prompts: Iterable[Sequence[int]],
+    end_ids: Sequence[int],
 ) -> None:
     """Write prompts, the model's answers and the adapter's digest to the folder of the adapter.
 
@@ -57,15 +60,15 @@ def save_reference(
         folder: Folder of the saved adapter.
         model: The trained model with its adapter.
         prompts: Token ids; only the first are used, see `choose_prompts`.
-        eos_id: End token of an answer.
+        end_ids: Tokens that end an answer.
     """
     prompts = choose_prompts(prompts)
     model.eval()
     shown = each(prompts, len(prompts), "reference answers", "prompts")
-    answers = [replay.answer(model, prompt, eos_id) for prompt in shown]
+    answers = [replay.answer(model, prompt, end_ids) for prompt in shown]
     tensors = {
         "logits": torch.stack([logits for logits, _ in answers]),
-        "eos_id": torch.tensor(eos_id),
+        "eos_id": torch.tensor(list(end_ids)),
     }
     for number, (prompt, (_, tokens)) in enumerate(zip(prompts, answers, strict=True)):
         tensors[f"prompt.{number:03d}"] = torch.tensor(list(prompt))

@@ -24,7 +24,9 @@ NEW_TOKENS = 16
 
 
 @torch.inference_mode()
-def answer(model: Any, prompt: Sequence[int], eos_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def answer(
+    model: Any, prompt: Sequence[int], end_ids: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits after the prompt and the greedy continuation.
 
     Prompts are not batched or padded, so the numbers do not depend on other prompts.
@@ -42,23 +44,25 @@ def answer(model: Any, prompt: Sequence[int], eos_id: int) -> tuple[torch.Tensor
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0],
         output_logits=True,
         return_dict_in_generate=True,
     )
     return output.logits[0][0].float().cpu(), output.sequences[0, ids.shape[1] :].cpu()
 
 
-def read_reference(file: Path) -> tuple[list[list[int]], torch.Tensor, list[list[int]], int]:
-    """Return prompts, logits (float32, (prompts, vocabulary)), continuations and the end token."""
+def read_reference(
+    file: Path,
+) -> tuple[list[list[int]], torch.Tensor, list[list[int]], list[int]]:
+    """Return prompts, logits (float32, (prompts, vocabulary)), continuations and end tokens."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    logits, eos_id = tensors.pop("logits"), int(tensors.pop("eos_id"))
+    logits, end_ids = tensors.pop("logits"), tensors.pop("eos_id").reshape(-1).tolist()
     names = sorted({name.split(".")[1] for name in tensors})
     prompts = [tensors[f"prompt.{name}"].tolist() for name in names]
-    return prompts, logits, [tensors[f"answer.{name}"].tolist() for name in names], eos_id
+    return prompts, logits, [tensors[f"answer.{name}"].tolist() for name in names], end_ids
 
 
 def compare(
@@ -71,11 +75,11 @@ def compare(
         reference: File with the reference answers.
         tell: Called with the number of prompts done and the total number.
     """
-    prompts, logits, continuations, eos_id = read_reference(reference)
+    prompts, logits, continuations, end_ids = read_reference(reference)
     model.eval()
     difference, identical, done = 0.0, 0, 0
     for prompt, expected, tokens in zip(prompts, logits, continuations, strict=True):
-        found, new = answer(model, prompt, eos_id)
+        found, new = answer(model, prompt, end_ids)
         if not (found.isfinite().all() and expected.isfinite().all()):
             raise ValueError("logits are not finite; try model.dtype: float32")
         difference = max(difference, float((found - expected).abs().max()))

@@ -93,6 +93,17 @@ class Data(Section):
     """Column with the completion to learn."""
     messages_column: str = "messages"
     """Column with the messages of a conversation."""
+    tools_column: str = "tools"
+    """Column with the functions that the assistant of a conversation may call, if there is one."""
+    system_column: str = "system"
+    """Column with the system message of a conversation, if it is not among the messages."""
+    chat_template: str | None = "auto"
+    """How a conversation is written. `auto`: by the model's own chat template if it has one,
+    otherwise in plain words. `null`: in plain words, with those of `prompt_template` around
+    `{messages}`. Or a file with a chat template (Jinja), best in data/chat_templates, which DVC
+    watches."""
+    learn: Literal["all", "last"] = "all"
+    """The answers of a conversation to learn: all, or only the last."""
     optional_columns: tuple[str, ...] = ("input",)
     """Template columns that may be empty. The words that belong to an empty column are omitted."""
     labels: Annotated[tuple[str, ...] | None, BeforeValidator(_as_labels)] = None

@@ -84,7 +84,7 @@ class Template:
         pieces: list[str] = []
         for part in self.parts:
             cell = cells[part.name]
-            if cell is not None and (cell := cell.strip()):
+            if cell is not None and cell.strip():
                 pieces += [part.gap] if pieces else []
                 pieces += [part.label, cell, part.closing]
         return "".join(pieces)

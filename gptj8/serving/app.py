@@ -163,7 +163,7 @@ def create_app(
             )
             raise _RejectedError(422, reason)
         prompt = await asyncio.to_thread(_encoded, body.encode, predictor, limits.max_prompt_tokens)
-        pieces = _Pieces(AnswerStream(predictor.encoder, of_row=body.row is not None))
+        pieces = _Pieces(AnswerStream(predictor.encoder, prompt.ids, body.row is not None))
         future = _submitted(engine.generate, prompt.ids, body.sampling, pieces.put)
         if body.stream:
             return _EventStream(_events(pieces, future, prompt, limits.seconds), future)

@@ -121,8 +121,8 @@ class Engine:
         return request.future
 
     def _new_batch(self) -> GenerationBatch:
-        encoder = self.predictor.encoder
-        return GenerationBatch(self.predictor.model, encoder.vocab_size, encoder.eos_id)
+        predictor = self.predictor
+        return GenerationBatch(predictor.model, predictor.encoder.vocab_size, predictor.end_ids)
 
     def _run(self) -> None:
         while True:

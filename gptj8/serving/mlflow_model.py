@@ -22,6 +22,7 @@ EXPORT = "export"
 LIBRARIES = (
     "accelerate",
     "ftfy",
+    "jinja2",
     "numpy",
     "pandas",
     "peft",

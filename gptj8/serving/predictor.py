@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptj8.dataset.prepared.prompts import EncodedPrompt, PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.prompts import (
+    EncodedLabels,
+    EncodedPrompt,
+    PromptEncoder,
+    without_lead,
+)
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.model.generation.answers import write_answers
 from gptj8.model.loading import load_adapter, load_model, pick_device, pick_dtype
 from gptj8.model.scoring.likelihood import score_labels
 from gptj8.model.scoring.perplexity import context_length
 from gptj8.model.scoring.probabilities import label_probabilities
+from gptj8.params.templates import MESSAGES
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import quote, suggest
 from gptj8.serving.mlflow_model import NEW_TOKENS
@@ -42,6 +50,7 @@ class Predictor:
     Attributes:
         context: maximum number of tokens of prompt and answer together.
         labels: labels of a classification; empty for other tasks.
+        end_ids: tokens that end an answer.
         answer_tokens: default number of tokens of an answer to a row: those of the longest label,
             or 64, but at most half of the length that the model was trained on.
     """
@@ -59,16 +68,22 @@ class Predictor:
         self.name = name
         self.context = context_length(model.config)
         self.labels = task.labels if task else ()
+        self.end_ids = encoder.end_ids
         self._prompts: PromptEncoder | None = None
-        self._label_ids: list[list[int]] = []
+        self._conversations: ConversationEncoder | None = None
+        self._labels = EncodedLabels([], 0)
         self.answer_tokens = NEW_TOKENS
         if task:
             template, side = task.shape.prompt_template, task.shape.truncation_side
             length = min(task.max_length, self.context)
             self._prompts = PromptEncoder(encoder, template, length, side)
-            self._label_ids = [self._prompts.completion_ids(label) for label in task.labels]
+            if task.shape.is_conversation:
+                self._conversations = task.conversation_encoder(encoder, length)
+                self.end_ids = self._conversations.end_ids
+            if task.labels:
+                self._labels = self._prompts.labels(task.labels)
             completion = max(1, min(NEW_TOKENS, length // 2))
-            self.answer_tokens = max(map(len, self._label_ids), default=completion)
+            self.answer_tokens = self._labels.longest or completion
 
     @classmethod
     def load(cls, base: str | Path, export: str | Path | None, dtype: str = "auto") -> Predictor:
@@ -107,16 +122,27 @@ class Predictor:
             if name not in columns:
                 raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")
         try:
-            text = self.task.shape.text_of(row)
+            encoded = self._encode_row(self.task, self._prompts, row, max_new_tokens)
         except RecursionError:
             raise ValueError("the row is nested too deeply") from None
-        _require_encodable(text)
-        try:
-            encoded = self._prompts.prompt(text, max_new_tokens)
         except UserError as error:
             raise ValueError(f"max_new_tokens = {max_new_tokens} is too large: {error}") from None
         _require_at_most(len(encoded.ids), max_prompt_tokens)
         return encoded
+
+    def _encode_row(
+        self, task: TunedTask, prompts: PromptEncoder, row: Mapping[str, Any], reserve: int
+    ) -> EncodedPrompt:
+        if self._conversations is not None:
+            conversation = task.shape.conversation_of(row)
+            _require_encodable(conversation.to_json())
+            try:
+                return self._conversations.prompt(conversation, reserve)
+            except ValueError as error:
+                raise ValueError(f"{task.shape.columns[MESSAGES]} {error}") from None
+        text = task.shape.text_of(row)
+        _require_encodable(text)
+        return prompts.prompt(text, reserve, labels=self._labels)
 
     def encode_prompt(self, prompt: str, max_prompt_tokens: int | None = None) -> list[int]:
         """Return the token ids of an unmodified prompt; names of special tokens are plain text.
@@ -139,9 +165,9 @@ class Predictor:
         Raises:
             ValueError: if the model has no labels, or for the reasons of `encode_row`.
         """
-        if not self._label_ids:
+        if not self.labels:
             raise ValueError("this model is not fine-tuned to classify; use generate instead")
-        return self.encode_row(row, max(map(len, self._label_ids)), max_prompt_tokens)
+        return self.encode_row(row, self._labels.longest, max_prompt_tokens)
 
     def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the probability of each label after each prompt: (prompts, labels) float64.
@@ -150,12 +176,12 @@ class Predictor:
         because one of the labels must be chosen.
         """
         scores = score_labels(
-            self.model, prompts, self._label_ids, batch_size=_ROWS_AT_ONCE, description=None
+            self.model, prompts, self._labels.ids, batch_size=_ROWS_AT_ONCE, description=None
         )
         return label_probabilities(scores)
 
     def complete(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Return the greedy continuation of each prompt, without surrounding white space."""
+        """Return the greedy continuation of each prompt, without the space before an answer."""
         return write_answers(
             self.model,
             prompts,
@@ -163,6 +189,7 @@ class Predictor:
             max_new_tokens=max_new_tokens,
             batch_size=_ROWS_AT_ONCE,
             description=None,
+            end_ids=self.end_ids,
         )
 
 
@@ -171,22 +198,26 @@ class AnswerStream:
 
     Args:
         encoder: tokenizer of the answer.
-        of_row: strip leading white space; in training a space precedes the answer to a row.
+        prompt: ids of the prompt.
+        of_row: remove the space that precedes the answer to a row in training.
 
     Attributes:
         text: text decoded so far.
     """
 
-    def __init__(self, encoder: TextEncoder, of_row: bool) -> None:
+    def __init__(self, encoder: TextEncoder, prompt: Sequence[int], of_row: bool) -> None:
         self.text = ""
-        self._decode = encoder.decode_stream()
-        self._of_row = of_row
+        self._decode = encoder.decode_stream(after=prompt)
+        self._held: str | None = "" if of_row else None
 
     def put(self, token: int) -> str:
         """Return the text that a token adds; empty while a character is incomplete."""
         piece = self._decode(token)
-        if self._of_row and not self.text:
-            piece = piece.lstrip()
+        if self._held is not None:
+            self._held += piece
+            if self._held in ("", " "):  # the next character decides
+                return ""
+            piece, self._held = without_lead(self._held), None
         self.text += piece
         return piece
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from gptj8.dataset.prepared.chat_templates import ChatTemplate, plain_template
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.dataset import Chat
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.row_shapes import Shape, shape_of
 from gptj8.params.sections import Data
 from gptj8.params.yaml_files import check
@@ -30,6 +34,7 @@ class _Dataset(BaseModel):
     """The needed part of an export's dataset.json."""
 
     labels: tuple[str, ...] = ()
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class TunedTask:
         shape: conversion of the user's columns to a text.
         max_length: maximum number of tokens of prompt and answer together.
         labels: labels of a classification; empty for other tasks.
+        chat: how conversations are written; None if the rows are prompts, and in old exports.
     """
 
     shape: Shape
     max_length: int
     labels: tuple[str, ...]
+    chat: Chat | None = None
 
     @classmethod
     def load(cls, export: str | Path) -> TunedTask:
@@ -55,10 +62,20 @@ class TunedTask:
         """
         params, dataset = Path(export) / "params.json", Path(export) / "dataset.json"
         data = check(_Tuned, read_json(params), str(params)).data
-        labels = check(_Dataset, read_json(dataset), str(dataset)).labels
-        if data.task == "classification" and not labels:
+        found = check(_Dataset, read_json(dataset), str(dataset))
+        if data.task == "classification" and not found.labels:
             raise UserError(f"{dataset} contains no labels; export the adapter again")
-        return cls(shape_of(data), data.max_length, labels)
+        return cls(shape_of(data), data.max_length, found.labels, found.chat)
+
+    def conversation_encoder(self, encoder: TextEncoder, max_length: int) -> ConversationEncoder:
+        """Return an encoder of the task's conversations."""
+        if self.chat is None:  # written before there were chat templates
+            template = self.shape.template
+            assert template is not None
+            source = plain_template(template.before, template.after, encoder)
+        else:
+            source = self.chat.template
+        return ConversationEncoder(ChatTemplate(source, encoder), max_length)
 
     @property
     def columns(self) -> dict[str, bool]:

@@ -79,7 +79,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
-    save_reference(folder, model, PROMPTS, 0)
+    save_reference(folder, model, PROMPTS, [0])
     return folder
 
 
@@ -202,7 +202,7 @@ def test_trained_layernorms_give_the_same_answers_after_loading(tiny_8bit_dir, t
         if parameter.requires_grad:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     save_adapter(adapted, tmp_path, dtype)
-    save_reference(tmp_path, adapted, PROMPTS, 0)
+    save_reference(tmp_path, adapted, PROMPTS, [0])
     compared = compare(tmp_path, tiny_8bit_dir, tmp_path, dtype)
     assert compared["max_logit_difference"] == 0.0
     assert compared["identical_generations"] == 2
@@ -284,7 +284,7 @@ def test_other_modules_are_merged(tiny_8bit_dir, tmp_path, target):
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, [0])
     merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
     assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
 
@@ -296,7 +296,7 @@ def test_trained_layernorms_are_merged(tiny_8bit_dir, tmp_path):
         if parameter.requires_grad:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     adapted.save_pretrained(tmp_path / "adapter")
-    save_reference(tmp_path / "adapter", adapted, PROMPTS, 0)
+    save_reference(tmp_path / "adapter", adapted, PROMPTS, [0])
     merge(tiny_8bit_dir, tmp_path / "adapter", tmp_path / MERGED, torch.float32)
     assert compare(tmp_path / "adapter", tmp_path / MERGED)["max_logit_difference"] < 1e-5
 

@@ -94,7 +94,7 @@ def test_pickle_in_a_checkpoint(tmp_path, marker, tally, name):
 
 @pytest.mark.parametrize("name", ["train.pkl", "train.pt", "train.npy", "train.csv", "train.json"])
 def test_pickle_in_a_dataset(tmp_path, marker, tally, name):
-    from gptj8.dataset.prepared.prompts import TextEncoder
+    from gptj8.dataset.prepared.text_encoder import TextEncoder
     from gptj8.dataset.validation.run import validate
     from tests.helpers.labelled_rows import byte_tokenizer
 

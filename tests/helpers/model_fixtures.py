@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from tests.helpers.small_models import VOCABULARY
 from tests.helpers.small_models import make_model as _make_model
 

@@ -57,7 +57,7 @@ def adapter(tiny_8bit_dir, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder)
-    save_reference(folder, model, [[5, 6]], 0)
+    save_reference(folder, model, [[5, 6]], [0])
     return folder
 
 

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.training.loop import train

@@ -290,7 +290,7 @@ def test_default_max_new_tokens_respects_limit(server):
 
 
 def test_default_max_new_tokens_of_a_row_is_that_of_the_longest_label(server, predictors):
-    longest = max(map(len, predictors["classification"]._label_ids))
+    longest = predictors["classification"]._labels.longest
     assert longest < 64
     answer = post(server, "/generate", row={"text": "the quick fox"}).json()
     assert 0 < answer["new_tokens"] <= longest

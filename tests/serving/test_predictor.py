@@ -9,8 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.conversations import Conversation
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.row_shapes import shape_of
+from gptj8.dataset.validation.conversation_rows import choose_template
 from gptj8.params.sections import parse_params
 from gptj8.serving.predictor import AnswerStream
 from tests.helpers.served_models import LABELS, TASKS, data_of
@@ -52,10 +56,15 @@ def trained_prompt(task, row, base):
     shape = shape_of(data)
     cells = {field: row.get(column) for field, column in shape.columns.items()}
     if task == "messages":
-        chat = json.loads(row["chat"]) if isinstance(row["chat"], str) else row["chat"]
-        cells["messages"] = json.dumps([*chat, {"role": "assistant", "content": "the dog"}])
-    else:
-        cells[shape.answer] = next(iter(ANSWERS[task].values()))
+        asked = shape.conversation_of(row)
+        answer = {"role": "assistant", "content": "the dog"}
+        template = choose_template(data, shape, TextEncoder.load(base))
+        encoded = ConversationEncoder(template, data.max_length).encode(
+            Conversation((*asked.messages, answer))
+        )
+        ((ids, spans),) = encoded.examples
+        return ids[: spans[-2]], len(ids) - spans[-2]
+    cells[shape.answer] = next(iter(ANSWERS[task].values()))
     table = pd.DataFrame({name: pd.array([cell], dtype="str") for name, cell in cells.items()})
     fields = shape.to_fields(table).iloc[0]
     encoder = PromptEncoder(
@@ -106,7 +115,7 @@ def test_special_token_names_are_encoded_as_text(predictors):
         ("instructions", {"input": "a"}, "instruction is missing"),
         ("messages", {}, "chat is not a list of messages"),
         ("messages", {"chat": "hello"}, "chat is not a list of messages"),
-        ("messages", {"chat": []}, "chat has fewer than two messages"),
+        ("messages", {"chat": []}, "chat has no messages"),
         (
             "messages",
             {"chat": [{"role": "fox", "content": "a"}]},
@@ -127,7 +136,8 @@ def test_deeply_nested_row_raises(predictors):
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
-        predictors["messages"].encode_row({"chat": [{"role": "user", "content": deep}]}, 5)
+        message = {"role": "user", "content": "a", "note": deep}
+        predictors["messages"].encode_row({"chat": [message]}, 5)
     while deep:  # free it level by level to avoid deep recursion
         deep = deep[0]
 
@@ -164,10 +174,16 @@ def test_classify_equals_plain_forward_passes(predictors):
 
 
 @pytest.mark.parametrize(
-    ("of_row", "text"), [(True, "a  fox é "), (False, "   a  fox é ")], ids=["row", "prompt"]
+    ("of_row", "answer", "text"),
+    [
+        (True, " a  fox é ", "a  fox é "),
+        (True, "   a", "   a"),
+        (True, "\n a", "\n a"),
+        (False, " a", " a"),
+    ],
 )
-def test_answer_stream_strips_leading_space_only_for_rows(predictors, of_row, text):
+def test_answer_stream_removes_only_the_space_before_an_answer(predictors, of_row, answer, text):
     encoder = predictors["base"].encoder
-    stream = AnswerStream(encoder, of_row)
-    pieces = [stream.put(token) for token in encoder.encode("   a  fox é ")]
+    stream = AnswerStream(encoder, encoder.encode("Label:"), of_row)
+    pieces = [stream.put(token) for token in encoder.encode(answer)]
     assert stream.text == "".join(pieces) == text

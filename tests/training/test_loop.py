@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptj8.dataset.prepared.examples import IGNORED, prompt_ids
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.export.reference_answers import compare_in_fresh_process, save_reference
 from gptj8.model.adapters import AdapterSpec, add_adapter, trainable_parameters
 from gptj8.model.loading import load_model
@@ -209,7 +210,7 @@ def test_reloaded_adapter_equals_the_trained_model(tiny_8bit_dir, examples, tmp_
     train(model, examples, examples, SETTINGS, 0)
     prompts = [prompt_ids(e) for e in examples[:3]]
     model.save_pretrained(tmp_path)
-    save_reference(tmp_path, model, prompts, 0)
+    save_reference(tmp_path, model, prompts, [0])
     arguments = (tmp_path, tiny_8bit_dir)
     assert compare_in_fresh_process(*arguments, tmp_path, torch.float32, CPU) == {
         "max_logit_difference": 0.0,

@@ -15,15 +15,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gptj8.dataset.prepared.chat_templates import ChatTemplate
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.examples import learned_tokens
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json, write_json
 from gptj8.runtime.manifest import verify_manifest, write_manifest
@@ -55,6 +58,18 @@ _TOKENS = pa.schema(
 )
 
 
+class Chat(NamedTuple):
+    """How conversations are written.
+
+    Attributes:
+        template: source of the chat template.
+        learn: the answers to learn: `all` or `last`.
+    """
+
+    template: str
+    learn: Literal["all", "last"]
+
+
 @dataclass(frozen=True)
 class PreparedDataset:
     """The output of `validate`.
@@ -66,6 +81,7 @@ class PreparedDataset:
         rows: the number of rows per split.
         prompt_template: the template that turns a row's text into its prompt; it has one field.
         truncation_side: the side where a text that is too long is cut: `left` or `right`.
+        chat: how the conversations are written; None if the rows are prompts.
     """
 
     directory: Path
@@ -74,9 +90,13 @@ class PreparedDataset:
     rows: Mapping[str, int]
     prompt_template: str
     truncation_side: Literal["left", "right"]
+    chat: Chat | None = None
 
     def split(self, name: str) -> pd.DataFrame:
-        """Return a split in source order: the task's fields, `file` and `row`."""
+        """Return a split in source order: the task's fields, `file` and `row`.
+
+        Conversations also have `conversation`, their messages as JSON.
+        """
         path = self._file(name, SPLITS, "parquet")
         try:
             return pq.read_table(path).to_pandas()
@@ -109,6 +129,21 @@ class PreparedDataset:
         """
         return PromptEncoder(encoder, self.prompt_template, max_length, self.truncation_side)
 
+    def conversation_encoder(
+        self, encoder: TextEncoder, max_length: int
+    ) -> ConversationEncoder | None:
+        """Return an encoder of the conversations; None if the rows are prompts."""
+        if self.chat is None:
+            return None
+        return ConversationEncoder(
+            ChatTemplate(self.chat.template, encoder), max_length, self.chat.learn
+        )
+
+    def end_ids(self, encoder: TextEncoder) -> tuple[int, ...]:
+        """Return the tokens that end an answer."""
+        conversations = self.conversation_encoder(encoder, 0)
+        return conversations.end_ids if conversations else encoder.end_ids
+
     def _file(self, name: str, known: Sequence[str], suffix: str) -> Path:
         if name not in known:
             raise ValueError(f"{name!r} is not one of {', '.join(known)}")
@@ -133,6 +168,7 @@ def load_prepared(directory: str | Path) -> PreparedDataset:
             dict(content["rows"]),
             content["prompt_template"],
             content["truncation_side"],
+            Chat(**content["chat"]) if content.get("chat") else None,
         )
     except (KeyError, TypeError):
         raise UserError(f"{directory / 'dataset.json'} was not written by validate") from None
@@ -147,7 +183,7 @@ class PreparedWriter:
         task: `classification`, `completion` or `text`.
         prompt_template: a template with the task's field.
         max_length: length of packed examples in tokens.
-        truncation_side: see `PreparedDataset`.
+        truncation_side, chat: see `PreparedDataset`.
     """
 
     def __init__(
@@ -157,14 +193,17 @@ class PreparedWriter:
         prompt_template: str,
         max_length: int,
         truncation_side: Literal["left", "right"] = "right",
+        chat: Chat | None = None,
     ) -> None:
         self.directory = Path(directory)
+        self.chat = chat
         self.task = task
         self.prompt_template = prompt_template
         self.truncation_side = truncation_side
         self.rows = dict.fromkeys(SPLITS, 0)
         self.examples = dict.fromkeys(TRAINED_SPLITS, 0)
-        self._columns = [*FIELDS[task], "file", "row"]
+        more = [] if chat is None else ["conversation"]
+        self._columns = [*FIELDS[task], *more, "file", "row"]
         types = [pa.int64() if name == "row" else pa.large_string() for name in self._columns]
         schema = pa.schema(list(zip(self._columns, types, strict=True)))
         self._tables: dict[str, pq.ParquetWriter] = {}
@@ -216,6 +255,7 @@ class PreparedWriter:
             "rows": self.rows,
             "prompt_template": self.prompt_template,
             "truncation_side": self.truncation_side,
+            "chat": self.chat._asdict() if self.chat else None,
         }
         write_json(self.directory / "dataset.json", content)
         tables = [self.directory / f"{name}.parquet" for name in SPLITS]

@@ -1,30 +1,24 @@
 """Convert rows to token ids; shared by training, evaluation, export and serving.
 
-A prompt is `before + text + after`: the template split at its field. The three parts are tokenized
-separately. If a prompt is too long, only the text is cut, never the template or the answer, and
-every caller gets the same ids.
+A prompt is `before + text + after`: the template split at its field. A prompt and its answer are
+tokenized as one text. If there are too many tokens, only tokens of the row's text are cut, never
+those of the template or the answer, and every caller gets the same ids.
 
-`<|endoftext|>` inside a row is tokenized as ordinary characters and can never end a document or an
-answer. Only the `tokenizers` library is needed, so `validate` does not import torch.
+An answer begins where the prompt ends, without the spaces at the prompt's end: many tokenizers join
+a space and the word after it in one token. So `Label:` and `Label: ` give the same ids.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
+from gptj8.dataset.prepared.text_encoder import EncodedText, TextEncoder
+from gptj8.dataset.prepared.tokenizer_files import read_optional_json
 from gptj8.params.templates import split_at_fields
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import one_line
-
-_PIECE = 1 << 16
-_SLOW_TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,8 @@ class EncodedExample:
 
     Attributes:
         cut_tokens: the number of text tokens that were cut.
-        room: the number of tokens available for the text; below 1 the example is unusable.
+        room: the number of tokens that are left of the text, or could be added to it; below 1 the
+            example is unusable.
     """
 
     ids: list[int]
@@ -50,95 +45,23 @@ class EncodedExample:
     room: int
 
 
-class TextEncoder:
-    """Tokenize text; the text itself never produces a special token.
+@dataclass(frozen=True)
+class EncodedLabels:
+    """The labels of a classification.
 
     Attributes:
-        prefix_ids: the tokens that the tokenizer puts before every text, such as Llama's BOS.
-        eos_id: the token that ends a completion.
-        vocab_size: all ids are below it; the model may have more embedding rows.
-        special_tokens: the special tokens as text.
+        ids: the token ids of each label after a prompt, including the end-of-text token.
+        shared: the number of tokens at the end of a prompt alone that join the label in one token;
+            they are not part of `PromptEncoder.prompt` with these labels. Usually 0.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy; the caller's is unchanged
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self.prefix_ids: list[int] = tokenizer.encode("").ids
-        tokenizer.encode_special_tokens = True
-        self._tokenizer = tokenizer
-        self.special_tokens = tuple(
-            token.content
-            for token in tokenizer.get_added_tokens_decoder().values()
-            if token.special
-        )
-        self.eos_id = eos_id
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+    ids: list[list[int]]
+    shared: int
 
-    @classmethod
-    def load(cls, model_path: str | Path) -> TextEncoder:
-        """Read the tokenizer of a model directory.
-
-        Raises:
-            UserError: if there is no tokenizer or end-of-text token, or if the tokenizer has more
-                tokens than the model's embedding has rows.
-        """
-        model_path = Path(model_path)
-        if not model_path.is_dir():
-            raise UserError(f"{model_path} does not exist or is not a model directory")
-        file = model_path / "tokenizer.json"
-        if file.is_file():
-            try:
-                tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises bare Exception
-                raise UserError(f"{file} is not a tokenizer: {error}") from None
-        else:
-            tokenizer = _convert_slow_tokenizer(model_path)
-        encoder = cls(tokenizer, _find_eos_id(model_path, tokenizer))
-        rows = _read_optional_json(model_path / "config.json").get("vocab_size")
-        if isinstance(rows, int) and encoder.vocab_size > rows:
-            raise UserError(
-                f"{model_path}: the tokenizer has {encoder.vocab_size} tokens, but the model's "
-                f"embedding has {rows} rows; use the tokenizer that the model was trained with"
-            )
-        return encoder
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without prefix or end-of-text token."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; the tokenizer uses all cores.
-
-        A text of more than `_PIECE` characters is encoded in pieces that start at a space where
-        possible. This limits memory: a tokenizer needs 100 bytes per character of a word, so a cell
-        of 10 MB without a space would take 1 GB.
-        """
-        pieces = [_pieces(text) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-        return [
-            next(encoded).ids
-            if len(text) == 1
-            else [token for _ in text for token in next(encoded).ids]
-            for text in pieces
-        ]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling loses `encode_special_tokens`, so the constructor has to set it again.
-        return TextEncoder, (self._tokenizer, self.eos_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def decode_stream(self) -> Callable[[int], str]:
-        """Return a function that decodes one id per call.
-
-        Each call returns the text that the id adds, which is empty while a character is incomplete.
-        """
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest label."""
+        return max(map(len, self.ids), default=0)
 
 
 class PromptEncoder:
@@ -163,19 +86,31 @@ class PromptEncoder:
         self.truncation_side = truncation_side
         before, *after = split_at_fields(template)[0]
         self.before, self.after = before, "".join(after)
-        self._before_ids = encoder.encode(self.before)
-        self._after_ids = encoder.encode(self.after)
 
-    def completion_ids(self, completion: str) -> list[int]:
-        """Return the ids of a completion: a space, the text and the end-of-text token.
+    def labels(self, labels: Sequence[str]) -> EncodedLabels:
+        """Return the ids of labels after a prompt.
 
         The end-of-text token teaches the model to stop. It also distinguishes a label from another
         label that starts with it (`sql`, `sqlalchemy`).
         """
-        return [*self.encoder.encode(" " + completion.strip()), self.encoder.eos_id]
+        # The end of the template decides how a label is tokenized.
+        prompt = ("x" + self.after).rstrip(" ")
+        joined = [join("x" + self.after, label) for label in labels]
+        alone, *encoded = self.encoder.encode_batch([prompt, *joined])
+        common = min((_common_length(alone, ids) for ids in encoded), default=len(alone))
+        eos_id = self.encoder.eos_id
+        return EncodedLabels([[*ids[common:], eos_id] for ids in encoded], len(alone) - common)
+
+    def completion_ids(self, completion: str) -> list[int]:
+        """Return the ids of a completion after a prompt, with the end-of-text token."""
+        return self.labels([completion]).ids[0]
 
     def prompt(
-        self, text: str, reserve: int, examples: Sequence[tuple[str, str]] = ()
+        self,
+        text: str,
+        reserve: int,
+        examples: Sequence[tuple[str, str]] = (),
+        labels: EncodedLabels | None = None,
     ) -> EncodedPrompt:
         """Encode a prompt that leaves room for `reserve` tokens of completion.
 
@@ -185,45 +120,58 @@ class PromptEncoder:
             examples: few-shot examples (text, completion) to put before the prompt. All texts share
                 the available tokens evenly; tokens that a short text does not need go to longer
                 ones.
+            labels: the labels to score after the prompt, if any.
 
         Raises:
             UserError: if the template and the completions leave no room for text in `max_length`.
         """
-        completions = [self.completion_ids(completion) for _, completion in examples]
-        fixed = len(self._before_ids) + len(self._after_ids)
-        room = (
-            self.max_length
-            - reserve
-            - len(self.encoder.prefix_ids)
-            - fixed * (len(examples) + 1)
-            - sum(map(len, completions))
-        )
+        texts = [join(self._prompt_text(t), completion) for t, completion in examples]
+        parts = [*texts, self._prompt_text(text).rstrip(" ")]
+        mark = self.encoder.mark(self.encoder.eos_id)
+        encoded = self.encoder.tokenize(parts[:1])
+        if parts[1:]:  # every other example follows an end-of-text token
+            encoded += self.encoder.tokenize_marked([mark + part for part in parts[1:]])
+        lengths = [len(t) for t in (*(t for t, _ in examples), text)]
+        insides = [
+            self._tokens_of_text(part, length, offset=len(mark) if number else 0)
+            for number, (part, length) in enumerate(zip(encoded, lengths, strict=True))
+        ]
+        prefix = self.encoder.prefix_ids
+        sizes = [len(inside) for inside in insides]
+        fixed = sum(len(part.ids) for part in encoded) - sum(sizes)
+        room = self.max_length - reserve - len(prefix) - fixed
         if room < len(examples) + 1:
             shots = f", {len(examples)} examples" if examples else ""
             raise UserError(self._no_room(shots))
-        texts = [self.encoder.encode(t.strip()) for t in (*(t for t, _ in examples), text)]
-        shares = _share_room([len(ids) for ids in texts], room)
-        ids = list(self.encoder.prefix_ids)
-        for index, (text_ids, share) in enumerate(zip(texts, shares, strict=True)):
-            ids += self._before_ids + self._cut(text_ids, share) + self._after_ids
-            if index < len(completions):
-                ids += completions[index]
-        return EncodedPrompt(ids, len(texts[-1]) - shares[-1])
+        shares = _share_room(sizes, room)
+        ids = list(prefix)
+        for part, inside, share in zip(encoded, insides, shares, strict=True):
+            ids += self._cut(part.ids, inside, len(inside) - share)
+        shared = labels.shared if labels else 0
+        return EncodedPrompt(ids[: len(ids) - shared], sizes[-1] - shares[-1])
 
     def examples(
         self, texts: Sequence[str], completions: Sequence[str]
     ) -> Iterator[EncodedExample]:
         """Encode rows for training: each prompt with its complete completion."""
-        known = {completion: self.completion_ids(completion) for completion in set(completions)}
-        before = [*self.encoder.prefix_ids, *self._before_ids]
-        encoded = self.encoder.encode_batch([text.strip() for text in texts])
-        for text_ids, completion in zip(encoded, completions, strict=True):
-            completion_ids = known[completion]
-            fixed = len(before) + len(self._after_ids) + len(completion_ids)
-            room = self.max_length - fixed
-            prompt = before + self._cut(text_ids, max(room, 0)) + self._after_ids
-            cut = max(len(text_ids) - room, 0)
-            yield EncodedExample(prompt + completion_ids, len(prompt), cut, room)
+        prefix, eos_id = self.encoder.prefix_ids, self.encoder.eos_id
+        prompts = [self._prompt_text(text) for text in texts]
+        joined = [join(p, c) for p, c in zip(prompts, completions, strict=True)]
+        encoded = self.encoder.tokenize(joined)
+        for text, prompt, found in zip(texts, prompts, encoded, strict=True):
+            length = len(prefix) + len(found.ids) + 1
+            learned = found.token_at(len(prompt.rstrip(" ")))
+            if length <= self.max_length:
+                ids = [*prefix, *found.ids, eos_id]
+                yield EncodedExample(ids, len(prefix) + learned, 0, self.max_length - length + 1)
+                continue
+            inside = self._tokens_of_text(found, len(text))
+            inside = range(inside.start, min(inside.stop, learned))
+            excess = length - self.max_length
+            room = len(inside) - excess
+            cut = min(excess, len(inside))
+            ids = [*prefix, *self._cut(found.ids, inside, cut), eos_id]
+            yield EncodedExample(ids, len(prefix) + learned - cut, excess, room)
 
     def example(self, text: str, completion: str) -> EncodedExample:
         """Encode one row; see `examples`.
@@ -236,10 +184,21 @@ class PromptEncoder:
             raise UserError(self._no_room(""))
         return example
 
-    def _cut(self, ids: list[int], length: int) -> list[int]:
+    def _prompt_text(self, text: str) -> str:
+        return self.before + text + self.after
+
+    def _tokens_of_text(self, encoded: EncodedText, length: int, offset: int = 0) -> range:
+        """Return the tokens that are completely inside the row's text."""
+        begin = offset + len(self.before)
+        first = encoded.token_at(begin)
+        if first and encoded.ends[first - 1] < begin:  # it also covers the end of `before`
+            first += 1
+        return range(first, max(first, encoded.token_at(begin + length)))
+
+    def _cut(self, ids: list[int], inside: range, excess: int) -> list[int]:
         if self.truncation_side == "left":
-            return ids[max(len(ids) - length, 0) :]
-        return ids[:length]
+            return [*ids[: inside.start], *ids[inside.start + excess :]]
+        return [*ids[: inside.stop - excess], *ids[inside.stop :]]
 
     def _no_room(self, shots: str) -> str:
         return (
@@ -248,13 +207,27 @@ class PromptEncoder:
         )
 
 
+def join(prompt: str, answer: str) -> str:
+    """Return a prompt and its answer as one text.
+
+    A space is put between them where neither the prompt's end nor the answer's beginning is white
+    space.
+    """
+    return prompt + ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ") + answer
+
+
+def without_lead(answer: str) -> str:
+    """Return a generated answer without the single space that `join` puts before it."""
+    return answer[1:] if answer[:1] == " " and not answer[1:2].isspace() else answer
+
+
 def check_context(model_path: str | Path, max_length: int) -> None:
     """Raise an error if `max_length` exceeds the model's number of positions.
 
     Raises:
         UserError: with both numbers.
     """
-    config = _read_optional_json(Path(model_path) / "config.json")
+    config = read_optional_json(Path(model_path) / "config.json")
     for key in ("n_positions", "max_position_embeddings"):
         positions = config.get(key)
         if isinstance(positions, int) and max_length > positions:
@@ -264,17 +237,9 @@ def check_context(model_path: str | Path, max_length: int) -> None:
             )
 
 
-def _pieces(text: str) -> list[str]:
-    if len(text) <= _PIECE:
-        return [text]
-    pieces = []
-    start = 0
-    while len(text) - start > _PIECE:
-        end = text.rfind(" ", start + 1, start + _PIECE)
-        end = start + _PIECE if end < 0 else end
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
+def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _share_room(lengths: Sequence[int], room: int) -> list[int]:
@@ -282,49 +247,7 @@ def _share_room(lengths: Sequence[int], room: int) -> list[int]:
     shares = [0] * len(lengths)
     left = len(lengths)
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        shares[index] = min(lengths[index], room // left)
+        shares[index] = min(lengths[index], max(room, 0) // left)
         room -= shares[index]
         left -= 1
     return shares
-
-
-def _find_eos_id(model_path: Path, tokenizer: Tokenizer) -> int:
-    token = _read_optional_json(model_path / "tokenizer_config.json").get("eos_token")
-    if isinstance(token, Mapping):  # an AddedToken
-        token = token.get("content")
-    if isinstance(token, str) and (known := tokenizer.token_to_id(token)) is not None:
-        return known
-    eos = _read_optional_json(model_path / "config.json").get("eos_token_id")
-    if isinstance(eos, list) and eos:
-        eos = eos[0]
-    if isinstance(eos, int):
-        return eos
-    raise UserError(
-        f"{model_path}: neither tokenizer_config.json nor config.json sets an eos token"
-    )
-
-
-def _convert_slow_tokenizer(model_path: Path) -> Tokenizer:
-    """Convert the tokenizer of an older model without tokenizer.json.
-
-    Such models ship vocab.json and merges.txt, or a sentencepiece file.
-    """
-    if not any((model_path / name).is_file() for name in _SLOW_TOKENIZER_FILES):
-        raise UserError(f"{model_path} has no tokenizer: no tokenizer.json, vocab.json or *.model")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).backend_tokenizer
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = one_line(error)
-        raise UserError(f"{model_path}: the tokenizer cannot be read: {reason}") from None
-
-
-def _read_optional_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}

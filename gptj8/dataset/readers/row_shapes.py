@@ -8,32 +8,26 @@
 | instruction, input, output | the same, a template with {instruction} and {input} | the same |
 | chat messages | the same, a template with {messages} | the same |
 
-The completion of a conversation is its last message, which must be the assistant's. The prompt is
-the messages before it, one line `role: content` per message. Two formats are supported: `role` and
-`content`, and `from` and `value` with `human` and `gpt`.
+A conversation stays a list of messages until it is encoded
+(`gptj8.dataset.prepared.conversations`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
+from gptj8.dataset.prepared.conversations import Conversation, read_conversation
 from gptj8.dataset.prepared.dataset import FIELDS
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.sections import Data
 from gptj8.params.templates import MESSAGES, Template, parse_template
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+_BESIDE_MESSAGES = ("tools", "system")
+"""Fields that a conversation may have; files need not have their columns."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,16 @@ class Shape:
         return FIELDS[self.task][1] if len(FIELDS[self.task]) > 1 else None
 
     @property
+    def is_conversation(self) -> bool:
+        """Whether the rows are messages."""
+        return MESSAGES in self.columns
+
+    @property
+    def expected(self) -> list[str]:
+        """The optional columns that at least one file must have, because a template names them."""
+        return [self.columns[f] for f in self.optional if f not in _BESIDE_MESSAGES]
+
+    @property
     def truncation_side(self) -> Literal["left", "right"]:
         """The side where a text that is too long is cut; a conversation keeps its end."""
         return "left" if MESSAGES in self.columns else "right"
@@ -76,16 +80,15 @@ class Shape:
         """Return the user's column or columns for a task field, for use in messages."""
         if field in self.columns:
             return self.columns[field]
-        parts = [c for f, c in self.columns.items() if f not in ("label", "completion")]
+        parts = [self.columns[MESSAGES]] if self.is_conversation else []
+        parts += [c for f, c in self.columns.items() if f != self.answer and not parts]
         return ", ".join(parts)
 
     def to_fields(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Return the task's fields of valid rows; answers are stripped of white space."""
-        if MESSAGES in self.columns:
-            split = [_split_conversation(cell) for cell in rows[MESSAGES]]
-            prompts, completions = zip(*split, strict=True) if split else ((), ())
-            fields = {"prompt": prompts, "completion": completions}
-            return pd.DataFrame(fields, index=rows.index, dtype="str")
+        """Return the task's fields of valid rows; labels are stripped of white space.
+
+        The rows have prompts and answers, and not messages; see `conversation_of`.
+        """
         if self.template is None or self.template.fields == (self.input,):
             texts = rows[self.input]
         else:
@@ -94,15 +97,15 @@ class Shape:
             texts = [self.template.text(row) for row in cells.to_dict("records")]
         found = pd.DataFrame({self.input: pd.array(list(texts), dtype="str")}, index=rows.index)
         if self.answer is not None:
-            found[self.answer] = rows[self.answer].str.strip()
+            is_label = self.answer == "label"
+            found[self.answer] = rows[self.answer].str.strip() if is_label else rows[self.answer]
         return found
 
     def text_of(self, cells: Mapping[str, Any]) -> str:
-        """Return the input text of one row without an answer.
+        """Return the input text of one row without an answer; see `conversation_of` for messages.
 
         Args:
-            cells: cells by the user's column names; extra cells are ignored. The cell of `messages`
-                is a list of messages, or that list as JSON.
+            cells: cells by the user's column names; extra cells are ignored.
 
         Raises:
             ValueError: with the column that is missing, empty or not a string.
@@ -112,8 +115,6 @@ class Shape:
             if name == self.answer:
                 continue
             cell = cells.get(column)
-            if name == MESSAGES:
-                return _conversation_before_answer(cell, column)
             if cell is not None and not isinstance(cell, str):
                 raise ValueError(f"{column} is not a string")
             if not (cell or "").strip(INVISIBLE) and name not in self.optional:
@@ -122,6 +123,25 @@ class Shape:
         if self.template is None or self.template.fields == (self.input,):
             return fields[self.input] or ""
         return self.template.text(fields)
+
+    def conversation_of(self, cells: Mapping[str, Any]) -> Conversation:
+        """Return the messages of one row, to be answered.
+
+        Args:
+            cells: cells by the user's column names; lists may be JSON.
+
+        Raises:
+            ValueError: with the column and what is wrong with it.
+        """
+        columns = self.columns
+        messages, tools, system = (cells.get(columns[n]) for n in (MESSAGES, *_BESIDE_MESSAGES))
+        try:
+            conversation = read_conversation(messages, tools, system)
+            if not conversation.messages:
+                raise ValueError("has no messages")
+        except ValueError as error:
+            raise ValueError(f"{columns[MESSAGES]} {error}") from None
+        return conversation
 
 
 def shape_of(data: Data) -> Shape:
@@ -139,80 +159,10 @@ def shape_of(data: Data) -> Shape:
     if len(columns) == 1:  # the only column of a prompt must not be empty
         optional = frozenset()
     template = template.with_optional(optional)
-    if MESSAGES not in columns:
+    if MESSAGES in columns:
+        columns |= {"tools": data.tools_column, "system": data.system_column}
+        optional = frozenset(_BESIDE_MESSAGES)
+    else:
         answer = FIELDS[data.task][1]
         columns[answer] = getattr(data, f"{answer}_column")
     return Shape(data.task, columns, optional, template)
-
-
-def conversation_problem(cell: str) -> str | None:
-    """Return why a conversation, given as JSON, cannot be used for training, or None."""
-    try:
-        messages = json.loads(cell)
-    except (ValueError, RecursionError):
-        messages = None
-    if not isinstance(messages, list):
-        return "is not a list of messages"
-    for number, message in enumerate(messages, 1):
-        if _role(message) is None:
-            return f"message {number} has no valid role ({', '.join(_ROLES)})"
-        content = _content(message)
-        if not isinstance(content, str):
-            return f"message {number} has no text"
-        if not content.strip(INVISIBLE):
-            return f"message {number} is empty"
-    if len(messages) < 2:
-        return "has fewer than two messages"
-    if _role(messages[-1]) != "assistant":
-        return "does not end with the assistant's answer"
-    if all(_role(message) != "user" for message in messages):
-        return "has no message from the user"
-    return None
-
-
-def conversation_text(cell: str) -> str:
-    """Return the contents of a conversation's messages; any other cell is returned unchanged."""
-    try:
-        messages = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    if not isinstance(messages, list):
-        return cell
-    contents = (_content(message) for message in messages if isinstance(message, dict))
-    return "\n".join(content for content in contents if isinstance(content, str))
-
-
-def _split_conversation(cell: str) -> tuple[str, str]:
-    messages = json.loads(cell)
-    return _conversation_prompt(messages[:-1]), _content(messages[-1]).strip()
-
-
-def _conversation_prompt(messages: Sequence[Any]) -> str:
-    return "\n".join(f"{_role(message)}: {_content(message).strip()}" for message in messages)
-
-
-def _conversation_before_answer(cell: Any, column: str) -> str:
-    messages = cell
-    if isinstance(cell, str):
-        try:
-            messages = json.loads(cell)
-        except (ValueError, RecursionError):
-            messages = None
-    answer = {"role": "assistant", "content": "to come"}
-    complete = [*messages, answer] if isinstance(messages, list) else messages
-    problem = conversation_problem(json.dumps(complete))
-    if problem:
-        raise ValueError(f"{column} {problem}")
-    return _conversation_prompt(complete[:-1])
-
-
-def _role(message: Any) -> str | None:
-    if not isinstance(message, dict):
-        return None
-    role = message.get("role") or message.get("from")
-    return _ROLES.get(role.casefold()) if isinstance(role, str) else None
-
-
-def _content(message: dict[str, Any]) -> Any:
-    content = message.get("content")
-    return message.get("value") if content is None else content

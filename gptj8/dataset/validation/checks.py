@@ -56,7 +56,8 @@ CHECKS = {
     "messages": Check(
         Kind.INVALID,
         "invalid conversations",
-        "A conversation needs a user message and must end with an assistant message.",
+        "A conversation needs a message from the user and an answer from the assistant; "
+        "data.chat_template names another template if this one refuses it.",
     ),
     "unknown_label": Check(
         Kind.INVALID,
@@ -127,6 +128,17 @@ CHECKS = {
         "texts with the name of a special token",
         "It is encoded as plain text, without a special effect. If it was added as a "
         "separator or end marker, remove it.",
+    ),
+    "unread_fields": Check(
+        Kind.SUSPECT,
+        "messages with fields that the chat template does not read",
+        "They do not reach the model; use a chat template that reads them, or put them into the "
+        "content.",
+    ),
+    "unanswered": Check(
+        Kind.SUSPECT,
+        "conversations that do not end with an answer",
+        "What follows the last answer is not used.",
     ),
     "truncated": Check(
         Kind.SUSPECT,

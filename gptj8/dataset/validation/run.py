@@ -29,7 +29,7 @@ import pandas as pd
 import pyarrow as pa
 
 from gptj8.dataset.prepared.dataset import SPLITS, PreparedWriter
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import require_optional_columns
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.readers.sources import find_sources
@@ -62,6 +62,8 @@ class Validated:
         problems: why the dataset cannot be used, one line per problem; empty if it can be used.
         total_rows, invalid_rows: the number of rows, and of invalid rows, in the files of each
             split.
+        rewritten_rows: the number of conversations whose earlier answers the chat template
+            rewrites; each answer is then an example of its own.
         rows: the number of rows kept, per split.
         examples: the number of training examples, per split that training reads.
         tokens: the number of tokens within max_length, per split.
@@ -77,6 +79,7 @@ class Validated:
     findings: Findings
     problems: list[str] = field(default_factory=list)
     ignored: list[Path] = field(default_factory=list)
+    rewritten_rows: int = 0
     total_rows: Counter[str] = field(default_factory=Counter)
     invalid_rows: Counter[str] = field(default_factory=Counter)
     rows: dict[str, int] = field(default_factory=dict)
@@ -110,7 +113,7 @@ def validate(
     sources = find_sources(data)
     shape = shape_of(data)
     files = [file for paths in sources.files.values() for file in paths]
-    require_optional_columns(files, (shape.columns[field] for field in shape.optional))
+    require_optional_columns(files, shape.expected)
     directory = Path(directory)
     scratch = directory / ".scratch"
     try:
@@ -183,6 +186,7 @@ class _Validation:
                 split = split_of[batch.file]
                 validated.total_rows[split] += batch.total
                 validated.invalid_rows[split] += batch.invalid
+                validated.rewritten_rows += batch.rewritten
                 validated.findings.add(batch.findings.assign(split=split))
                 size = batch.rows.num_rows
                 facts = batch.facts | {"split": np.full(size, SPLITS.index(split), np.uint8)}
@@ -323,6 +327,7 @@ class _Validation:
             self.shape.prompt_template,
             self.data.max_length,
             self.shape.truncation_side,
+            self.scanner.chat if self.shape.is_conversation else None,
         )
         with (
             closing(prepared) as writer,
@@ -360,6 +365,8 @@ class _Validation:
         rows = np.flatnonzero((cut > 0) & self.kept[start : start + len(cut)])
         if len(rows):
             reasons = [f"is truncated by {count} tokens" for count in cut[rows].tolist()]
+            if self.shape.is_conversation:
+                reasons = batch.column("cut").take(pa.array(rows)).to_pylist()
             self._report("truncated", start + rows, reasons, field=self.shape.input)
 
     def _check_splits(self) -> None:

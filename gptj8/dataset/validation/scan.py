@@ -19,8 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gptj8.dataset.prepared.dataset import IDS, SPANS
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.dataset import IDS, SPANS, Chat
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import read_batches
 from gptj8.dataset.readers.parsers import EmptyFileError
 from gptj8.dataset.readers.row_shapes import Shape, shape_of
@@ -28,6 +30,7 @@ from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.text import INVISIBLE
 from gptj8.dataset.validation import near_duplicates, schemas
 from gptj8.dataset.validation.checks import CHECKS, Kind
+from gptj8.dataset.validation.conversation_rows import choose_template, encode_conversations
 from gptj8.dataset.validation.parallel import ordered_map
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
@@ -49,6 +52,7 @@ class ScannedBatch:
         normalized: the text to compare for near-duplicates per valid row; empty if disabled.
         findings: the columns of `gptj8.dataset.validation.findings`, without `split`.
         total, invalid: the number of rows.
+        rewritten: the number of conversations whose earlier answers the chat template rewrites.
     """
 
     file: str
@@ -58,6 +62,7 @@ class ScannedBatch:
     findings: pd.DataFrame
     total: int
     invalid: int
+    rewritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,21 @@ class Scanner:
     def shape(self) -> Shape:
         """The shape of the rows."""
         return shape_of(self.data)
+
+    @cached_property
+    def conversations(self) -> ConversationEncoder:
+        """The encoder of rows that are conversations.
+
+        Raises:
+            UserError: if the chat template cannot be used.
+        """
+        template = choose_template(self.data, self.shape, self.encoder)
+        return ConversationEncoder(template, self.data.max_length, self.data.learn)
+
+    @property
+    def chat(self) -> Chat:
+        """How conversations are written."""
+        return Chat(self.conversations.template.source, self.data.learn)
 
     @cached_property
     def prompts(self) -> PromptEncoder:
@@ -101,28 +121,20 @@ class Scanner:
         kinds = failed["check"].map(lambda name: CHECKS[name].kind)
         invalid = failed.loc[kinds == Kind.INVALID, "index"].unique()
         valid = batch.drop(index=invalid)
-        fields = self.shape.to_fields(valid)
-        encoded = self._encode(fields)
-        # All columns may be optional, so a row may be blank.
-        blank = fields[self.shape.input].str.strip(INVISIBLE) == ""
-        no_room = (encoded.pop("room") < 1) & ~blank
-        unusable = blank | no_room
-        if unusable.any():
-            more = [self._failed(fields[blank], "empty", self.shape.input, "is empty")]
-            reason = f"leaves no room for {self.shape.input} within data.max_length"
-            reason += f" = {self.data.max_length}"
-            more.append(self._failed(fields[no_room], "room", self.shape.answer or "", reason))
-            failed = pd.concat([failed, *more], ignore_index=True)
-            invalid = np.concatenate([invalid, fields.index[unusable].to_numpy()])
-            fields, encoded = fields[~unusable], encoded[~unusable]
+        if self.shape.is_conversation:
+            usable, more, rewritten = encode_conversations(valid, self.conversations)
+        else:
+            (usable, more), rewritten = self._encode_prompts(valid), 0
+        failed = pd.concat([failed, more], ignore_index=True) if len(more) else failed
+        unusable = valid.index.difference(usable.index, sort=False)
+        invalid = np.concatenate([invalid, unusable.to_numpy()])
         findings = self._findings(batch, failed, frozenset(invalid.tolist()))
-        texts = fields[self.shape.input]
-        kept = batch.loc[fields.index]
-        facts = self._facts(fields, texts)
+        texts = usable[self.shape.input]
+        facts = self._facts(usable, texts)
         normalized = [""] * len(texts)
         if self.data.near_duplicate_threshold is not None:
             normalized = [near_duplicates.normalize(text) for text in texts]
-        rows = pd.concat([fields, kept[["file", "row"]], encoded], axis=1)
+        rows = pd.concat([usable, batch.loc[usable.index, ["file", "row"]]], axis=1)
         return ScannedBatch(
             file=batch["file"].iloc[0],
             rows=_record_batch(rows, row_schema(self.shape)),
@@ -131,7 +143,22 @@ class Scanner:
             findings=findings,
             total=len(batch),
             invalid=len(invalid),
+            rewritten=rewritten,
         )
+
+    def _encode_prompts(self, valid: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the usable rows, encoded, and the failures of the others."""
+        fields = self.shape.to_fields(valid)
+        encoded = self._encode(fields)
+        # All columns may be optional, so a row may be blank.
+        blank = fields[self.shape.input].str.strip(INVISIBLE) == ""
+        no_room = (encoded.pop("room") < 1) & ~blank
+        reason = f"leaves no room for {self.shape.input} within data.max_length"
+        reason += f" = {self.data.max_length}"
+        empty = self._failed(fields[blank], "empty", self.shape.input, "is empty")
+        more = self._failed(fields[no_room], "room", self.shape.answer or "", reason)
+        usable = pd.concat([fields, encoded], axis=1)[~(blank | no_room)]
+        return usable, pd.concat([empty, more], ignore_index=True)
 
     def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
         """Tokenize rows; see `ScannedBatch.rows`. `room` is the tokens left for the text."""
@@ -189,6 +216,7 @@ class Scanner:
 def row_schema(shape: Shape) -> pa.Schema:
     """Return the schema of `ScannedBatch.rows`."""
     fields = [shape.input] + ([shape.answer] if shape.answer else [])
+    fields += ["conversation", "cut"] if shape.is_conversation else []
     return pa.schema(
         [
             *((name, pa.large_string()) for name in (*fields, "file")),

@@ -16,7 +16,8 @@ import pandas as pd
 import pandera.pandas as pa
 from ftfy.badness import is_bad
 
-from gptj8.dataset.readers.row_shapes import Shape, conversation_problem, conversation_text
+from gptj8.dataset.prepared.conversations import read_conversation, texts_of
+from gptj8.dataset.readers.row_shapes import Shape
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.templates import MESSAGES
 
@@ -28,6 +29,8 @@ _KINDS = {
     "label": ("text", "integer", "number", "boolean"),
     "completion": ("text", "integer", "number", "boolean"),
     MESSAGES: ("list", "text"),  # in CSV, lists are written as JSON
+    "tools": ("list", "text"),
+    "system": ("text",),
 }
 _OTHER_KINDS = ("text", "integer", "number", "boolean")
 
@@ -168,7 +171,7 @@ def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
         return _REASONS[check]
     value = rows.at[index, field]
     if field == MESSAGES and check != "messages":
-        value = conversation_text(value)
+        value = "\n".join(texts_of(value))
     return _EXPLANATIONS[check](value)
 
 
@@ -194,7 +197,7 @@ _EXPLANATIONS: dict[str, Callable[[str], str]] = {
     "html": lambda value: f"contains the HTML entity {_first_entity(value)}",
     "control": _explain_control,
     "special_token": _explain_special,
-    "messages": lambda value: conversation_problem(value) or "",
+    "messages": lambda value: _conversation_problem(value) or "",
 }
 
 
@@ -233,7 +236,7 @@ def _first_entity(text: str) -> str | None:
 
 
 def _in_messages(values: pd.Series, check: _TextCheck) -> pd.Series:
-    return check(values.map(conversation_text).astype("str"))
+    return check(values.map(lambda cell: "\n".join(texts_of(cell))).astype("str"))
 
 
 def _is_not_mojibake(values: pd.Series) -> pd.Series:
@@ -249,8 +252,16 @@ def _is_one_of(values: pd.Series, known: frozenset[str]) -> pd.Series:
 
 
 def _is_conversation(values: pd.Series) -> pd.Series:
-    valid = [not v.strip(INVISIBLE) or conversation_problem(v) is None for v in values]
+    valid = [not v.strip(INVISIBLE) or _conversation_problem(v) is None for v in values]
     return pd.Series(valid, index=values.index, dtype=bool)
+
+
+def _conversation_problem(cell: str) -> str | None:
+    try:
+        read_conversation(cell)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _wrong_kind(kind: str, field: str) -> str:

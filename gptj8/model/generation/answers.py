@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.prompts import without_lead
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.model.generation.batch import cache_bytes_per_token, generate_greedily
 from gptj8.model.scoring.batching import for_each_batch, max_batch_tokens, plan_batches
 
@@ -24,8 +25,9 @@ def write_answers(
     max_new_tokens: int,
     batch_size: int,
     description: str | None,
+    end_ids: Collection[int] = (),
 ) -> list[str]:
-    """Return the greedy continuation of each prompt, stripped of surrounding white space.
+    """Return the greedy continuation of each prompt, without the space before an answer.
 
     Args:
         model: model in eval mode.
@@ -36,6 +38,7 @@ def write_answers(
         batch_size: maximum number of rows per batch; reduced if keys and values would exceed 512
             MiB.
         description: label of the progress bar on stderr; None disables it.
+        end_ids: tokens that end an answer, if not those of `encoder`.
 
     Raises:
         torch.OutOfMemoryError: if a single row does not fit into GPU memory.
@@ -48,10 +51,10 @@ def write_answers(
             [prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
             vocab_size=encoder.vocab_size,
-            eos_id=encoder.eos_id,
+            eos_id=end_ids or encoder.end_ids,
         )
         for index, ids in zip(batch, rows, strict=True):
-            texts[index] = encoder.decode(ids).strip()
+            texts[index] = without_lead(encoder.decode(ids, after=prompts[index]))
 
     limit = min(max_batch_tokens(model.device, 1), _CACHE_BYTES // cache_bytes_per_token(model))
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]

@@ -15,7 +15,7 @@ GPT-J does not support, and its `generate` keeps a batch until the last row is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,17 +86,17 @@ class GenerationBatch:
         model: any causal model of transformers with a key-value cache, in eval mode.
         vocab_size: number of tokens; ids from this number on are never chosen. GPT-J has 50,400
             embedding rows for 50,257 tokens.
-        eos_id: id of the end token.
+        eos_id: id of the end token, or of several.
 
     Attributes:
         rows: unfinished rows, in the order in which they were added.
     """
 
-    def __init__(self, model: Model, vocab_size: int, eos_id: int) -> None:
+    def __init__(self, model: Model, vocab_size: int, eos_id: int | Collection[int]) -> None:
         self.model = model
         self.rows: list[GeneratedRow] = []
         self._vocab_size = vocab_size
-        self._eos_id = eos_id
+        self._end_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id)
         self._cache: Cache | None = None
 
     @torch.inference_mode()
@@ -193,7 +193,7 @@ class GenerationBatch:
                 chosen = torch.multinomial(scores.softmax(1), 1, generator=row._generator)
                 token = int(chosen)
             row._steps += 1
-            if token == self._eos_id:
+            if token in self._end_ids:
                 row.finish_reason = "stop"
                 continue
             row.ids.append(token)
@@ -232,7 +232,7 @@ def generate_greedily(
     *,
     max_new_tokens: int,
     vocab_size: int,
-    eos_id: int,
+    eos_id: int | Collection[int],
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt without its end token, using one batch."""
     batch = GenerationBatch(model, vocab_size, eos_id)

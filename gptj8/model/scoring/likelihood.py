@@ -4,7 +4,7 @@ r"""Classification by label likelihood: choose the most likely label given the p
     prediction   = the label with the highest score
 
 The prediction is always one of the labels. The end token is part of each label
-(`PromptEncoder.completion_ids`), so a label that is a prefix of another one has no advantage.
+(`PromptEncoder.labels`), so a label that is a prefix of another one has no advantage.
 
 All labels are scored in one forward pass per batch. Their tokens are packed side by side after the
 prompt, each at the position that it would have if its label followed the prompt directly. The
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from gptj8.dataset.prepared.dataset import PreparedDataset
-    from gptj8.dataset.prepared.prompts import TextEncoder
+    from gptj8.dataset.prepared.text_encoder import TextEncoder
 
     Model = PreTrainedModel | PeftModel
 
@@ -193,12 +193,11 @@ def accuracy_on_validation(
     rows = dataset.split("validation")
     rows = rows.head(limit or len(rows))
     prompts = dataset.prompt_encoder(encoder, max_length)
-    labels = [prompts.completion_ids(label) for label in dataset.labels]
-    longest = max(map(len, labels))
-    ids = [prompts.prompt(text, longest).ids for text in rows["text"]]
+    labels = prompts.labels(dataset.labels)
+    ids = [prompts.prompt(text, labels.longest, labels=labels).ids for text in rows["text"]]
     actual = [dataset.labels.index(label) for label in rows["label"]]
     return lambda model, batch_size: label_accuracy(
-        model, ids, labels, actual, batch_size=batch_size, description="validation accuracy"
+        model, ids, labels.ids, actual, batch_size=batch_size, description="validation accuracy"
     )
 
 

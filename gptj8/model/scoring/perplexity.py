@@ -102,6 +102,7 @@ def score_documents(
     context: int | None = None,
     stride: int | None = None,
     description: str = "perplexity",
+    spans: Sequence[Sequence[int]] | None = None,
 ) -> DocumentScores:
     """Score `document[start:]` of every document; long documents are split into windows.
 
@@ -114,25 +115,52 @@ def score_documents(
         context: maximum number of tokens to condition on; None uses the context of the model.
         stride: number of tokens between the starts of two windows; None uses half of `context`.
         description: label of the progress bar.
+        spans: for each document, the spans (start, end, start, end, ...) to score, which begin at
+            `start`; None scores everything from there.
 
     Raises:
         UserError: see `score_sequences`.
     """
     context = context or context_length(model.config)
     stride = stride or max(1, context // 2)
-    windows, firsts, owners = [], [], []
+    windows, firsts, owners, masks = [], [], [], []
     for owner, (document, start) in enumerate(zip(documents, starts, strict=True)):
         for begin, end, scored in plan_windows(len(document), context, stride):
             first = max(scored, start)
-            if first < end:
+            mask = None if spans is None else span_mask(spans[owner], begin, end)
+            if first < end and (mask is None or mask[first - begin :].any()):
                 windows.append(document[begin:end])
                 firsts.append(first - begin)
                 owners.append(owner)
-    scores = score_sequences(model, windows, firsts, batch_size=batch_size, description=description)
+                masks.append(mask)
+    scores = score_sequences(
+        model,
+        windows,
+        firsts,
+        batch_size=batch_size,
+        description=description,
+        masks=None if spans is None else masks,
+    )
     nll = np.zeros(len(documents))
     np.add.at(nll, owners, scores)
     tokens = [len(document) - start for document, start in zip(documents, starts, strict=True)]
+    if spans is not None:
+        every = zip(spans, starts, strict=True)
+        tokens = [int(span_mask(s, start, s[-1]).sum()) for s, start in every]
     return DocumentScores(nll, np.array(tokens, dtype=np.int64))
+
+
+def span_mask(spans: Sequence[int], begin: int, end: int) -> np.ndarray:
+    """Return (end - begin,) bool: which positions are inside a span (start, end, start, end, ...).
+
+    Args:
+        spans: positions in a document.
+        begin, end: the window of the document.
+    """
+    mask = np.zeros(max(0, end - begin), dtype=bool)
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        mask[max(0, start - begin) : max(0, stop - begin)] = True
+    return mask
 
 
 def score_sequences(
@@ -142,6 +170,7 @@ def score_sequences(
     *,
     batch_size: int,
     description: str | None = "scoring",
+    masks: Sequence[Any] | None = None,
 ) -> np.ndarray:
     """Return the summed negative log-likelihood of `sequence[start:]` for each sequence.
 
@@ -151,6 +180,7 @@ def score_sequences(
         starts: first position to score in each sequence, at least 1.
         batch_size: maximum number of sequences per forward pass.
         description: label of the progress bar; None disables it.
+        masks: for each sequence, (ids,) bool: the positions to score from `start` on; None: all.
 
     Returns:
         (sequences,) float64, in nats; sums are computed in float64 for every model dtype.
@@ -167,7 +197,15 @@ def score_sequences(
         sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, losses)
         totals[batch] = sums.numpy()
 
-    visit_logits(model, sequences, starts, score, batch_size=batch_size, description=description)
+    visit_logits(
+        model,
+        sequences,
+        starts,
+        score,
+        batch_size=batch_size,
+        description=description,
+        masks=masks,
+    )
     if not np.isfinite(totals).all():
         raise UserError(
             f"{description}: the model's likelihoods are not finite for "
@@ -188,6 +226,7 @@ def visit_logits(
     *,
     batch_size: int,
     description: str | None = "scoring",
+    masks: Sequence[Any] | None = None,
 ) -> None:
     """Compute the logits that predict `sequence[start:]` of each sequence, batch by batch.
 
@@ -208,6 +247,9 @@ def visit_logits(
         first = torch.tensor([starts[i] for i in batch], device=device)[:, None] - 1
         real = position < (lengths - 1)[:, None]  # (rows, inputs)
         scored = real & (position >= first)
+        if masks is not None:
+            wanted, _ = pad_right([masks[i][1:] for i in batch], device)
+            scored &= wanted.bool()
         logits = model(
             input_ids=ids[:, :-1],
             attention_mask=real.long(),

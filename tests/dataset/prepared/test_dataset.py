@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from gptj8.dataset.prepared.dataset import SPLITS, load_prepared
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.validation.relations import hold_out
 from gptj8.runtime.errors import UserError
@@ -142,7 +142,7 @@ def test_prompt_encoder_uses_the_stored_template_and_side(
     (tmp_path / "dataset.json").write_text(json.dumps({**content, "truncation_side": "left"}))
     write_manifest(tmp_path)
     prompts = load_prepared(tmp_path).prompt_encoder(encoder, 12)
-    words = "the quick brown fox jumps over the lazy dog " * 3
+    words = " the quick brown fox jumps over the lazy dog" * 3
     ids = prompts.prompt(words, 4).ids
     assert len(ids) == 8
     assert encoder.decode(ids).endswith("lazy dog:")

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset.prepared.dataset import SPLITS, load_prepared
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.run import Validated, validate
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError

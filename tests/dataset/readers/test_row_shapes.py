@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pandas as pd
 import pytest
 
-from gptj8.dataset.readers.row_shapes import conversation_problem, shape_of
+from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.params.sections import Data
 from gptj8.params.templates import parse_template
 
@@ -34,10 +32,10 @@ def test_several_columns_are_joined_into_one_text() -> None:
     shape = shape_of(data)
     assert shape.prompt_template == "Premise: {text}\nFollows:"
     row = {"premise": "It rains.", "hypothesis": " It is wet. ", "label": "yes"}
-    assert fields(data, row) == [("It rains.\nHypothesis: It is wet.", "yes")]
+    assert fields(data, row) == [("It rains.\nHypothesis:  It is wet. ", "yes")]
     assert shape.column_of("text") == "premise, hypothesis"
     assert shape.prompt_template.format(text=fields(data, row)[0][0]) == template.format(
-        premise="It rains.", hypothesis="It is wet."
+        premise="It rains.", hypothesis=" It is wet. "
     )
 
 
@@ -65,44 +63,19 @@ def test_braces_around_the_fields_are_kept() -> None:
     assert template.outer("text").format(text="x") == "{json} x {}"
 
 
-@pytest.mark.parametrize(("who", "what"), [("role", "content"), ("from", "value")])
-def test_conversation_is_split_at_its_last_answer(who: str, what: str) -> None:
-    names = {"role": ("user", "assistant"), "from": ("human", "gpt")}[who]
-    messages = [
-        {who: "system", what: "Be brief."},
-        {who: names[0], what: "Hi "},
-        {who: names[1], what: "Hello."},
-        {who: names[0], what: "Who are you?"},
-        {who: names[1], what: " A model.\n"},
-    ]
-    data = Data(train="x", task="completion", prompt_template="{messages}\nassistant:")
-    prompt = "system: Be brief.\nuser: Hi\nassistant: Hello.\nuser: Who are you?"
-    assert conversation_problem(json.dumps(messages)) is None
-    assert fields(data, {"messages": json.dumps(messages)}) == [(prompt, "A model.")]
-    assert shape_of(data).prompt_template == "{prompt}\nassistant:"
-
-
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [
-        ("[hello", "is not a list of messages"),
-        ({"role": "user"}, "is not a list of messages"),
-        ([{"role": "user", "content": "\u200b"}], "message 1 is empty"),
-        ([], "fewer than two messages"),
-        ([{"role": "user", "content": "a"}], "fewer than two messages"),
-        (["a", "b"], "message 1 has no valid role"),
-        ([{"role": "robot", "content": "a"}], "message 1 has no valid role (system, user"),
-        ([{"role": 1, "content": "a"}], "message 1 has no valid role"),
-        ([{"role": "user", "content": ["a"]}], "message 1 has no text"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "message 2 has no text"),
-        ([{"role": "user", "content": " "}], "message 1 is empty"),
-        ([{"role": "user", "content": "a"}] * 2, "does not end with the assistant's answer"),
-        ([{"role": "assistant", "content": "a"}] * 2, "no message from the user"),
-    ],
-)
-def test_invalid_conversations(messages: object, problem: str) -> None:
-    cell = messages if isinstance(messages, str) else json.dumps(messages)
-    assert problem in (conversation_problem(cell) or "")
+def test_a_conversation_may_have_columns_beside_its_messages() -> None:
+    template = "{messages}\nassistant:"
+    shape = shape_of(Data(train="x", task="completion", prompt_template=template, tools_column="f"))
+    assert shape.is_conversation
+    assert shape.columns == {"messages": "messages", "tools": "f", "system": "system"}
+    assert shape.optional == {"tools", "system"} and shape.expected == []
+    assert shape.column_of("prompt") == shape.column_of("messages") == "messages"
+    asked = [{"role": "user", "content": "a"}]
+    found = shape.conversation_of({"messages": asked, "system": "Be brief.", "f": [{"name": "g"}]})
+    assert [message["content"] for message in found.messages] == ["Be brief.", "a"]
+    assert found.tools == ({"type": "function", "function": {"name": "g"}},)
+    with pytest.raises(ValueError, match=r"^messages has no messages"):
+        shape.conversation_of({"messages": []})
 
 
 def test_only_column_of_a_prompt_is_never_optional() -> None:

@@ -11,7 +11,7 @@ import dask
 import pytest
 from distributed import LocalCluster
 
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.run import validate
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError

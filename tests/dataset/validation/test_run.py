@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset.prepared.dataset import SPLITS, PreparedDataset, load_prepared
-from gptj8.dataset.prepared.prompts import PromptEncoder, TextEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.validation.report import metrics, token_lengths, write_report
 from gptj8.dataset.validation.run import validate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from tests.dataset.validation.corruption.texts import SPECIAL
 from tests.helpers.labelled_rows import byte_tokenizer
 

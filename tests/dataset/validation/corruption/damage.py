@@ -32,7 +32,7 @@ REASONS = {
     "truncated": "is truncated by ",
 }
 # Rows with these findings are kept.
-KEPT = ("mojibake", "html", "control", "special_token", "truncated")
+KEPT = ("mojibake", "html", "control", "special_token", "truncated", "unanswered")
 
 
 @dataclass(frozen=True)

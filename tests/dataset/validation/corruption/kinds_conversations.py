@@ -32,6 +32,7 @@ def messages(
     formats: str,
     change: Callable[[list[Message]], list[Message]],
     reason: str,
+    check: str = "messages",
 ) -> Damage:
     """Return a kind that changes the messages of each row, given as (role, content)."""
     column, role, content = SPELLINGS[shape]
@@ -41,7 +42,7 @@ def messages(
         changed = change([(message[role], message[content]) for message in cells[column]])
         cells[column] = [{role: speaker, content: words} for speaker, words in changed]
 
-    return row(name, shape, formats, change_row, "messages", column, reason)
+    return row(name, shape, formats, change_row, check, column, reason)
 
 
 def unknown_role(turns: list[Message]) -> list[Message]:
@@ -72,11 +73,11 @@ def no_message(turns: list[Message]) -> list[Message]:
     return []
 
 
-NO_ROLE = "message 1 has no valid role ("
+NO_ROLE = "message 1 has no valid role"
 NO_TEXT = "message 1 has no text"
 NO_USER = "has no message from the user"
-NO_ANSWER = "does not end with the assistant"
-TOO_FEW = "has fewer than two messages"
+NO_ANSWER = "has no answer from the assistant"
+AFTER_ANSWER = "ends with 1 message after the last answer"
 NO_LIST = "is not a list of messages"
 OBJECT = "is an object, not a list of"
 
@@ -88,10 +89,12 @@ CONVERSATIONS = [
     messages("sharegpt-empty-content", "sharegpt", "parquet", blank_answer, "is empty"),
     messages("chat-no-user", "chat", "parquet", no_user, NO_USER),
     messages("sharegpt-no-user", "sharegpt", "jsonl", no_user, NO_USER),
-    messages("chat-ends-with-user", "chat", "parquet", no_answer, NO_ANSWER),
-    messages("sharegpt-ends-with-user", "sharegpt", "parquet", no_answer, NO_ANSWER),
-    messages("chat-one-message", "chat", "parquet", one_message, TOO_FEW),
-    messages("sharegpt-no-message", "sharegpt", "parquet", no_message, TOO_FEW),
+    messages("chat-ends-with-user", "chat", "parquet", no_answer, AFTER_ANSWER, "unanswered"),
+    messages(
+        "sharegpt-ends-with-user", "sharegpt", "parquet", no_answer, AFTER_ANSWER, "unanswered"
+    ),
+    messages("chat-one-message", "chat", "parquet", one_message, NO_USER),
+    messages("sharegpt-no-message", "sharegpt", "parquet", no_message, NO_ANSWER),
     text("chat-null-content", "chat", "jsonl", instead(None), "messages", NO_TEXT),
     text("sharegpt-null-content", "sharegpt", "parquet", instead(None), "messages", NO_TEXT),
     text("chat-number-content", "chat", "jsonl", instead(5), "messages", NO_TEXT),

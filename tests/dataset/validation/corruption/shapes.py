@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptj8.dataset.prepared.dataset import SPLITS
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.run import Validated, validate
 from gptj8.params.sections import Data
 from tests.dataset.validation.corruption.texts import text_of

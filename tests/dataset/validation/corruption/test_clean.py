@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptj8.dataset.prepared.dataset import FIELDS
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.run import validate
 from tests.dataset.validation.corruption.shapes import (
     SHAPES,

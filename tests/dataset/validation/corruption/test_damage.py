@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptj8.dataset.prepared.dataset import FIELDS
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.run import validate
 from gptj8.runtime.errors import UserError
 from tests.dataset.validation.corruption.damage import Damage

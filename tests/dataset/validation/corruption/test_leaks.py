@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.validation import CORPORA, EDITS, Words, corpus, find_leaks, similar_pairs
-from gptj8.dataset.prepared.prompts import TextEncoder
+from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.validation.near_duplicates import normalize, similarity
 
 
