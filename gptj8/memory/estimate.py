@@ -69,6 +69,7 @@ class Plan:
         optim: As in params.
         eval_rows: Maximum rows per forward pass of an evaluation.
         padded: Whether the rows of a batch differ in length.
+        keeps_best: Whether training keeps a copy of the best adapter.
     """
 
     config: Any
@@ -82,6 +83,7 @@ class Plan:
     optim: str = "adamw_bnb_8bit"
     eval_rows: int = 16
     padded: bool = True
+    keeps_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,9 @@ class Estimator:
         step = dict(self._training(micro_batch, checkpointing or self.plan.checkpointing))
         fixed = self._fixed()
         fixed["optimizer"] = self.weights.optimizer
-        # Training keeps a copy of the initial adapter to check that the weights changed.
-        fixed["adapter"] += self.weights.adapter
+        # Training keeps a copy of the initial adapter to check that the weights changed, and of the
+        # best one, next to the one that was the best at the last saved state.
+        fixed["adapter"] += (3 if self.plan.keeps_best else 1) * self.weights.adapter
         step.pop("gradients", None)
         fixed["gradients"] = self.weights.adapter
         return Estimate({**fixed, **step})
@@ -302,4 +305,5 @@ def plan_of(
         checkpointing="full" if finetune.checkpointing == "auto" else finetune.checkpointing,
         optim=finetune.optim,
         eval_rows=params.evaluate.per_device_eval_batch_size,
+        keeps_best=finetune.load_best,
     )

@@ -257,8 +257,8 @@ def _require_modules(skeleton: PreTrainedModel, skip_modules: list[str], source:
     for skipped in skip_modules:
         if not skipped or not any(is_skipped(name, [skipped]) for name in modules):
             raise UserError(
-                f"skip_modules = {skipped!r}: {source} has no such module{suggest(skipped, known)}; "
-                f"its modules with weights: {', '.join(known)}"
+                f"skip_modules = {skipped!r}: {source} has no such module"
+                f"{suggest(skipped, known)}; its modules with weights: {', '.join(known)}"
             )
 
 
