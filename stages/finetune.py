@@ -52,7 +52,8 @@ def main() -> None:
         model, encoder = load_model(BASE, dtype, device), TextEncoder.load(BASE)
         set_seed(params.seed)  # before the adapter is added, whose initial weights are random
         adapted = add_adapter(model, spec)
-        fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
+        packing = params.finetune.packing
+        fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind, packing))
         settings = TrainingSettings.from_params(mine.finetune, fit, params.seed)
         story.say(f"{spec}, {settings.plan(len(train_set))}")
         # The adapter, and three checkpoints: weights, the best ones so far, and at most twice as

@@ -32,6 +32,7 @@ from gptj8.training.best_state import BestState, choose_metric
 from gptj8.training.heap import trimmed
 from gptj8.training.loss import summed_loss
 from gptj8.training.monitor import Monitor
+from gptj8.training.packing import PackedCollator, require_packable
 from gptj8.training.progress import TrainingProgress
 from gptj8.training.saved_states import Saved, SavedStates
 from gptj8.training.settings import (
@@ -80,6 +81,8 @@ def train(
     untrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     settings.require_more_than_warmup(len(train_examples))
     model.config.use_cache = False
+    if settings.packing:
+        require_packable(model)
     share_trained_only(model)
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
@@ -108,6 +111,7 @@ def train(
                 checkpoints=checkpoints,
                 best=best,
                 loraplus_lr_ratio=settings.loraplus_lr_ratio,
+                packed_collator=PackedCollator(pad_id, model) if settings.packing else None,
             )
             trainer.remove_callback(PrinterCallback)
             result = _run(trainer, monitor, saved)
@@ -227,7 +231,9 @@ def _should_save(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | SystemExit) or is_out_of_memory(error)
 
 
-def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind) -> None:
+def try_step(
+    model: PeftModel, examples: Sequence[Example], checkpointing: Kind, packing: bool = False
+) -> None:
     """Run forward and backward of one micro-batch as in training, to check that it fits.
 
     Leaves no gradients behind and does not advance random number generators.
@@ -236,7 +242,7 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind)
         torch.OutOfMemoryError, RuntimeError or MemoryError: If it does not fit.
     """
     was_training = model.training
-    batch = Collator(0, model)(examples)
+    batch = (PackedCollator if packing else Collator)(0, model)(examples)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.config.use_cache = False

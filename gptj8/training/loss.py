@@ -34,13 +34,20 @@ _FLOAT16_SCALE = 1024.0
 def summed_loss(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the loss summed over learned tokens, their number, and the model's outputs."""
+    """Return the loss summed over learned tokens, their number, and the model's outputs.
+
+    Args:
+        model: A transformers or PEFT model.
+        inputs: From `batches.Collator` or `packing.PackedCollator`.
+    """
+    is_packed = "position_ids" in inputs
     targets = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
     targets = targets[:, learned]
     arguments = {
         "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
+        # Of a packed batch, the model derives the mask from the positions.
+        **{name: inputs[name] for name in ["position_ids" if is_packed else "attention_mask"]},
         "logits_to_keep": learned,
     }
     head = frozen_head(model)

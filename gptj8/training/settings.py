@@ -45,6 +45,7 @@ class TrainingSettings:
     early_stopping_patience: int | None = None
     loraplus_lr_ratio: float | None = None
     neftune_noise_alpha: float | None = None
+    packing: bool = False
     max_eval_samples: int | None = None
     seed: int = 0
 

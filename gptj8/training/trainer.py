@@ -16,6 +16,7 @@ from gptj8.training.batches import RowOrder
 from gptj8.training.best_state import BestState
 from gptj8.training.loss import summed_loss
 from gptj8.training.monitor import Monitor
+from gptj8.training.packing import PackedCollator
 from gptj8.training.saved_states import Saved, SavedStates
 from gptj8.training.signals import HeldSignals
 from gptj8.training.state import (
@@ -42,6 +43,7 @@ class CompletionTrainer(Trainer):
         monitor: Measurements; part of the state.
         best: The best state so far, part of the state; None: it is not kept.
         loraplus_lr_ratio: Learning rate of LoRA's B over that of A; None: equal.
+        packed_collator: Collates training batches; None: as validation batches.
         checkpoints: Where states are saved; None: they are not saved.
         arguments: Arguments of `Trainer`.
     """
@@ -58,11 +60,12 @@ class CompletionTrainer(Trainer):
         checkpoints: SavedStates | None,
         best: BestState | None = None,
         loraplus_lr_ratio: float | None = None,
+        packed_collator: PackedCollator | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._monitor, self._checkpoints, self._best = monitor, checkpoints, best
-        self._lr_ratio = loraplus_lr_ratio
+        self._lr_ratio, self._packed_collator = loraplus_lr_ratio, packed_collator
         if best is not None:
             self.add_callback(best)
         self._rows: RowOrder | None = None
@@ -97,7 +100,7 @@ class CompletionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        self._monitor.count(inputs["attention_mask"])
+        self._monitor.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite(loss, "loss")
         return loss
@@ -114,6 +117,15 @@ class CompletionTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * processes
         self._rows = RowOrder(rows, step, self.args.seed)
         return self._rows
+
+    def get_train_dataloader(self) -> Any:
+        # Validation batches are not packed: Trainer weighs their losses by their sequences.
+        collator = self.data_collator
+        self.data_collator = self._packed_collator or collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 0, that determines the order of rows."""
