@@ -181,6 +181,22 @@ def test_without_load_best_the_last_state_is_exported(tiny_8bit_dir, examples):
     assert result["best_step"] is None and result["eval_accuracy"] == peak[9]
 
 
+def test_the_result_says_which_step_is_exported(tiny_8bit_dir, examples):
+    def result_of(best_at, settings=BEST):
+        accuracies = iter([float(step == best_at) for step in (3, 4, 6, 8, 9)])
+        measure = lambda model, size: next(accuracies)  # noqa: E731
+        model = adapted_model(tiny_8bit_dir)
+        return train(model, examples, examples, settings, 0, eval_accuracy=measure)
+
+    middle, last = result_of(6), result_of(9)
+    assert str(middle).endswith(", the best state is exported: that of step 6")
+    assert middle.metrics["best_step"] == 6 and middle.metrics["steps"] == 9
+    assert middle.metrics["tokens"] > middle.metrics["learned_tokens"] > 0
+    assert "best" not in str(last) and last.metrics["best_step"] == 9
+    without = result_of(6, changed())
+    assert "best" not in str(without) and "best_step" not in without.metrics
+
+
 STOP = changed(load_best_model_at_end=True, early_stopping_patience=2)
 EARLY = {3: 0.5, 4: 0.4, 6: 0.4, 8: 0.9, 9: 1.0}
 """The second evaluation in a row without a better accuracy is that of step 6."""
