@@ -11,10 +11,12 @@ import transformers
 import gptj8
 from gptj8.dataset.prepared.examples import IGNORED, padded_length
 from gptj8.memory.estimate import Estimator, _packed, plan_of
-from gptj8.memory.trace import Batch
+from gptj8.memory.skeleton import build, read_config
+from gptj8.memory.trace import Batch, _Recorder, trace_training_step
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.params.sections import parse_params
+from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.errors import UserError
 from gptj8.training.batches import Collator
 from gptj8.training.loop import try_step
@@ -268,3 +270,37 @@ def test_the_estimate_is_not_below_that_of_padded_rows(task):
     plain, packed = estimate(False), estimate(True)
     assert packed.total >= plain.total
     assert (packed == plain) == (task == "text")
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS * 2, [30, 2, 2, 2, 30, 9], [20, 19] * 8], ids=len)
+def test_the_recorded_step_covers_a_real_packed_step(tiny_8bit_dir, lengths):
+    model = adapted_model(tiny_8bit_dir, dropout=0.0).train()
+    model.config.use_cache = False
+    examples = rows_of(lengths)
+    batch = PackedCollator(0, model)(examples)
+    assert "position_ids" in batch
+    recorder = _Recorder()
+    recorder.leave_out(model)
+    with recorder:
+        total, _, _ = summed_loss(model, batch)
+        recorder.enter("backward", "backward")
+        total.backward()
+    real = recorder.result()
+    config = read_config(tiny_8bit_dir)
+    learned = max(len(example["input_ids"]) - 1 for example in examples)
+    padded = Batch(len(lengths), padded_length(max(lengths), 128, "cpu"), learned)
+    recorded = trace_training_step(
+        build(
+            config,
+            Blockwise8bitConfig(block_size=256),
+            torch.float32,
+            AdapterSpec(r=4, lora_alpha=8),
+        ),
+        _packed(padded, 128),
+        "none",
+    )
+    most = {
+        which: max(sum(peak.values()) for peak in trace.peaks.values())
+        for which, trace in (("real", real), ("recorded", recorded))
+    }
+    assert most["recorded"] >= most["real"]
