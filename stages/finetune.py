@@ -52,11 +52,13 @@ def main() -> None:
         model, encoder = load_model(BASE, dtype, device), TextEncoder.load(BASE)
         set_seed(params.seed)  # before the adapter is added, whose initial weights are random
         adapted = add_adapter(model, spec)
-        fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind))
+        packing = params.finetune.packing
+        fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind, packing))
         settings = TrainingSettings.from_params(mine.finetune, fit, params.seed)
         story.say(f"{spec}, {settings.plan(len(train_set))}")
-        # The adapter, and three checkpoints: weights, and at most twice as much for the optimizer.
-        require_free_space(ADAPTER, 10 * adapter_bytes(adapted) + _SPARE_BYTES, "training")
+        # The adapter, and three checkpoints: weights, the best ones so far, and at most twice as
+        # much for the optimizer.
+        require_free_space(ADAPTER, 13 * adapter_bytes(adapted) + _SPARE_BYTES, "training")
         with SavedStates.of_stage(params.finetune, settings, device, dtype).alone() as states:
             limit, log, pad = mine.finetune.max_eval_samples, record.log_metrics, encoder.eos_id
             score = accuracy_on_validation(dataset, encoder, params.data.max_length, limit)

@@ -29,6 +29,7 @@ from gptj8.quantization.quantizer import Blockwise8bitConfig
 from gptj8.runtime.process import COMPILED_PRODUCTS
 from gptj8.training.activation_checkpointing import Kind
 from gptj8.training.heap import large_blocks
+from gptj8.training.packing import longest_sequence
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,6 +70,8 @@ class Plan:
         optim: As in params.
         eval_rows: Maximum rows per forward pass of an evaluation.
         padded: Whether the rows of a batch differ in length.
+        keeps_best: Whether training keeps a copy of the best adapter.
+        packing: Whether training packs the rows of a micro-batch.
     """
 
     config: Any
@@ -82,6 +85,8 @@ class Plan:
     optim: str = "adamw_bnb_8bit"
     eval_rows: int = 16
     padded: bool = True
+    keeps_best: bool = False
+    packing: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,15 @@ class Estimator:
 
     def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
         """Return the peak memory of training with the given micro-batch size."""
-        step = dict(self._training(micro_batch, checkpointing or self.plan.checkpointing))
+        kind = checkpointing or self.plan.checkpointing
+        step = dict(self._training(micro_batch, kind, False))
+        if self.plan.packing and micro_batch > 1:  # rows are padded if that costs less
+            step = max(step, dict(self._training(micro_batch, kind, True)), key=_total)
         fixed = self._fixed()
         fixed["optimizer"] = self.weights.optimizer
-        # Training keeps a copy of the initial adapter to check that the weights changed.
-        fixed["adapter"] += self.weights.adapter
+        # Training keeps a copy of the initial adapter to check that the weights changed, and of the
+        # best one, next to the one that was the best at the last saved state.
+        fixed["adapter"] += (3 if self.plan.keeps_best else 1) * self.weights.adapter
         step.pop("gradients", None)
         fixed["gradients"] = self.weights.adapter
         return Estimate({**fixed, **step})
@@ -208,12 +217,16 @@ class Estimator:
         model = self._build(layers)
         return trace_training_step(model, batch, checkpointing, autocast)
 
-    def _trace_training(self, micro_batch: int, checkpointing: Kind) -> dict[str, int]:
+    def _trace_training(
+        self, micro_batch: int, checkpointing: Kind, packed: bool
+    ) -> dict[str, int]:
         plan = self.plan
         length = plan.length
         if plan.padded and micro_batch > 1:
             length = padded_length(length, context_length(plan.config), plan.device)
         batch = Batch(micro_batch, length, plan.learned, plan.padded)
+        if packed:
+            batch = _packed(batch, context_length(plan.config))
         is_dense = self._is_trimmed and checkpointing in ("full", "reuse")
         found = self._extrapolate(
             lambda layers: self._components(self._step(layers, batch, checkpointing))
@@ -252,6 +265,23 @@ class Estimator:
         ]
         kept = COMPILED_PRODUCTS if self.plan.padded else min(COMPILED_PRODUCTS, len(sizes))
         return kept * sum(sizes) // len(sizes)
+
+
+def _packed(batch: Batch, context: int) -> Batch:
+    """Return a batch of packed sequences that needs at least as much memory as any packed batch.
+
+    Packed sequences have no more positions than the padded rows, but attention over longer
+    sequences, and logits in all of them wherever one has a learned token.
+    """
+    longest = max(batch.length, longest_sequence(context))
+    length = min(longest, batch.rows * batch.length)
+    rows = -(-batch.rows * batch.length // length)
+    learned = -(-(batch.rows**2) * batch.learned // rows)
+    return Batch(rows, length, min(length, learned), packed=True)
+
+
+def _total(components: dict[str, int]) -> int:
+    return sum(size for name, size in components.items() if name != "gradients")
 
 
 def _bounded(components: dict[str, int], most_unused: int) -> dict[str, int]:
@@ -302,4 +332,6 @@ def plan_of(
         checkpointing="full" if finetune.checkpointing == "auto" else finetune.checkpointing,
         optim=finetune.optim,
         eval_rows=params.evaluate.per_device_eval_batch_size,
+        keeps_best=finetune.load_best,
+        packing=finetune.packing and params.data.task != "text",
     )

@@ -60,12 +60,14 @@ class Batch:
         length: Tokens per row, including padding.
         learned: Positions per row that get logits.
         padded: Whether rows differ in length, so that attention needs a mask.
+        packed: Whether a row of the batch holds several rows of the data, which changes the mask.
     """
 
     rows: int
     length: int
     learned: int
     padded: bool = True
+    packed: bool = False
 
 
 @torch.random.fork_rng(devices=[])
@@ -113,7 +115,7 @@ def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
     arguments: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": _mask(batch),
+        **_mask_arguments(batch),
         "logits_to_keep": torch.zeros(batch.learned, dtype=torch.int64),
     }
     targets = torch.zeros(batch.rows * batch.learned, dtype=torch.int64)
@@ -129,6 +131,13 @@ def _loss(model: PeftModel, batch: Batch, recorder: _Recorder) -> torch.Tensor:
     loss = frozen_cross_entropy(taken[0].flatten(0, 1)[learned], targets, head)
     del outputs
     return loss
+
+
+def _mask_arguments(batch: Batch) -> dict[str, torch.Tensor | None]:
+    """Return what the model makes its attention mask from."""
+    if batch.packed:
+        return {"position_ids": torch.zeros(batch.rows, batch.length, dtype=torch.int64)}
+    return {"attention_mask": _mask(batch)}
 
 
 def _mask(batch: Batch) -> torch.Tensor | None:

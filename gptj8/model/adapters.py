@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -30,7 +30,7 @@ class AdapterSpec:
         target: modules that LoRA adapts: "attention" (PEFT's default projections for the
             architecture; query and value, as in the paper), "all-linear" (all linear layers except
             the head), or a list of module names.
-        r, lora_alpha, lora_dropout: see `peft.LoraConfig`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: see `peft.LoraConfig`.
     """
 
     method: str = "lora"
@@ -38,13 +38,13 @@ class AdapterSpec:
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
 
     @classmethod
     def from_params(cls, finetune: Finetune) -> AdapterSpec:
         """Return the settings of the params section `finetune`."""
-        return cls(
-            finetune.method, finetune.target, finetune.r, finetune.lora_alpha, finetune.lora_dropout
-        )
+        return cls(**{item.name: getattr(finetune, item.name) for item in fields(cls)})
 
     def __str__(self) -> str:
         if self.method != "lora":
@@ -70,6 +70,8 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> PeftModel:
     except ValueError as error:
         reason = one_line(error)
         raise UserError(f"finetune.target = {spec.target!r} cannot be adapted: {reason}") from error
+    if spec.method == "lora" and spec.init_lora_weights == "orthogonal":
+        _make_orthogonal(adapted)
     for parameter in adapted.parameters():
         # 16-bit weights lose small updates, and gradient scaling rejects 16-bit gradients.
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -131,13 +133,37 @@ def _lora_config(model: PreTrainedModel, spec: AdapterSpec) -> PeftConfig:
     else:
         modules = list(spec.target)
         _require_modules(model, modules)
+    # PEFT gives orthogonal weights the dtype of the base weights, which are codes here, both now
+    # and whenever the adapter is loaded; see `_make_orthogonal`.
+    is_orthogonal = spec.init_lora_weights == "orthogonal"
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.r,
         lora_alpha=spec.lora_alpha,  # type: ignore[arg-type]  # floats are supported
         lora_dropout=spec.lora_dropout,
         target_modules=modules,
+        use_rslora=spec.use_rslora,
+        init_lora_weights=True if is_orthogonal else spec.init_lora_weights,
     )
+
+
+@torch.no_grad()
+def _make_orthogonal(model: PeftModel) -> None:
+    """Initialize A and B of all linear layers with values whose product B A is zero.
+
+    Let P be every second row of an orthogonal matrix, and Q the other rows. Then A = P^T X and
+    B = Y Q, for random X and Y, so B A = Y (Q P^T) X = 0. The method and its scale are those of
+    PEFT's `init_lora_weights="orthogonal"`, where embeddings keep the default initial weights too.
+    """
+    for module in model.modules():
+        lora_a: dict[str, torch.nn.Linear] = getattr(module, "lora_A", {})
+        lora_b: dict[str, torch.nn.Linear] = getattr(module, "lora_B", {})
+        for name in lora_a:
+            a, b = lora_a[name].weight, lora_b[name].weight  # (r, in) and (out, r)
+            rank = a.shape[0]
+            orthogonal, _ = torch.linalg.qr(torch.randn(rank, rank))
+            a.copy_(torch.randn(a.shape[1], rank // 2).mm(orthogonal[0::2]).T / 10)
+            b.copy_(torch.randn(rank // 2, b.shape[0]).T.mm(orthogonal[1::2]) / 10)
 
 
 def _require_modules(model: PreTrainedModel, targets: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """params.yaml as typed, frozen objects. No other module reads that file.
 
 Each section is a class and each key a field, with its meaning, unit, bounds and default in one
-place: docs/params.md and params.schema.json are generated from here (`gptj8.params.documentation`).
+place (section `finetune` in `gptj8.params.finetune`): docs/params.md and params.schema.json are
+generated from here (`gptj8.params.documentation`).
 Names follow Hugging Face where a name exists. Unknown keys and wrong values raise an error that
 names them, and all errors are reported at once.
 """
@@ -9,7 +10,6 @@ names them, and all errors are reported at once.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from gptj8.params.bounds import Fraction, NonNegativeInt, PositiveInt
+from gptj8.params.finetune import Finetune
 from gptj8.params.requirements import parse_requirement
 from gptj8.params.templates import parse_template, unescaped
 from gptj8.params.yaml_files import Section, check, read_yaml
@@ -28,10 +30,6 @@ NO_PATH = "data/none"
 """The value in params.yaml for "no path". DVC resolves every path that dvc.yaml names, so an unset
 path has to be an existing file too."""
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 OptionalPath = Annotated[
     str | None, BeforeValidator(lambda path: None if path == NO_PATH else path)
 ]
@@ -177,100 +175,6 @@ class Quantization(Section):
     each matrix, which makes the 8-bit model more accurate. `data/none`: no calibration."""
 
 
-class Finetune(Section):
-    """Training. Names are those of `transformers.TrainingArguments` and `peft.LoraConfig`."""
-
-    method: Literal["lora", "layernorm"] = "lora"
-    """What to train: LoRA adapters, or the normalization layers only."""
-    target: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
-    """Modules that get a LoRA adapter: a group, or a list of module names."""
-    r: PositiveInt = 8
-    """LoRA rank."""
-    lora_alpha: Positive = 16
-    """LoRA scaling; the update is scaled by `lora_alpha / r`."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout of the LoRA layers."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate. The default suits the small default model; for larger models 1e-4 to
-    3e-4 is usual."""
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "linear"
-    """Learning rate schedule."""
-    warmup_ratio: Fraction = 0.05
-    """Fraction of the steps over which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are clipped to this norm."""
-    num_train_epochs: Positive = 2
-    """Number of passes over the training rows; may be fractional."""
-    per_device_train_batch_size: PositiveInt | Literal["auto"] = 8
-    """Micro-batch size. `auto`: the largest that fits into memory and divides
-    `train_batch_size`."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches per optimizer step. Leave it at 1 with `per_device_train_batch_size: auto`,
-    which chooses it."""
-    train_batch_size: PositiveInt | None = None
-    """Sequences per optimizer step, for `per_device_train_batch_size: auto`. `null`: 8. Next to a
-    fixed micro-batch size it must be the product of micro-batch size, accumulation steps and
-    processes."""
-    checkpointing: Literal["full", "reuse", "selective", "none", "auto"] = "auto"
-    """Activation checkpointing, what to recompute in backward: everything except block inputs
-    (`full`), the same but with restored matrices reused for the gradient (`reuse`), everything
-    except matrix products and attention (`selective`), nothing (`none`), or as little as memory
-    allows (`auto`). The result is the same."""
-    optim: Literal["adamw_bnb_8bit", "adamw_torch"] = "adamw_bnb_8bit"
-    """Optimizer."""
-    logging_steps: PositiveInt = 10
-    """Steps between two points of the training curves."""
-    eval_steps: PositiveInt = 300
-    """Steps between two measurements on the validation split: loss, and accuracy if there are
-    labels."""
-    launcher: str | None = None
-    """Command line of torchrun to train and evaluate in several processes, for example
-    `torchrun --nproc-per-node 2`. `null`: one process."""
-    max_eval_samples: PositiveInt | None = None
-    """Use only the first N validation examples for these measurements. `null`: use all."""
-    save_minutes: Annotated[float, Field(ge=0)] | None = 5
-    """Minutes between two checkpoints from which an interrupted training resumes. `null`: save only
-    on SIGINT and SIGTERM. The result is the same."""
-
-    @property
-    def sequences_per_step(self) -> int:
-        """Sequences per optimizer step: of one process, or with `auto` of all processes."""
-        if self.per_device_train_batch_size == "auto":
-            return self.train_batch_size or 8
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @field_validator("launcher")
-    @classmethod
-    def _is_torchrun(cls, launcher: str | None) -> str | None:
-        if launcher is not None:
-            words = shlex.split(launcher)  # raises ValueError for an unclosed quote
-            if words[:1] != ["torchrun"]:
-                raise ValueError(f"{launcher!r} is not a torchrun command line")
-        return launcher
-
-    @model_validator(mode="after")
-    def _batch_sizes_agree(self) -> Finetune:
-        micro, steps = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        if micro == "auto":
-            if steps != 1:
-                raise ValueError(
-                    f"gradient_accumulation_steps = {steps} conflicts with "
-                    "per_device_train_batch_size = auto, which chooses it; leave it at 1 and set "
-                    "train_batch_size"
-                )
-        elif self.launcher is None and self.train_batch_size not in (None, micro * steps):
-            raise ValueError(
-                f"train_batch_size = {self.train_batch_size} is not per_device_train_batch_size x "
-                f"gradient_accumulation_steps = {micro} x {steps}; set per_device_train_batch_size "
-                "to auto, or train_batch_size to null"
-            )
-        return self
-
-
 class Evaluate(Section):
     """Perplexity, accuracy and the export gate."""
 
@@ -337,6 +241,17 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> Params:
+        if self.finetune.metric_for_best_model == "eval_accuracy" and (
+            self.data.task != "classification"
+        ):
+            raise ValueError(
+                "finetune.metric_for_best_model = eval_accuracy needs data.task = classification, "
+                f"but the task is {self.data.task}; use auto or eval_loss"
+            )
+        return self
 
     def for_one_of(self, processes: int) -> Params:
         """Return the params of one of several processes that share each optimizer step.

@@ -44,7 +44,7 @@ from gptj8.runtime.files import (
     write_json,
 )
 from gptj8.runtime.manifest import MANIFEST, write_manifest
-from gptj8.runtime.messages import counted
+from gptj8.runtime.messages import counted, suggest
 from gptj8.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -178,10 +178,7 @@ def _convert(
         block_size = original_format.common_block_size(stored, source)
         config = Blockwise8bitConfig(block_size, "dynamic", config.skip_modules, block_size, 32)
     skeleton = build_skeleton(source)
-    modules = [name for name, _ in skeleton.named_modules()]
-    for skipped in config.skip_modules:
-        if not skipped or not any(is_skipped(name, [skipped]) for name in modules):
-            raise UserError(f"skip_modules = {skipped!r}: {source} has no such module")
+    _require_modules(skeleton, config.skip_modules, source)
     swapped = swap_modules(skeleton, config)
     if not swapped:
         raise UserError(
@@ -249,6 +246,20 @@ def _check_target(target: Path) -> None:
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{target} cannot be created: {parent} is a file")
+
+
+def _require_modules(skeleton: PreTrainedModel, skip_modules: list[str], source: Path) -> None:
+    """Raise UserError if a name in `skip_modules` matches no module."""
+    modules = [name for name, _ in skeleton.named_modules()]
+    known = dict.fromkeys(
+        name.rpartition(".")[2] for name, m in skeleton.named_modules() if m._parameters
+    )
+    for skipped in skip_modules:
+        if not skipped or not any(is_skipped(name, [skipped]) for name in modules):
+            raise UserError(
+                f"skip_modules = {skipped!r}: {source} has no such module"
+                f"{suggest(skipped, known)}; its modules with weights: {', '.join(known)}"
+            )
 
 
 def _check_remaining_modules(

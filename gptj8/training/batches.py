@@ -83,11 +83,15 @@ class Collator:
         self.pad_id = pad_id
         self.context, self.device = context_length(model.config), model.device.type
 
+    def padded(self, length: int) -> int:
+        """Return the length that a batch is padded to, given that of its longest row."""
+        return padded_length(length, self.context, self.device)
+
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         lengths = [len(e["input_ids"]) for e in examples]
         length = max(lengths)
         if min(lengths) < length:
-            length = padded_length(length, self.context, self.device)
+            length = self.padded(length)
         batch = {
             "input_ids": torch.full((len(examples), length), self.pad_id),
             "attention_mask": torch.zeros((len(examples), length), dtype=torch.long),

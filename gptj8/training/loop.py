@@ -7,12 +7,13 @@ import gc
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PrinterCallback
 
-from gptj8.dataset.prepared.examples import Example
+from gptj8.dataset.prepared.examples import Example, lengths_of
 from gptj8.kernels import operators
 from gptj8.model.adapters import trainable_parameters
 from gptj8.runtime.distributed import (
@@ -27,8 +28,11 @@ from gptj8.runtime.machine import is_out_of_memory
 from gptj8.runtime.progress import format_seconds
 from gptj8.training.activation_checkpointing import Kind, set_checkpointing
 from gptj8.training.batches import Collator
+from gptj8.training.best_state import BestState, choose_metric
 from gptj8.training.heap import trimmed
+from gptj8.training.loss import summed_loss
 from gptj8.training.monitor import Monitor
+from gptj8.training.packing import PackedCollator, require_packable
 from gptj8.training.progress import TrainingProgress
 from gptj8.training.saved_states import Saved, SavedStates
 from gptj8.training.settings import (
@@ -38,7 +42,7 @@ from gptj8.training.settings import (
     training_arguments,
 )
 from gptj8.training.state import random_state, set_random_state
-from gptj8.training.trainer import CompletionTrainer, summed_loss
+from gptj8.training.trainer import CompletionTrainer
 from gptj8.training.trouble import TrainingDivergedError
 
 if TYPE_CHECKING:
@@ -75,7 +79,10 @@ def train(
         UserError: If training changed no weights, or micro-batch size 1 does not fit into memory.
     """
     untrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    settings.require_more_than_warmup(len(train_examples))
     model.config.use_cache = False
+    if settings.packing:
+        require_packable(model)
     share_trained_only(model)
     if settings.max_eval_samples is not None:
         eval_examples = _first(eval_examples, settings.max_eval_samples)
@@ -84,6 +91,10 @@ def train(
         set_checkpointing(model, settings.checkpointing)
         size = settings.per_device_train_batch_size
         monitor = Monitor(log, eval_accuracy and (lambda model: eval_accuracy(model, size)))
+        best = None
+        if settings.keeps_best:
+            metric = choose_metric(settings.metric_for_best_model, eval_accuracy is not None)
+            best = BestState(monitor, metric, settings.early_stopping_patience)
         with (
             tempfile.TemporaryDirectory(prefix="gptj8-trainer-") as scratch,
             TrainingProgress(monitor) as shown,
@@ -98,15 +109,32 @@ def train(
                 callbacks=[monitor, shown],
                 monitor=monitor,
                 checkpoints=checkpoints,
+                best=best,
+                loraplus_lr_ratio=settings.loraplus_lr_ratio,
+                packed_collator=PackedCollator(pad_id, model) if settings.packing else None,
             )
             trainer.remove_callback(PrinterCallback)
-            return _run(trainer, monitor, saved)
+            result = _run(trainer, monitor, saved)
+        _require_changed(model, untrained)
+        if settings.load_best_model_at_end and best is not None:
+            best.restore(model)
+            result = replace(
+                result,
+                eval_loss=best.eval_loss,
+                eval_accuracy=best.eval_accuracy,
+                best_step=best.step,
+            )
+        return result
 
+    tokens, learned = (int(counts.sum()) for counts in lengths_of(train_examples))
     result = _within_memory(attempt, model, untrained, settings, checkpoints)
+    return replace(result, tokens=tokens, learned_tokens=learned)
+
+
+def _require_changed(model: PeftModel, untrained: Mapping[str, torch.Tensor]) -> None:
     weights = dict(model.named_parameters())
     if all(torch.equal(weights[name], weight) for name, weight in untrained.items()):
         raise UserError("training changed no weights; finetune.learning_rate may be too small")
-    return result
 
 
 def _within_memory(
@@ -171,6 +199,7 @@ def _run(trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None) -> T
         raise
     finally:
         trainer.release_signals()
+        trainer.remove_noise()
     if not math.isfinite(monitor.eval_loss):
         raise TrainingDivergedError(f"the final validation loss is {monitor.eval_loss}")
     tokens, samples, padding = summed((monitor.tokens, monitor.samples, monitor.padding))
@@ -178,6 +207,9 @@ def _run(trainer: CompletionTrainer, monitor: Monitor, saved: Saved | None) -> T
         train_loss=float(output.training_loss),
         eval_loss=monitor.eval_loss,
         eval_accuracy=monitor.eval_accuracy,
+        best_step=None,
+        tokens=0,
+        learned_tokens=0,
         trainable_parameters=trainable_parameters(trainer.model),
         steps=trainer.state.global_step,
         seconds=trainer.seconds,
@@ -199,7 +231,9 @@ def _should_save(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | SystemExit) or is_out_of_memory(error)
 
 
-def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind) -> None:
+def try_step(
+    model: PeftModel, examples: Sequence[Example], checkpointing: Kind, packing: bool = False
+) -> None:
     """Run forward and backward of one micro-batch as in training, to check that it fits.
 
     Leaves no gradients behind and does not advance random number generators.
@@ -208,7 +242,7 @@ def try_step(model: PeftModel, examples: Sequence[Example], checkpointing: Kind)
         torch.OutOfMemoryError, RuntimeError or MemoryError: If it does not fit.
     """
     was_training = model.training
-    batch = Collator(0, model)(examples)
+    batch = (PackedCollator if packing else Collator)(0, model)(examples)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     devices = [model.device] if model.device.type == "cuda" else []
     model.config.use_cache = False

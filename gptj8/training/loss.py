@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen 8-bit head, computed in chunks of a few hundred tokens.
+"""The loss of a batch; with a frozen 8-bit head, computed in chunks of a few hundred tokens.
 
 With a vocabulary of 50,000, float32 logits take 200 KB per token, and softmax and its gradient take
 as much again: they are the largest tensors of a step. The head is frozen, so backward needs only
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gptj8.dataset.prepared.examples import IGNORED
 from gptj8.quantization.layers import Frozen8bitLinear, in_autocast_dtype
 
 _PLAIN_HEADS = frozenset(
@@ -28,6 +29,42 @@ _CHUNK_BYTES = 1 << 27
 _SLICE_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Most probabilities are below 6e-8, float16's smallest number. Scaling by a power of two is exact.
 _FLOAT16_SCALE = 1024.0
+
+
+def summed_loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Return the loss summed over learned tokens, their number, and the model's outputs.
+
+    Args:
+        model: A transformers or PEFT model.
+        inputs: From `batches.Collator` or `packing.PackedCollator`.
+    """
+    is_packed = "position_ids" in inputs
+    targets = inputs["labels"][:, 1:]  # the logits at a position predict the next token
+    learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    targets = targets[:, learned]
+    arguments = {
+        "input_ids": inputs["input_ids"],
+        # Of a packed batch, the model derives the mask from the positions.
+        **{name: inputs[name] for name in ["position_ids" if is_packed else "attention_mask"]},
+        "logits_to_keep": learned,
+    }
+    head = frozen_head(model)
+    if head is None:
+        outputs = model(**arguments)
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+    else:
+        with input_of(head) as taken:
+            outputs = model(**arguments)
+        is_learned = targets != IGNORED
+        total = frozen_cross_entropy(taken[0][is_learned], targets[is_learned], head)
+    return total, (targets != IGNORED).sum(), outputs
 
 
 def frozen_cross_entropy(

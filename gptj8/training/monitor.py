@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
-_SUMS = ("positions", "samples", "step_seconds", "eval_loss", "eval_accuracy", "last_eval_step")
+_SUMS = ("positions", "step_seconds", "eval_loss", "eval_accuracy", "last_eval_step")
 
 
 class Monitor(TrainerCallback):
@@ -42,21 +42,29 @@ class Monitor(TrainerCallback):
         self.last_eval_step = -1
         self._measure_accuracy = measure_accuracy
         self.history: list[dict[str, float]] = []
-        self.positions = self.samples = 0
-        self._used = torch.tensor(0)  # kept on the device: reading it would wait for the step
+        self.positions = 0
+        # Tokens and samples, kept on the device: reading them would wait for the step.
+        self._counts = torch.zeros(2, dtype=torch.int64)
         self.step_seconds = 0.0
         self._step_started = 0.0
 
-    def count(self, attention_mask: torch.Tensor) -> None:
-        """Count one training batch, given its attention mask of shape (rows, tokens)."""
-        self._used = self._used.to(attention_mask.device) + attention_mask.sum()
-        self.positions += attention_mask.numel()
-        self.samples += attention_mask.shape[0]
+    def count(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Count one training batch; rows that are packed into one sequence are several samples."""
+        mask, positions = inputs["attention_mask"], inputs.get("position_ids")
+        is_first = mask[:, :1] if positions is None else mask * (positions == 0)
+        counts = torch.stack([mask.sum(), is_first.sum()])
+        self._counts = self._counts.to(mask.device) + counts
+        self.positions += mask.numel()
+
+    @property
+    def samples(self) -> int:
+        """Rows trained so far by this process."""
+        return int(self._counts[1])
 
     @property
     def tokens(self) -> int:
         """Tokens trained so far by this process, without padding."""
-        return int(self._used)
+        return int(self._counts[0])
 
     @property
     def padding(self) -> int:
@@ -71,13 +79,13 @@ class Monitor(TrainerCallback):
     def state(self) -> dict[str, Any]:
         """Return the measurements so far, to resume from."""
         sums = {name: getattr(self, name) for name in _SUMS}
-        return {"sums": sums, "used": self._used, "history": list(self.history)}
+        return {"sums": sums, "counts": self._counts, "history": list(self.history)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restore the measurements that `state` returned."""
         for name, value in state["sums"].items():
             setattr(self, name, value)
-        self._used = state["used"]
+        self._counts = state["counts"]
         self.history[:] = state["history"]
 
     def step_begins(self) -> None:

@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from gptj8.runtime.distributed import process_count
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import counted
 from gptj8.training.activation_checkpointing import KINDS, Kind
 from gptj8.training.fit import Fit, divisors, smaller
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings for `Trainer`, named as in `transformers.TrainingArguments`."""
+    """Settings for `Trainer`, named as in `transformers.TrainingArguments`.
+
+    Trainer has no part in the best state and in early stopping; see `gptj8.training.best_state`.
+    """
 
     learning_rate: float
     num_train_epochs: float
@@ -35,6 +40,12 @@ class TrainingSettings:
     optim: str = "adamw_bnb_8bit"
     logging_steps: int = 10
     eval_steps: int = 100
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "auto"
+    early_stopping_patience: int | None = None
+    loraplus_lr_ratio: float | None = None
+    neftune_noise_alpha: float | None = None
+    packing: bool = False
     max_eval_samples: int | None = None
     seed: int = 0
 
@@ -45,9 +56,15 @@ class TrainingSettings:
             "per_device_train_batch_size": fit.micro_batch,
             "gradient_accumulation_steps": finetune.sequences_per_step // fit.micro_batch,
             "checkpointing": fit.checkpointing,
+            "load_best_model_at_end": finetune.load_best,
         }
         names = {item.name for item in fields(cls)} - {"seed"}
         return cls(seed=seed, **{name: given[name] for name in names})
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best state is kept, for the result or to stop early."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     @property
     def rows_per_step(self) -> int:
@@ -67,6 +84,26 @@ class TrainingSettings:
         batches = math.ceil(rows / (self.rows_per_step // self.gradient_accumulation_steps))
         steps_per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
         return math.ceil(self.num_train_epochs * steps_per_epoch)
+
+    def require_more_than_warmup(self, rows: int) -> None:
+        """Raise UserError if all steps of training on `rows` rows are warm-up.
+
+        The learning rate would never reach its peak, and would be zero in the only step of
+        training with one step.
+        """
+        steps = self.steps(rows)
+        warmup = math.ceil(steps * self._warmup_fraction)  # as TrainingArguments.get_warmup_steps
+        if self.lr_scheduler_type != "constant" and warmup >= steps:
+            raise UserError(
+                f"finetune.warmup_ratio = {self.warmup_ratio:g}: training has "
+                f"{counted(steps, 'step')}, all warm-up, so the learning rate would not reach its "
+                "peak; set it to 0, or train for more steps (more num_train_epochs, or fewer "
+                "sequences per step)"
+            )
+
+    @property
+    def _warmup_fraction(self) -> float:
+        return min(self.warmup_ratio, 0.999)  # Trainer reads 1 as one step
 
     def divided(self, size: int) -> TrainingSettings:
         """Return settings with micro-batch size `size`, if that is smaller, and as many rows per
@@ -99,8 +136,12 @@ class TrainingResult:
 
     Attributes:
         train_loss: Mean over training, in nats per completion token.
-        eval_loss: At the end of training, in nats per completion token.
-        eval_accuracy: At the end of training; None if not measured.
+        eval_loss: Of the resulting weights, in nats per completion token.
+        eval_accuracy: Of the resulting weights; None if not measured.
+        best_step: Step after which the resulting weights were measured to be the best; None if the
+            best state is not used.
+        tokens: Tokens of the training examples, without padding.
+        learned_tokens: Those of them that the loss covers.
         seconds: Total time, including the saved part of interrupted attempts.
         per_device_train_batch_size, gradient_accumulation_steps: At the end of training; they
             differ from the settings if memory ran out.
@@ -112,6 +153,9 @@ class TrainingResult:
     train_loss: float
     eval_loss: float
     eval_accuracy: float | None
+    best_step: int | None
+    tokens: int
+    learned_tokens: int
     trainable_parameters: int
     steps: int
     seconds: float
@@ -133,9 +177,13 @@ class TrainingResult:
 
     def __str__(self) -> str:
         accuracy = "" if self.eval_accuracy is None else f" and accuracy {self.eval_accuracy:.1%}"
+        exported = ""
+        if self.best_step not in (None, self.steps):
+            exported = f", the best state is exported: that of step {self.best_step:,}"
         return (
             f"{self.steps:,} steps, loss {self.train_loss:.3f}, validation loss "
             f"{self.eval_loss:.3f}{accuracy}, {self.tokens_per_second:,.0f} tokens/s"
+            f"{exported}"
         )
 
 
@@ -151,7 +199,8 @@ def training_arguments(
         per_device_eval_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=min(settings.warmup_ratio, 0.999),  # below 1: a fraction of all steps
+        warmup_steps=settings._warmup_fraction,  # below 1: a fraction of all steps
+        neftune_noise_alpha=settings.neftune_noise_alpha,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,

@@ -11,11 +11,12 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from gptj8.dataset.prepared.examples import IGNORED
 from gptj8.runtime.distributed import each_a_share, from_main, process_count, process_number
 from gptj8.training.batches import RowOrder
-from gptj8.training.loss import frozen_cross_entropy, frozen_head, input_of
+from gptj8.training.best_state import BestState
+from gptj8.training.loss import summed_loss
 from gptj8.training.monitor import Monitor
+from gptj8.training.packing import PackedCollator
 from gptj8.training.saved_states import Saved, SavedStates
 from gptj8.training.signals import HeldSignals
 from gptj8.training.state import (
@@ -25,35 +26,6 @@ from gptj8.training.state import (
     set_random_state,
 )
 from gptj8.training.trouble import TrainingDivergedError
-
-
-def summed_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the loss summed over learned tokens, their number, and the model's outputs."""
-    targets = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    learned = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    targets = targets[:, learned]
-    arguments = {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "logits_to_keep": learned,
-    }
-    head = frozen_head(model)
-    if head is None:
-        outputs = model(**arguments)
-        total = torch.nn.functional.cross_entropy(
-            outputs.logits.flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-    else:
-        with input_of(head) as taken:
-            outputs = model(**arguments)
-        is_learned = targets != IGNORED
-        total = frozen_cross_entropy(taken[0][is_learned], targets[is_learned], head)
-    return total, (targets != IGNORED).sum(), outputs
 
 
 class CompletionTrainer(Trainer):
@@ -69,6 +41,9 @@ class CompletionTrainer(Trainer):
 
     Args:
         monitor: Measurements; part of the state.
+        best: The best state so far, part of the state; None: it is not kept.
+        loraplus_lr_ratio: Learning rate of LoRA's B over that of A; None: equal.
+        packed_collator: Collates training batches; None: as validation batches.
         checkpoints: Where states are saved; None: they are not saved.
         arguments: Arguments of `Trainer`.
     """
@@ -79,10 +54,20 @@ class CompletionTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *, monitor: Monitor, checkpoints: SavedStates | None, **arguments: Any
+        self,
+        *,
+        monitor: Monitor,
+        checkpoints: SavedStates | None,
+        best: BestState | None = None,
+        loraplus_lr_ratio: float | None = None,
+        packed_collator: PackedCollator | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self._monitor, self._checkpoints = monitor, checkpoints
+        self._monitor, self._checkpoints, self._best = monitor, checkpoints, best
+        self._lr_ratio, self._packed_collator = loraplus_lr_ratio, packed_collator
+        if best is not None:
+            self.add_callback(best)
         self._rows: RowOrder | None = None
         self._last: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
@@ -115,7 +100,7 @@ class CompletionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        self._monitor.count(inputs["attention_mask"])
+        self._monitor.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite(loss, "loss")
         return loss
@@ -133,16 +118,50 @@ class CompletionTrainer(Trainer):
         self._rows = RowOrder(rows, step, self.args.seed)
         return self._rows
 
+    def get_train_dataloader(self) -> Any:
+        # Validation batches are not packed: Trainer weighs their losses by their sequences.
+        collator = self.data_collator
+        self.data_collator = self._packed_collator or collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 0, that determines the order of rows."""
         if self._rows is not None:
             self._rows.epoch = epoch
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
+        # Resumed after the last step, or where training stops early.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        model = self.model if model is None else model
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = create_loraplus_optimizer(
+            model,
+            kind,
+            loraplus_lr_ratio=self._lr_ratio,
+            loraplus_lr_embedding=self.args.learning_rate,
+            loraplus_weight_decay=self.args.weight_decay,
+            **arguments,
+        )
+        return self.optimizer
+
+    def remove_noise(self) -> None:
+        """Remove NEFTune's hook, which Trainer leaves on the model if training raised an error."""
+        hook = getattr(self, "neftune_hook_handle", None)
+        if hook is not None and self.is_in_train:
+            hook.remove()
+            del self.model.get_base_model().get_input_embeddings().neftune_noise_alpha
 
     # A loss of NaN or infinity.
 
@@ -198,7 +217,8 @@ class CompletionTrainer(Trainer):
         if self.control.should_log or self.control.should_evaluate:
             self._check_deferred()
         checkpoints, step = self._checkpoints, self.state.global_step
-        if checkpoints is not None and (self._last is None or self._last["step"] != step):
+        is_new = self._last is None or self._last["step"] != step
+        if checkpoints is not None and is_new:
             self._last = self._end_of_step(grad_norm, learning_rate)
             # All processes take part in saving but their clocks differ, so the main one decides.
             if step >= self.state.max_steps or from_main(lambda: checkpoints.is_due):
@@ -215,6 +235,8 @@ class CompletionTrainer(Trainer):
             start_time,
             learning_rate=learning_rate,
         )
+        if is_new and self.control.should_training_stop and step < self.state.max_steps:
+            self.save()  # as after the last step: nothing is left to do but to evaluate
 
     def _end_of_step(
         self, grad_norm: torch.Tensor | float | None, learning_rate: float | None
@@ -225,6 +247,7 @@ class CompletionTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "trainer": state,
+            "best": None if self._best is None else self._best.state(),
             "own": {  # differs between processes
                 "random": random_state(),
                 "monitor": self._monitor.state(),
@@ -267,7 +290,7 @@ class CompletionTrainer(Trainer):
     ) -> Path:
         args = self.args
         content = {
-            **{key: last[key] for key in ("pending", "seconds")},
+            **{key: last[key] for key in ("pending", "seconds", "best")},
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "trainer": last["trainer"].__dict__,
             "processes": processes,
@@ -325,6 +348,8 @@ class CompletionTrainer(Trainer):
         resumed, step = self._resumed, self.state.global_step
         own = resumed["processes"][process_number()]
         self._monitor.set_state(own["monitor"])
+        if self._best is not None:
+            self._best.set_state(resumed["best"])
         losses, pending = own["losses"], resumed["pending"]
         self._tr_loss.copy_(losses["since_logged"])
         self._total_loss_scalar = losses["before"]
@@ -334,7 +359,7 @@ class CompletionTrainer(Trainer):
         self.control.should_log = pending["should_log"]
         self.control.should_evaluate = pending["should_evaluate"]
         self._last = {
-            **{key: resumed[key] for key in ("pending", "seconds")},
+            **{key: resumed[key] for key in ("pending", "seconds", "best")},
             "own": own,
             "step": step,
             "trainer": copy.copy(self.state),

@@ -1,5 +1,6 @@
 """A training run of a few seconds, for tests that interrupt or compare runs."""
 
+import contextlib
 from dataclasses import asdict, replace
 
 import torch
@@ -10,6 +11,7 @@ from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.training.loop import train
 from gptj8.training.settings import TrainingSettings
+from gptj8.training.trainer import CompletionTrainer
 
 CPU = torch.device("cpu")
 ROWS = [("the quick brown fox", "dog"), ("seven wizards box", "jugs"), ("a lazy dog", "fox")] * 4
@@ -38,11 +40,11 @@ def rows(folder):
     ]
 
 
-def adapted_model(folder, method="lora", dropout=0.1, dtype=torch.float32):
+def adapted_model(folder, method="lora", dropout=0.1, dtype=torch.float32, **adapter):
     """Return the model with an untrained adapter, identical on every call."""
     torch.manual_seed(0)
     model = load_model(folder, dtype, CPU)
-    return add_adapter(model, AdapterSpec(method, "all-linear", 4, 8, dropout))
+    return add_adapter(model, AdapterSpec(method, "all-linear", 4, 8, dropout, **adapter))
 
 
 def weights_of(model):
@@ -67,11 +69,29 @@ def accuracy(model, batch_size):
     return float(sum(w.abs().sum() for w in weights_of(model).values()) + torch.rand(()) * 0)
 
 
-def trained(folder, examples, settings=SETTINGS, checkpoints=None, log=None, **model):
+def trained(
+    folder, examples, settings=SETTINGS, checkpoints=None, log=None, measure=accuracy, **model
+):
     adapted = adapted_model(folder, **model)
     log = log or (lambda values, step: None)
-    result = train(adapted, examples, examples, settings, 0, log, accuracy, checkpoints)
+    result = train(adapted, examples, examples, settings, 0, log, measure, checkpoints)
     return weights_of(adapted), lasting(result)
+
+
+@contextlib.contextmanager
+def interrupted_at(monkeypatch, call, error=KeyboardInterrupt):
+    """Make the micro-batch with number `call` raise an error once."""
+    original, calls = CompletionTrainer.compute_loss, []
+
+    def compute_loss(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise error
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionTrainer, "compute_loss", compute_loss)
+        yield
 
 
 def assert_same(found, wanted):

@@ -143,6 +143,60 @@ def test_a_wrong_target_is_one_problem():
     assert all(line.startswith("params.yaml: finetune.target = 'everything': ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("finetune", "parts"),
+    [
+        (
+            {"early_stopping_patience": 2, "load_best": False},
+            ("early_stopping_patience = 2", "load_best"),
+        ),
+        (
+            {"loraplus_lr_ratio": 16.0, "method": "layernorm"},
+            ("loraplus_lr_ratio = 16", "method is layernorm"),
+        ),
+        ({"init_lora_weights": "orthogonal", "r": 5}, ("init_lora_weights = orthogonal", "r = 5")),
+        (
+            {"packing": True, "neftune_noise_alpha": 5.0},
+            ("neftune_noise_alpha", "packing = true"),
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_exclude_each_other_are_one_problem(finetune, parts):
+    (line,) = problems(finetune=finetune)
+    assert line.startswith("params.yaml: finetune: ")
+    assert all(part in line for part in parts), line
+    for key in finetune:  # each alone is valid
+        parse_params({**MINIMAL, "finetune": {key: finetune[key]}})
+
+
+@pytest.mark.parametrize(
+    "finetune",
+    [
+        {"early_stopping_patience": 0},
+        {"loraplus_lr_ratio": 0.5},
+        {"neftune_noise_alpha": 0.0},
+        {"init_lora_weights": "pissa"},
+        {"metric_for_best_model": "accuracy"},
+    ],
+    ids=str,
+)
+def test_values_out_of_bounds_are_named(finetune):
+    ((key, value),) = finetune.items()
+    lines = problems(finetune=finetune)
+    assert all(line.startswith(f"params.yaml: finetune.{key} = {value!r}: ") for line in lines)
+
+
+def test_accuracy_as_the_metric_needs_labels():
+    metric = {"metric_for_best_model": "eval_accuracy"}
+    parse_params({**MINIMAL, "finetune": metric})
+    text = {"task": "text"}
+    (line,) = problems(finetune=metric, data=text)
+    assert "finetune.metric_for_best_model = eval_accuracy" in line
+    assert "the task is text" in line
+    parse_params({**MINIMAL, "data": {**MINIMAL["data"], **text}})
+
+
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text("data: {train: a}\nmodel: {path: b}\nfinetune: {learning_rate: 1e-4}\n")

@@ -233,9 +233,15 @@ def test_invalid_sources_raise_and_leave_no_files(model_dir, tmp_path, damage, m
 
 
 def test_unknown_skip_modules_raise(tiny_model_dir, tmp_path):
-    config = gptj8.Blockwise8bitConfig(block_size=256, skip_modules=["lm_haed"])
-    with pytest.raises(UserError, match=r"skip_modules = 'lm_haed': .* has no such module"):
-        gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", config)
+    for names in (["lm_haed"], ["wte", "lm_haed"]):  # alone, and beside one that exists
+        config = gptj8.Blockwise8bitConfig(block_size=256, skip_modules=names)
+        with pytest.raises(UserError) as caught:
+            gptj8.convert_checkpoint(tiny_model_dir, tmp_path / "out", config)
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith("skip_modules = 'lm_haed': ")
+        assert "has no such module, did you mean lm_head?; its modules with weights: wte, " in line
+        assert line.endswith("ln_f, lm_head") and "q_proj" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_converting_a_quantized_model_raises(tiny_8bit_dir, tmp_path):

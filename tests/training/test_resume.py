@@ -1,6 +1,5 @@
 """Test that training interrupted at any point gives the same result as uninterrupted training."""
 
-import contextlib
 import itertools
 import json
 
@@ -10,28 +9,11 @@ import torch
 from gptj8.runtime.errors import UserError
 from gptj8.training.batches import RowOrder
 from gptj8.training.saved_states import SavedStates, training_key
-from gptj8.training.trainer import CompletionTrainer
-from tests.helpers.training_rows import assert_same, changed, trained
+from tests.helpers.training_rows import assert_same, changed, interrupted_at, trained
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@contextlib.contextmanager
-def interrupted_at(monkeypatch, call, error=KeyboardInterrupt):
-    """Make the micro-batch with number `call` raise an error once."""
-    original, calls = CompletionTrainer.compute_loss, []
-
-    def compute_loss(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) == call:
-            raise error
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CompletionTrainer, "compute_loss", compute_loss)
-        yield
 
 
 # 18 micro-batches of training with 18 micro-batches of validation between them.
