@@ -37,12 +37,15 @@ class EncodedExample:
         cut_tokens: the number of text tokens that were cut.
         room: the number of tokens that are left of the text, or could be added to it; below 1 the
             example is unusable.
+        seam: the text of the token that belongs to both prompt and completion; empty if there is
+            none. The prompt alone has other tokens at its end.
     """
 
     ids: list[int]
     prompt_length: int
     cut_tokens: int
     room: int
+    seam: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,16 @@ class PromptEncoder:
         prompts = [self._prompt_text(text) for text in texts]
         joined = [join(p, c) for p, c in zip(prompts, completions, strict=True)]
         encoded = self.encoder.tokenize(joined)
-        for text, prompt, found in zip(texts, prompts, encoded, strict=True):
+        for text, prompt, whole, found in zip(texts, prompts, joined, encoded, strict=True):
             length = len(prefix) + len(found.ids) + 1
-            learned = found.token_at(len(prompt.rstrip(" ")))
+            border = len(prompt.rstrip(" "))
+            learned = found.token_at(border)
+            before = found.end_of(learned - 1) if learned else 0
+            seam = "" if before >= border else whole[before : found.end_of(learned)]
             if length <= self.max_length:
                 ids = [*prefix, *found.ids, eos_id]
-                yield EncodedExample(ids, len(prefix) + learned, 0, self.max_length - length + 1)
+                room = self.max_length - length + 1
+                yield EncodedExample(ids, len(prefix) + learned, 0, room, seam)
                 continue
             inside = self._tokens_of_text(found, len(text))
             inside = range(inside.start, min(inside.stop, learned))
@@ -171,7 +178,7 @@ class PromptEncoder:
             room = len(inside) - excess
             cut = min(excess, len(inside))
             ids = [*prefix, *self._cut(found.ids, inside, cut), eos_id]
-            yield EncodedExample(ids, len(prefix) + learned - cut, excess, room)
+            yield EncodedExample(ids, len(prefix) + learned - cut, excess, room, seam)
 
     def example(self, text: str, completion: str) -> EncodedExample:
         """Encode one row; see `examples`.
@@ -191,7 +198,7 @@ class PromptEncoder:
         """Return the tokens that are completely inside the row's text."""
         begin = offset + len(self.before)
         first = encoded.token_at(begin)
-        if first and encoded.ends[first - 1] < begin:  # it also covers the end of `before`
+        if first and encoded.end_of(first - 1) < begin:  # it also covers the end of `before`
             first += 1
         return range(first, max(first, encoded.token_at(begin + length)))
 

@@ -60,6 +60,10 @@ class EncodedText:
         found = self.ends.token_at(character) if isinstance(self.ends, _Ends) else None
         return bisect_right(self.ends, character) if found is None else found
 
+    def end_of(self, token: int) -> int:
+        """Return the offset after the last character of a token."""
+        return self.ends.end_of(token) if isinstance(self.ends, _Ends) else self.ends[token]
+
 
 class TextEncoder:
     """Tokenize text; names of special tokens in a text are ordinary characters.
@@ -270,6 +274,11 @@ class _Ends(Sequence[int]):
     def token_at(self, character: int) -> int | None:
         """Return the first token that covers a character; None if no token does."""
         return self._encoding.char_to_token(character)
+
+    def end_of(self, token: int) -> int:
+        """Return one end without converting the others."""
+        found = self._encoding.token_to_chars(token)
+        return self._ends[token] if found is None else found[1]
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -140,6 +140,12 @@ CHECKS = {
         "conversations that do not end with an answer",
         "What follows the last answer is not used.",
     ),
+    "seam": Check(
+        Kind.SUSPECT,
+        "prompts whose last token continues in the answer",
+        "A prompt alone has other tokens at its end, so the model is asked differently than it was "
+        "trained. Move the white space between them to the other side.",
+    ),
     "truncated": Check(
         Kind.SUSPECT,
         "texts longer than max_length",

@@ -157,24 +157,31 @@ class Scanner:
         reason += f" = {self.data.max_length}"
         empty = self._failed(fields[blank], "empty", self.shape.input, "is empty")
         more = self._failed(fields[no_room], "room", self.shape.answer or "", reason)
+        seam = encoded.pop("seam")[~(blank | no_room)]
+        shared = self._failed(fields.loc[seam.index[seam != ""]], "seam", self.shape.input, "")
+        shared["reason"] = [f"shares the token {text!r} with its answer" for text in seam if text]
         usable = pd.concat([fields, encoded], axis=1)[~(blank | no_room)]
-        return usable, pd.concat([empty, more], ignore_index=True)
+        return usable, pd.concat([empty, more, shared], ignore_index=True)
 
     def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
-        """Tokenize rows; see `ScannedBatch.rows`. `room` is the tokens left for the text."""
+        """Tokenize rows; see `ScannedBatch.rows` for the columns.
+
+        Two more are `room`, the number of tokens left for the text, and `seam`, the text of a token
+        that belongs to both prompt and answer.
+        """
         texts, encoder = fields[self.shape.input].tolist(), self.encoder
-        rows: list[tuple[int, int, int, list[list[int]], list[list[int]]]] = []
+        rows: list[tuple[int, int, int, list[list[int]], list[list[int]], str]] = []
         if self.shape.answer is None:
             # Documents are packed end to end and never truncated.
             for text in encoder.encode_batch(texts):
                 ids = [*encoder.prefix_ids, *text, encoder.eos_id]
-                rows.append((len(ids), 0, 1, [ids], [[0, len(ids)]]))
+                rows.append((len(ids), 0, 1, [ids], [[0, len(ids)]], ""))
         else:
             for row in self.prompts.examples(texts, fields[self.shape.answer].tolist()):
                 tokens = len(row.ids) + row.cut_tokens
                 learned = [row.prompt_length, len(row.ids)]
-                rows.append((tokens, row.cut_tokens, row.room, [row.ids], [learned]))
-        names = ["tokens", "cut_tokens", "room", "input_ids", "learned"]
+                rows.append((tokens, row.cut_tokens, row.room, [row.ids], [learned], row.seam))
+        names = ["tokens", "cut_tokens", "room", "input_ids", "learned", "seam"]
         return pd.DataFrame(rows, fields.index, names)
 
     def _failed(self, fields: pd.DataFrame, check: str, field: str, reason: str) -> pd.DataFrame:
