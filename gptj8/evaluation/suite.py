@@ -193,8 +193,8 @@ class Questions:
         if conversations is None:
             ids = [prompts.prompt(text, tokens, labels=encoded).ids for text in test[texts]]
         else:
-            asked = (Conversation.from_json(found).without_last() for found in test["conversation"])
-            ids = [conversations.prompt(conversation, tokens).ids for conversation in asked]
+            read = map(Conversation.from_json, test["conversation"])
+            ids = [conversations.prompt_to_answer(found, tokens) for found in read]
         # An empty prompt is replaced by the end-of-text token.
         ids = [prompt or [prompts.encoder.eos_id] for prompt in ids]
         ends = conversations.end_ids if conversations else prompts.encoder.end_ids

@@ -101,3 +101,21 @@ REASONING = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 """A template that writes the reasoning of the last answer only, as Qwen 3's does."""
+
+LAST_SYSTEM = """\
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}{%- set messages = messages[1:] %}{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- '[INST] ' }}{%- if loop.last and system is defined %}{{- system + '\\n\\n' }}{%- endif %}
+{{- message.content + ' [/INST]' }}
+{%- else %}{{- ' ' + message.content + eos_token }}{%- endif %}
+{%- endfor %}"""
+"""A template that writes the system message into the last message of the user."""
+
+OLD_CHATML = """\
+{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{% endfor %}"""
+"""A template that ignores `add_generation_prompt`."""

@@ -13,7 +13,9 @@ text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NoReturn
@@ -30,6 +32,8 @@ from gptj8.runtime.messages import one_line, quote
 
 _SEPARATOR = "\ufdd0"
 _USER, _ANSWER = "user's text", "assistant's answer"
+_LEAD = 64  # most characters between what asks for an answer and its content
+_SHORTEST = 4  # fewest characters of a prompt's end that identify it
 
 
 class ChatTemplate:
@@ -77,7 +81,10 @@ class ChatTemplate:
         Raises:
             ValueError: if the template refuses the conversation, with its reason.
         """
-        hidden = self._hidden([_for_template(m, self.reads) for m in conversation.messages])
+        hidden = [
+            {**self._hidden(found), "role": found["role"]}
+            for found in (_for_template(m, self.reads) for m in conversation.messages)
+        ]
         try:
             text = self._template.render(
                 messages=hidden,
@@ -90,26 +97,47 @@ class ChatTemplate:
             raise ValueError(f"is refused by {self.name}: {one_line(error)}") from None
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"cannot be rendered by {self.name}: {one_line(error)}") from None
-        return self.encoder.mark_names(text).replace(_SEPARATOR, "")
+        # The second form is that of `tojson` with ASCII only.
+        return self.encoder.mark_names(text).replace(_SEPARATOR, "").replace("\\ufdd0", "")
 
-    def span_of_answer(self, prompt: str, text: str) -> tuple[int, int]:
-        """Return where an answer begins and ends in a rendered text.
+    def answered(self, conversation: Conversation) -> tuple[str, tuple[int, int]]:
+        """Return the text of a conversation that ends with an answer, and where the answer is.
 
-        Args:
-            prompt: the rendered messages before the answer, with what asks for it.
-            text: the rendered messages up to the answer.
+        The text begins with the prompt of the answer. Where the template writes the messages before
+        an answer differently once it is given (Mistral's puts the system message into the last
+        message of the user), the text is the prompt followed by the answer.
 
         Returns:
-            Character offsets: after the prompt without spaces at its end, and after the special
-            token that ends the answer. White space after that token belongs to the template.
+            The text, and character offsets in it: after the prompt without spaces at its end, and
+            after the special token that ends the answer. White space after that token belongs to
+            the template.
 
         Raises:
-            ValueError: if the text does not begin with the prompt.
+            ValueError: if the template refuses the conversation, or does not write the answer after
+                what asks for it.
         """
+        prompt = self.render(conversation.without_last(), add_generation_prompt=True)
+        text = self.render(conversation)
         if not text.startswith(prompt):
+            text = prompt + text[self._end_of_prompt(conversation, prompt, text) :]
+        return text, self._span_of_answer(prompt, text)
+
+    def _end_of_prompt(self, conversation: Conversation, prompt: str, text: str) -> int:
+        """Return the place in a text where what asks for the answer ends."""
+        *before, answer = conversation.messages
+        sample = replace(conversation, messages=(*before, {**answer, "content": _ANSWER}))
+        begin = self.render(sample).rfind(_ANSWER)
+        places = range(max(0, begin - _LEAD), begin + 1)
+        common = {place: _common_suffix(prompt, text[:place]) for place in places}
+        best = max(common, key=lambda place: (common[place], place), default=0)
+        if begin < 0 or common[best] < min(len(prompt), _SHORTEST):
             raise ValueError(
-                f"is rendered by {self.name} without the words that ask for the answer; use another"
+                f"is not written by {self.name} as an answer to its own prompt, which ends with "
+                f"{_visible(prompt)}; set data.chat_template to a template that does"
             )
+        return best
+
+    def _span_of_answer(self, prompt: str, text: str) -> tuple[int, int]:
         found = text.rfind(MARK, len(prompt))
         last = found + 2  # a mark has two characters
         ends_turn = found >= 0 and not text[last:].strip()
@@ -123,13 +151,19 @@ class ChatTemplate:
         asked = Conversation(({"role": "user", "content": _USER},))
         answer = {"role": "assistant", "content": _ANSWER}
         try:
-            prompt = self.render(asked, add_generation_prompt=True)
-            text = self.render(Conversation((*asked.messages, answer)))
-            begin, end = self.span_of_answer(prompt, text)
+            text, (begin, end) = self.answered(Conversation((*asked.messages, answer)))
+            prompts = [self.render(asked, add_generation_prompt=g) for g in (False, True)]
         except ValueError as error:
-            raise UserError(f"{self.name}: a question with an answer {error}") from None
-        if _ANSWER not in text[begin:end] or _USER not in prompt:
+            raise UserError(f"a question with an answer {error}") from None
+        if _ANSWER not in text[begin:end] or _USER not in text[:begin]:
             raise UserError(f"{self.name} does not write the content of the messages")
+        lead = text[begin:].partition(_ANSWER)[0].strip()
+        if lead and prompts[0] == prompts[1]:
+            raise UserError(
+                f"{self.name} ignores add_generation_prompt, so the model would learn to write "
+                f"{_visible(lead)} before each answer; set data.chat_template to a template that "
+                "does not"
+            )
         ids = self.encoder.tokenize_marked([text[:end]])[0].ids
         if text[end - 2] != MARK:
             after = text[begin:].partition(_ANSWER)[2].strip() or "nothing"
@@ -140,11 +174,11 @@ class ChatTemplate:
         return ids[-1]
 
     def _hidden(self, value: Any) -> Any:
-        """Return messages with the names of special tokens broken up, except in roles."""
+        """Return a value with the names of special tokens in it broken up."""
         if isinstance(value, str):
             return self.encoder.split_names(value, _SEPARATOR)
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self._hidden(v) for k, v in value.items()}
+            return {self._hidden(key): self._hidden(item) for key, item in value.items()}
         if isinstance(value, Sequence):
             return [self._hidden(item) for item in value]
         return value
@@ -159,12 +193,12 @@ def plain_template(before: str, after: str, encoder: TextEncoder) -> str:
         encoder: the model's tokenizer.
     """
     names = encoder.token_names
-    bos = f"{{{{ {json.dumps(names['bos_token'])} }}}}" if encoder.prefix_ids else ""
+    bos = f"{{{{ {_literal(names['bos_token'])} }}}}" if encoder.prefix_ids else ""
     ask = after or "\nassistant:"
     space = "" if ask[-1:].isspace() else " "
     lead = f"{{% if not text[:1].isspace() %}}{{{{ {space!r} }}}}{{% endif %}}" if space else ""
     return (
-        f"{bos}{{{{ {json.dumps(before)} }}}}"
+        f"{bos}{{{{ {_literal(before)} }}}}"
         "{% for message in messages %}"
         "{% set found = namespace(text=message.content or '') %}"
         "{% for call in message.tool_calls or () %}"
@@ -172,12 +206,12 @@ def plain_template(before: str, after: str, encoder: TextEncoder) -> str:
         "{% endfor %}"
         "{% set text = found.text %}"
         "{% if message.role == 'assistant' %}"
-        f"{{{{ {json.dumps(ask)} }}}}{lead}{{{{ text }}}}{{{{ {json.dumps(names['eos_token'])} }}}}"
+        f"{{{{ {_literal(ask)} }}}}{lead}{{{{ text }}}}{{{{ {_literal(names['eos_token'])} }}}}"
         "{% else %}"
         "{{ '' if loop.first else '\\n' }}{{ message.role }}: {{ text }}"
         "{% endif %}"
         "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(ask)} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {_literal(ask)} }}}}{{% endif %}}"
     )
 
 
@@ -224,6 +258,22 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _literal(text: str) -> str:
+    """Return a string as a literal of Jinja."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _common_suffix(left: str, right: str) -> int:
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _visible(text: str) -> str:
+    """Return the end of a rendered text for a message; a special token is shown as a dot."""
+    shown = re.sub(f"{MARK}.", "\u00b7", text[-30:], flags=re.DOTALL)
+    return repr(shown.replace(MARK, ""))
 
 
 def _raise(message: str) -> NoReturn:

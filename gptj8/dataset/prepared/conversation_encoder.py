@@ -16,8 +16,9 @@ from typing import Literal
 
 from gptj8.dataset.prepared.chat_templates import ChatTemplate
 from gptj8.dataset.prepared.conversations import Conversation, Message
-from gptj8.dataset.prepared.prompts import EncodedPrompt
+from gptj8.dataset.prepared.prompts import EncodedPrompt, without_lead
 from gptj8.dataset.prepared.text_encoder import EncodedText
+from gptj8.runtime.messages import counted
 
 _ATTEMPTS = 8
 
@@ -32,7 +33,7 @@ class EncodedConversation:
         tokens: the number of tokens of the complete conversation.
         cut: what was cut because of `max_length`, as a phrase that follows the column's name;
             empty if nothing was.
-        unanswered: the number of messages after the last answer, which are not used.
+        unanswered: the number of messages after the last answer to learn, which are not used.
         is_rewritten: whether the template writes earlier answers differently than the last one.
         fits: whether an answer fits; otherwise there is no example.
     """
@@ -83,7 +84,7 @@ class ConversationEncoder:
         answers = conversation.answers
         used = conversation.until(answers[-1] + 1)
         unanswered = len(conversation.messages) - len(used.messages)
-        texts = [self._up_to(used, answer) for answer in answers]
+        texts = [self._answered(used, answer) for answer in answers]
         is_rewritten = any(
             not after[0].startswith(text[: span[1]])
             for (text, span), after in itertools.pairwise(texts)
@@ -95,15 +96,34 @@ class ConversationEncoder:
             shortened = self._truncated(used.until(answers[0] + 1), answers[0], tokens)
             return replace(shortened, unanswered=unanswered)
         last, cut = fitting[-1], ""
+        used = used.until(answers[last] + 1)
         if last + 1 < len(answers):
-            used = used.until(answers[last] + 1)
             cut = f"loses its end after answer {last + 1} of {len(answers)}: it has {tokens} tokens"
+        elif len(fitting) < len(answers):  # the reasoning of an earlier answer is too long
+            lost = counted(len(answers) - len(fitting), "answer")
+            cut = f"loses {lost} of {len(answers)}, which with the messages before do not fit"
         if self.learn == "last" or not is_rewritten:
             ids, spans = encoded[last]
             examples = [(ids, spans[-2:] if self.learn == "last" else spans)]
         else:
             examples = [encoded[number] for number in fitting]
         return EncodedConversation(used, examples, tokens, cut, unanswered, is_rewritten)
+
+    def answer_of(self, example: tuple[list[int], list[int]]) -> str:
+        """Return the last answer of an example as it would be generated, with its tool calls."""
+        ids, spans = example
+        return without_lead(self.encoder.decode(ids[slice(*spans[-2:])], after=ids[: spans[-2]]))
+
+    def prompt_to_answer(self, conversation: Conversation, reserve: int) -> list[int]:
+        """Return the prompt of the last answer of a conversation that was trained.
+
+        It is the prompt of training if `prompt` finds no room for as many tokens, or its end.
+        """
+        try:
+            return self.prompt(conversation.without_last(), reserve).ids
+        except ValueError:
+            ids, spans = self.encode(conversation).examples[-1]
+            return ids[: spans[-2]][-(self.max_length - reserve) :]
 
     def prompt(self, conversation: Conversation, reserve: int) -> EncodedPrompt:
         """Encode the messages before an answer, with what asks for it.
@@ -124,7 +144,7 @@ class ConversationEncoder:
         while len(ids) > room and (shorter := _without_oldest(conversation)) is not None:
             conversation = shorter
             ids = self._prompt_ids(conversation)
-        for _ in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS + len(conversation.messages)):
             if len(ids) <= room:
                 return EncodedPrompt(ids, total - len(ids))
             shortened = self._shortened(conversation, len(conversation.messages), len(ids) - room)
@@ -137,11 +157,15 @@ class ConversationEncoder:
             "are for the answer"
         )
 
-    def _up_to(self, conversation: Conversation, answer: int) -> tuple[str, tuple[int, int]]:
+    def _answered(self, conversation: Conversation, answer: int) -> tuple[str, tuple[int, int]]:
         """Return the text up to an answer, and where the answer is in it."""
-        prompt = self.template.render(conversation.until(answer), add_generation_prompt=True)
-        text = self.template.render(conversation.until(answer + 1))
-        return text, self.template.span_of_answer(prompt, text)
+        text, (begin, end) = self.template.answered(conversation.until(answer + 1))
+        if not self.encoder.without_marks(text[begin:end]).strip():
+            raise ValueError(
+                f"message {answer + 1} is empty as {self.template.name} writes it, without its "
+                "tool_calls; set data.chat_template to a template that reads them"
+            )
+        return text, (begin, end)
 
     def _together(self, texts: Sequence[tuple[str, tuple[int, int]]]) -> list[_Encoded]:
         """Encode the whole text once; return its beginnings that end with an answer."""
@@ -149,7 +173,7 @@ class ConversationEncoder:
         spans: list[int] = []
         found = []
         for _, span in texts:
-            spans = [*spans, *_tokens_of(encoded, span)]
+            spans = [*spans, *self._tokens_of(encoded, span)]
             found.append((encoded.ids[: spans[-1]], spans))
         if len(encoded.ids) <= self.max_length:  # with what the template writes at the end
             found[-1] = (encoded.ids, spans)
@@ -158,7 +182,18 @@ class ConversationEncoder:
     def _apart(self, texts: Sequence[tuple[str, tuple[int, int]]]) -> list[_Encoded]:
         """Encode the text up to each answer."""
         encoded = self.encoder.tokenize_marked([text for text, _ in texts])
-        return [(e.ids, _tokens_of(e, span)) for e, (_, span) in zip(encoded, texts, strict=True)]
+        pairs = zip(encoded, texts, strict=True)
+        return [(e.ids, self._tokens_of(e, span)) for e, (_, span) in pairs]
+
+    def _tokens_of(self, encoded: EncodedText, span: tuple[int, int]) -> list[int]:
+        """Return the tokens of a span of characters."""
+        start, end = span
+        first = encoded.token_at(start)
+        # A special token may include the white space around it.
+        if self.encoder.marks_special(encoded.ids[first]):
+            begins = encoded.end_of(first - 1) if first else 0
+            first += begins < start
+        return [first, encoded.token_at(end - 1) + 1]
 
     def _truncated(
         self, conversation: Conversation, answer: int, tokens: int
@@ -167,10 +202,11 @@ class ConversationEncoder:
         shortened: Conversation | None = conversation
         for _ in range(_ATTEMPTS):
             assert shortened is not None
-            ((ids, spans),) = self._apart([self._up_to(shortened, answer)])
+            ((ids, spans),) = self._apart([self._answered(shortened, answer)])
             excess = len(ids) - self.max_length
             if excess <= 0:
-                cut = f"is truncated by {tokens - len(ids)} tokens in its longest message"
+                cut = "is truncated in its longest message, and ends after its first answer: it "
+                cut += f"has {tokens} tokens"
                 return EncodedConversation(shortened, [(ids, spans)], tokens, cut)
             shortened = self._shortened(shortened, answer, excess)
             if shortened is None:
@@ -182,14 +218,11 @@ class ConversationEncoder:
     ) -> Conversation | None:
         """Return the conversation with `excess` tokens less in its longest message, or None."""
         messages = list(conversation.messages)
-        known = [number for number in range(before) if messages[number]["role"] != "assistant"]
-        if not known:
-            return None
-        longest = max(known, key=lambda number: len(messages[number]["content"]))
-        content = messages[longest]["content"]
+        longest = max(range(before), key=lambda number: len(messages[number]["content"]), default=0)
+        content = messages[longest]["content"] if before else ""
         (encoded,) = self.encoder.tokenize([content])
-        kept = len(encoded.ids) - excess
-        if kept < 1:
+        kept = max(1, len(encoded.ids) - excess)
+        if kept >= len(encoded.ids):
             return None
         messages[longest] = {**messages[longest], "content": content[: encoded.ends[kept - 1]]}
         return replace(conversation, messages=tuple(messages))
@@ -200,10 +233,6 @@ class ConversationEncoder:
 
 
 _Encoded = tuple[list[int], list[int]]
-
-
-def _tokens_of(encoded: EncodedText, span: tuple[int, int]) -> list[int]:
-    return [encoded.token_at(span[0]), encoded.token_at(span[1])]
 
 
 def _without_oldest(conversation: Conversation) -> Conversation | None:

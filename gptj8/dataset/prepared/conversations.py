@@ -59,12 +59,28 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """The numbers of the messages to learn: the assistant's, except those of weight 0."""
+        """The numbers of the messages to learn.
+
+        These are the assistant's, except those of weight 0 and those before the first question.
+        """
+        asked = self.first_question
         return [
             number
             for number, message in enumerate(self.messages)
-            if message["role"] == "assistant" and message.get("weight", 1) != 0
+            if message["role"] == "assistant" and message.get("weight", 1) != 0 and number > asked
         ]
+
+    @property
+    def first_question(self) -> int:
+        """The number of the first message from the user or a tool; that after the last if none."""
+        numbered = enumerate(self.messages)
+        questions = (n for n, message in numbered if message["role"] in ("user", "tool"))
+        return next(questions, len(self.messages))
+
+    @property
+    def before_questions(self) -> tuple[Message, ...]:
+        """The messages before the first question."""
+        return self.messages[: self.first_question]
 
     def until(self, end: int) -> Conversation:
         """Return the conversation with the first `end` messages."""
@@ -115,7 +131,9 @@ def read_conversation(messages: Any, tools: Any = None, system: Any = None) -> C
         raise ValueError(_not_a_list(messages))
     read = [_read_message(message, number) for number, message in enumerate(listed, 1)]
     read = [m for m in read if m["content"] or m["role"] != "system"]  # empty system messages
-    if isinstance(system, str) and system.strip(INVISIBLE):
+    if system is not None and not isinstance(system, str):
+        raise ValueError("has a system message that is not text")
+    if system is not None and system.strip(INVISIBLE):
         read = _with_system(read, system)
     return Conversation(tuple(read), tuple(_read_tools(tools)))
 
@@ -124,15 +142,18 @@ def read_trained(messages: Any, tools: Any = None, system: Any = None) -> Conver
     """Return a conversation with an answer to learn; see `read_conversation`.
 
     Raises:
-        ValueError: also if there is no answer, or no message before the first answer.
+        ValueError: also if there is no answer to a question.
     """
     conversation = read_conversation(messages, tools, system)
+    first = conversation.first_question
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise ValueError("has no answer from the assistant")
+    if first == len(conversation.messages):
+        raise ValueError("has no message from the user")
+    if not any(message["role"] == "assistant" for message in conversation.messages[first:]):
+        raise ValueError("has no answer after a message from the user")
     if not conversation.answers:
         raise ValueError("has no answer to learn: each has the weight 0; 1 or none is learned")
-    if all(message["role"] not in ("user", "tool") for message in conversation.messages):
-        raise ValueError("has no message from the user")
     return conversation
 
 
@@ -188,7 +209,8 @@ def _read_message(message: Any, number: int) -> dict[str, Any]:
         shown = f" {quote(name)}" if isinstance(name, str) else ""
         raise ValueError(f"message {number} has no valid role{shown} ({', '.join(ROLES)})")
     others = ("role", "from", "content", "value")
-    rest = {field: value for field, value in message.items() if field not in others}
+    # Parquet has every field in every message, as null where there is none.
+    rest = {f: value for f, value in message.items() if f not in others and value is not None}
     calls = _read_calls(rest, number)
     content = _read_content(_content(message), number)
     if kind in _CALL_ROLES and not calls:

@@ -95,7 +95,7 @@ class TextEncoder:
         self.special_tokens = tuple(token.content for _, token in self._special_tokens())
         self.eos_id = eos_id
         self.end_ids = tuple(dict.fromkeys((eos_id, *end_ids)))
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         eos = {"eos_token": tokenizer.id_to_token(eos_id) or ""}
         self.token_names = {**(token_names or {}), **eos}
         if self.prefix_ids:
@@ -151,6 +151,10 @@ class TextEncoder:
         """Return the characters that stand for a special token in a marked text."""
         return self._marks[token_id]
 
+    def without_marks(self, text: str) -> str:
+        """Return a marked text without its special tokens."""
+        return re.sub(f"{MARK}.", "", text, flags=re.DOTALL)
+
     def mark_names(self, text: str) -> str:
         """Replace the names of special tokens in a text by their marks."""
         names = self._mark_of_name
@@ -164,11 +168,15 @@ class TextEncoder:
 
     def tokenize_marked(self, texts: Sequence[str]) -> list[EncodedText]:
         """Return the ids of texts with marked special tokens; see `tokenize`."""
-        first, ids = self.vocab_size, self._marked_ids
+        known = self._marked_ids
         return [
-            EncodedText([i if i < first else ids[i] for i in text.ids], text.ends)
+            EncodedText([known.get(i, i) for i in text.ids], text.ends)
             for text in _tokenize(self._marked, texts)
         ]
+
+    def marks_special(self, token_id: int) -> bool:
+        """Return whether a token is a special token, for which there is a mark."""
+        return token_id in self._marks
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling loses `encode_special_tokens`, and the copy has no post-processor.

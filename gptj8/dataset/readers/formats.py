@@ -90,8 +90,9 @@ def read_batches(
 
 def _frame(batch: list[Row], columns: Mapping[str, str], path: Path) -> pd.DataFrame:
     frame: dict[str, Any] = {}
+    clean = _without_nulls if suffix_of(path) == ".parquet" else lambda cell: cell
     for field, column in columns.items():
-        cells = [_normalize(row.cells.get(column)) for row in batch]
+        cells = [_normalize(clean(row.cells.get(column))) for row in batch]
         values, kinds = zip(*cells, strict=True)
         frame[field] = pd.array(values, dtype="str")
         frame[f"{field}_kind"] = pd.array(kinds, dtype="str")
@@ -99,6 +100,16 @@ def _frame(batch: list[Row], columns: Mapping[str, str], path: Path) -> pd.DataF
     frame["warning"] = pd.array([row.warning for row in batch], dtype="str")
     frame["row"] = [row.number for row in batch]
     return pd.DataFrame(frame).assign(file=pd.array([path.as_posix()] * len(batch), dtype="str"))
+
+
+def _without_nulls(cell: Any) -> Any:
+    """Return a cell of Parquet without the null fields of its structs.
+
+    All structs of a column have all fields, so null is the only way to leave one out.
+    """
+    if isinstance(cell, dict):
+        return {key: _without_nulls(value) for key, value in cell.items() if value is not None}
+    return [_without_nulls(item) for item in cell] if isinstance(cell, list) else cell
 
 
 def _normalize(cell: Any) -> tuple[str | None, str]:

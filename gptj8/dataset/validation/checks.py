@@ -137,8 +137,9 @@ CHECKS = {
     ),
     "unanswered": Check(
         Kind.SUSPECT,
-        "conversations that do not end with an answer",
-        "What follows the last answer is not used.",
+        "conversations that do not begin with a question and end with an answer",
+        "An answer before the first question is not learned, and what follows the last answer is "
+        "not used.",
     ),
     "seam": Check(
         Kind.SUSPECT,

@@ -8,7 +8,7 @@ import pandas as pd
 
 from gptj8.dataset.prepared.chat_templates import ChatTemplate, plain_template
 from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder, EncodedConversation
-from gptj8.dataset.prepared.conversations import content_of, dialogue, read_trained
+from gptj8.dataset.prepared.conversations import dialogue, read_trained
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.row_shapes import Shape
 from gptj8.dataset.validation.schemas import FAILURE_COLUMNS
@@ -100,23 +100,27 @@ def encode_conversations(
             reason = f"has fields that {encoder.template.name} does not read: {', '.join(unread)}"
             fail(index, "unread_fields", MESSAGES, messages, reason)
         if encoded.unanswered:
-            reason = f"ends with {counted(encoded.unanswered, 'message')} after the last answer"
+            number = counted(encoded.unanswered, "message")
+            reason = f"ends with {number} after the last answer to learn"
+            fail(index, "unanswered", MESSAGES, messages, reason)
+        if any(m["role"] == "assistant" for m in conversation.before_questions):
+            reason = "begins with an answer, which is not learned"
             fail(index, "unanswered", MESSAGES, messages, reason)
         rewritten += encoded.is_rewritten
-        found[index] = _row(encoded)
+        found[index] = _row(encoded, encoder)
     names = ["prompt", "completion", "conversation", "cut", *COLUMNS]
     usable = pd.DataFrame.from_dict(found, orient="index", columns=names)
     failures = pd.DataFrame(failed, columns=list(FAILURE_COLUMNS))
     return usable, failures, rewritten
 
 
-def _row(encoded: EncodedConversation) -> tuple[object, ...]:
-    *before, answer = encoded.conversation.messages
+def _row(encoded: EncodedConversation, encoder: ConversationEncoder) -> tuple[object, ...]:
+    *before, _ = encoded.conversation.messages
     ids, learned = zip(*encoded.examples, strict=True)
     cut = encoded.tokens - encoded.kept_tokens if encoded.cut else 0
     return (
         dialogue(before),
-        content_of(answer),
+        encoder.answer_of(encoded.examples[-1]),
         encoded.conversation.to_json(),
         encoded.cut,
         encoded.kept_tokens + cut,

@@ -119,6 +119,7 @@ def test_json_round_trip():
         ([], "has no answer from the assistant"),
         ([ASKED, ASKED], "has no answer from the assistant"),
         ([ANSWER, ANSWER], "has no message from the user"),
+        ([ANSWER, ASKED], "has no answer after a message from the user"),
         (["a", "b"], "message 1 has no valid role (system, developer"),
         ([{"role": "robot", "content": "a"}], "message 1 has no valid role robot (system,"),
         ([{"role": 1, "content": "a"}], "message 1 has no valid role"),

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset.prepared.dataset import load_prepared
@@ -159,6 +161,54 @@ def test_text_parts_and_roles(tmp_path, chat_encoder):
         assert learned == ["not JSON<|im_end|>", "It is 4.<|im_end|>"]
 
 
+def test_an_answer_before_the_first_question_is_not_learned(tmp_path, chat_encoder):
+    rows = [
+        {"messages": [assistant("Hello."), user(question), assistant("Fine.")], "system": "Be."}
+        for question in asked(24)
+    ]
+    result = Result(tmp_path, rows, chat_encoder)
+    assert {tuple(learned) for _, learned in result.examples} == {("Fine.<|im_end|>",)}
+    assert result.reasons("unanswered") == {"begins with an answer, which is not learned"}
+    assert all("<|im_start|>assistant\nHello." in text for text, _ in result.examples)
+
+
+def test_null_fields_of_parquet_are_left_out(tmp_path, tmp_path_factory):
+    folder = write_family("qwen2", tmp_path_factory.mktemp("tools"))
+    (folder / "chat_template.jinja").write_text(TEMPLATES["qwen2"][1])
+    encoder = TextEncoder.load(folder)
+
+    def row(question):
+        calls = [
+            {"id": "1", "function": {"name": "f", "arguments": {"city": "P"}}},
+            {"id": "2", "function": {"name": "g", "arguments": {"query": "z"}}},
+        ]
+        tools = [
+            {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}},
+            {"name": "g", "parameters": {"properties": {"query": {"type": "string"}}}},
+        ]
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"messages": [user(question), answer], "tools": tools}
+
+    rows = [row(question) for question in asked(24)]
+    out = tmp_path / "jsonl"
+    out.mkdir()
+    expected = Result(out, rows, encoder).examples
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = Data(
+        train=str(tmp_path / "rows.parquet"),
+        near_duplicate_threshold=None,
+        max_length=512,
+        **PLAIN,
+    )
+    validate(data, encoder, tmp_path / "jsonl" / "..")
+    examples = load_prepared(tmp_path).examples("train")
+    decoded = [encoder.decode(example["input_ids"]) for example in examples]
+    assert len(decoded) == len(expected) > 15
+    for text in decoded:
+        assert '<call>{"name": "f", "arguments": {"city": "P"}}</call>' in text
+        assert "null" not in text
+
+
 def test_a_long_conversation_keeps_its_beginning(tmp_path, chat_encoder):
     rng = random.Random(0)
     rows = []
@@ -174,7 +224,7 @@ def test_a_long_conversation_keeps_its_beginning(tmp_path, chat_encoder):
         assert len(learned) < 6
     assert result.validated.findings.count("truncated") == 24
     assert all(r.startswith("loses its end after answer ") for r in result.reasons("truncated"))
-    assert result.reasons("unanswered") == {"ends with 1 message after the last answer"}
+    assert result.reasons("unanswered") == {"ends with 1 message after the last answer to learn"}
     # The row is what is left of it, also for the evaluation.
     for row in result.rows.itertuples():
         messages = json.loads(row.conversation)["messages"]
