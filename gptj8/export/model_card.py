@@ -108,7 +108,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{EXPORT}")
 ```
 
-The prompt template is {json.dumps(data["prompt_template"])}. The answer follows after a space.
+{_prompts(data, dataset)}
 
 ## Evaluation
 
@@ -128,6 +128,23 @@ The adapter repeats the errors and biases of its training rows. It was evaluated
 rows from the same source.
 """
     return f"---\n{card_data.to_yaml()}\n---\n{body}"
+
+
+def _prompts(data: Mapping[str, Any], dataset: Mapping[str, Any]) -> str:
+    if not dataset.get("chat"):
+        return (
+            f"The prompt template is {json.dumps(data['prompt_template'])}. The answer follows "
+            "after a space, unless the template ends with white space."
+        )
+    return f"""Conversations are written with `chat_template.jinja`:
+
+```python
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{EXPORT}")
+messages = [{{"role": "user", "content": "Hello!"}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+```"""
 
 
 def hub_name(model: Path) -> tuple[str, str | None]:

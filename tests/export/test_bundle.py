@@ -322,6 +322,9 @@ def test_model_card_has_the_hubs_format():
 
 
 def test_model_card_without_results_has_no_empty_sentences():
+    chat = model_card(PARAMS, {}, {"labels": [], "chat": {"template": "x", "learn": "all"}})
+    assert "apply_chat_template(messages, add_generation_prompt=True" in chat
+    assert "The prompt template is" not in chat
     body = model_card(PARAMS, {}, {"labels": []})
     assert "\n.\n" not in body and "the  rows" not in body and "| system |" not in body
     assert "This adapter was not evaluated." in body

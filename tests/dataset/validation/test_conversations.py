@@ -200,8 +200,9 @@ def test_null_fields_of_parquet_are_left_out(tmp_path, tmp_path_factory):
         max_length=512,
         **PLAIN,
     )
-    validate(data, encoder, tmp_path / "jsonl" / "..")
-    examples = load_prepared(tmp_path).examples("train")
+    (tmp_path / "parquet").mkdir()
+    validate(data, encoder, tmp_path / "parquet")
+    examples = load_prepared(tmp_path / "parquet").examples("train")
     decoded = [encoder.decode(example["input_ids"]) for example in examples]
     assert len(decoded) == len(expected) > 15
     for text in decoded:
