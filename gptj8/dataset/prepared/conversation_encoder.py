@@ -93,7 +93,7 @@ class ConversationEncoder:
         fitting = [number for number, (ids, _) in enumerate(encoded) if len(ids) <= self.max_length]
         tokens = len(encoded[-1][0])
         if not fitting:
-            shortened = self._truncated(used.until(answers[0] + 1), answers[0], tokens)
+            shortened = self._truncated(used.until(answers[0] + 1), len(answers) - 1, tokens)
             return replace(shortened, unanswered=unanswered)
         last, cut = fitting[-1], ""
         used = used.until(answers[last] + 1)
@@ -195,18 +195,25 @@ class ConversationEncoder:
             first += begins < start
         return [first, encoded.token_at(end - 1) + 1]
 
-    def _truncated(
-        self, conversation: Conversation, answer: int, tokens: int
-    ) -> EncodedConversation:
-        """Truncate the longest message before the first answer until the answer fits."""
+    def _truncated(self, conversation: Conversation, lost: int, tokens: int) -> EncodedConversation:
+        """Truncate the longest message before the first answer until the answer fits.
+
+        Args:
+            conversation: the messages up to the first answer.
+            lost: the number of answers after it.
+            tokens: the number of tokens with these answers.
+        """
+        answer = len(conversation.messages) - 1
         shortened: Conversation | None = conversation
+        whole = 0
         for _ in range(_ATTEMPTS):
             assert shortened is not None
             ((ids, spans),) = self._apart([self._answered(shortened, answer)])
             excess = len(ids) - self.max_length
+            whole = whole or len(ids)
             if excess <= 0:
-                cut = "is truncated in its longest message, and ends after its first answer: it "
-                cut += f"has {tokens} tokens"
+                cut = f"is truncated by {whole - len(ids)} tokens in its longest message"
+                cut += f", and loses {counted(lost, 'answer')} after the first" if lost else ""
                 return EncodedConversation(shortened, [(ids, spans)], tokens, cut)
             shortened = self._shortened(shortened, answer, excess)
             if shortened is None:
