@@ -117,3 +117,29 @@ def test_missing_model_raises(project: Path) -> None:
     done = run_stage(project)
     assert done.returncode == 2
     assert done.stderr == "error: model.path = model is not a model directory\n"
+
+
+def test_stage_on_conversations(project: Path) -> None:
+    rows = [
+        {"messages": [{"from": "human", "value": text}, {"from": "gpt", "value": "Fine."}]}
+        for text in sentences(40)
+    ]
+    (project / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"train": "mine.jsonl", "task": "completion", "prompt_template": "{messages}"}
+    write_params(project, **settings, chat_template="raises.jinja")
+    (project / "raises.jinja").write_text("{{ raise_exception('only for admins') }}")
+    done = run_stage(project)
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error == (
+        "error: a question with an answer is refused by data.chat_template = raises.jinja: only "
+        "for admins"
+    )
+    assert "Traceback" not in done.stderr
+    assert not (project / "artifacts" / "dataset").exists()
+    write_params(project, **settings)
+    done = run_stage(project)
+    assert done.returncode == 0, done.stderr
+    assert "conversations are written in plain words (no chat template)" in done.stdout
+    dataset = load_prepared(project / "artifacts" / "dataset")
+    assert dataset.chat is not None and dataset.chat.learn == "all"
