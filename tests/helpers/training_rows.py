@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import asdict, replace
 
+import pytest
 import torch
 
 from gptj8.dataset.prepared.prompts import PromptEncoder
@@ -92,6 +93,18 @@ def interrupted_at(monkeypatch, call, error=KeyboardInterrupt):
     with monkeypatch.context() as patch:
         patch.setattr(CompletionTrainer, "compute_loss", compute_loss)
         yield
+
+
+def assert_resumes(folder, examples, checkpoints, monkeypatch, call, settings, **more):
+    """Interrupt training at a call, resume it and compare; return what was found."""
+    wanted = trained(folder, examples, settings, **more)
+    states = checkpoints(None)
+    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
+        trained(folder, examples, settings, states, **more)
+    assert states.latest() is not None
+    found = trained(folder, examples, settings, states, **more)
+    assert_same(found, wanted)
+    return found
 
 
 def assert_same(found, wanted):

@@ -13,6 +13,7 @@ from gptj8.training.loop import train
 from gptj8.training.trainer import CompletionTrainer
 from tests.helpers.training_rows import (
     adapted_model,
+    assert_resumes,
     assert_same,
     changed,
     interrupted_at,
@@ -82,13 +83,9 @@ def test_a_resumed_run_exports_the_same_state(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, call
 ):
     measure = accuracy_from(states_of(tiny_8bit_dir, examples), PEAK)
-    wanted = trained(tiny_8bit_dir, examples, BEST, measure=measure)
-    states = checkpoints(None)
-    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
-        trained(tiny_8bit_dir, examples, BEST, states, measure=measure)
-    assert states.latest() is not None
-    found = trained(tiny_8bit_dir, examples, BEST, states, measure=measure)
-    assert_same(found, wanted)
+    found = assert_resumes(
+        tiny_8bit_dir, examples, checkpoints, monkeypatch, call, BEST, measure=measure
+    )
     assert found[1]["best_step"] == 6
 
 
@@ -220,11 +217,7 @@ def test_a_resumed_run_stops_at_the_same_step(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, call
 ):
     measure = accuracy_from(states_of(tiny_8bit_dir, examples), EARLY)
-    wanted = trained(tiny_8bit_dir, examples, STOP, measure=measure)
-    states = checkpoints(None)
-    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
-        trained(tiny_8bit_dir, examples, STOP, states, measure=measure)
-    assert_same(trained(tiny_8bit_dir, examples, STOP, states, measure=measure), wanted)
+    assert_resumes(tiny_8bit_dir, examples, checkpoints, monkeypatch, call, STOP, measure=measure)
 
 
 def test_resuming_training_that_stopped_early_only_evaluates(tiny_8bit_dir, examples, checkpoints):

@@ -27,9 +27,8 @@ from tests.helpers.architectures import ARCHITECTURES, COMMON
 from tests.helpers.training_rows import (
     CPU,
     adapted_model,
-    assert_same,
+    assert_resumes,
     changed,
-    interrupted_at,
     trained,
 )
 
@@ -221,12 +220,7 @@ def test_speed_counts_packed_rows_and_tokens(tiny_8bit_dir, examples):
     "call", [9, 26, *(pytest.param(c, marks=pytest.mark.slow) for c in range(3, 48, 4))]
 )
 def test_packed_training_resumes_exactly(tiny_8bit_dir, examples, checkpoints, monkeypatch, call):
-    wanted = trained(tiny_8bit_dir, examples, PACKED)
-    states = checkpoints(None)
-    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
-        trained(tiny_8bit_dir, examples, PACKED, states)
-    assert states.latest() is not None
-    assert_same(trained(tiny_8bit_dir, examples, PACKED, states), wanted)
+    assert_resumes(tiny_8bit_dir, examples, checkpoints, monkeypatch, call, PACKED)
 
 
 @pytest.mark.parametrize("method", ["lora", "layernorm"])

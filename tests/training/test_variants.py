@@ -8,6 +8,7 @@ from gptj8.training.settings import training_arguments
 from gptj8.training.trainer import CompletionTrainer
 from tests.helpers.training_rows import (
     adapted_model,
+    assert_resumes,
     assert_same,
     changed,
     interrupted_at,
@@ -29,12 +30,7 @@ def test_a_variant_resumes_exactly(
     tiny_8bit_dir, examples, checkpoints, monkeypatch, variant, call
 ):
     settings = changed(**BEST, **variant)
-    wanted = trained(tiny_8bit_dir, examples, settings)
-    states = checkpoints(None)
-    with interrupted_at(monkeypatch, call), pytest.raises(KeyboardInterrupt):
-        trained(tiny_8bit_dir, examples, settings, states)
-    assert states.latest() is not None
-    assert_same(trained(tiny_8bit_dir, examples, settings, states), wanted)
+    assert_resumes(tiny_8bit_dir, examples, checkpoints, monkeypatch, call, settings)
 
 
 @pytest.mark.parametrize(
