@@ -74,9 +74,8 @@ class Predictor:
         self._labels = EncodedLabels([], 0)
         self.answer_tokens = NEW_TOKENS
         if task:
-            template, side = task.shape.prompt_template, task.shape.truncation_side
             length = min(task.max_length, self.context)
-            self._prompts = PromptEncoder(encoder, template, length, side)
+            self._prompts = PromptEncoder(encoder, task.shape.prompt_template, length)
             if task.shape.is_conversation:
                 self._conversations = task.conversation_encoder(encoder, length)
                 self.end_ids = self._conversations.end_ids

@@ -67,9 +67,7 @@ def trained_prompt(task, row, base):
     cells[shape.answer] = next(iter(ANSWERS[task].values()))
     table = pd.DataFrame({name: pd.array([cell], dtype="str") for name, cell in cells.items()})
     fields = shape.to_fields(table).iloc[0]
-    encoder = PromptEncoder(
-        TextEncoder.load(base), shape.prompt_template, data.max_length, shape.truncation_side
-    )
+    encoder = PromptEncoder(TextEncoder.load(base), shape.prompt_template, data.max_length)
     example = encoder.example(fields[shape.input], fields[shape.answer])
     return example.ids[: example.prompt_length], len(example.ids) - example.prompt_length
 

@@ -13,7 +13,6 @@ text.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -26,7 +25,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptj8.dataset.prepared.conversations import Conversation, Message
-from gptj8.dataset.prepared.text_encoder import MARK, TextEncoder
+from gptj8.dataset.prepared.text_encoder import MARK, TextEncoder, without_marks
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line, quote
 
@@ -272,8 +271,7 @@ def _common_suffix(left: str, right: str) -> int:
 
 def _visible(text: str) -> str:
     """Return the end of a rendered text for a message; a special token is shown as a dot."""
-    shown = re.sub(f"{MARK}.", "\u00b7", text[-30:], flags=re.DOTALL)
-    return repr(shown.replace(MARK, ""))
+    return repr(without_marks(text, "\u00b7")[-30:])
 
 
 def _raise(message: str) -> NoReturn:

@@ -10,14 +10,14 @@ example of its own, which ends with it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptj8.dataset.prepared.chat_templates import ChatTemplate
-from gptj8.dataset.prepared.conversations import Conversation, Message
+from gptj8.dataset.prepared.conversations import Conversation
 from gptj8.dataset.prepared.prompts import EncodedPrompt, without_lead
-from gptj8.dataset.prepared.text_encoder import EncodedText
+from gptj8.dataset.prepared.text_encoder import EncodedText, without_marks
 from gptj8.runtime.messages import counted
 
 _ATTEMPTS = 8
@@ -160,7 +160,7 @@ class ConversationEncoder:
     def _answered(self, conversation: Conversation, answer: int) -> tuple[str, tuple[int, int]]:
         """Return the text up to an answer, and where the answer is in it."""
         text, (begin, end) = self.template.answered(conversation.until(answer + 1))
-        if not self.encoder.without_marks(text[begin:end]).strip():
+        if not without_marks(text[begin:end]).strip():
             raise ValueError(
                 f"message {answer + 1} is empty as {self.template.name} writes it, without its "
                 "tool_calls; set data.chat_template to a template that reads them"
@@ -246,11 +246,7 @@ def _without_oldest(conversation: Conversation) -> Conversation | None:
     """Return a conversation without its first exchange; None if only one is left."""
     messages = conversation.messages
     first = 1 if messages and messages[0]["role"] in ("system", "developer") else 0
-    users = [n for n in _numbers_of_users(messages) if n > first]
-    if not users:
-        return None
-    return replace(conversation, messages=(*messages[:first], *messages[users[0] :]))
-
-
-def _numbers_of_users(messages: Sequence[Message]) -> Iterator[int]:
-    return (number for number, message in enumerate(messages) if message["role"] == "user")
+    for number in range(first + 1, len(messages)):
+        if messages[number]["role"] == "user":
+            return replace(conversation, messages=(*messages[:first], *messages[number:]))
+    return None

@@ -80,7 +80,6 @@ class PreparedDataset:
         labels: sorted; empty unless the task is classification.
         rows: the number of rows per split.
         prompt_template: the template that turns a row's text into its prompt; it has one field.
-        truncation_side: the side where a text that is too long is cut: `left` or `right`.
         chat: how the conversations are written; None if the rows are prompts.
     """
 
@@ -89,7 +88,6 @@ class PreparedDataset:
     labels: tuple[str, ...]
     rows: Mapping[str, int]
     prompt_template: str
-    truncation_side: Literal["left", "right"]
     chat: Chat | None = None
 
     def split(self, name: str) -> pd.DataFrame:
@@ -127,7 +125,7 @@ class PreparedDataset:
             encoder: the model's tokenizer.
             max_length: tokens of prompt and answer together; `data.max_length` in the examples.
         """
-        return PromptEncoder(encoder, self.prompt_template, max_length, self.truncation_side)
+        return PromptEncoder(encoder, self.prompt_template, max_length)
 
     def conversation_encoder(
         self, encoder: TextEncoder, max_length: int
@@ -167,7 +165,6 @@ def load_prepared(directory: str | Path) -> PreparedDataset:
             tuple(content["labels"]),
             dict(content["rows"]),
             content["prompt_template"],
-            content["truncation_side"],
             Chat(**content["chat"]) if content.get("chat") else None,
         )
     except (KeyError, TypeError):
@@ -183,7 +180,7 @@ class PreparedWriter:
         task: `classification`, `completion` or `text`.
         prompt_template: a template with the task's field.
         max_length: length of packed examples in tokens.
-        truncation_side, chat: see `PreparedDataset`.
+        chat: see `PreparedDataset`.
     """
 
     def __init__(
@@ -192,14 +189,12 @@ class PreparedWriter:
         task: str,
         prompt_template: str,
         max_length: int,
-        truncation_side: Literal["left", "right"] = "right",
         chat: Chat | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.chat = chat
         self.task = task
         self.prompt_template = prompt_template
-        self.truncation_side = truncation_side
         self.rows = dict.fromkeys(SPLITS, 0)
         self.examples = dict.fromkeys(TRAINED_SPLITS, 0)
         more = [] if chat is None else ["conversation"]
@@ -254,7 +249,6 @@ class PreparedWriter:
             "labels": sorted(labels),
             "rows": self.rows,
             "prompt_template": self.prompt_template,
-            "truncation_side": self.truncation_side,
             "chat": self.chat._asdict() if self.chat else None,
         }
         write_json(self.directory / "dataset.json", content)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gptj8.dataset.prepared.text_encoder import EncodedText, TextEncoder
 from gptj8.dataset.prepared.tokenizer_files import read_optional_json
@@ -74,7 +73,6 @@ class PromptEncoder:
         encoder: the model's tokenizer.
         template: text with one field in braces, for example `"{text}\\n\\nLabel:"`.
         max_length: tokens of prompt and completion together.
-        truncation_side: `right` cuts a text that is too long at its end, `left` at its start.
     """
 
     def __init__(
@@ -82,11 +80,9 @@ class PromptEncoder:
         encoder: TextEncoder,
         template: str,
         max_length: int,
-        truncation_side: Literal["left", "right"] = "right",
     ) -> None:
         self.encoder = encoder
         self.max_length = max_length
-        self.truncation_side = truncation_side
         before, *after = split_at_fields(template)[0]
         self.before, self.after = before, "".join(after)
 
@@ -149,7 +145,7 @@ class PromptEncoder:
         shares = _share_room(sizes, room)
         ids = list(prefix)
         for part, inside, share in zip(encoded, insides, shares, strict=True):
-            ids += self._cut(part.ids, inside, len(inside) - share)
+            ids += _cut(part.ids, inside, len(inside) - share)
         shared = labels.shared if labels else 0
         return EncodedPrompt(ids[: len(ids) - shared], sizes[-1] - shares[-1])
 
@@ -177,7 +173,7 @@ class PromptEncoder:
             excess = length - self.max_length
             room = len(inside) - excess
             cut = min(excess, len(inside))
-            ids = [*prefix, *self._cut(found.ids, inside, cut), eos_id]
+            ids = [*prefix, *_cut(found.ids, inside, cut), eos_id]
             yield EncodedExample(ids, len(prefix) + learned - cut, excess, room, seam)
 
     def example(self, text: str, completion: str) -> EncodedExample:
@@ -201,11 +197,6 @@ class PromptEncoder:
         if first and encoded.end_of(first - 1) < begin:  # it also covers the end of `before`
             first += 1
         return range(first, max(first, encoded.token_at(begin + length)))
-
-    def _cut(self, ids: list[int], inside: range, excess: int) -> list[int]:
-        if self.truncation_side == "left":
-            return [*ids[: inside.start], *ids[inside.start + excess :]]
-        return [*ids[: inside.stop - excess], *ids[inside.stop :]]
 
     def _no_room(self, shots: str) -> str:
         return (
@@ -242,6 +233,11 @@ def check_context(model_path: str | Path, max_length: int) -> None:
                 f"data.max_length = {max_length} exceeds the {positions} positions of "
                 f"{model_path} ({key}); lower it"
             )
+
+
+def _cut(ids: list[int], inside: range, excess: int) -> list[int]:
+    """Return ids without the last `excess` ones of the row's text."""
+    return [*ids[: inside.stop - excess], *ids[inside.stop :]]
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -151,10 +151,6 @@ class TextEncoder:
         """Return the characters that stand for a special token in a marked text."""
         return self._marks[token_id]
 
-    def without_marks(self, text: str) -> str:
-        """Return a marked text without its special tokens."""
-        return re.sub(f"{MARK}.", "", text, flags=re.DOTALL)
-
     def mark_names(self, text: str) -> str:
         """Replace the names of special tokens in a text by their marks."""
         names = self._mark_of_name
@@ -242,6 +238,11 @@ class TextEncoder:
         marked = self._marked.get_added_tokens_decoder()
         number_of = {mark: number for number, mark in self._marks.items()}
         return {i: number_of[t.content] for i, t in marked.items() if t.content in number_of}
+
+
+def without_marks(text: str, instead: str = "") -> str:
+    """Return a marked text with another text instead of each special token."""
+    return re.sub(f"{MARK}.", instead, text, flags=re.DOTALL)
 
 
 def _restore(arguments: Any, prefix_ids: list[int], chat_template: str | None) -> TextEncoder:

@@ -36,17 +36,14 @@ def read_tokenizer(model_path: Path) -> Tokenizer:
     file = model_path / "tokenizer.json"
     if not any((model_path / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{model_path} has no tokenizer: no tokenizer.json, vocab.json or *.model")
-    tokenizer: Tokenizer | None = None
-    if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file} is not a tokenizer: {error}") from None
     config = read_optional_json(model_path / "tokenizer_config.json")
     named = config.get("tokenizer_class")
     is_generic = named in _GENERIC_CLASSES and "add_bos_token" not in config
-    if tokenizer is not None and (named is None or is_generic):
-        return tokenizer
+    if file.is_file() and (named is None or is_generic):
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{file} is not a tokenizer: {error}") from None
     try:
         return Tokenizer.from_str(_tokenizer_of_transformers(model_path))
     except Exception as error:  # from transformers, its optional packages or the model's files

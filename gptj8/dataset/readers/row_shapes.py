@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -65,11 +65,6 @@ class Shape:
     def expected(self) -> list[str]:
         """The optional columns that at least one file must have, because a template names them."""
         return [self.columns[f] for f in self.optional if f not in _BESIDE_MESSAGES]
-
-    @property
-    def truncation_side(self) -> Literal["left", "right"]:
-        """The side where a text that is too long is cut; a conversation keeps its end."""
-        return "left" if MESSAGES in self.columns else "right"
 
     @property
     def prompt_template(self) -> str:

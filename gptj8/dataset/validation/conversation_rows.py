@@ -29,15 +29,16 @@ def choose_template(data: Data, shape: Shape, encoder: TextEncoder) -> ChatTempl
     Raises:
         UserError: if the file cannot be read, or the template cannot be used; see `ChatTemplate`.
     """
-    if data.chat_template == "auto" and encoder.chat_template is not None:
-        return ChatTemplate(encoder.chat_template, encoder, "the model's chat template")
-    if data.chat_template in ("auto", None):
+    file = _file_of(data)
+    if _is_own(data, encoder):
+        return ChatTemplate(encoder.chat_template or "", encoder, "the model's chat template")
+    if file is None:
         assert shape.template is not None
         source = plain_template(shape.template.before, shape.template.after, encoder)
         return ChatTemplate(source, encoder, "data.prompt_template")
-    name = f"data.chat_template = {data.chat_template}"
+    name = f"data.chat_template = {file}"
     try:
-        source = Path(str(data.chat_template)).read_text(encoding="utf-8")
+        source = Path(file).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{name} does not exist; name a file, or use auto or null") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -49,16 +50,26 @@ def describe_template(data: Data, shape: Shape, encoder: TextEncoder) -> list[st
     """Return lines on the chat template in use; none if the rows are not conversations."""
     if not shape.is_conversation or shape.template is None:
         return []
-    if data.chat_template is None or (data.chat_template == "auto" and not encoder.chat_template):
+    file, is_own = _file_of(data), _is_own(data, encoder)
+    if file is None and not is_own:
         return ["conversations are written in plain words (no chat template)"]
-    is_own = data.chat_template == "auto"
-    used = "the model's chat template" if is_own else f"the chat template {data.chat_template}"
+    used = "the model's chat template" if is_own else f"the chat template {file}"
     lines = [f"conversations are written by {used}"]
     if shape.template.before or shape.template.after:
         lines.append("the words around {messages} in data.prompt_template are not used")
-    if not is_own and TEMPLATES_FOLDER not in Path(str(data.chat_template)).as_posix():
+    if file is not None and TEMPLATES_FOLDER not in Path(file).as_posix():
         lines.append(f"DVC watches only {TEMPLATES_FOLDER}; after a change of the template use -f")
     return lines
+
+
+def _is_own(data: Data, encoder: TextEncoder) -> bool:
+    """Return whether conversations are written by the model's own chat template."""
+    return data.chat_template == "auto" and encoder.chat_template is not None
+
+
+def _file_of(data: Data) -> str | None:
+    """Return the file that `data.chat_template` names, if any."""
+    return None if data.chat_template == "auto" else data.chat_template
 
 
 def encode_conversations(

@@ -326,7 +326,6 @@ class _Validation:
             self.data.task,
             self.shape.prompt_template,
             self.data.max_length,
-            self.shape.truncation_side,
             self.scanner.chat if self.shape.is_conversation else None,
         )
         with (

@@ -101,9 +101,7 @@ class Scanner:
     def prompts(self) -> PromptEncoder:
         """The encoder that turns rows into prompts."""
         shape = self.shape
-        return PromptEncoder(
-            self.encoder, shape.prompt_template, self.data.max_length, shape.truncation_side
-        )
+        return PromptEncoder(self.encoder, shape.prompt_template, self.data.max_length)
 
     @cached_property
     def _schema(self) -> Any:
