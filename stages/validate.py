@@ -10,7 +10,6 @@ from __future__ import annotations
 from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.parsers import encoding_of, suffix_of
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.validation.checks import CHECKS
 from gptj8.dataset.validation.conversation_rows import describe_template
@@ -54,9 +53,8 @@ def main() -> None:
         if validated.ignored
         else ""
     )
-    for file in (file for files in validated.files.values() for file in files):
-        if suffix_of(file) != ".parquet" and encoding_of(file) == "cp1252":
-            story.say(f"{file} is not UTF-8; it was read as Windows-1252")
+    for note in validated.notes:
+        story.say(note)
     if validated.rewritten_rows:
         story.say(
             f"the chat template rewrites the earlier answers of "

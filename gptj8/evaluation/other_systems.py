@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from gptj8.dataset.readers.formats import explain_missing_file
+from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.parsers import parse_file
 from gptj8.evaluation.systems import OWN_SYSTEMS
 from gptj8.runtime.errors import UserError
@@ -100,7 +101,7 @@ def _read_system(
         found.setdefault(problem, []).append(example)
 
     try:
-        for record in parse_file(path, _READ, "line", lambda size: None):
+        for record in parse_file(path, ReadOptions(_READ, delimiter=",", quoting="minimal")):
             where = f"record {record.number}"
             if record.problem:
                 add("unreadable records", f"{where} {record.problem}")

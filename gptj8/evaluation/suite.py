@@ -17,7 +17,7 @@ from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.conversations import Conversation
 from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.formats import read_rows
+from gptj8.dataset.readers.formats import read_texts
 from gptj8.evaluation.metrics import (
     classification_metrics,
     divergence_metrics,
@@ -125,7 +125,7 @@ def held_out_documents(
             return rows, Documents.of_conversations(rows["conversation"], conversations)
         pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
         return rows, Documents.of_completions(pairs, prompts)
-    rows = test if path is None else read_rows(path, {"text": text_column})
+    rows = test if path is None else read_texts(path, text_column)
     rows = rows[rows["text"].fillna("").str.strip() != ""].head(limit or len(rows))
     if rows.empty:
         source = "the test split" if path is None else f"evaluate.perplexity_text = {path}"

@@ -43,6 +43,26 @@ def _as_labels(labels: Any) -> Any:
     return type(labels)(cell_text(label) if isinstance(label, known) else label for label in labels)
 
 
+def _as_delimiter(delimiter: str) -> str:
+    """Return one character; `\\t` is a tab."""
+    if delimiter == "auto":
+        return delimiter
+    found = unescaped(delimiter)
+    if len(found) != 1 or found in '\r\n"':
+        raise ValueError(f"must be one character, such as , or ; or \\t, not {delimiter!r}")
+    return found
+
+
+def _as_encoding(encoding: str) -> str:
+    """Return the name of a codec for text."""
+    try:
+        if encoding != "auto":
+            "".encode(encoding)
+    except LookupError:
+        raise ValueError(f"{encoding!r} is not an encoding, such as utf-8 or gb18030") from None
+    return encoding
+
+
 OPTIONAL_PATHS = (
     ("data", "validation"),
     ("data", "test"),
@@ -72,8 +92,27 @@ class Data(Section):
     """The same for `validation`."""
     test_files: str | None = None
     """The same for `test`."""
-    text_row: Literal["line", "file"] = "line"
-    """What one row of a plain text file is: a line or the whole file."""
+    text_row: Literal["auto", "line", "paragraph", "file"] = "auto"
+    """What one row of a plain text file is. `line`: a line, as a text of its own. `paragraph`: the
+    lines up to a blank one. `file`: the whole file, in passages if it is long. Rows of a file
+    continue each other, except with `line`. An end-of-text token such as `<|endoftext|>` is a
+    border between texts. `auto`: `file` if there are blank lines or end-of-text tokens, otherwise
+    `line`."""
+    delimiter: Annotated[str, AfterValidator(_as_delimiter)] = "auto"
+    r"""What separates the cells of a table: one character, such as `;` or `\t`. `auto`: found from
+    the first lines."""
+    quoting: Literal["auto", "minimal", "none"] = "auto"
+    """Whether quotes around a cell are removed (`minimal`) or part of the text (`none`). `auto`:
+    removed in CSV; in other tables only if cells evidently need them."""
+    encoding: Annotated[str, AfterValidator(_as_encoding)] = "auto"
+    """Encoding of text files, such as `gb18030`. `auto`: UTF-8, or Windows-1252 if a file as a
+    whole is not UTF-8."""
+    column_names: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names of the columns of tables without a header. `auto`: the first line has the names, or is
+    recognized as the first row of a classification."""
+    train_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = None
+    """How often the training rows of files are used, by glob pattern of the file's path in `train`:
+    `{"faq.jsonl": 2, "web/*": 0.5}` uses the first twice and half of the others. `null`: once."""
     validation_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Fraction of the rows to hold out for validation if no validation data is given. Rows are
     chosen by a hash of their text."""

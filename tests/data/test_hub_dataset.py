@@ -171,12 +171,13 @@ def error_of(recipe: Path, endpoint: str, patch: str = "", **params: Any) -> str
 
 def test_splits_are_downloaded_with_label_names(hub: Hub, recipe: Path) -> None:
     from gptj8.dataset.readers.formats import read_rows
+    from gptj8.dataset.readers.options import ReadOptions
 
     assert fetched(recipe, hub.endpoint)
     for rows, split in ((TRAIN, "train"), (DEV, "validation")):
         path = recipe / "splits" / f"{split}.parquet"
         assert pq.read_table(path).to_pydict() == rows
-        read = read_rows(path, {"text": "text", "label": "mood"})
+        read = read_rows(path, ReadOptions({"text": "text", "label": "mood"}))
         assert list(read["label"]) == [NAMES[code] for code in rows["mood"]]
     source = json.loads((recipe / "splits" / "source.json").read_text())
     assert (source["dataset"], source["revision"]) == (REPO, NEW)

@@ -150,7 +150,9 @@ def test_only_perplexity_without_labels(project, task):
 
 
 def test_separate_text_for_perplexity(project):
-    Path("held-out.txt").write_text("the lazy dog\n\n" + "the quick brown fox " * 40 + "\n")
+    Path("held-out.txt").write_text(
+        "the lazy dog " * 6 + "\n\n" + "the quick brown fox " * 40 + "\n"
+    )
     metrics = project("classification", few_shot=0, perplexity_text="held-out.txt")
     rows = table("perplexity.csv")
     assert [(row["file"], row["row"]) for row in rows] == [

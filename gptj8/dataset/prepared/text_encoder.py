@@ -103,6 +103,11 @@ class TextEncoder:
             self.token_names.setdefault("bos_token", bos)
         self.chat_template: str | None = None
 
+    @property
+    def eos(self) -> str:
+        """The name of the token that ends a completion."""
+        return self.token_names["eos_token"]
+
     @classmethod
     def load(cls, model_path: str | Path) -> TextEncoder:
         """Read the tokenizer of a model directory.

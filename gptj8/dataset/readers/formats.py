@@ -1,17 +1,17 @@
-"""Read files in batches of rows: CSV, TSV, JSON Lines, JSON, Parquet and plain text.
+"""Read files in batches of rows: tables, JSON, Parquet, Arrow and plain text.
 
 Compressed files are supported. Every format gives the same frames: one column per requested field,
 a column `<field>_kind` with the cell's type in the file, and `file` and `row`, which locate the
 row. `row` counts from 1: lines of JSON Lines and plain text, elements of a JSON array, rows of
-Parquet, and records of CSV and TSV. The header of a CSV or TSV file is not counted, and its quoted
-cells may span lines. A malformed row (a line that is not JSON, a record with too many cells) has no
-cells and gives the reason in `problem`; the other rows are still read. Damage that makes the rest
-of the file unreadable, such as a quote that is never closed, raises an error.
+Parquet, and records of tables. The header of a table is not counted, and its quoted cells may span
+lines. A malformed row (a line that is not JSON, a record with too many cells) has no cells and
+gives the reason in `problem`; the other rows are still read. Damage that makes the rest of the file
+unreadable, such as a quote that is never closed, raises an error.
 
-Files are streamed, except a JSON array, which is read into memory. Alternative considered: the CSV
-and JSON readers of `datasets`; they were rejected because a CSV line with one extra cell silently
-shifts every column, a blank line in JSON Lines fails with `Expected object or value`, mixed types
-are cast, and no error gives a line number.
+Files are streamed, except a JSON array or object, which is read into memory. Alternative
+considered: the CSV and JSON readers of `datasets`; they were rejected because a CSV line with one
+extra cell silently shifts every column, a blank line in JSON Lines fails with `Expected object or
+value`, mixed types are cast, and no error gives a line number.
 """
 
 from __future__ import annotations
@@ -19,97 +19,164 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from gptj8.dataset.readers.parsers import (
-    BATCH_ROWS,
+from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, columnar_names, without_nulls
+from gptj8.dataset.readers.options import ReadOptions
+from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES, is_table, parse_file
+from gptj8.dataset.readers.plain_text import choose_text_row
+from gptj8.dataset.readers.rows import EmptyFileError, Row, cell_of, check_names, outermost
+from gptj8.dataset.readers.tables import table_format
+from gptj8.dataset.readers.text_files import (
     COMPRESSIONS,
-    DELIMITERS,
-    SUFFIXES,
-    Row,
-    open_parquet,
-    parse_file,
+    encoding_of,
+    is_undecodable,
+    open_text,
+    reading,
     suffix_of,
 )
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import quote, suggest
+from gptj8.runtime.messages import counted, quote, suggest
 from gptj8.runtime.tables import cell_text
 
 
-def read_rows(path: str | Path, columns: Mapping[str, str], text_row: str = "line") -> pd.DataFrame:
+def read_rows(path: str | Path, options: ReadOptions) -> pd.DataFrame:
     """Read a complete file into one frame; see `read_batches`."""
-    return pd.concat(read_batches(path, columns, text_row=text_row), ignore_index=True)
+    return pd.concat(read_batches([Path(path)], options), ignore_index=True)
+
+
+def read_texts(path: str | Path, column: str) -> pd.DataFrame:
+    """Read a file of texts, which may be running text, into one frame; see `read_batches`."""
+    options = ReadOptions({"text": column})
+    text_row, _ = choose_text_row([Path(path)], options.borders, options.encoding)
+    return read_rows(path, replace(options, text_row=text_row))
+
+
+def describe_files(files: Sequence[Path], options: ReadOptions) -> list[str]:
+    """Return lines on how files were read, where that was found out and is not as usual."""
+    files_of: dict[str, list[Path]] = {}
+    for path in files:
+        notes: list[str] = []
+        if suffix_of(path) not in COLUMNAR:
+            if options.encoding == "auto" and encoding_of(path) == "cp1252":
+                notes.append("is not UTF-8; it was read as Windows-1252")
+            if is_table(path, options):
+                notes += table_format(path, options).notes
+        for note in notes:
+            files_of.setdefault(note, []).append(path)
+    return [
+        f"{paths[0]} {note}"
+        + (f" (and {counted(len(paths) - 1, 'more file')})" if len(paths) > 1 else "")
+        for note, paths in files_of.items()
+    ]
 
 
 def read_batches(
-    path: str | Path,
-    columns: Mapping[str, str],
-    optional: Iterable[str] = (),
-    text_row: str = "line",
+    files: Sequence[Path],
+    options: ReadOptions,
     advance: Callable[[int], object] = lambda size: None,
+    failed: Callable[[Path, UserError], object] | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Read a file in frames of up to `BATCH_ROWS` rows.
+    """Read files in frames of up to `BATCH_ROWS` rows; a frame may have rows of several files.
 
     Args:
-        path: a file in one of the supported formats.
-        columns: the name of the column for each requested field. Plain text has no columns; the
-            only field is then `text`.
-        optional: fields whose column may be missing.
-        text_row: one row of plain text: `line` or `file`.
-        advance: called with the number of bytes of the file read since the last call.
+        files: files in the supported formats.
+        options: what to read.
+        advance: called with the number of bytes that were read since the last call.
+        failed: called with a file that cannot be read and the error, which is otherwise raised.
 
     Yields:
         Frames with these columns. Per field, its text (null if missing) and `<field>_kind`: `text`,
         `integer`, `number`, `boolean`, `list`, `object`, `missing`, `undecodable` (bytes that are
         not UTF-8, shown as U+FFFD in the text) or the name of another type. `problem`: why the row
-        is malformed, otherwise null. `warning`: why the row is doubtful, otherwise null. `file`
-        and `row`.
+        is malformed, otherwise null. `warning`: why the row is doubtful, otherwise null.
+        `continues` and `next_row`: whether the text continues that of the row before, and the row
+        that continues it, or 0. `file` and `row`.
 
     Raises:
         UserError: with the file, and the line and column if they are known.
     """
-    path = Path(path)
+    rows = _rows(files, options, advance, failed)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield _frame(batch, options)
+
+
+def _rows(
+    files: Sequence[Path],
+    options: ReadOptions,
+    advance: Callable[[int], object],
+    failed: Callable[[Path, UserError], object] | None,
+) -> Iterator[tuple[Path, Row]]:
+    for path in files:
+        try:
+            with reading(path, options.encoding):
+                _check_file(path, options)
+            for row in parse_file(path, options, advance):
+                yield path, row
+        except UserError as error:
+            if failed is None:
+                raise
+            failed(path, error)
+
+
+def _check_file(path: Path, options: ReadOptions) -> None:
     if not path.exists():
         raise UserError(explain_missing_file(path))
-    if suffix_of(path) not in SUFFIXES:
+    if suffix_of(path) not in (*SUFFIXES, *TEXT_SUFFIXES):
         shown = path.suffix or "(none)"
         known = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
         raise UserError(f"{path}: the suffix {shown} is not supported; use one of {known}")
-    _require_columns(path, columns, frozenset(optional))
-    if suffix_of(path) == ".txt":
-        columns = dict.fromkeys(columns, "text")
-    rows = parse_file(path, columns, text_row, advance)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield _frame(batch, columns, path)
+    _require_columns(path, options)
 
 
-def _frame(batch: list[Row], columns: Mapping[str, str], path: Path) -> pd.DataFrame:
+def _frame(batch: list[tuple[Path, Row]], options: ReadOptions) -> pd.DataFrame:
     frame: dict[str, Any] = {}
-    clean = _without_nulls if suffix_of(path) == ".parquet" else lambda cell: cell
-    for field, column in columns.items():
-        cells = [_normalize(clean(row.cells.get(column))) for row in batch]
-        values, kinds = zip(*cells, strict=True)
+    paths = [path for path, _ in batch]
+    text_of = {path: path.as_posix() for path in dict.fromkeys(paths)}
+    columnar = {path for path in text_of if suffix_of(path) in COLUMNAR}
+    for field, column in options.columns.items():
+        found = []
+        for path, row in batch:
+            if options.is_text and suffix_of(path) in TEXT_SUFFIXES:
+                cell = row.cells.get("text")
+            else:
+                cell = cell_of(row.cells, column)
+            cell = without_nulls(cell) if path in columnar else cell
+            if isinstance(cell, list):
+                cell = _from_list(cell, field, field in options.list_fields)
+            found.append(_normalize(cell))
+        values, kinds = zip(*found, strict=True)
         frame[field] = pd.array(values, dtype="str")
         frame[f"{field}_kind"] = pd.array(kinds, dtype="str")
-    frame["problem"] = pd.array([row.problem for row in batch], dtype="str")
-    frame["warning"] = pd.array([row.warning for row in batch], dtype="str")
-    frame["row"] = [row.number for row in batch]
-    return pd.DataFrame(frame).assign(file=pd.array([path.as_posix()] * len(batch), dtype="str"))
+    frame["problem"] = pd.array([row.problem for _, row in batch], dtype="str")
+    frame["warning"] = pd.array([row.warning for _, row in batch], dtype="str")
+    frame["continues"] = [row.continues for _, row in batch]
+    frame["next_row"] = [row.next_row for _, row in batch]
+    frame["row"] = [row.number for _, row in batch]
+    frame["file"] = pd.array([text_of[path] for path in paths], dtype="str")
+    return pd.DataFrame(frame)
 
 
-def _without_nulls(cell: Any) -> Any:
-    """Return a cell of Parquet without the null fields of its structs.
+_ANSWERS = ("label", "completion")
 
-    All structs of a column have all fields, so null is the only way to leave one out.
+
+def _from_list(cell: list[Any], field: str, is_usual: bool) -> Any:
+    """Return an answer that is the only item of a list, or the items of a list on lines.
+
+    Labels are often in lists.
     """
-    if isinstance(cell, dict):
-        return {key: _without_nulls(value) for key, value in cell.items() if value is not None}
-    return [_without_nulls(item) for item in cell] if isinstance(cell, list) else cell
+    if field in _ANSWERS:
+        return cell[0] if len(cell) == 1 else cell
+    if not is_usual or not all(isinstance(item, str | int | float) for item in cell):
+        return cell
+    return "\n".join(item if isinstance(item, str) else cell_text(item) for item in cell)
 
 
 def _normalize(cell: Any) -> tuple[str | None, str]:
@@ -145,26 +212,61 @@ def _normalize_unicode(cell: str) -> tuple[str, str]:
         return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "text"
 
 
-def _require_columns(path: Path, columns: Mapping[str, str], optional: frozenset[str]) -> None:
-    required = {field: column for field, column in columns.items() if field not in optional}
-    if suffix_of(path) == ".txt":
-        if list(columns) != ["text"]:
-            needed = " and ".join(columns)
-            raise UserError(
-                f"{path} is plain text and has no columns; use a format with columns for {needed}"
-            )
+def _require_columns(path: Path, options: ReadOptions) -> None:
+    if options.folder_labels and suffix_of(path) in TEXT_SUFFIXES:
         return
-    names = _column_names(path, required.values())
-    missing = [(field, column) for field, column in required.items() if column not in names]
+    if options.is_text and suffix_of(path) in TEXT_SUFFIXES:
+        return
+    required = options.required
+    names = column_names(path, options)
+    missing = [(f, c) for f, c in required.items() if not has_column(c, names)]
     if missing:
+        if is_table(path, options):
+            with suppress(EmptyFileError):
+                next(parse_file(path, options))  # a quote may have damaged the names
         listed = " and ".join(
             f"{quote(column)} ({_param(field)}){suggest(column, names)}"
             for field, column in missing
         )
         shown = ", ".join(map(quote, names[:30])) or "none"
-        one_column = len(names) == 1 and suffix_of(path) == ".csv"
-        hint = "; separate the cells by commas" if one_column else ""
-        raise UserError(f"{path} has no column {listed}; its columns: {shown}{hint}")
+        raise UserError(
+            f"{path} has no column {listed}; its columns: {shown}{_hint(path, options, names)}"
+        )
+
+
+def has_column(column: str, names: Iterable[str]) -> bool:
+    """Return whether a column, or the one that holds a nested one, is among the names."""
+    return outermost(column, names) in names
+
+
+def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
+    """Return what may help if columns are missing."""
+    if not is_table(path, options):
+        return ""
+    if suffix_of(path) in TEXT_SUFFIXES and _is_tagged_words(path, options):
+        return (
+            "; it looks like CoNLL's format, a word with its tag on each line; write a row for "
+            "each sentence"
+        )
+    if len(names) == 1 and suffix_of(path) in TEXT_SUFFIXES:
+        return "; it looks like running text, which data.task: text learns"
+    if len(names) == 1:
+        return "; if its cells are not separated by commas, set data.delimiter"
+    if options.column_names is None and any(map(_is_unlike_a_name, names)):
+        return "; its first line looks like a row: name the columns in data.column_names"
+    return ""
+
+
+def _is_unlike_a_name(name: str) -> bool:
+    return len(name) > 40 or len(name.split()) > 3 or name.strip().isdecimal()
+
+
+def _is_tagged_words(path: Path, options: ReadOptions) -> bool:
+    """Return whether the lines are words with tags, and blank lines separate sentences."""
+    with open_text(path, options.encoding) as (text, _):
+        lines = [line.split() for line in itertools.islice(text, 1000)]
+    counts = {len(words) for words in lines if words}
+    return len(counts) == 1 and counts.pop() > 1 and [] in lines[:-1]
 
 
 def _param(field: str) -> str:
@@ -172,24 +274,38 @@ def _param(field: str) -> str:
     return f"data.{field}_column" if field in known else "in data.prompt_template"
 
 
-def _column_names(path: Path, wanted: Iterable[str]) -> list[str]:
-    suffix = suffix_of(path)
-    if suffix == ".parquet":
-        with open_parquet(path, {}) as file:
-            return file.schema_arrow.names
+def column_names(path: Path, options: ReadOptions) -> list[str]:
+    """Return the names of a file's columns; of JSON, those up to a row with all that are wanted.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    if suffix_of(path) in COLUMNAR:
+        return columnar_names(path)
+    if is_table(path, options):
+        table = list(table_format(path, options).names or options.required.values())
+        check_names(table, path, options.columns.values())
+        if any(map(is_undecodable, table)):
+            raise UserError(
+                f"{path} line 1: the column names are not UTF-8; save it as UTF-8, or set "
+                "data.encoding"
+            )
+        return table
     names: dict[str, None] = {}
     empty = True
-    wanted = list(wanted)
-    for row in parse_file(path, {name: name for name in wanted}, "line", lambda size: None):
+    wanted = [column.partition(".")[0] for column in options.required.values()]
+    for row in parse_file(path, options):
         empty = False
         names.update(dict.fromkeys(row.cells))
-        if names.keys() >= set(wanted) or (suffix in DELIMITERS and row.cells):
+        if names.keys() >= set(wanted):
             break  # otherwise read on: a later JSON object may have more keys
     # If no row is valid JSON, the error is the malformed rows and not a missing column.
     return list(names) if names or empty else list(wanted)
 
 
-def require_optional_columns(files: Iterable[Path], columns: Iterable[str]) -> None:
+def require_optional_columns(
+    files: Iterable[Path], options: ReadOptions, columns: Iterable[str]
+) -> None:
     """Raise UserError if no file has an optional column of the prompt template.
 
     A name that is misspelled would otherwise be an empty column of every row.
@@ -199,12 +315,13 @@ def require_optional_columns(files: Iterable[Path], columns: Iterable[str]) -> N
     for file in files:
         if not missing:
             return
+        wanted = replace(options, columns={c: c for c in missing}, optional=frozenset())
         try:
-            found = ["text"] if suffix_of(file) == ".txt" else _column_names(file, missing)
+            found = ["text"] if suffix_of(file) == ".txt" else column_names(file, wanted)
         except UserError:
             return  # the error is reported, with others, when the rows are read
         names.update(dict.fromkeys(found))
-        missing -= set(found)
+        missing = {column for column in missing if not has_column(column, found)}
     if missing and names:
         listed = " and ".join(f"{quote(c)}{suggest(c, list(names))}" for c in sorted(missing))
         shown = ", ".join(map(quote, list(names)[:30]))

@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptj8.dataset.prepared.dataset import SPLITS
+from gptj8.dataset.readers.folders import SPLIT_OF, is_unlabelled, stem_of, texts_by_label
 from gptj8.dataset.readers.formats import explain_missing_file
-from gptj8.dataset.readers.parsers import COMPRESSIONS, SUFFIXES, suffix_of
+from gptj8.dataset.readers.parsers import SUFFIXES
+from gptj8.dataset.readers.text_files import suffix_of
 from gptj8.dataset.text import canonical_words
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
 
-_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-_SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 _WORDS = re.compile(r"[\W_]+")
 _PATTERN_CHARACTERS = "*?["
@@ -40,10 +36,12 @@ class Sources(NamedTuple):
     Attributes:
         files: the files of each split that has any; always includes `train`.
         ignored: files in the same directories that are not read.
+        folder_labels: whether the files are texts whose folders are named as their labels.
     """
 
     files: dict[str, list[Path]]
     ignored: list[Path]
+    folder_labels: bool = False
 
 
 def find_sources(data: Data) -> Sources:
@@ -53,7 +51,8 @@ def find_sources(data: Data) -> Sources:
     (`train.csv`, `dev.jsonl.gz`, the Hub's `data/train-00000-of-00002.parquet`, `test/part1.csv`);
     a directory of files without such names, all of which are training rows. `data.validation` and
     `data.test` may be files or directories. A pattern (`data.train_files` and so on) selects files
-    in a directory, at any depth with `**/`.
+    in a directory, at any depth with `**/`. A directory may also have a folder of text files for
+    each label of a classification (`train/pos/1.txt`).
 
     Raises:
         UserError: with one line per missing or ambiguous path.
@@ -61,6 +60,7 @@ def find_sources(data: Data) -> Sources:
     problems: list[str] = []
     files: dict[str, list[Path]] = {}
     existing: set[Path] = set()
+    folder_labels = False
     for split in SPLITS:
         value, pattern = getattr(data, split), getattr(data, f"{split}_files")
         if value is None:
@@ -80,6 +80,10 @@ def find_sources(data: Data) -> Sources:
             inside = _files_below(path)
             existing.update(inside)
             readable = [file for file in inside if suffix_of(file) in SUFFIXES]
+            readable = _without_metadata(readable)
+            if data.task == "classification" and (texts := texts_by_label(path, readable)):
+                folder_labels = True
+                readable = [file for file in texts if not is_unlabelled(file)]
             if pattern is not None:
                 files[split] = _matching(path, pattern, readable, split, problems)
             elif split == "train":
@@ -96,7 +100,15 @@ def find_sources(data: Data) -> Sources:
         raise UserError("\n".join(problems))
     read = {file for paths in files.values() for file in paths}
     ordered = {split: files[split] for split in SPLITS if split in files}
-    return Sources(ordered, sorted(existing - read))
+    if folder_labels:
+        problems = [
+            f"{file} is not in a folder that is named as its label"
+            for file in sorted(read)
+            if suffix_of(file) != ".txt"
+        ]
+        if problems:
+            raise UserError("\n".join(problems[:3]))
+    return Sources(ordered, sorted(existing - read), folder_labels)
 
 
 def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
@@ -112,7 +124,7 @@ def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
                 str(path).encode()
             except UnicodeEncodeError:
                 problems.append(f"{str(path)!a}: the file name is not UTF-8; rename it")
-            if shard := _SHARD.fullmatch(_stem(path)):
+            if shard := _SHARD.fullmatch(stem_of(path)):
                 name, number, total = shard[1], int(shard[2]), int(shard[3])
                 shards.setdefault((path.parent, name, total), set()).add(number)
     for (folder, name, total), numbers in shards.items():
@@ -150,6 +162,14 @@ def explain_missing(split: str, value: str) -> str:
     missing = f"data.{split}: {explain_missing_file(path)}"
     looks_like_an_id = re.fullmatch(r"[\w.-]+/[\w.-]+", value) and suffix_of(path) not in SUFFIXES
     return f"{missing}; {_HUB}" if looks_like_an_id else missing
+
+
+def _without_metadata(files: list[Path]) -> list[Path]:
+    """Return files without those that `Dataset.save_to_disk` writes beside the rows."""
+    names = {"dataset_info.json", "state.json", "dataset_dict.json"}
+    if not any(suffix_of(file) == ".arrow" for file in files):
+        return files
+    return [file for file in files if file.name not in names]
 
 
 def _files_below(directory: Path) -> list[Path]:
@@ -196,13 +216,13 @@ def _splits_in_directory(
     named: dict[str, list[Path]] = {}
     similar: list[Path] = []
     for path in readable:
-        parts = [part.casefold() for part in (*_parts(directory, path)[:-1], _stem(path))]
+        parts = [part.casefold() for part in (*_parts(directory, path)[:-1], stem_of(path))]
         if shard := _SHARD.fullmatch(parts[-1]):
             parts[-1] = shard[1]
-        splits = {_SPLIT_OF[part] for part in parts if part in _SPLIT_OF}
+        splits = {SPLIT_OF[part] for part in parts if part in SPLIT_OF}
         if len(splits) == 1:
             named.setdefault(splits.pop(), []).append(path)
-        elif splits or any(word in _SPLIT_OF for part in parts for word in _WORDS.split(part)):
+        elif splits or any(word in SPLIT_OF for part in parts for word in _WORDS.split(part)):
             similar.append(path)
     if similar:
         listed = ", ".join(path.relative_to(directory).as_posix() for path in similar[:10])
@@ -213,8 +233,8 @@ def _splits_in_directory(
         )
     for split, found in named.items():
         # One file, shards or the files of a folder are allowed, but not train.csv and train.jsonl.
-        top = [path for path in found if not _SHARD.fullmatch(_stem(path))]
-        stems = [path.with_name(_stem(path)) for path in top]
+        top = [path for path in found if not _SHARD.fullmatch(stem_of(path))]
+        stems = [path.with_name(stem_of(path)) for path in top]
         if len(set(stems)) < len(stems) or (len(top) < len(found) and top):
             listed = ", ".join(path.relative_to(directory).as_posix() for path in found)
             problems.append(f"{directory} has more than one {split} file: {listed}")
@@ -227,9 +247,3 @@ def _splits_in_directory(
             f"is named train; readable files: {listed}"
         )
     return named
-
-
-def _stem(path: Path) -> str:
-    """Return a file's name without its suffixes: `train` of `train.csv.gz`."""
-    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSIONS else path.name
-    return Path(stem).stem

@@ -41,14 +41,19 @@ def invalid_rows(
         return []
     allowed = data.max_invalid_fraction
     too_many = [split for split in invalid if invalid[split] > allowed * total[split]]
+    remedy = "fix them, or raise it"
+    if 2 * findings.count("room") >= count:
+        remedy = (
+            f"most answers do not fit within data.max_length = {data.max_length} with their "
+            "prompts: raise data.max_length"
+        )
+    elif 2 * findings.count("unknown_label") >= count:
+        remedy = "most labels are not in data.labels: correct that list"
     if data.on_invalid == "error":
         policy = "data.on_invalid = error; fix them, or set it to drop"
     elif too_many:
         where = "" if len(total) == 1 else f" in {' and '.join(too_many)}"
-        policy = (
-            f"more{where} than data.max_invalid_fraction = {allowed:g} allows; fix them, or raise "
-            "it"
-        )
+        policy = f"more{where} than data.max_invalid_fraction = {allowed:g} allows; {remedy}"
     else:
         return []
     shown = _first_invalid(findings)
@@ -98,6 +103,15 @@ def leaks(check: str, pairs: Mapping[tuple[int, int], int], example: Any) -> str
         f"{texts} are in two splits ({counts}), for example {_place(example)} and "
         f"{example.other_file} row {example.other_row}{_shown(example.value)}; "
         f"data.on_leak = error: fix them, or {way_out}"
+    )
+
+
+def same_rows(data: Data, split: str, other: str, count: int) -> str:
+    """Return the problem of a split whose rows are all in a later split."""
+    rows = f"all {count:,} rows" if count > 1 else "the only row"
+    return (
+        f"{rows} of {split} are also in {other}: the files of {split} and {other} have the same "
+        f"texts; give each split rows of its own, or leave data.{other} unset to hold rows out"
     )
 
 
@@ -151,6 +165,12 @@ def missing_labels(data: Data, known: Collection[str]) -> list[str]:
 
 def unseen_labels(split: str, labels: Sequence[str]) -> str:
     """Return the problem of labels in a split that are missing from train."""
+    if list(labels) == ["-1"]:
+        return (
+            f"rows of {split} have the label -1, which train does not have; it marks rows without "
+            f"a label, as in the public test split of many benchmarks; use another file for "
+            f"data.{split}"
+        )
     return (
         f"labels in {split} that are missing from train: {listed(labels, 10)}; add rows with them "
         f"to train, or remove them from {split}"

@@ -19,8 +19,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.validation.checks import CHECKS, Check, Kind
-from gptj8.dataset.validation.run import Validated
 from gptj8.dataset.validation.shifts import label_shift, length_shift
+from gptj8.dataset.validation.validated import Validated
 from gptj8.params.sections import Data
 from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.files import format_bytes, replace_directory, sha256_file, write_json
@@ -148,7 +148,7 @@ def token_lengths(validated: Validated, max_length: int) -> pd.DataFrame:
 
 def notes(validated: Validated, max_length: int) -> list[str]:
     """Return notes on the dataset that do not belong to single rows."""
-    found = []
+    found = [f"{note[0].upper()}{note[1:]}." for note in validated.notes]
     for shift in _shifts(validated):
         for words, compared in (("lengths", shift.length), ("labels", shift.label)):
             if compared is not None and compared.notable:

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,19 @@ import pyarrow as pa
 
 from gptj8.dataset.prepared.dataset import SPLITS, PreparedWriter
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.formats import require_optional_columns
+from gptj8.dataset.readers.formats import describe_files, require_optional_columns
+from gptj8.dataset.readers.options import END_OF_TEXT, read_options
+from gptj8.dataset.readers.plain_text import choose_text_row
 from gptj8.dataset.readers.row_shapes import shape_of
-from gptj8.dataset.readers.sources import find_sources
+from gptj8.dataset.readers.sources import Sources, find_sources
 from gptj8.dataset.validation import near_duplicates, policies, relations
 from gptj8.dataset.validation.findings import Findings, copy_dropped
+from gptj8.dataset.validation.mixture import Mixture
 from gptj8.dataset.validation.parallel import ordered_map
 from gptj8.dataset.validation.row_store import RowStore
+from gptj8.dataset.validation.running_text import Parts, follows, with_borders
 from gptj8.dataset.validation.scan import Scanner, scan_files
+from gptj8.dataset.validation.validated import Validated
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import listed
@@ -48,49 +52,6 @@ REJECTED_FILE = "rejected.parquet"
 
 _EXAMPLES = 3
 _CHUNK = 8192  # rows hashed or reported per call
-
-
-@dataclass
-class Validated:
-    """The result of validating a dataset.
-
-    Attributes:
-        task: `classification`, `completion` or `text`.
-        files: the files that were read, by split.
-        findings: all findings.
-        ignored: files in the directories that were not read or have no rows.
-        problems: why the dataset cannot be used, one line per problem; empty if it can be used.
-        total_rows, invalid_rows: the number of rows, and of invalid rows, in the files of each
-            split.
-        rewritten_rows: the number of conversations whose earlier answers the chat template
-            rewrites; each answer is then an example of its own.
-        rows: the number of rows kept, per split.
-        examples: the number of training examples, per split that training reads.
-        tokens: the number of tokens within max_length, per split.
-        lengths: per split, the number of rows with 0, 1, 2 ... tokens before truncation.
-        labels: the number of rows per label in each split; empty unless the task is classification.
-        near_recall: the expected fraction, 0 to 1, of the pairs with a similarity equal to
-            `near_duplicate_threshold` that are found; None if near-duplicates are not searched for.
-        seconds: the time taken.
-    """
-
-    task: str
-    files: dict[str, list[Path]]
-    findings: Findings
-    problems: list[str] = field(default_factory=list)
-    ignored: list[Path] = field(default_factory=list)
-    rewritten_rows: int = 0
-    total_rows: Counter[str] = field(default_factory=Counter)
-    invalid_rows: Counter[str] = field(default_factory=Counter)
-    rows: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    lengths: dict[str, np.ndarray] = field(
-        default_factory=lambda: {name: np.zeros(1, dtype=np.int64) for name in SPLITS}
-    )
-    labels: dict[str, Counter[str]] = field(default_factory=lambda: {n: Counter() for n in SPLITS})
-    near_recall: float | None = None
-    seconds: float = 0.0
 
 
 def validate(
@@ -107,13 +68,11 @@ def validate(
             only if there are no problems. Temporary files need a few bytes per row.
 
     Raises:
-        UserError: one line per file that cannot be read, or if no row is valid.
+        UserError: one line per reason why files cannot be read.
     """
     started = time.monotonic()
     sources = find_sources(data)
-    shape = shape_of(data)
-    files = [file for paths in sources.files.values() for file in paths]
-    require_optional_columns(files, shape.expected)
+    scanner, notes = _scanner(data, encoder, sources)
     directory = Path(directory)
     scratch = directory / ".scratch"
     try:
@@ -122,7 +81,10 @@ def validate(
             closing(RowStore(scratch)) as store,
         ):
             validated = Validated(data.task, sources.files, findings, ignored=sources.ignored)
-            _Validation(data, encoder, validated, store).run(directory)
+            validated.notes += notes
+            _Validation(data, scanner, validated, store).run(directory)
+        read = (file for paths in sources.files.values() for file in paths)
+        validated.notes[len(notes) : len(notes)] = describe_files(list(read), scanner.options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     copy_dropped(directory / FINDINGS_FILE, directory / REJECTED_FILE)
@@ -130,36 +92,64 @@ def validate(
     return validated
 
 
+def _scanner(data: Data, encoder: TextEncoder, sources: Sources) -> tuple[Scanner, list[str]]:
+    """Return the scanner for a dataset, and notes on what was found out about its files."""
+    shape, train = shape_of(data), sources.files["train"]
+    notes = ["labels are the names of the folders"] if sources.folder_labels else []
+    text_row = data.text_row
+    if text_row == "auto":
+        text_row, why = "line", ""
+        if data.task == "text":
+            text_row, why = choose_text_row(train, (END_OF_TEXT, encoder.eos), data.encoding)
+        notes += [f"data.text_row: {text_row}, because {why}"] if why else []
+    options = read_options(data, shape, text_row, encoder.eos, sources.folder_labels)
+    require_optional_columns(
+        (file for paths in sources.files.values() for file in paths), options, shape.expected
+    )
+    return Scanner(data, encoder, options).informed(train), notes
+
+
 class _Validation:
     """The passes over one dataset, and their state.
 
     Attributes:
+        parts: the parts of documents, if the rows are running text.
+        mixture: the weights of files, if there are any.
+        emptied: the splits that leaks leave without rows.
         split: the split of each row, as an index into `SPLITS`.
         kept: whether each row is kept.
         label: the label of each row, as an index into `label_names`.
     """
 
-    def __init__(
-        self, data: Data, encoder: TextEncoder, validated: Validated, store: RowStore
-    ) -> None:
+    def __init__(self, data: Data, scanner: Scanner, validated: Validated, store: RowStore) -> None:
         self.data = data
-        self.scanner = Scanner(data, encoder)
-        self.shape = self.scanner.shape
+        self.scanner = scanner
+        self.shape = scanner.shape
         self.validated = validated
         self.store = store
         self.label_names: list[str] = []
         self.split = self.label = np.empty(0, dtype=np.uint8)
         self.kept = np.empty(0, dtype=bool)
+        self.parts: Parts | None = None
+        self.mixture: Mixture | None = None
+        self.emptied: list[str] = []
+        if data.train_weights:
+            files = validated.files["train"]
+            self.mixture = Mixture(data.train_weights, files, Path(data.train))
 
     def run(self, directory: Path) -> None:
         self._scan()
         findings = self.validated.findings
         invalid, total = self.validated.invalid_rows, self.validated.total_rows
         if not self.store.size:
-            raise UserError(policies.nothing_valid(self.data, findings, total.total()))
+            nothing = policies.nothing_valid(self.data, findings, total.total())
+            self.validated.problems.append(nothing)
+            return
         self.validated.problems += policies.invalid_rows(self.data, findings, invalid, total)
         self.split = self.store.fact("split")
         self.kept = np.ones(self.store.size, dtype=bool)
+        if self.data.task == "text":
+            self.parts = Parts(self.store.fact("follows"))
         if self.data.task == "classification":
             self.label = self.store.fact("label")
             if self.data.labels is None:  # spellings in data.labels are intended
@@ -177,18 +167,27 @@ class _Validation:
     def _scan(self) -> None:
         validated = self.validated
         split_of = {p.as_posix(): split for split, paths in validated.files.items() for p in paths}
-        files = [path for paths in validated.files.values() for path in paths]
         numbers: dict[str, int] = {}
-        total = sum(path.stat().st_size for path in files)
+        total = sum(path.stat().st_size for paths in validated.files.values() for path in paths)
+        previous: tuple[str, int] | None = None
         with progress(total, "read", "bytes") as advance:
             empty: dict[Path, str] = {}
-            for batch in scan_files(self.scanner, files, self.data.engine, advance, empty):
+            for batch in scan_files(
+                self.scanner, validated.files, self.data.engine, advance, empty
+            ):
                 split = split_of[batch.file]
                 validated.total_rows[split] += batch.total
                 validated.invalid_rows[split] += batch.invalid
                 validated.rewritten_rows += batch.rewritten
                 validated.findings.add(batch.findings.assign(split=split))
                 size = batch.rows.num_rows
+                if self.data.task == "text" and size:
+                    places = batch.rows.select(["file", "row", "next_row"]).to_pandas()
+                    batch.facts["follows"] = follows(places, previous)
+                    previous = places["file"].iloc[-1], int(places["next_row"].iloc[-1])
+                if self.mixture:
+                    files = batch.rows.column("file").to_pylist()
+                    batch.facts["pattern"] = self.mixture.patterns(files)
                 facts = batch.facts | {"split": np.full(size, SPLITS.index(split), np.uint8)}
                 if self.data.task == "classification":
                     labels = batch.rows.column("label").to_pylist()
@@ -218,8 +217,10 @@ class _Validation:
     def _drop_equal(self) -> pd.DataFrame:
         """Report equal texts, drop duplicates and leaks, and return the remaining equal texts."""
         high, low = self.store.fact("key_high"), self.store.fact("key_low")
-        equal = relations.equal_texts(high, low, np.arange(self.store.size))
+        equal = relations.equal_texts(high, low, np.flatnonzero(self._is_compared()))
         found = relations.duplicates(equal, self.split, self.store.fact("answer"))
+        if self.parts:
+            found = found[~self.parts.are_parts[found["index"]]]
         self._report_relation("duplicate", found, "is the same as", drop=True)
         equal = equal[self.kept[equal["index"]]]
         found = relations.leaks(equal, self.split)
@@ -236,7 +237,8 @@ class _Validation:
         if threshold is None:
             return np.empty((0, 2), dtype=np.int64)
         # A text that is empty after normalization cannot be compared.
-        rows = np.flatnonzero(self.kept & (self.store.normalized_lengths() > 0))
+        is_compared = self.kept & self._is_compared() & (self.store.normalized_lengths() > 0)
+        rows = np.flatnonzero(is_compared)
         bands = self._hash_bands(*near_duplicates.banding(threshold, len(rows)))
         self.validated.near_recall = near_duplicates.expected_recall(threshold, len(rows))
         pairs, alike = near_duplicates.find_similar(
@@ -252,10 +254,18 @@ class _Validation:
         found = relations.near_leaks(pairs, alike, self.split)
         self._handle_leaks("near_leak", found, "is nearly the same as")
         left = self.kept[pairs].all(axis=1)
+        if self.parts:
+            left &= ~self.parts.are_parts[pairs].any(axis=1)
         drop = self.data.on_near_duplicate == "drop"
         found = relations.near_duplicates(pairs[left], alike[left], self.split, drop)
         self._report_relation("near_duplicate", found, "is nearly the same as", drop)
         return pairs
+
+    def _is_compared(self) -> np.ndarray:
+        """Return whether each row is compared with others; brief parts of documents are not."""
+        if self.parts is None:
+            return np.ones(self.store.size, dtype=bool)
+        return ~(self.parts.are_parts & self.store.fact("brief"))
 
     def _hash_bands(self, bands: int, width: int) -> list[str]:
         """Store the band hashes of all rows as facts; return the names of the facts."""
@@ -275,8 +285,17 @@ class _Validation:
         if found.empty:
             return
         policy = self.data.on_leak
+        before = np.bincount(self.split[self.kept], minlength=len(SPLITS))
         self._report_relation(check, found, words, drop=policy == "drop")
-        if policy != "error":
+        leaking = np.bincount(self.split[found["index"]], minlength=len(SPLITS))
+        for number, name in enumerate(SPLITS):
+            if before[number] and before[number] == leaking[number]:
+                owner = SPLITS[int(self.split[found["other"]].max())]
+                problem = policies.same_rows(self.data, name, owner, int(before[number]))
+                if policy != "warn":
+                    self.validated.problems.insert(0, problem)
+                    self.emptied.append(name)
+        if policy != "error" or self.emptied:
             return
         owners = self.split[found["other"]].tolist()
         pairs = Counter(zip(self.split[found["index"]].tolist(), owners, strict=True))
@@ -294,6 +313,11 @@ class _Validation:
         if not shares:
             return
         rows = np.flatnonzero(self.kept & (self.split == 0))
+        if self.parts and len(edges := self.parts.edges()):
+            # What documents share does not join them.
+            are_parts = self.parts.are_parts
+            equal = equal[~are_parts[equal["index"]]]
+            pairs = np.concatenate([pairs[~are_parts[pairs].any(axis=1)], edges])
         cluster = relations.clusters(self.store.size, equal, pairs)[rows]
         high = self.store.fact("key_high")[rows]
         label = self.label[rows] if self.data.task == "classification" else None
@@ -328,6 +352,9 @@ class _Validation:
             self.data.max_length,
             self.scanner.chat if self.shape.is_conversation else None,
         )
+        copies = self._copies()
+        borders = self.parts.borders(self.kept, self.split, copies) if self.parts else None
+        encoder = self.scanner.encoder
         with (
             closing(prepared) as writer,
             progress(self.store.size, "write", "rows") as advance,
@@ -335,9 +362,14 @@ class _Validation:
             for start, batch in self.store.batches():
                 end = start + batch.num_rows
                 self._report_truncated(start, batch)
+                if borders:
+                    begins, ends = (border[start:end] for border in borders)
+                    batch = with_borders(batch, begins, ends, encoder.prefix_ids, encoder.eos_id)
                 for number, name in enumerate(SPLITS):
                     inside = self.kept[start:end] & (self.split[start:end] == number)
                     rows = batch.filter(pa.array(inside))
+                    if copies is not None and not number:
+                        rows = _repeated(rows, copies[start:end][inside])
                     writer.add(name, rows)
                     self._count(name, rows)
                     if names:
@@ -349,6 +381,18 @@ class _Validation:
             if not validated.problems:
                 writer.finish(names)
             validated.rows, validated.examples = writer.rows, writer.examples
+        if self.mixture:
+            validated.notes += self.mixture.describe()
+
+    def _copies(self) -> np.ndarray | None:
+        """Return how often each row of train is used; None: once."""
+        if self.mixture is None:
+            return None
+        patterns, high = self.store.fact("pattern"), self.store.fact("key_high")
+        copies = self.mixture.copies(patterns, high)
+        in_train = self.kept & (self.split == 0)
+        self.mixture.count(patterns[in_train], copies[in_train])
+        return copies
 
     def _count(self, split: str, rows: pa.RecordBatch) -> None:
         tokens = rows.column("tokens").to_numpy()
@@ -372,6 +416,8 @@ class _Validation:
         validated = self.validated
         labels = validated.labels if self.data.task == "classification" else None
         files = frozenset(validated.files)
+        if self.emptied:
+            return  # the other problems follow from that
         validated.problems += policies.splits(self.data, validated.rows, labels, files)
         if labels is None or len(self.label_names) < 2:
             return
@@ -426,3 +472,8 @@ class _Validation:
             if others is not None:
                 found = found.join(others.iloc[start : start + _CHUNK].reset_index(drop=True))
             self.validated.findings.add(found)
+
+
+def _repeated(rows: pa.RecordBatch, copies: np.ndarray) -> pa.RecordBatch:
+    """Return rows as often as `copies` says."""
+    return rows.take(pa.array(np.repeat(np.arange(rows.num_rows), copies)))

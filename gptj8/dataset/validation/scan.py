@@ -9,8 +9,8 @@ partition that fails, but the report needs the failures of all partitions.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,27 @@ from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.dataset import IDS, SPANS, Chat
 from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.dataset.prepared.text_encoder import TextEncoder
+from gptj8.dataset.readers.columnar import BATCH_ROWS
 from gptj8.dataset.readers.formats import read_batches
-from gptj8.dataset.readers.parsers import EmptyFileError
+from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.row_shapes import Shape, shape_of
+from gptj8.dataset.readers.rows import EmptyFileError
 from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.text import INVISIBLE
 from gptj8.dataset.validation import near_duplicates, schemas
 from gptj8.dataset.validation.checks import CHECKS, Kind
 from gptj8.dataset.validation.conversation_rows import choose_template, encode_conversations
 from gptj8.dataset.validation.parallel import ordered_map
+from gptj8.dataset.validation.running_text import BRIEF, encode_parts
+from gptj8.dataset.validation.shared_text import SharedText, texts_of_rows
 from gptj8.params.sections import Data
+from gptj8.params.templates import MESSAGES
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import one_line
+from gptj8.runtime.messages import counted, one_line
 
 _Errors = list[tuple[Path, UserError]]
+_TASK_BYTES = 1 << 24
+_WHOLE = ("text", "prompt", MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,12 @@ class ScannedBatch:
     Attributes:
         rows: the valid rows, with the task's fields, `file`, `row`, `tokens` (the length without
             truncation), `cut_tokens` (tokens of the text that do not fit), and `input_ids` and
-            `learned` (lists with the ids and the learned spans of each training example).
+            `learned` (lists with the ids and the learned spans of each training example). Running
+            text has `next_row`, and ids without those that begin and end a text.
         facts: `key_high` and `key_low` (uint64, from the SHA-256 of the text) and `answer` (uint64,
             from the SHA-256 of the answer) per valid row.
-        normalized: the text to compare for near-duplicates per valid row; empty if disabled.
+        normalized: what is particular to each valid row, to compare for near-duplicates; empty if
+            they are not searched for.
         findings: the columns of `gptj8.dataset.validation.findings`, without `split`.
         total, invalid: the number of rows.
         rewritten: the number of conversations whose earlier answers the chat template rewrites.
@@ -72,10 +81,14 @@ class Scanner:
     Attributes:
         data: the params.
         encoder: the model's tokenizer.
+        options: how files are read.
+        shared: what the rows have in common, by which they are not compared.
     """
 
     data: Data
     encoder: TextEncoder = field(repr=False)
+    options: ReadOptions
+    shared: SharedText = field(default_factory=SharedText)
 
     @cached_property
     def shape(self) -> Shape:
@@ -107,17 +120,37 @@ class Scanner:
     def _schema(self) -> Any:
         return schemas.schema(self.shape, self.data.labels, self.encoder.special_tokens)
 
-    def read(self, path: Path, advance: Callable[[int], object]) -> Iterator[pd.DataFrame]:
-        """Yield the rows of a file as frames for `scan`."""
-        return read_batches(
-            path, self.shape.columns, self.shape.optional, self.data.text_row, advance
-        )
+    def informed(self, files: Sequence[Path]) -> Scanner:
+        """Return a scanner that knows, from the first rows, which columns are lists and what rows
+        have in common."""
+        if self.shape.answer is None:
+            return self
+        first = next(self._read_sample(files, self.options), None)
+        if first is None:
+            return self
+        fields = self.shape.template.fields if self.shape.template else ()
+        kinds = {field: first[f"{field}_kind"] for field in fields if field not in _WHOLE}
+        lists = frozenset(f for f, kind in kinds.items() if 2 * (kind == "list").sum() > len(kind))
+        options = replace(self.options, list_fields=lists)
+        if lists:
+            first = next(self._read_sample(files, options))
+        found = replace(self, options=options)
+        if self.data.near_duplicate_threshold is None:
+            return found
+        usable = first.drop(index=self._invalid(first)[1])
+        if self.shape.is_conversation:
+            usable, _, _ = encode_conversations(usable, self.conversations)
+        else:
+            usable = self.shape.to_fields(usable)
+        return replace(found, shared=SharedText.of(texts_of_rows(usable, first, self.shape)))
+
+    def _read_sample(self, files: Sequence[Path], options: ReadOptions) -> Iterator[pd.DataFrame]:
+        # Files that cannot be read are reported when all are.
+        return read_batches(files, options, failed=lambda path, error: None)
 
     def scan(self, batch: pd.DataFrame) -> ScannedBatch:
         """Check and encode one batch, as `gptj8.dataset.readers.formats.read_batches` yields it."""
-        failed = schemas.failures(batch, self._schema, self.shape)
-        kinds = failed["check"].map(lambda name: CHECKS[name].kind)
-        invalid = failed.loc[kinds == Kind.INVALID, "index"].unique()
+        failed, invalid = self._invalid(batch)
         valid = batch.drop(index=invalid)
         if self.shape.is_conversation:
             usable, more, rewritten = encode_conversations(valid, self.conversations)
@@ -131,8 +164,10 @@ class Scanner:
         facts = self._facts(usable, texts)
         normalized = [""] * len(texts)
         if self.data.near_duplicate_threshold is not None:
-            normalized = [near_duplicates.normalize(text) for text in texts]
-        rows = pd.concat([usable, batch.loc[usable.index, ["file", "row"]]], axis=1)
+            compared = map(self.shared.particular, texts_of_rows(usable, batch, self.shape))
+            normalized = [near_duplicates.normalize(text) for text in compared]
+        places = ["file", "row"] if self.shape.answer else ["file", "row", "next_row"]
+        rows = pd.concat([usable, batch.loc[usable.index, places]], axis=1)
         return ScannedBatch(
             file=batch["file"].iloc[0],
             rows=_record_batch(rows, row_schema(self.shape)),
@@ -144,10 +179,16 @@ class Scanner:
             rewritten=rewritten,
         )
 
+    def _invalid(self, batch: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+        """Return the failures of a batch, and the indices of the rows that they make invalid."""
+        failed = schemas.failures(batch, self._schema, self.shape)
+        kinds = failed["check"].map(lambda name: CHECKS[name].kind)
+        return failed, failed.loc[kinds == Kind.INVALID, "index"].unique()
+
     def _encode_prompts(self, valid: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the usable rows, encoded, and the failures of the others."""
         fields = self.shape.to_fields(valid)
-        encoded = self._encode(fields)
+        encoded = self._encode(fields, valid)
         # All columns may be optional, so a row may be blank.
         blank = fields[self.shape.input].str.strip(INVISIBLE) == ""
         no_room = (encoded.pop("room") < 1) & ~blank
@@ -161,7 +202,7 @@ class Scanner:
         usable = pd.concat([fields, encoded], axis=1)[~(blank | no_room)]
         return usable, pd.concat([empty, more, shared], ignore_index=True)
 
-    def _encode(self, fields: pd.DataFrame) -> pd.DataFrame:
+    def _encode(self, fields: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
         """Tokenize rows; see `ScannedBatch.rows` for the columns.
 
         Two more are `room`, the number of tokens left for the text, and `seam`, the text of a token
@@ -171,9 +212,11 @@ class Scanner:
         rows: list[tuple[int, int, int, list[list[int]], list[list[int]], str]] = []
         if self.shape.answer is None:
             # Documents are packed end to end and never truncated.
-            for text in encoder.encode_batch(texts):
-                ids = [*encoder.prefix_ids, *text, encoder.eos_id]
-                rows.append((len(ids), 0, 1, [ids], [[0, len(ids)]], ""))
+            continues = read["continues"].to_numpy(dtype=bool)
+            continued = read["next_row"].to_numpy() > 0
+            around = len(encoder.prefix_ids) + 1
+            for ids in encode_parts(encoder, texts, continues, continued):
+                rows.append((len(ids) + around, 0, 1, [ids], [[0, len(ids)]], ""))
         else:
             for row in self.prompts.examples(texts, fields[self.shape.answer].tolist()):
                 tokens = len(row.ids) + row.cut_tokens
@@ -215,17 +258,21 @@ class Scanner:
         else:
             hashes = {a: _answer_key(a) for a in fields[self.shape.answer].unique()}
             answers = fields[self.shape.answer].map(hashes).to_numpy(np.uint64)
-        return {"key_high": keys[:, 0], "key_low": keys[:, 1], "answer": answers}
+        found = {"key_high": keys[:, 0], "key_low": keys[:, 1], "answer": answers}
+        if self.shape.answer is None:
+            found["brief"] = texts.str.len().to_numpy() < BRIEF
+        return found
 
 
 def row_schema(shape: Shape) -> pa.Schema:
     """Return the schema of `ScannedBatch.rows`."""
     fields = [shape.input] + ([shape.answer] if shape.answer else [])
     fields += ["conversation", "cut"] if shape.is_conversation else []
+    numbers = ["row"] if shape.answer else ["row", "next_row"]
     return pa.schema(
         [
             *((name, pa.large_string()) for name in (*fields, "file")),
-            ("row", pa.int64()),
+            *((name, pa.int64()) for name in numbers),
             *((name, pa.int32()) for name in ("tokens", "cut_tokens")),
             ("input_ids", pa.large_list(IDS)),
             ("learned", pa.large_list(SPANS)),
@@ -235,7 +282,7 @@ def row_schema(shape: Shape) -> pa.Schema:
 
 def scan_files(
     scanner: Scanner,
-    files: Sequence[Path],
+    files: Mapping[str, Sequence[Path]],
     engine: str,
     advance: Callable[[int], object],
     empty: dict[Path, str],
@@ -244,13 +291,13 @@ def scan_files(
 
     Args:
         scanner: reads and scans each batch.
-        files: the files to read.
+        files: the files of each split.
         engine: `local` or `dask`.
         advance: called with the bytes read since the last call.
         empty: filled with the files without rows and their error messages.
 
     Raises:
-        UserError: one line per file that cannot be read.
+        UserError: one line per reason why files cannot be read.
     """
     errors: _Errors = []
     scan = _scan_on_dask if engine == "dask" else _scan_locally
@@ -260,27 +307,46 @@ def scan_files(
             empty[path] = str(error)
     errors = [(path, error) for path, error in errors if path not in empty]
     if errors:
-        lines = (line for _, error in errors for line in str(error).splitlines())
-        raise UserError("\n".join(dict.fromkeys(lines)))
+        raise UserError(_in_lines(errors))
+
+
+def _in_lines(errors: _Errors) -> str:
+    """Return a line for each reason, with the first file and the number of others."""
+    files_of: dict[str, list[Path]] = {}
+    for path, error in errors:
+        for line in str(error).splitlines():
+            reason = line.removeprefix(path.as_posix())
+            files_of.setdefault(reason, []).append(path)
+    lines = []
+    for reason, files in files_of.items():
+        more = counted(len(files) - 1, "more file")
+        also = f" (and {more}, such as {files[1]})" if len(files) > 1 else ""
+        lines.append(f"{files[0].as_posix()}{reason}{also}")
+    return "\n".join(lines)
 
 
 def _scan_locally(
-    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
+    scanner: Scanner,
+    files: Mapping[str, Sequence[Path]],
+    advance: Callable[[int], object],
+    errors: _Errors,
 ) -> Iterator[ScannedBatch]:
     def batches() -> Iterator[pd.DataFrame]:
-        for file in files:
-            try:
-                yield from scanner.read(file, advance)
-            except UserError as error:
-                errors.append((file, error))
+        for paths in files.values():
+            yield from read_batches(
+                paths, scanner.options, advance, lambda *failed: errors.append(failed)
+            )
 
     return ordered_map(scanner.scan, batches())
 
 
 def _scan_on_dask(
-    scanner: Scanner, files: Sequence[Path], advance: Callable[[int], object], errors: _Errors
+    scanner: Scanner,
+    files: Mapping[str, Sequence[Path]],
+    advance: Callable[[int], object],
+    errors: _Errors,
 ) -> Iterator[ScannedBatch]:
-    """Scan files on a Dask cluster, one task per file.
+    """Scan files on a Dask cluster, one task per file; small files share a task.
 
     The cluster is the one in Dask's configuration (DASK_SCHEDULER_ADDRESS), or a local one.
     """
@@ -294,27 +360,37 @@ def _scan_on_dask(
         raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster running?") from None
     with connected as client:
         max_started = 2 * max(1, len(client.nthreads()))
-        started: deque[tuple[Path, Any]] = deque()
-        remaining = deque(files)
+        started: deque[tuple[list[Path], Any]] = deque()
+        remaining = deque(part for paths in files.values() for part in _in_tasks(paths))
         shared = client.scatter(scanner, broadcast=True)
         while remaining or started:
             while remaining and len(started) < max_started:
-                file = remaining.popleft()
-                started.append((file, client.submit(_scan_file, shared, file, pure=False)))
-            file, future = started.popleft()
-            batches, failure = future.result()
-            errors += [(file, failure)] if failure else []
-            advance(file.stat().st_size)
+                part = remaining.popleft()
+                started.append((part, client.submit(_scan_part, shared, part, pure=False)))
+            part, future = started.popleft()
+            batches, failures = future.result()
+            errors += failures
+            advance(sum(file.stat().st_size for file in part))
             yield from batches
 
 
-def _scan_file(scanner: Scanner, file: Path) -> tuple[list[ScannedBatch], UserError | None]:
-    batches: list[ScannedBatch] = []
-    try:
-        batches += map(scanner.scan, scanner.read(file, lambda size: None))
-    except UserError as error:
-        return batches, error
-    return batches, None
+def _in_tasks(files: Sequence[Path]) -> Iterator[list[Path]]:
+    part: list[Path] = []
+    size = 0
+    for file in files:
+        if part and (size + file.stat().st_size > _TASK_BYTES or len(part) == BATCH_ROWS):
+            yield part
+            part, size = [], 0
+        part.append(file)
+        size += file.stat().st_size
+    if part:
+        yield part
+
+
+def _scan_part(scanner: Scanner, files: list[Path]) -> tuple[list[ScannedBatch], _Errors]:
+    errors: _Errors = []
+    rows = read_batches(files, scanner.options, failed=lambda *failed: errors.append(failed))
+    return [scanner.scan(batch) for batch in rows], errors
 
 
 def _record_batch(rows: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:

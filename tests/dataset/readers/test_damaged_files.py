@@ -67,6 +67,7 @@ def examine(
     out = path.with_name(f"{path.name} prepared")
     out.mkdir()
     task = "text" if ".txt" in path.suffixes else "classification"
+    params = {"text_row": "line", **params}
     try:
         with time_limit(seconds):
             validated = validate(Data(train=str(path), task=task, **params), encoder, out)
@@ -264,7 +265,8 @@ def test_quoting_errors_are_located(
         for suffix, delimiter, mark in ((".csv", ",", "utf-8"), (".tsv", "\t", "utf-8-sig")):
             data = content.replace("\n", end).replace(",", delimiter).encode(mark)
             path = tmp_path / f"a{suffix}{packing}"
-            _, _, error = examine(path, compressed(data, packing) if packing else data, encoder)
+            data = compressed(data, packing) if packing else data
+            _, _, error = examine(path, data, encoder, quoting="minimal")
             assert error.startswith(f"{path} line {line} column {column}: {reason}")
 
 

@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptj8.dataset.readers.formats import read_batches, read_rows
-from gptj8.dataset.readers.parsers import encoding_of
+from gptj8.dataset.readers.options import ReadOptions
+from gptj8.dataset.readers.text_files import encoding_of
 from gptj8.runtime.errors import UserError
 from tests.helpers.row_files import ROWS, write_csv, write_rows
 
-BOTH = {"text": "text", "label": "label"}
+BOTH = ReadOptions({"text": "text", "label": "label"})
+TEXT = ReadOptions({"text": "text"})
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
@@ -35,13 +38,13 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
 
 def test_custom_column_names(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["id", "class", "tweet"], [["7", "very good", "hello"]])
-    rows = read_rows(path, {"text": "tweet", "label": "class"})
+    rows = read_rows(path, ReadOptions({"text": "tweet", "label": "class"}))
     assert rows[["text", "label"]].values.tolist() == [["hello", "very good"]]
 
 
 def test_one_column_can_serve_two_fields(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["a"], [["x"]])
-    rows = read_rows(path, {"prompt": "a", "completion": "a"})
+    rows = read_rows(path, ReadOptions({"prompt": "a", "completion": "a"}))
     assert rows[["prompt", "completion"]].values.tolist() == [["x", "x"]]
 
 
@@ -50,7 +53,7 @@ def test_byte_order_mark_is_removed(tmp_path: Path, suffix: str) -> None:
     content = {".csv": "text\nhello\n", ".jsonl": '{"text": "hello"}\n', ".txt": "hello\n"}[suffix]
     path = tmp_path / f"bom{suffix}"
     path.write_text(content, encoding="utf-8-sig")
-    assert list(read_rows(path, {"text": "text"})["text"]) == ["hello"]
+    assert list(read_rows(path, TEXT)["text"]) == ["hello"]
 
 
 def test_csv_cells_are_read_unchanged(tmp_path: Path) -> None:
@@ -63,9 +66,9 @@ def test_blank_lines_are_skipped_and_rows_keep_their_line_numbers(tmp_path: Path
     (tmp_path / "t.csv").write_text("text,label\n\na,b\n\n   \nc,d\n")
     assert list(read_rows(tmp_path / "t.csv", BOTH)["row"]) == [1, 2]
     (tmp_path / "t.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n')
-    assert list(read_rows(tmp_path / "t.jsonl", {"text": "text"})["row"]) == [2, 4]
+    assert list(read_rows(tmp_path / "t.jsonl", TEXT)["row"]) == [2, 4]
     (tmp_path / "t.txt").write_text("a\n\n \nb")
-    rows = read_rows(tmp_path / "t.txt", {"text": "content"})
+    rows = read_rows(tmp_path / "t.txt", ReadOptions({"text": "content"}))
     assert list(zip(rows["row"], rows["text"], strict=True)) == [(1, "a"), (4, "b")]
 
 
@@ -86,7 +89,7 @@ def test_blank_lines_are_skipped_and_rows_keep_their_line_numbers(tmp_path: Path
 def test_json_cells_keep_their_kind(tmp_path: Path, cell: object, text: str, kind: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"a": "first"}\n' + json.dumps({"a": cell}) + "\n{}\n")
-    rows = read_rows(path, {"text": "a"})
+    rows = read_rows(path, ReadOptions({"text": "a"}))
     value = rows["text"][1]
     assert (value == text) if text is not None else pd.isna(value)
     assert list(rows["text_kind"]) == ["text", kind, "missing"]
@@ -94,7 +97,7 @@ def test_json_cells_keep_their_kind(tmp_path: Path, cell: object, text: str, kin
 
 def test_unpaired_surrogate_becomes_a_replacement_character(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
-    assert list(read_rows(tmp_path / "t.jsonl", {"text": "text"})["text"]) == ["a\ufffd", "🙂"]
+    assert list(read_rows(tmp_path / "t.jsonl", TEXT)["text"]) == ["a\ufffd", "🙂"]
 
 
 def test_parquet_class_labels_are_read_as_names(tmp_path: Path) -> None:
@@ -138,15 +141,19 @@ DAMAGED = {
         "line 1: the column names are not UTF-8",
     ),
     "repeated-column": ("t.csv", b"text,label,text\na,b,c\n", "repeated column names: text"),
-    "semicolons": ("t.csv", b"text;label\na;b\n", "separate the cells by commas"),
+    "other-delimiter": ("t.csv", b"text%label\na%b\n", "not separated by commas"),
     "json-array": ("t.json", b'[{"text": "a"},\n {"text" 1}]', "line 2 column 10"),
-    "pretty-json": ("t.jsonl", b'{\n"text": "a"\n}\n', "use JSON Lines with one object per line"),
+    "pretty-json": (
+        "t.jsonl",
+        b'{\n"text": "a"\n}\n{\n"text": "b"\n}\n',
+        "use JSON Lines with one object per line",
+    ),
     "not-parquet": ("t.parquet", b"PAR1 is not enough", "is not a Parquet file"),
     "not-gzip": ("t.csv.gz", b"text,label\na,b\n", "cannot be decompressed"),
     "truncated-gzip": ("t.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "decompressed"),
     "truncated-xz": ("t.csv.xz", lzma.compress(b"text,label\na,b\n")[:-9], "decompressed"),
     "packed-parquet": ("t.parquet.gz", gzip.compress(b"PAR1"), "unpack .gz first"),
-    "no-columns": ("t.txt", b"hello\n", "plain text and has no columns"),
+    "no-columns": ("t.txt", b"hello\n", "has no column text"),
     "spreadsheet": ("t.xlsx", b"PK", "the suffix .xlsx is not supported; use one of .csv"),
 }
 
@@ -168,7 +175,7 @@ def test_damaged_files_raise_with_file_and_line(
 @pytest.mark.parametrize(
     ("name", "content", "warnings"),
     [
-        ("t.tsv", 'text\tlabel\n"a\tx\nb\tx\nit the "\tx\nd\tx\n', {1: "3 rows .* line 2"}),
+        ("t.tsv", 'text\tlabel\n"a\tx\nb\tx\nit the "\tx\nd\tx\n', {}),  # quotes are text
         ("t.csv", 'text,label\nz,x\n"a,x\nb,x\nc,x\nit ",x\n', {2: "4 rows .* line 3"}),
         ("t.csv", 'id,text,label\n1,"a,x\n2,b,x\n3,it ",x\n', {1: "3 rows .* line 2"}),
         ("t.csv", 'text,label\n"Hello, world\nbye",x\n"one, two\nbuckle, my\nshoe",y\n', {}),
@@ -210,7 +217,7 @@ def test_malformed_row_has_a_problem(
     tmp_path: Path, name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    columns = BOTH if b"text" in content else {"label": "label"}
+    columns = BOTH if b"text" in content else ReadOptions({"label": "label"})
     rows = read_rows(tmp_path / name, columns)
     assert list(rows["row"]) == [1, 2, 3]
     assert list(rows["problem"].isna()) == [True, False, True]
@@ -230,7 +237,7 @@ def test_bytes_that_are_not_utf_8_affect_only_their_cell(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    rows = read_rows(tmp_path / name, {"text": "text"})
+    rows = read_rows(tmp_path / name, TEXT)
     assert list(rows["text_kind"]) == ["text", "undecodable", "text"]
     assert list(rows["text"]) == ["à", "caf\ufffd", "c"]
 
@@ -252,7 +259,7 @@ def test_the_encoding_of_a_file_as_a_whole(tmp_path, encoding, text, found, fill
     path = tmp_path / f"t.csv{compression}"
     path.write_bytes(gzip.compress(lines) if compression else lines)
     assert encoding_of(path) == found
-    rows = read_rows(path, {"text": "text"})
+    rows = read_rows(path, TEXT)
     assert rows["text"][1] == text.split(",")[0]
     assert (rows["text_kind"] == "text").all()
 
@@ -294,14 +301,14 @@ def test_compressed_file_gives_the_same_rows(
 
 def test_plain_text_file_can_be_one_row(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"one\r\n\ntwo\n")
-    rows = read_rows(tmp_path / "t.txt", {"text": "text"}, text_row="file")
+    rows = read_rows(tmp_path / "t.txt", replace(TEXT, text_row="file"))
     assert rows[["row", "text"]].values.tolist() == [[1, "one\n\ntwo\n"]]
 
 
 def test_batches_cover_all_rows_and_report_all_bytes(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["text"], [[f"row {i}"] for i in range(10_000)])
     done: list[int] = []
-    batches = list(read_batches(path, {"text": "text"}, advance=done.append))
+    batches = list(read_batches([path], TEXT, advance=done.append))
     assert [len(batch) for batch in batches] == [4096, 4096, 1808]
     assert sum(done) == path.stat().st_size and len(done) == 3
     assert [text for b in batches for text in b["text"]] == [f"row {i}" for i in range(10_000)]
@@ -320,7 +327,7 @@ def test_damaged_parquet_pages_raise(tmp_path: Path) -> None:
 def test_missing_columns_are_reported_with_existing_columns(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["id", "tweet", "class"], [["1", "a", "b"]])
     with pytest.raises(UserError) as caught:
-        read_rows(path, {"text": "tweets", "label": "Class"})
+        read_rows(path, ReadOptions({"text": "tweets", "label": "Class"}))
     assert str(caught.value) == (
         f"{path} has no column tweets (data.text_column), did you mean tweet? and "
         "Class (data.label_column), did you mean class?; its columns: id, tweet, class"

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from gptj8.dataset.readers.formats import read_rows, require_optional_columns
+from gptj8.dataset.readers.options import ReadOptions
 from gptj8.runtime.errors import UserError
 
-COLUMNS = {"text": "text", "label": "label"}
+COLUMNS = ReadOptions({"text": "text", "label": "label"})
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -52,6 +53,6 @@ def test_an_optional_column_that_no_file_has_is_an_error(tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     files[0].write_text('{"instruction": "x", "context": "y"}\n')
     files[1].write_text('{"instruction": "x"}\n{"instruction": "x", "extra": "z"}\n')
-    require_optional_columns(files, ["context", "extra"])
+    require_optional_columns(files, COLUMNS, ["context", "extra"])
     with pytest.raises(UserError, match=r"names the column contxt, did you mean context\?"):
-        require_optional_columns(files, ["contxt"])
+        require_optional_columns(files, COLUMNS, ["contxt"])

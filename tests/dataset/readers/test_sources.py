@@ -26,7 +26,7 @@ def test_all_missing_files_are_reported_together(tmp_path: Path) -> None:
 
 def found(folder: Path, **data: object) -> dict[str, list[str]]:
     """Return the files that would be read, relative to the folder."""
-    files, ignored = find_sources(Data(**{"train": str(folder)} | data))
+    files, ignored, _ = find_sources(Data(**{"train": str(folder)} | data))
     named = dict(files) | ({"ignored": ignored} if ignored else {})
     return {
         split: [path.relative_to(folder).as_posix() for path in paths]

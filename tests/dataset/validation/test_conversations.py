@@ -44,7 +44,8 @@ class Result:
         out = folder / "dataset"
         out.mkdir()
         self.validated = validate(Data(train=str(file), **settings), encoder, out)
-        assert not self.validated.problems
+        if self.validated.problems:
+            raise UserError("\n".join(self.validated.problems))
         self.dataset = load_prepared(out)
         self.rows = pd.concat([self.dataset.split(n) for n in ("train", "validation", "test")])
         decode = lambda ids: encoder._tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731

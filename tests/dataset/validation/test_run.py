@@ -89,7 +89,7 @@ def test_every_failure_is_reported_at_its_row(tmp_path: Path, encoder: TextEncod
         22: ({"text": "caf\ufffd", "label": "ham"}, ("text", "replacement")),
         30: ({"text": "a", "label": None}, ("label", "missing")),
         31: ({"text": "b", "label": "  "}, ("label", "empty")),
-        32: ({"text": "c", "label": [1.5]}, ("label", "type")),
+        32: ({"text": "c", "label": [1.5, 2]}, ("label", "type")),
         33: ({"text": "d", "label": {"is": "ham"}}, ("label", "type")),
     }
     rows = [{"text": text, "label": label} for text, label in pairs(60)]
@@ -282,7 +282,7 @@ def test_completion_task(tmp_path: Path, encoder: TextEncoder) -> None:
 def test_text_task_on_plain_text(tmp_path: Path, encoder: TextEncoder) -> None:
     lines = sentences(30)
     (tmp_path / "t.txt").write_text("\n\n".join([*lines, "word " * 30]) + "\n")
-    data = Data(train=str(tmp_path / "t.txt"), task="text", max_length=96)
+    data = Data(train=str(tmp_path / "t.txt"), task="text", text_row="line", max_length=96)
     validated = Checked(data, encoder)
     assert [len(validated.splits[name]) for name in SPLITS] == [25, 3, 3]
     assert validated.found("truncated") == []  # documents are packed, not truncated

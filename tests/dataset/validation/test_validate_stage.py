@@ -80,7 +80,7 @@ BAD_INPUT = {
     "leak": (
         {"test": "same.csv"},
         None,
-        "identical texts are in two splits (40 in train and test)",
+        "all 40 rows of train are also in test",
     ),
     "wrong-type": ({"train": "n.jsonl"}, None, "n.jsonl row 1: text is an integer, not text ('1')"),
     "ragged": ({}, "text,label\na,b,c\n", "mine.csv row 1: has 3 cells on line 2"),

@@ -64,8 +64,8 @@ UNUSABLE = {
     "no-such-column": Unusable(
         ".csv", lambda c: c.replace(b"tweet", b"twit", 1), "has no column tweet"
     ),
-    "semicolons": Unusable(
-        ".csv", instead(b"tweet;class\r\na;b\r\n"), "separate the cells by commas"
+    "unknown-delimiter": Unusable(
+        ".csv", instead(b"tweet%class\r\na%b\r\n"), "not separated by commas"
     ),
     "column-twice": Unusable(
         ".csv", lambda c: c.replace(b"class", b"tweet", 1), "repeated column names"
@@ -79,7 +79,7 @@ UNUSABLE = {
         ".json", lambda c: b"[" + c.splitlines()[0] + b",", "is not valid JSON"
     ),
     "indented-objects": Unusable(
-        ".jsonl", instead(b'{\n "tweet": "a"\n}\n'), "one object per line"
+        ".jsonl", instead(b'{\n "tweet": "a"\n}\n' * 2), "one object per line"
     ),
     "gzip-cut-off": Unusable(".csv.gz", lambda c: cut(gzip.compress(c)), "cannot be decompressed"),
     "not-gzip": Unusable(".csv.gz", lambda c: c, "cannot be decompressed"),

@@ -1,0 +1,52 @@
+"""What the names of folders and files say: splits, and the labels of the texts in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptj8.dataset.readers.text_files import COMPRESSIONS, suffix_of
+
+_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
+
+_UNLABELLED = ("unsup", "unsupervised", "unlabeled", "unlabelled")
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without its suffixes: `train` of `train.csv.gz`."""
+    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSIONS else path.name
+    return Path(stem).stem
+
+
+def label_of_folder(path: Path) -> str | None:
+    """Return a text's label: the name of its innermost folder that is not named as a split."""
+    names = (name for name in reversed(path.parent.parts) if name.casefold() not in SPLIT_OF)
+    return next(names, None)
+
+
+def is_unlabelled(path: Path) -> bool:
+    """Return whether the folder's name says that its texts have no label, as aclImdb's `unsup`."""
+    return (label_of_folder(path) or "").casefold() in _UNLABELLED
+
+
+def texts_by_label(directory: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the text files that are in folders for labels; none if there are no such folders.
+
+    There is such a folder if at least two folders, apart from those named as splits, hold most of
+    the text files, and none of these is named as a split.
+    """
+    texts = [path for path in files if suffix_of(path) == ".txt"]
+    inside = [path for path in texts if _has_label(directory, path)]
+    labels = {label_of_folder(path) for path in inside if not is_unlabelled(path)}
+    is_split = any(stem_of(path).casefold() in SPLIT_OF for path in inside)
+    return inside if len(labels) > 1 and 2 * len(inside) > len(texts) and not is_split else []
+
+
+def _has_label(directory: Path, path: Path) -> bool:
+    parts = path.relative_to(directory).parent.parts
+    return sum(part.casefold() not in SPLIT_OF for part in parts) == 1

@@ -1,0 +1,84 @@
+"""Use the training rows of some files more or less often than those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from gptj8.runtime.errors import UserError
+from gptj8.runtime.messages import counted, listed
+
+
+class Mixture:
+    """Weights of files: a row is used as often as its file's weight says.
+
+    The fraction of a weight selects rows by the hash of their text, so the choice depends on no
+    order and no seed: with 0.5, half of the rows are used.
+
+    Attributes:
+        weights: pattern -> weight, from the params.
+        rows, used: the number of rows of each pattern's files, and how often they are used.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], files: Sequence[Path], directory: Path
+    ) -> None:
+        self.weights = dict(weights)
+        names = {path: _name_in(path, directory) for path in files}
+        self._pattern_of = {
+            path.as_posix(): number
+            for path, name in names.items()
+            for number, pattern in reversed(list(enumerate(self.weights, 1)))
+            if fnmatchcase(name, pattern)
+        }
+        matched = set(self._pattern_of.values())
+        for number, pattern in enumerate(self.weights, 1):
+            if number not in matched:
+                raise UserError(
+                    f"data.train_weights: no training file matches {pattern}; the files: "
+                    f"{listed(sorted(names.values()), 10)}"
+                )
+        self._values = np.array([1.0, *self.weights.values()])
+        self.rows = np.zeros(len(self._values), dtype=np.int64)
+        self.used = np.zeros(len(self._values), dtype=np.int64)
+
+    def patterns(self, files: Sequence[str]) -> np.ndarray:
+        """Return the number of the pattern of each row's file, (rows,) uint8; 0: none."""
+        return np.fromiter(
+            (self._pattern_of.get(file, 0) for file in files), dtype=np.uint8, count=len(files)
+        )
+
+    def copies(self, patterns: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Return how often each row is used, (rows,) int32.
+
+        Args:
+            patterns: (rows,) from `patterns`.
+            high: (rows,) uint64, hashes of the texts.
+        """
+        weights = self._values[patterns]
+        whole = np.floor(weights)
+        # Other bits than the ones that hold rows out.
+        position = (high & np.uint64(0xFFFFFFFF)) / float(1 << 32)
+        return (whole + (position < weights - whole)).astype(np.int32)
+
+    def count(self, patterns: np.ndarray, copies: np.ndarray) -> None:
+        """Count rows that were written."""
+        np.add.at(self.rows, patterns, 1)
+        np.add.at(self.used, patterns, copies)
+
+    def describe(self) -> list[str]:
+        """Return a line for each pattern."""
+        return [
+            f"{pattern}: {counted(int(rows), 'training row')} used {used:,} times (weight "
+            f"{weight:g})"
+            for (pattern, weight), rows, used in zip(
+                self.weights.items(), self.rows[1:], self.used[1:], strict=True
+            )
+        ]
+
+
+def _name_in(path: Path, directory: Path) -> str:
+    return path.relative_to(directory).as_posix() if directory in path.parents else path.name
