@@ -7,6 +7,8 @@ shows the reasons and is also stored in MLflow. The report of an earlier dataset
 
 from __future__ import annotations
 
+import shutil
+
 from gptj8.dataset.inputs import check_model
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.prepared.text_encoder import TextEncoder
@@ -41,7 +43,11 @@ def main() -> None:
     for line in describe_template(params.data, shape_of(params.data), encoder):
         story.say(line)
     with stage_run(STAGE, params), replace_directory(DATASET) as staging:
-        validated = validate(params.data, encoder, staging)
+        try:
+            validated = validate(params.data, encoder, staging)
+        except UserError:
+            shutil.rmtree(REPORT, ignore_errors=True)  # it is of another dataset
+            raise
         write_report(REPORT, validated, params.data, staging)
         if validated.problems:
             problems = "\n".join(validated.problems)

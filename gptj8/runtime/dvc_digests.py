@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,17 @@ def dvc_files(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     patterns = _patterns_above(path)
-    if _is_ignored(path, patterns):  # a staging directory, hashed before it is renamed
+    if _is_ignored(path, True, patterns):  # a staging directory, hashed before it is renamed
         patterns = []
-    return sorted(_below(path, patterns))
+    return [Path(file) for file in sorted(_below(path, patterns), key=_as_path)]
+
+
+def has_content(path: str | Path) -> bool:
+    """Return whether a file, or one below a directory that DVC does not ignore, is not empty."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size > 0
+    return any(os.stat(file).st_size for file in _below(path, _patterns_above(path)))
 
 
 def dvc_digest(path: str | Path, known: MutableMapping[str, str] | None = None) -> str:
@@ -93,22 +102,31 @@ def _patterns_above(directory: Path) -> _Patterns:
     ]
 
 
-def _below(directory: Path, patterns: _Patterns) -> Iterator[Path]:
-    for child in directory.iterdir():
-        if child.name in _NEVER_SEEN or _is_ignored(child, patterns):
-            continue
-        if child.is_dir() and not child.is_symlink():
-            yield from _below(child, patterns)
-        elif child.is_file():
-            yield child
+def _as_path(file: str) -> list[str]:
+    """Return what sorts a file as `Path` does."""
+    return file.split(os.sep)
 
 
-def _is_ignored(path: Path, patterns: _Patterns) -> bool:
+def _below(directory: str | Path, patterns: _Patterns) -> Iterator[str]:
+    """Yield the files below a directory; strings, because a folder may have 100,000 files."""
+    with os.scandir(directory) as children:
+        for child in children:
+            is_folder = child.is_dir()
+            if child.name in _NEVER_SEEN or _is_ignored(child.path, is_folder, patterns):
+                continue
+            if is_folder and not child.is_symlink():
+                yield from _below(child.path, patterns)
+            elif child.is_file():
+                yield child.path
+
+
+def _is_ignored(path: str | Path, is_folder: bool, patterns: _Patterns) -> bool:
     """Return whether the last pattern that matches a path ignores it."""
     ignored = False
+    absolute = os.path.abspath(path)
     for folder, spec in patterns:
-        name = path.absolute().relative_to(folder).as_posix()
-        found = spec.check_file(f"{name}/" if path.is_dir() else name).include
+        name = absolute.removeprefix(f"{folder}{os.sep}").replace(os.sep, "/")
+        found = spec.check_file(f"{name}/" if is_folder else name).include
         if found is not None:
             ignored = found
     return ignored

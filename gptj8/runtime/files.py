@@ -161,6 +161,16 @@ def list_files(path: str | Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file())
 
 
+def hash_file(path: str | Path, *algorithms: str) -> dict[str, str]:
+    """Return the digests of a file's bytes by algorithm, in hex."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            for digest in digests.values():
+                digest.update(chunk)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()

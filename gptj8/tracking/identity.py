@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gptj8.params.sections import Params, resolved
-from gptj8.runtime.dvc_digests import dvc_digest, dvc_files
+from gptj8.runtime.dvc_digests import dvc_digest, has_content
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import write_json
 from gptj8.runtime.locks import locked
@@ -74,14 +74,10 @@ def input_digests(params: Params) -> dict[str, str] | None:
     """
     root = project_root()
     paths = {key: Path(value) for key, value in params.inputs.items()}
-    if not all(path.exists() and _has_content(path) for path in paths.values()):
+    if not all(path.exists() and has_content(path) for path in paths.values()):
         return None
     with _known_digests(root / ".dvc" / "tmp" / "gptj8" / "digests.json") as known:
         return {key: dvc_digest(path, known) for key, path in paths.items()}
-
-
-def _has_content(path: Path) -> bool:
-    return any(file.stat().st_size for file in dvc_files(path))
 
 
 def experiment_key(params: Mapping[str, Any], digests: Mapping[str, str]) -> str:

@@ -7,7 +7,10 @@ the resulting MLflow runs are identical.
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ _CURVES = {"finetune": ("loss.csv", "eval_loss.csv")}
 _FOLDERS = {"finetune": ADAPTER, "export": EXPORT}
 _LEFT_OUT = "merged"  # gigabytes, which DVC already stores
 _TABLE = "predictions.csv"
+_MOST_FILES = 20  # of a split, each a dataset in MLflow
 
 
 def stage_is_recordable(stage: str, root: Path = Path()) -> bool:
@@ -136,8 +140,19 @@ def _curves(stage: str, folder: Path) -> list[Event]:
 
 
 def _datasets(inputs: dict[str, Any]) -> Event:
-    """Return the event for the datasets that a stage read and wrote, with DVC's digests."""
-    read = [(item["split"], item["path"], item["md5"]) for item in inputs["files"]]
+    """Return the event for the datasets that a stage read and wrote, with DVC's digests.
+
+    Many files of a split are one dataset: their folder, with a digest of their digests.
+    """
+    read: list[tuple[str, str, str]] = []
+    for split, items in itertools.groupby(inputs["files"], key=lambda item: item["split"]):
+        files = [(item["path"], item["md5"]) for item in items]
+        if len(files) > _MOST_FILES:
+            folder = os.path.commonpath([path for path, _ in files])
+            listing = json.dumps(files).encode()
+            digest = hashlib.md5(listing, usedforsecurity=False).hexdigest()
+            files = [(folder, digest)]
+        read += [(split, path, digest) for path, digest in files]
     made = [("prepared", str(DATASET), inputs["prepared"])]
     return _event(
         "datasets",

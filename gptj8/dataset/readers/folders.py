@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def stem_of(path: Path) -> str:
 
 def label_of_folder(path: Path) -> str | None:
     """Return a text's label: the name of its innermost folder that is not named as a split."""
-    names = (name for name in reversed(path.parent.parts) if name.casefold() not in SPLIT_OF)
-    return next(names, None)
+    return _label_of(path.parent)
 
 
 def is_unlabelled(path: Path) -> bool:
@@ -41,12 +41,18 @@ def texts_by_label(directory: Path, files: Sequence[Path]) -> list[Path]:
     the text files, and none of these is named as a split.
     """
     texts = [path for path in files if suffix_of(path) == ".txt"]
-    inside = [path for path in texts if _has_label(directory, path)]
+    inside = [path for path in texts if _has_label(directory, path.parent)]
     labels = {label_of_folder(path) for path in inside if not is_unlabelled(path)}
     is_split = any(stem_of(path).casefold() in SPLIT_OF for path in inside)
     return inside if len(labels) > 1 and 2 * len(inside) > len(texts) and not is_split else []
 
 
-def _has_label(directory: Path, path: Path) -> bool:
-    parts = path.relative_to(directory).parent.parts
+@functools.lru_cache(maxsize=1024)
+def _label_of(folder: Path) -> str | None:
+    return next((name for name in reversed(folder.parts) if name.casefold() not in SPLIT_OF), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_label(directory: Path, folder: Path) -> bool:
+    parts = folder.relative_to(directory).parts
     return sum(part.casefold() not in SPLIT_OF for part in parts) == 1

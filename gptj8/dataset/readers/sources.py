@@ -114,17 +114,22 @@ def find_sources(data: Data) -> Sources:
 def _problems_of_files(files: Mapping[str, Sequence[Path]]) -> list[str]:
     problems: list[str] = []
     owners: dict[Path, str] = {}
+    real_folders: dict[Path, Path] = {}
     shards: dict[tuple[Path, str, int], set[int]] = {}
     for split, paths in files.items():
         for path in paths:
-            other = owners.setdefault(path.resolve(), split)
+            parent = real_folders.get(path.parent)
+            if parent is None:
+                parent = real_folders[path.parent] = path.parent.resolve()
+            is_link = os.path.islink(path)
+            other = owners.setdefault(path.resolve() if is_link else parent / path.name, split)
             if other != split:
                 problems.append(f"{path} is in both data.{other} and data.{split}")
             try:
                 str(path).encode()
             except UnicodeEncodeError:
                 problems.append(f"{str(path)!a}: the file name is not UTF-8; rename it")
-            if shard := _SHARD.fullmatch(stem_of(path)):
+            if "-of-" in path.name and (shard := _SHARD.fullmatch(stem_of(path))):
                 name, number, total = shard[1], int(shard[2]), int(shard[3])
                 shards.setdefault((path.parent, name, total), set()).add(number)
     for (folder, name, total), numbers in shards.items():
@@ -182,9 +187,9 @@ def _files_below(directory: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(place)
-        found += [Path(folder) / name for name in names if not name.startswith((".", "_"))]
-    hidden = (path for path in found if any(p.startswith(".") for p in _parts(directory, path)))
-    return sorted(set(found) - set(hidden))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith((".", "_"))]
+    return sorted(found)
 
 
 def _parts(directory: Path, path: Path) -> tuple[str, ...]:

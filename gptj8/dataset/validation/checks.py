@@ -129,6 +129,11 @@ CHECKS = {
         "It is encoded as plain text, without a special effect. If it was added as a "
         "separator or end marker, remove it.",
     ),
+    "placeholder": Check(
+        Kind.SUSPECT,
+        "texts with a placeholder for an image, a sound or a video",
+        "The model gets the placeholder as text and not what it stands for.",
+    ),
     "unread_fields": Check(
         Kind.SUSPECT,
         "messages with fields that the chat template does not read",

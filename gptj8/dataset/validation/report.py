@@ -23,7 +23,7 @@ from gptj8.dataset.validation.shifts import label_shift, length_shift
 from gptj8.dataset.validation.validated import Validated
 from gptj8.params.sections import Data
 from gptj8.runtime.dvc_digests import dvc_digest
-from gptj8.runtime.files import format_bytes, replace_directory, sha256_file, write_json
+from gptj8.runtime.files import format_bytes, hash_file, replace_directory, write_json
 from gptj8.runtime.machine import peak_memory_gib
 from gptj8.runtime.messages import listed
 from gptj8.runtime.tables import write_csv
@@ -32,6 +32,7 @@ _BINS = 16  # bins up to max_length; one more bin holds longer rows
 _LABELS = 50
 _FEW_ROWS = 10  # labels with fewer rows are too rare to learn or to evaluate
 _IMBALANCE = 10
+_FILES = 1000  # listed on the page
 _SHOWN = 400  # characters shown per text
 
 
@@ -69,17 +70,13 @@ def write_report(
 
 def input_files(validated: Validated) -> list[dict[str, Any]]:
     """Return `split`, `path`, `bytes`, `md5` (as in DVC) and `sha256` for each input file."""
-    return [
-        {
-            "split": split,
-            "path": path.as_posix(),
-            "bytes": path.stat().st_size,
-            "md5": dvc_digest(path),
-            "sha256": sha256_file(path),
-        }
-        for split, paths in validated.files.items()
-        for path in paths
-    ]
+    found = []
+    for split, paths in validated.files.items():
+        for path in paths:
+            digests = hash_file(path, "md5", "sha256")
+            size = path.stat().st_size
+            found.append({"split": split, "path": path.as_posix(), "bytes": size, **digests})
+    return found
 
 
 def metrics(validated: Validated) -> dict[str, Any]:
@@ -208,6 +205,7 @@ def render(validated: Validated, data: Data, files: Sequence[Mapping[str, Any]])
         sections=list(_sections(validated)),
         quiet=[check for name, check in CHECKS.items() if not validated.findings.count(name)],
         files=files,
+        most_files=_FILES,
     )
 
 

@@ -37,6 +37,8 @@ _OTHER_KINDS = ("text", "integer", "number", "boolean")
 _ENTITY = r"&(?:[a-zA-Z][a-zA-Z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});"
 _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"
 
+_PLACEHOLDER = r"<\|?(?:image|audio|video)(?:_\d+)?\|?>"
+
 _REASONS = {
     "missing": "is missing",
     "empty": "is empty or only whitespace",
@@ -94,6 +96,7 @@ def _checks(
         "html": _lacks_entities,
         "control": functools.partial(_lacks_pattern, pattern=_CONTROL),
     }
+    of_text["placeholder"] = functools.partial(_lacks_pattern, pattern=_PLACEHOLDER)
     if special_tokens:
         pattern = "|".join(map(re.escape, special_tokens))
         of_text["special_token"] = functools.partial(_lacks_pattern, pattern=pattern)
@@ -188,6 +191,11 @@ def _explain_control(value: str) -> str:
     return f"contains the control character {match.group() if match else ''!a}"
 
 
+def _explain_placeholder(value: str) -> str:
+    match = re.search(_PLACEHOLDER, value)
+    return f"contains {match.group() if match else ''}, which the model gets as text"
+
+
 def _explain_special(value: str) -> str:
     return "contains the name of a special token, which is encoded as plain text"
 
@@ -197,6 +205,7 @@ _EXPLANATIONS: dict[str, Callable[[str], str]] = {
     "html": lambda value: f"contains the HTML entity {_first_entity(value)}",
     "control": _explain_control,
     "special_token": _explain_special,
+    "placeholder": _explain_placeholder,
     "messages": lambda value: _conversation_problem(value) or "",
 }
 
