@@ -50,7 +50,7 @@ def parse_columnar(
         for batch in table.batches(wanted):
             cells = {name: _cells(batch.column(name)) for name in wanted}
             for name, known in names_of.items():
-                cells[name] = [known.get(cell, cell) for cell in cells[name]]
+                cells[name] = [_named(cell, known) for cell in cells[name]]
             for values in zip(*cells.values(), strict=True):
                 number += 1
                 yield Row(number, dict(zip(cells, values, strict=True)))
@@ -116,18 +116,28 @@ def _arrow_batches(file: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _label_names(schema: pa.Schema, columns: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Return the label names by number of each column of type `datasets.ClassLabel`."""
+    """Return the label names by number of each column of `datasets.ClassLabel` or lists of it."""
     from datasets import ClassLabel, Features
 
     try:
         features = Features.from_arrow_schema(schema)
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}  # damaged metadata, or newer than this library: keep the numbers
+    items = {name: getattr(features[name], "feature", features[name]) for name in columns}
     return {
-        name: dict(enumerate(features[name].names))
-        for name in columns
-        if isinstance(features[name], ClassLabel)
+        name: dict(enumerate(item.names))
+        for name, item in items.items()
+        if isinstance(item, ClassLabel)
     }
+
+
+def _named(cell: Any, known: dict[int, str]) -> Any:
+    """Return the names of a label or a list of labels; an unknown number stays a number."""
+    return (
+        [known.get(item, item) for item in cell]
+        if isinstance(cell, list)
+        else known.get(cell, cell)
+    )
 
 
 def _cells(column: pa.Array) -> list[Any]:

@@ -63,19 +63,42 @@ def describe_files(files: Sequence[Path], options: ReadOptions) -> list[str]:
     """Return lines on how files were read, where that was found out and is not as usual."""
     files_of: dict[str, list[Path]] = {}
     for path in files:
-        notes: list[str] = []
-        if suffix_of(path) not in COLUMNAR:
-            if options.encoding == "auto" and encoding_of(path) == "cp1252":
-                notes.append("is not UTF-8; it was read as Windows-1252")
-            if is_table(path, options):
-                notes += table_format(path, options).notes
-        for note in notes:
+        for note in _notes(path, options):
             files_of.setdefault(note, []).append(path)
     return [
         f"{paths[0]} {note}"
         + (f" (and {counted(len(paths) - 1, 'more file')})" if len(paths) > 1 else "")
         for note, paths in files_of.items()
     ]
+
+
+def _notes(path: Path, options: ReadOptions) -> Sequence[str]:
+    if suffix_of(path) in COLUMNAR:
+        return ()
+    found: list[str] = []
+    with suppress(UserError), reading(path, options.encoding):
+        if options.encoding == "auto" and encoding_of(path) == "cp1252":
+            found.append("is not UTF-8; it was read as Windows-1252")
+        if is_table(path, options):
+            found += table_format(path, options).notes
+    return found
+
+
+def with_format_of(path: Path, options: ReadOptions) -> ReadOptions:
+    """Return options that read all tables as the first one, if that has no header.
+
+    A small file may not show by itself that its first line is a row.
+    """
+    if not path.is_file() or not is_table(path, options) or options.column_names:
+        return options
+    try:
+        with reading(path, options.encoding):
+            found = table_format(path, options)
+    except UserError:
+        return options  # reported when the file is read
+    if found.has_header or not found.delimiter:
+        return options
+    return replace(options, column_names=found.names, delimiter=found.delimiter)
 
 
 def read_batches(
@@ -130,9 +153,11 @@ def _check_file(path: Path, options: ReadOptions) -> None:
     if not path.exists():
         raise UserError(explain_missing_file(path))
     if suffix_of(path) not in (*SUFFIXES, *TEXT_SUFFIXES):
-        shown = path.suffix or "(none)"
+        advice = _ADVICE.get(suffix_of(path))
         known = f"{', '.join(SUFFIXES)}, each also with {', '.join(COMPRESSIONS)}"
-        raise UserError(f"{path}: the suffix {shown} is not supported; use one of {known}")
+        raise UserError(
+            f"{path}: the suffix {path.suffix} is not supported; {advice or f'use one of {known}'}"
+        )
     _require_columns(path, options)
 
 
@@ -165,6 +190,12 @@ def _frame(batch: list[tuple[Path, Row]], options: ReadOptions) -> pd.DataFrame:
 
 
 _ANSWERS = ("label", "completion")
+_CONLL = (
+    "it looks like CoNLL's format, a word with its tag on each line; write a row for each sentence"
+)
+_ADVICE = dict.fromkeys((".conll", ".conllu", ".iob", ".bio"), _CONLL) | dict.fromkeys(
+    (".zip", ".tar", ".7z", ".rar"), "unpack it first"
+)
 
 
 def _from_list(cell: list[Any], field: str, is_usual: bool) -> Any:
@@ -173,7 +204,7 @@ def _from_list(cell: list[Any], field: str, is_usual: bool) -> Any:
     Labels are often in lists.
     """
     if field in _ANSWERS:
-        return cell[0] if len(cell) == 1 else cell
+        return (cell or [None])[0] if len(cell) < 2 else cell
     if not is_usual or not all(isinstance(item, str | int | float) for item in cell):
         return cell
     return "\n".join(item if isinstance(item, str) else cell_text(item) for item in cell)
@@ -241,13 +272,17 @@ def has_column(column: str, names: Iterable[str]) -> bool:
 
 def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
     """Return what may help if columns are missing."""
-    if not is_table(path, options):
-        return ""
-    if suffix_of(path) in TEXT_SUFFIXES and _is_tagged_words(path, options):
+    missing = [f for f, c in options.required.items() if not has_column(c, names)]
+    if missing and set(missing) <= set(_ANSWERS) and len(options.required) > 1:
         return (
-            "; it looks like CoNLL's format, a word with its tag on each line; write a row for "
-            "each sentence"
+            "; the public test files of many benchmarks have no labels: name the files to read in "
+            "data.train_files and data.validation_files"
         )
+    if not is_table(path, options):
+        nested = _nested_column(path, options)
+        return f"; {nested} has lists of objects: write a row for each of them" if nested else ""
+    if suffix_of(path) in TEXT_SUFFIXES and _is_tagged_words(path, options):
+        return f"; {_CONLL}"
     if len(names) == 1 and suffix_of(path) in TEXT_SUFFIXES:
         return "; it looks like running text, which data.task: text learns"
     if len(names) == 1:
@@ -257,8 +292,17 @@ def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
     return ""
 
 
+def _nested_column(path: Path, options: ReadOptions) -> str | None:
+    """Return a column of JSON that holds lists of objects, which may be the rows."""
+    row = next(parse_file(path, options), None)
+    for name, cell in (row.cells if row else {}).items():
+        if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+            return quote(name)
+    return None
+
+
 def _is_unlike_a_name(name: str) -> bool:
-    return len(name) > 40 or len(name.split()) > 3 or name.strip().isdecimal()
+    return len(name) > 40 or len(name.split()) > 2 or name.strip().isdecimal()
 
 
 def _is_tagged_words(path: Path, options: ReadOptions) -> bool:

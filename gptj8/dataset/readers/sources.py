@@ -92,9 +92,12 @@ def find_sources(data: Data) -> Sources:
                 files[split] = readable
             if not files.get(split) and not problems:
                 known = ", ".join(SUFFIXES)
-                problems.append(
-                    f"data.{split}: {path} has no file with a supported suffix: {known}"
-                )
+                problem = f"data.{split}: {path} has no file with a supported suffix: {known}"
+                if plain := [file for file in inside if not suffix_of(file)]:
+                    problem += (
+                        f"; to read a text file without a suffix, set data.{split}: {plain[0]}"
+                    )
+                problems.append(problem)
     problems += _problems_of_files(files)
     if problems:
         raise UserError("\n".join(problems))

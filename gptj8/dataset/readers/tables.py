@@ -25,7 +25,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FASTTEXT_LABEL = "__label__"
 MAX_CELL = 1 << 26
 
-_CANDIDATES = (",", "\t", ";", "|")
+_CANDIDATES = ("\t", ";", "|", ",")  # commas and semicolons are also in texts
 _HEAD_LINES = 1000
 _HEAD_CHARACTERS = 1 << 18
 _LONGEST_LABEL = 40
@@ -158,8 +158,13 @@ def _records(head: Sequence[str], delimiter: str) -> list[list[str]]:
     try:
         found = list(itertools.islice(csv.reader(head, delimiter=delimiter), _HEAD_LINES))
     except csv.Error:
-        found = [line.rstrip("\r\n").split(delimiter) for line in head]
+        return _split(head, delimiter)
     return [record for record in found if record]
+
+
+def _split(head: Sequence[str], delimiter: str) -> list[list[str]]:
+    """Return the cells of each line, of which quotes are part."""
+    return [line.rstrip("\r\n").split(delimiter) for line in head]
 
 
 def _first_record(head: Sequence[str], delimiter: str) -> tuple[str, ...]:
@@ -200,8 +205,8 @@ def _without_header(
     """
     if set(wanted) != {"text", "label"}:
         return None
-    for delimiter in candidates:
-        records = _records(head, delimiter)
+    ways = [(d, read(head, d)) for d in candidates for read in (_records, _split)]
+    for delimiter, records in ways:
         width = Counter(map(len, records)).most_common(1)[0][0] if records else 0
         if width < 2 or not records or len(records[0]) != width:
             continue
@@ -227,6 +232,7 @@ def _label_column(columns: Sequence[Sequence[str]]) -> int | None:
     for number, cells in enumerate(columns):
         counts = Counter(cell.strip() for cell in cells)
         is_label = "" not in counts and max(map(len, counts)) <= _LONGEST_LABEL
+        is_label = is_label and not any(mark in cell for cell in counts for mark in "\t;|")
         few = 2 <= len(counts) <= max(3, len(cells) // 5)
         if is_label and few and counts[cells[0].strip()] > 1:
             found[number] = len(counts)

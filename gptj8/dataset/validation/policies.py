@@ -24,7 +24,8 @@ _EXAMPLES = 3
 def nothing_valid(data: Data, findings: Findings, total: int) -> str:
     """Return the error for a dataset without valid rows."""
     shown = "".join(f"; {problem}" for problem in _first_invalid(findings))
-    return f"{data.train}: none of {total} rows is valid{shown}"
+    remedy = _remedy(data, findings, total)
+    return f"{data.train}: none of {total} rows is valid{f'; {remedy}' if remedy else ''}{shown}"
 
 
 def invalid_rows(
@@ -41,14 +42,7 @@ def invalid_rows(
         return []
     allowed = data.max_invalid_fraction
     too_many = [split for split in invalid if invalid[split] > allowed * total[split]]
-    remedy = "fix them, or raise it"
-    if 2 * findings.count("room") >= count:
-        remedy = (
-            f"most answers do not fit within data.max_length = {data.max_length} with their "
-            "prompts: raise data.max_length"
-        )
-    elif 2 * findings.count("unknown_label") >= count:
-        remedy = "most labels are not in data.labels: correct that list"
+    remedy = _remedy(data, findings, count) or "fix them, or raise it"
     if data.on_invalid == "error":
         policy = "data.on_invalid = error; fix them, or set it to drop"
     elif too_many:
@@ -60,6 +54,23 @@ def invalid_rows(
     more = f"; and {count - len(shown)} more" if count > len(shown) else ""
     rows = f"invalid rows: {count} of {sum(total.values())}"
     return [f"{rows}, {policy}: {'; '.join(shown)}{more}"]
+
+
+def _remedy(data: Data, findings: Findings, count: int) -> str | None:
+    """Return what helps if most of the invalid rows have the same cause."""
+    if 2 * findings.count("room") >= count:
+        return (
+            f"most answers do not fit within data.max_length = {data.max_length} with their "
+            "prompts: raise data.max_length"
+        )
+    if 2 * findings.count("unknown_label") >= count:
+        return "most labels are not in data.labels: correct that list"
+    if 2 * findings.count("undecodable") >= count:
+        return (
+            "most rows are not in UTF-8: save the file as UTF-8, or set data.encoding, such as "
+            "cp1251 or gb18030"
+        )
+    return None
 
 
 def spelled_alike(names: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
@@ -140,6 +151,8 @@ def splits(
             continue
         if name not in with_files:
             too_few.append(name)
+        elif labels is not None and set(labels[name]) == {"-1"}:
+            continue  # `unseen_labels` says what it is
         elif not count or labels is None:
             problems.append(f"the {name} split has no rows left; add rows to data.{name}")
         else:

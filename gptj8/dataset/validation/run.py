@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from gptj8.dataset.prepared.dataset import SPLITS, PreparedWriter
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.formats import describe_files, require_optional_columns
+from gptj8.dataset.readers.formats import describe_files, require_optional_columns, with_format_of
 from gptj8.dataset.readers.options import END_OF_TEXT, read_options
 from gptj8.dataset.readers.plain_text import choose_text_row
 from gptj8.dataset.readers.row_shapes import shape_of
@@ -83,8 +83,6 @@ def validate(
             validated = Validated(data.task, sources.files, findings, ignored=sources.ignored)
             validated.notes += notes
             _Validation(data, scanner, validated, store).run(directory)
-        read = (file for paths in sources.files.values() for file in paths)
-        validated.notes[len(notes) : len(notes)] = describe_files(list(read), scanner.options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     copy_dropped(directory / FINDINGS_FILE, directory / REJECTED_FILE)
@@ -106,7 +104,9 @@ def _scanner(data: Data, encoder: TextEncoder, sources: Sources) -> tuple[Scanne
     require_optional_columns(
         (file for paths in sources.files.values() for file in paths), options, shape.expected
     )
-    return Scanner(data, encoder, options).informed(train), notes
+    read = [file for paths in sources.files.values() for file in paths]
+    notes += describe_files(read, options)
+    return Scanner(data, encoder, with_format_of(train[0], options)).informed(train), notes
 
 
 class _Validation:

@@ -149,7 +149,7 @@ def failures(rows: pd.DataFrame, checked: pa.DataFrameSchema, shape: Shape) -> p
     )
     cells = list(zip(found["index"], found["field"], found["check"], strict=True))
     found["value"] = [None if f in ROW_LEVEL_FIELDS else rows.at[i, f] for i, f, _ in cells]
-    found["reason"] = [_reason(rows, i, f, check) for i, f, check in cells]
+    found["reason"] = [_reason(rows, i, f, check, shape) for i, f, check in cells]
     return found[list(FAILURE_COLUMNS)].reset_index(drop=True)
 
 
@@ -165,11 +165,11 @@ def _without_consequences(found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFra
     return found[~consequence]
 
 
-def _reason(rows: pd.DataFrame, index: int, field: str, check: str) -> str:
+def _reason(rows: pd.DataFrame, index: int, field: str, check: str, shape: Shape) -> str:
     if field in ROW_LEVEL_FIELDS:
         return rows.at[index, field]
     if check == "type":
-        return _wrong_kind(rows.at[index, f"{field}_kind"], field)
+        return _wrong_kind(rows.at[index, f"{field}_kind"], field, shape.columns[field])
     if check in _REASONS:
         return _REASONS[check]
     value = rows.at[index, field]
@@ -273,6 +273,8 @@ def _conversation_problem(cell: str) -> str | None:
     return None
 
 
-def _wrong_kind(kind: str, field: str) -> str:
+def _wrong_kind(kind: str, field: str, column: str) -> str:
+    if kind == "list" and field in ("label", "completion"):
+        return f"is a list, but one answer is needed; its first item is {column}.0"
     article = "an" if kind[0] in "aeiou" else "a"
     return f"is {article} {kind}, not {'a list of messages' if field == MESSAGES else 'text'}"
