@@ -275,6 +275,6 @@ def _conversation_problem(cell: str) -> str | None:
 
 def _wrong_kind(kind: str, field: str, column: str) -> str:
     if kind == "list" and field in ("label", "completion"):
-        return f"is a list, but one answer is needed; its first item is {column}.0"
+        return f"is a list, not text; one answer is needed, such as its first item, {column}.0"
     article = "an" if kind[0] in "aeiou" else "a"
     return f"is {article} {kind}, not {'a list of messages' if field == MESSAGES else 'text'}"

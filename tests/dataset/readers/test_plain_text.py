@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gptj8.dataset.readers.formats import read_rows
+from gptj8.dataset.readers.formats import read_batches, read_rows
 from gptj8.dataset.readers.options import END_OF_TEXT, ReadOptions
 from gptj8.dataset.readers.plain_text import PASSAGE, choose_text_row
 from tests.helpers.labelled_rows import sentences
@@ -99,3 +99,13 @@ def test_what_a_row_is_is_found_in_the_files(tmp_path, content, chosen):
     missing = tmp_path / "a.csv"
     text_row, why = choose_text_row([missing, path], (END_OF_TEXT,), "auto")
     assert text_row == chosen and why
+
+
+def test_small_files_are_read_together(tmp_path):
+    files = [tmp_path / f"{number:04}.txt" for number in range(600)]
+    for number, text in enumerate(sentences(600)):
+        files[number].write_text(text)
+    frames = list(read_batches(files, FILE))
+    assert [len(frame) for frame in frames] == [600]
+    assert frames[0]["text"].tolist() == sentences(600)
+    assert frames[0]["file"].tolist() == [file.as_posix() for file in files]

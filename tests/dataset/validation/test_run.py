@@ -389,3 +389,56 @@ def test_report_shows_numbers_and_examples(tmp_path: Path, encoder: TextEncoder)
     labels = pd.read_csv(tmp_path / "report" / "labels.csv")
     assert labels.groupby("label")["rows"].sum().to_dict() == {"<b>": 30, "c": 32}
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["labels"] == 2
+
+
+def test_a_split_whose_rows_are_all_in_a_later_split_is_said_first(
+    tmp_path: Path, encoder: TextEncoder
+) -> None:
+    train = write_csv(tmp_path / "t.csv", pairs(30))
+    for policy in ("error", "drop"):
+        for split in ("validation", "test"):
+            same = write_csv(tmp_path / "v.csv", pairs(30))
+            data = Data(train=train, on_leak=policy, **{split: same})
+            (problem,) = error_of(data, encoder).splitlines()
+            assert problem.startswith(f"all 30 rows of train are also in {split}:")
+
+
+def test_the_limit_that_helps_is_named(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [[text, "y" * 200 if number % 4 else "x"] for number, text in enumerate(sentences(40))]
+    train = write_csv(tmp_path / "t.csv", rows)
+    error = error_of(Data(train=train, max_length=64), encoder)
+    assert "raise data.max_length" in error and "data.max_length = 64" in error
+    error = error_of(Data(train=train, labels=("x", "z")), encoder)
+    assert "most labels are not in data.labels" in error
+    cyrillic = "".join(map(chr, range(0x430, 0x450)))
+    content = f"text,label\n{cyrillic},a\n{cyrillic[::-1]},b\n"
+    (tmp_path / "k.csv").write_bytes(content.encode("koi8-r"))
+    error = error_of(Data(train=str(tmp_path / "k.csv")), encoder)
+    assert "none of 2 rows is valid; most rows are not in UTF-8: save the file" in error
+
+
+def test_labels_of_minus_one_are_named_for_what_they_are(
+    tmp_path: Path, encoder: TextEncoder
+) -> None:
+    train = write_csv(tmp_path / "t.csv", pairs(30))
+    test = write_csv(tmp_path / "v.csv", [[text, "-1"] for text in sentences(50)[40:]])
+    (problem,) = error_of(Data(train=train, test=test), encoder).splitlines()
+    assert problem.startswith("rows of test have the label -1, which train does not have; it marks")
+
+
+def test_placeholders_of_images_are_findings(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = pairs(20)
+    for number, mark in enumerate(("<image>", "<|image_1|>", "<audio>", "<img src=x>")):
+        rows[number][0] += f" {mark}"
+    found = Checked(Data(train=write_csv(tmp_path / "t.csv", rows)), encoder)
+    assert [row for _, row, _ in found.found("placeholder")] == [1, 2, 3]
+
+
+def test_the_same_error_in_many_files_is_one_line(tmp_path: Path, encoder: TextEncoder) -> None:
+    for number in range(50):
+        (tmp_path / f"f{number:02}.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "g.csv").write_text('text,label\n"a,b\n')
+    first, second = error_of(Data(train=str(tmp_path)), encoder).splitlines()
+    assert first.startswith(f"{tmp_path}/f00.csv has no column text")
+    assert first.endswith(f"(and 49 more files, such as {tmp_path}/f01.csv)")
+    assert second.startswith(f"{tmp_path}/g.csv line 2 column 1")
