@@ -1,15 +1,12 @@
 """Check and tokenize rows in batches, and compute the facts for the checks across rows.
 
-`Scanner.scan` is a pure function of a batch, so it can run anywhere: in two local threads, which
-overlap reading with tokenizing (in Rust), or on the workers of a Dask cluster, one file per task.
-Alternative considered: pandera's Dask backend; it was rejected because it stops at the first
-partition that fails, but the report needs the failures of all partitions.
+`Scanner.scan` is a pure function of a batch, so it can run anywhere
+(`gptj8.dataset.validation.file_scan`).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,26 +20,19 @@ from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.dataset import IDS, SPANS, Chat
 from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.columnar import BATCH_ROWS
 from gptj8.dataset.readers.formats import read_batches
 from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.row_shapes import Shape, shape_of
-from gptj8.dataset.readers.rows import EmptyFileError
 from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.text import INVISIBLE
 from gptj8.dataset.validation import near_duplicates, schemas
 from gptj8.dataset.validation.checks import CHECKS, Kind
 from gptj8.dataset.validation.conversation_rows import choose_template, encode_conversations
-from gptj8.dataset.validation.parallel import ordered_map
 from gptj8.dataset.validation.running_text import BRIEF, encode_parts
 from gptj8.dataset.validation.shared_text import SharedText, texts_of_rows
 from gptj8.params.sections import Data
 from gptj8.params.templates import MESSAGES
-from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import counted, one_line
 
-_Errors = list[tuple[Path, UserError]]
-_TASK_BYTES = 1 << 24
 _WHOLE = ("text", "prompt", MESSAGES)
 
 
@@ -278,119 +268,6 @@ def row_schema(shape: Shape) -> pa.Schema:
             ("learned", pa.large_list(SPANS)),
         ]
     )
-
-
-def scan_files(
-    scanner: Scanner,
-    files: Mapping[str, Sequence[Path]],
-    engine: str,
-    advance: Callable[[int], object],
-    empty: dict[Path, str],
-) -> Iterator[ScannedBatch]:
-    """Scan files in order.
-
-    Args:
-        scanner: reads and scans each batch.
-        files: the files of each split.
-        engine: `local` or `dask`.
-        advance: called with the bytes read since the last call.
-        empty: filled with the files without rows and their error messages.
-
-    Raises:
-        UserError: one line per reason why files cannot be read.
-    """
-    errors: _Errors = []
-    scan = _scan_on_dask if engine == "dask" else _scan_locally
-    yield from scan(scanner, files, advance, errors)
-    for path, error in errors:
-        if isinstance(error, EmptyFileError):
-            empty[path] = str(error)
-    errors = [(path, error) for path, error in errors if path not in empty]
-    if errors:
-        raise UserError(_in_lines(errors))
-
-
-def _in_lines(errors: _Errors) -> str:
-    """Return a line for each reason, with the first file and the number of others."""
-    files_of: dict[str, list[Path]] = {}
-    for path, error in errors:
-        for line in str(error).splitlines():
-            reason = line.removeprefix(path.as_posix())
-            files_of.setdefault(reason, []).append(path)
-    lines = []
-    for reason, files in files_of.items():
-        more = counted(len(files) - 1, "more file")
-        also = f" (and {more}, such as {files[1]})" if len(files) > 1 else ""
-        lines.append(f"{files[0].as_posix()}{reason}{also}")
-    return "\n".join(lines)
-
-
-def _scan_locally(
-    scanner: Scanner,
-    files: Mapping[str, Sequence[Path]],
-    advance: Callable[[int], object],
-    errors: _Errors,
-) -> Iterator[ScannedBatch]:
-    def batches() -> Iterator[pd.DataFrame]:
-        for paths in files.values():
-            yield from read_batches(
-                paths, scanner.options, advance, lambda *failed: errors.append(failed)
-            )
-
-    return ordered_map(scanner.scan, batches())
-
-
-def _scan_on_dask(
-    scanner: Scanner,
-    files: Mapping[str, Sequence[Path]],
-    advance: Callable[[int], object],
-    errors: _Errors,
-) -> Iterator[ScannedBatch]:
-    """Scan files on a Dask cluster, one task per file; small files share a task.
-
-    The cluster is the one in Dask's configuration (DASK_SCHEDULER_ADDRESS), or a local one.
-    """
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UserError("data.engine = dask needs Dask: pip install 'gptj8[dask]'") from None
-    try:
-        connected = Client()
-    except OSError as error:
-        raise UserError(f"data.engine = dask: {one_line(error)}; is the cluster running?") from None
-    with connected as client:
-        max_started = 2 * max(1, len(client.nthreads()))
-        started: deque[tuple[list[Path], Any]] = deque()
-        remaining = deque(part for paths in files.values() for part in _in_tasks(paths))
-        shared = client.scatter(scanner, broadcast=True)
-        while remaining or started:
-            while remaining and len(started) < max_started:
-                part = remaining.popleft()
-                started.append((part, client.submit(_scan_part, shared, part, pure=False)))
-            part, future = started.popleft()
-            batches, failures = future.result()
-            errors += failures
-            advance(sum(file.stat().st_size for file in part))
-            yield from batches
-
-
-def _in_tasks(files: Sequence[Path]) -> Iterator[list[Path]]:
-    part: list[Path] = []
-    size = 0
-    for file in files:
-        if part and (size + file.stat().st_size > _TASK_BYTES or len(part) == BATCH_ROWS):
-            yield part
-            part, size = [], 0
-        part.append(file)
-        size += file.stat().st_size
-    if part:
-        yield part
-
-
-def _scan_part(scanner: Scanner, files: list[Path]) -> tuple[list[ScannedBatch], _Errors]:
-    errors: _Errors = []
-    rows = read_batches(files, scanner.options, failed=lambda *failed: errors.append(failed))
-    return [scanner.scan(batch) for batch in rows], errors
 
 
 def _record_batch(rows: pd.DataFrame, schema: pa.Schema) -> pa.RecordBatch:
