@@ -117,6 +117,7 @@ class Predictor:
         if self.task is None or self._prompts is None:
             raise ValueError("this model is not fine-tuned and cannot answer rows; send a prompt")
         columns = {*self.task.columns, *self.task.shape.columns.values()}
+        columns |= {name.partition(".")[0] for name in columns}
         for name in row:
             if name not in columns:
                 raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")

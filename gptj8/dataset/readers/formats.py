@@ -32,7 +32,14 @@ from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, columnar_names,
 from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES, is_table, parse_file
 from gptj8.dataset.readers.plain_text import choose_text_row
-from gptj8.dataset.readers.rows import EmptyFileError, Row, cell_of, check_names, outermost
+from gptj8.dataset.readers.rows import (
+    EmptyFileError,
+    Row,
+    cell_of,
+    check_names,
+    on_lines,
+    outermost,
+)
 from gptj8.dataset.readers.tables import table_format
 from gptj8.dataset.readers.text_files import (
     COMPRESSIONS,
@@ -205,9 +212,8 @@ def _from_list(cell: list[Any], field: str, is_usual: bool) -> Any:
     """
     if field in _ANSWERS:
         return (cell or [None])[0] if len(cell) < 2 else cell
-    if not is_usual or not all(isinstance(item, str | int | float) for item in cell):
-        return cell
-    return "\n".join(item if isinstance(item, str) else cell_text(item) for item in cell)
+    text = on_lines(cell) if is_usual else None
+    return cell if text is None else text
 
 
 def _normalize(cell: Any) -> tuple[str | None, str]:

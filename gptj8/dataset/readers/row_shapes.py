@@ -22,6 +22,7 @@ import pandas as pd
 
 from gptj8.dataset.prepared.conversations import Conversation, read_conversation
 from gptj8.dataset.prepared.dataset import FIELDS
+from gptj8.dataset.readers.rows import cell_of, on_lines
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.sections import Data
 from gptj8.params.templates import MESSAGES, Template, parse_template
@@ -100,7 +101,8 @@ class Shape:
         """Return the input text of one row without an answer; see `conversation_of` for messages.
 
         Args:
-            cells: cells by the user's column names; extra cells are ignored.
+            cells: cells by the user's column names; extra cells are ignored. A nested column may
+                be inside an object, or have its own name.
 
         Raises:
             ValueError: with the column that is missing, empty or not a string.
@@ -109,7 +111,9 @@ class Shape:
         for name, column in self.columns.items():
             if name == self.answer:
                 continue
-            cell = cells.get(column)
+            cell = cell_of(cells, column)
+            if isinstance(cell, list) and (text := on_lines(cell)) is not None:
+                cell = text  # as `gptj8.dataset.readers.formats` reads it
             if cell is not None and not isinstance(cell, str):
                 raise ValueError(f"{column} is not a string")
             if not (cell or "").strip(INVISIBLE) and name not in self.optional:

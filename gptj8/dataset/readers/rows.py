@@ -10,6 +10,7 @@ from typing import Any
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import quote
+from gptj8.runtime.tables import cell_text
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ def cell_of(cells: Mapping[str, Any], column: str) -> Any:
         else:
             return None
     return found
+
+
+def on_lines(cell: list[Any]) -> str | None:
+    """Return the items of a list, one per line; None if they are not texts or numbers."""
+    if not all(isinstance(item, str | int | float) for item in cell):
+        return None
+    return "\n".join(item if isinstance(item, str) else cell_text(item) for item in cell)
 
 
 def outermost(column: str, names: Iterable[str]) -> str:

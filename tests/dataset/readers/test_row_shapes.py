@@ -80,3 +80,19 @@ def test_a_conversation_may_have_columns_beside_its_messages() -> None:
 
 def test_only_column_of_a_prompt_is_never_optional() -> None:
     assert not shape_of(Data(train="x", optional_columns=("text",))).optional
+
+
+def test_nested_columns_and_lists_of_a_row_to_answer():
+    data = Data(
+        train="t.jsonl",
+        task="completion",
+        prompt_template="{translation.en}\n{choices}\n{choices.1}",
+        completion_column="translation.de",
+    )
+    shape = shape_of(data)
+    expected = "house\na\nb\nb"
+    assert shape.text_of({"translation": {"en": "house"}, "choices": ["a", "b"]}) == expected
+    named = {"translation.en": "house", "choices": "a\nb", "choices.1": "b"}
+    assert shape.text_of(named) == expected
+    with pytest.raises(ValueError, match="choices is not a string"):
+        shape.text_of({"translation.en": "house", "choices": [{}], "choices.1": "b"})
