@@ -49,6 +49,8 @@ def main() -> None:
             shutil.rmtree(REPORT, ignore_errors=True)  # it is of another dataset
             raise
         write_report(REPORT, validated, params.data, staging)
+        for note in validated.notes:
+            story.say(note)
         if validated.problems:
             problems = "\n".join(validated.problems)
             raise UserError(f"{problems} (full report: {REPORT}/report.html)")
@@ -59,8 +61,6 @@ def main() -> None:
         if validated.ignored
         else ""
     )
-    for note in validated.notes:
-        story.say(note)
     if validated.rewritten_rows:
         story.say(
             f"the chat template rewrites the earlier answers of "

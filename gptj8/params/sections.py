@@ -112,7 +112,8 @@ class Data(Section):
     recognized as the first row of a classification."""
     train_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] | None = None
     """How often the training rows of files are used, by glob pattern of the file's path in `train`:
-    `{"faq.jsonl": 2, "web/*": 0.5}` uses the first twice and half of the others. `null`: once."""
+    `{"web/*": 0.5, "web/faq.jsonl": 2}` uses half of the rows in `web`, and those of one file
+    twice. A later pattern wins. `null`: once."""
     validation_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Fraction of the rows to hold out for validation if no validation data is given. Rows are
     chosen by a hash of their text."""

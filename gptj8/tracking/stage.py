@@ -211,7 +211,13 @@ def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
 
 
 def _flat_params(params: Params) -> dict[str, str]:
-    flat = flatten(resolved(params), ".").items()
+    sections = resolved(params)
+    # The patterns of weights are not names of params, which MLflow restricts.
+    sections["data"] = {
+        key: json.dumps(value) if isinstance(value, dict) else value
+        for key, value in sections["data"].items()
+    }
+    flat = flatten(sections, ".").items()
     texts = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in flat)
     return {key: text[:_PARAM_LENGTH] for key, text in texts}
 

@@ -42,7 +42,7 @@ def parse_table(text: io.TextIOWrapper, path: Path, options: ReadOptions) -> Ite
             if not cells or (len(cells) == 1 and not cells[0].strip() and len(header or ()) != 1):
                 continue
             if header is None:
-                header = cells
+                header = list(found.names or cells)
                 check_names(header, path, options.columns.values())
                 continue
             number += 1
@@ -74,15 +74,19 @@ def _explain(
             f"{path} line {line + 1}: a cell contains a carriage return; put the cell in quotes, "
             "or remove it"
         )
-    place = None
+    place, lines = None, list[str]()
     if found.is_quoted:
         with open_text(path, options.encoding) as (text, _):
             rest = itertools.islice(text, line, None)
             place = find_quote_problem(rest, found.delimiter, MAX_CELL)
+        with open_text(path, options.encoding) as (text, _):
+            lines = list(itertools.islice(text, line, line + 1))
     if place is None:
         return f"{path} line {line + 1}: {error}"
     advice = ""
-    if options.quoting == "auto":
+    if '\\"' in "".join(lines):
+        advice = ", and not with a backslash before it"
+    elif options.quoting == "auto":
         advice = "; if quotes are part of the text, set data.quoting: none"
     where = f"line {line + place.line} column {place.column}"
     return f"{path} {where}: {place.reason}{advice}"

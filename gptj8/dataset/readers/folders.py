@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,12 +38,13 @@ def is_unlabelled(path: Path) -> bool:
 def texts_by_label(directory: Path, files: Sequence[Path]) -> list[Path]:
     """Return the text files that are in folders for labels; none if there are no such folders.
 
-    There is such a folder if at least two folders, apart from those named as splits, hold most of
-    the text files, and none of these is named as a split.
+    There are if at least two folders, apart from those named as splits, have several text files
+    each, these are most of the text files, and none of them is named as a split.
     """
-    texts = [path for path in files if suffix_of(path) == ".txt"]
+    texts = [path for path in files if suffix_of(path) in (".txt", "")]
     inside = [path for path in texts if _has_label(directory, path.parent)]
-    labels = {label_of_folder(path) for path in inside if not is_unlabelled(path)}
+    counts = Counter(label_of_folder(path) for path in inside if not is_unlabelled(path))
+    labels = [label for label, count in counts.items() if count > 1]
     is_split = any(stem_of(path).casefold() in SPLIT_OF for path in inside)
     return inside if len(labels) > 1 and 2 * len(inside) > len(texts) and not is_split else []
 

@@ -29,9 +29,10 @@ from typing import Any
 import pandas as pd
 
 from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, columnar_names, without_nulls
+from gptj8.dataset.readers.folders import SPLIT_OF, stem_of
 from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES, is_table, parse_file
-from gptj8.dataset.readers.plain_text import choose_text_row
+from gptj8.dataset.readers.plain_text import choose_text_row, passage_size
 from gptj8.dataset.readers.rows import (
     EmptyFileError,
     Row,
@@ -63,7 +64,8 @@ def read_texts(path: str | Path, column: str) -> pd.DataFrame:
     """Read a file of texts, which may be running text, into one frame; see `read_batches`."""
     options = ReadOptions({"text": column})
     text_row, _ = choose_text_row([Path(path)], options.borders, options.encoding)
-    return read_rows(path, replace(options, text_row=text_row))
+    passage = passage_size(Path(path).stat().st_size) if Path(path).exists() else 1
+    return read_rows(path, replace(options, text_row=text_row, passage=passage))
 
 
 def describe_files(files: Sequence[Path], options: ReadOptions) -> list[str]:
@@ -92,7 +94,7 @@ def _notes(path: Path, options: ReadOptions) -> Sequence[str]:
 
 
 def with_format_of(path: Path, options: ReadOptions) -> ReadOptions:
-    """Return options that read all tables as the first one, if that has no header.
+    """Return options that read tables as the first one where they do not show their format.
 
     A small file may not show by itself that its first line is a row.
     """
@@ -105,7 +107,7 @@ def with_format_of(path: Path, options: ReadOptions) -> ReadOptions:
         return options  # reported when the file is read
     if found.has_header or not found.delimiter:
         return options
-    return replace(options, column_names=found.names, delimiter=found.delimiter)
+    return replace(options, fallback=(found.delimiter, found.names or ()))
 
 
 def read_batches(
@@ -279,7 +281,8 @@ def has_column(column: str, names: Iterable[str]) -> bool:
 def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
     """Return what may help if columns are missing."""
     missing = [f for f, c in options.required.items() if not has_column(c, names)]
-    if missing and set(missing) <= set(_ANSWERS) and len(options.required) > 1:
+    is_test = SPLIT_OF.get(stem_of(path).casefold()) == "test"
+    if is_test and missing and set(missing) <= set(_ANSWERS) and len(options.required) > 1:
         return (
             "; the public test files of many benchmarks have no labels: name the files to read in "
             "data.train_files and data.validation_files"
@@ -290,7 +293,10 @@ def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
     if suffix_of(path) in TEXT_SUFFIXES and _is_tagged_words(path, options):
         return f"; {_CONLL}"
     if len(names) == 1 and suffix_of(path) in TEXT_SUFFIXES:
-        return "; it looks like running text, which data.task: text learns"
+        return (
+            "; it looks like running text, which data.task: text learns; to classify texts in "
+            "files, put those of each label into a folder of its own, at least two of each"
+        )
     if len(names) == 1:
         return "; if its cells are not separated by commas, set data.delimiter"
     if options.column_names is None and any(map(_is_unlike_a_name, names)):
@@ -365,9 +371,11 @@ def require_optional_columns(
     for file in files:
         if not missing:
             return
+        if options.folder_labels and suffix_of(file) in TEXT_SUFFIXES:
+            continue
         wanted = replace(options, columns={c: c for c in missing}, optional=frozenset())
         try:
-            found = ["text"] if suffix_of(file) == ".txt" else column_names(file, wanted)
+            found = column_names(file, wanted)
         except UserError:
             return  # the error is reported, with others, when the rows are read
         names.update(dict.fromkeys(found))

@@ -60,7 +60,7 @@ def parse_json(text: io.TextIOWrapper, path: Path, options: ReadOptions) -> Iter
             if is_array or not others or not _is_complete(others[0][1]):
                 raise
             # JSON Lines whose first line is damaged
-            rest = enumerate(content.splitlines(keepends=True), others[0][0] + 1)
+            rest = enumerate(io.StringIO(content, newline=""), others[0][0] + 1)
             lines = ((n, other) for n, other in rest if not other.isspace())
         else:
             yield from _rows_of(value, path, options)
@@ -143,7 +143,9 @@ def _rows_in_object(value: dict[str, Any], path: Path, options: ReadOptions) -> 
     if all(isinstance(column, list) for column in columns) and not _is_row(value, options):
         return _across(value, path)
     if all(isinstance(column, dict) for column in columns) and not _is_row(value, options):
-        return _across({k: [*v.values()] for k, v in value.items() if isinstance(v, dict)}, path)
+        numbers = list(dict.fromkeys(key for column in columns if column for key in column))
+        dicts = {name: column for name, column in value.items() if isinstance(column, dict)}
+        return _across({n: [c.get(key) for key in numbers] for n, c in dicts.items()}, path)
     if all(cell_of(value, name) is not None for name in wanted):
         return [value]
     if value and all(isinstance(item, dict) and {*wanted} <= {*item} for item in value.values()):
@@ -190,7 +192,11 @@ def _rows_of_arrays(
     """Yield the rows of arrays whose names are in the first array or in the params."""
     names: Sequence[str] | None = options.column_names
     wanted = set(options.required.values())
+    conversations = options.columns.get("messages")
     for number, value in arrays:
+        if conversations and isinstance(value, list) and _is_conversation(value):
+            yield Row(number, {conversations: value})
+            continue
         if names is None:
             if any(isinstance(item, dict) for item in value):
                 raise UserError(f"{path} line {number + 1} is not valid JSON: Extra data")
@@ -206,6 +212,12 @@ def _rows_of_arrays(
             yield Row(number, {}, f"has {len(value)} items, but there are {len(names)} names")
         else:
             yield Row(number, dict(zip(names, value, strict=True)))
+
+
+def _is_conversation(value: list[Any]) -> bool:
+    return bool(value) and all(
+        isinstance(item, dict) and not {"role", "from"}.isdisjoint(item) for item in value
+    )
 
 
 class _Ambiguous(dict[str, Any]):

@@ -24,9 +24,12 @@ class ReadOptions:
         optional: fields whose column may be missing.
         text_row: what one row of plain text is; see `gptj8.dataset.readers.plain_text`.
         borders: texts that separate documents in plain text.
+        passage: characters of a passage; see `gptj8.dataset.readers.plain_text.passage_size`.
         delimiter, quoting, encoding: as in params.yaml; `auto` finds them.
         column_names: the names of the columns of tables without a header; None finds out whether
             the first line has them.
+        fallback: the delimiter and the names of tables that do not show theirs; those of the first
+            training file, if it has no header.
         list_fields: fields of a template whose cells are lists; their items are put on lines.
         folder_labels: whether each plain text file is a row whose label is the name of its folder.
     """
@@ -35,10 +38,12 @@ class ReadOptions:
     optional: frozenset[str] = frozenset()
     text_row: TextRow = "line"
     borders: tuple[str, ...] = (END_OF_TEXT,)
+    passage: int = 64
     delimiter: str = "auto"
     quoting: str = "auto"
     encoding: str = "auto"
     column_names: tuple[str, ...] | None = None
+    fallback: tuple[str, tuple[str, ...]] | None = None
     list_fields: frozenset[str] = frozenset()
     folder_labels: bool = False
 
@@ -54,7 +59,7 @@ class ReadOptions:
 
 
 def read_options(
-    data: Data, shape: Shape, text_row: TextRow, eos: str, folder_labels: bool
+    data: Data, shape: Shape, text_row: TextRow, eos: str, passage: int, folder_labels: bool
 ) -> ReadOptions:
     """Return the options that the params give.
 
@@ -63,6 +68,7 @@ def read_options(
         shape: the shape of the rows.
         text_row: `data.text_row`, or what was found for `auto`.
         eos: the model's end-of-text token.
+        passage: characters of a passage.
         folder_labels: see `ReadOptions`.
     """
     names = data.column_names
@@ -71,6 +77,7 @@ def read_options(
         shape.optional,
         text_row,
         tuple(dict.fromkeys(filter(None, (END_OF_TEXT, eos)))),
+        passage,
         data.delimiter,
         data.quoting,
         data.encoding,

@@ -70,8 +70,7 @@ def _parse_text(
         elif is_table(path, options):
             rows = parse_table(text, path, options)
         else:
-            size = path.stat().st_size
-            rows = parse_plain(text, options.text_row, options.borders, size)
+            rows = parse_plain(text, options.text_row, options.borders, options.passage)
             if options.folder_labels:
                 rows = _labelled(text.read(), path, options)
         position = 0

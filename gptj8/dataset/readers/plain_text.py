@@ -4,7 +4,7 @@
 |---|---|---|
 | `line` | a line | the document |
 | `paragraph` | a file | a paragraph: the lines up to a blank one |
-| `file` | a file | the document, or a passage of whole paragraphs of a long one |
+| `file` | a file | the document, or a passage of whole paragraphs of a longer one |
 
 An end-of-text token, such as `<|endoftext|>`, is a border between documents in any case. The rows
 of a document follow each other without a border: `Row.next_row` says which row continues a row.
@@ -26,12 +26,14 @@ PASSAGE = 4096
 """Characters after which a passage ends with its paragraph."""
 
 _SHORTEST_PASSAGE = 64
-_PASSAGES = 100  # of a short file, so that some can be held out
+_PASSAGES = 100  # of all text, so that some can be held out
 _LONGEST = 8  # times a passage: a longer paragraph is divided at a line's end
+_LONGEST_LINE = 1 << 16  # a longer line is divided at white space
+_MOST_REPEATED = 0.05  # of the lines, if each is a text of its own
 
 _SAMPLED_FILES = 20
 _SAMPLED = 1 << 20
-_BLANK_LINE = re.compile(r"\S[^\n]*\n[ \t\r]*\n\s*\S")
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
 def choose_text_row(
@@ -51,13 +53,22 @@ def choose_text_row(
         for border in borders:
             if border in sample:
                 return "file", f"{border} separates documents"
-        if _BLANK_LINE.search(sample.replace("\r\n", "\n").replace("\r", "\n")):
+        sample = sample.replace("\r\n", "\n").replace("\r", "\n").strip()
+        if _BLANK_LINE.search(sample):
             return "file", "blank lines separate paragraphs, so a file is a document"
-    return "line", "there are no blank lines, so a line is a document"
+        lines = sample.split("\n")
+        if len(lines) - len(set(lines)) > _MOST_REPEATED * len(lines):
+            return "file", "lines recur, so a file is a document"
+    return "line", "there are no blank lines, so a line is a document" if texts else ""
+
+
+def passage_size(size: int) -> int:
+    """Return the characters of a passage, so that text of this size has enough to hold some out."""
+    return min(max(size // _PASSAGES, _SHORTEST_PASSAGE), PASSAGE)
 
 
 def parse_plain(
-    lines: Iterable[str], text_row: TextRow, borders: Sequence[str], size: int
+    lines: Iterable[str], text_row: TextRow, borders: Sequence[str], passage: int = PASSAGE
 ) -> Iterator[Row]:
     """Yield the rows of a text.
 
@@ -65,7 +76,7 @@ def parse_plain(
         lines: with their line ends.
         text_row: see above.
         borders: texts that separate documents.
-        size: the size of the file, on which the length of passages depends.
+        passage: characters after which a passage ends, from `passage_size`.
     """
     parts = _parts(lines, borders)
     if text_row == "line":
@@ -73,10 +84,12 @@ def parse_plain(
             if not line.isspace() and line:
                 yield Row(number, {"text": line.rstrip("\r\n")})
         return
-    passage = 1
-    if text_row == "file":
-        passage = min(max(size // _PASSAGES, _SHORTEST_PASSAGE), PASSAGE)
-    yield from _linked(_passages(parts, passage))
+    is_file = text_row == "file"
+    longest = _LONGEST * (passage if is_file else PASSAGE)
+    yield from _linked(_passages(_divided(parts), passage if is_file else 1, longest))
+
+
+_LINE_END = re.compile(r"\r\n?\Z|\n\Z")
 
 
 def _parts(lines: Iterable[str], borders: Sequence[str]) -> Iterator[tuple[int, str, bool]]:
@@ -96,22 +109,35 @@ def _parts(lines: Iterable[str], borders: Sequence[str]) -> Iterator[tuple[int, 
             yield number, part.lstrip(" "), True
 
 
+def _divided(
+    parts: Iterable[tuple[int, str, bool]],
+) -> Iterator[tuple[int, str, bool]]:
+    """Divide very long lines at white space."""
+    for number, text, begins in parts:
+        while len(text) > _LONGEST_LINE:
+            end = max(text.rfind(" ", 1, _LONGEST_LINE), text.rfind("\t", 1, _LONGEST_LINE))
+            end = end if end > 0 else _LONGEST_LINE
+            yield number, text[:end], begins
+            text, begins = text[end:], False
+        yield number, text, begins
+
+
 def _passages(
-    parts: Iterable[tuple[int, str, bool]], least: int
+    parts: Iterable[tuple[int, str, bool]], least: int, longest: int
 ) -> Iterator[tuple[int, str, bool]]:
     """Yield the first line's number and the text of each passage, and whether a document begins.
 
-    A passage ends after the blank lines that follow a paragraph, if it has `least` characters.
+    A passage ends after the blank lines that follow a paragraph, if it has `least` characters, or
+    after a line, if it has `longest`.
     """
     found: list[str] = []
     number = length = 0
     is_first = True
     is_blank = False
     for line, text, begins in parts:
-        text = text.replace("\r\n", "\n")
-        ends = is_blank and text.strip() and length >= least
-        ends = ends or length >= _LONGEST * max(least, _SHORTEST_PASSAGE)
-        if found and (begins or ends):
+        text = _LINE_END.sub("\n", text)
+        is_full = (is_blank and length >= least) or length >= longest
+        if found and (begins or (is_full and text.strip())):
             yield number, "".join(found), is_first
             found, length = [], 0
             is_first = begins

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.readers.folders import SPLIT_OF, is_unlabelled, stem_of, texts_by_label
 from gptj8.dataset.readers.formats import explain_missing_file
-from gptj8.dataset.readers.parsers import SUFFIXES
+from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES
 from gptj8.dataset.readers.text_files import suffix_of
 from gptj8.dataset.text import canonical_words
 from gptj8.params.sections import Data
@@ -81,7 +81,7 @@ def find_sources(data: Data) -> Sources:
             existing.update(inside)
             readable = [file for file in inside if suffix_of(file) in SUFFIXES]
             readable = _without_metadata(readable)
-            if data.task == "classification" and (texts := texts_by_label(path, readable)):
+            if data.task == "classification" and (texts := texts_by_label(path, inside)):
                 folder_labels = True
                 readable = [file for file in texts if not is_unlabelled(file)]
             if pattern is not None:
@@ -107,7 +107,7 @@ def find_sources(data: Data) -> Sources:
         problems = [
             f"{file} is not in a folder that is named as its label"
             for file in sorted(read)
-            if suffix_of(file) != ".txt"
+            if suffix_of(file) not in TEXT_SUFFIXES
         ]
         if problems:
             raise UserError("\n".join(problems[:3]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,9 @@ _CANDIDATES = ("\t", ";", "|", ",")  # commas and semicolons are also in texts
 _HEAD_LINES = 1000
 _HEAD_CHARACTERS = 1 << 18
 _LONGEST_LABEL = 40
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?')
+_DAMAGED = 10  # records that show quotes, for each that speaks against them
+_FEW_QUOTED = 5  # records from which a column in quotes is evidence
 _NAMES = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "|"}
 
 
@@ -42,6 +46,8 @@ class TableFormat:
         names: the names of the columns; None if the file is empty.
         has_header: whether the first line has the names.
         notes: what was decided against the usual, as phrases that follow the file's name.
+        skips_space: whether a space after the delimiter is not part of a cell.
+        skipped: lines before the table, such as Excel's `sep=;`.
     """
 
     delimiter: str
@@ -49,6 +55,8 @@ class TableFormat:
     names: tuple[str, ...] | None
     has_header: bool
     notes: tuple[str, ...] = ()
+    skips_space: bool = False
+    skipped: int = 0
 
     def records(self, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         """Yield the number of each record's last line, and its cells; blank lines have no cells.
@@ -56,13 +64,19 @@ class TableFormat:
         Raises:
             csv.Error: if quotes make the rest unreadable.
         """
+        lines = itertools.islice(lines, self.skipped, None)
         if self.is_quoted:
             csv.field_size_limit(MAX_CELL)
-            reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
-            yield from ((reader.line_num, cells) for cells in reader)
+            reader = csv.reader(
+                lines,
+                delimiter=self.delimiter,
+                strict=True,
+                skipinitialspace=self.skips_space,
+            )
+            yield from ((reader.line_num + self.skipped, cells) for cells in reader)
             return
         # Python's reader refuses a carriage return inside a cell also where nothing is quoted.
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines, 1 + self.skipped):
             content = line.removesuffix("\n").removesuffix("\r")
             yield number, content.split(self.delimiter) if content else []
 
@@ -82,6 +96,7 @@ def table_format(path: Path, options: ReadOptions) -> TableFormat:
         options.quoting,
         options.encoding,
         options.column_names,
+        options.fallback,
     )
 
 
@@ -94,11 +109,16 @@ def _table_format(
     quoting: str,
     encoding: str,
     names: tuple[str, ...] | None,
+    fallback: tuple[str, tuple[str, ...]] | None,
 ) -> TableFormat:
     del version  # a changed file is read again
     wanted = dict(required)
     head = _head(path, encoding)
     usual = DELIMITERS.get(suffix_of(path))
+    skipped = 0
+    if head and (separator := _SEPARATOR_LINE.fullmatch(head[0].strip())):  # from Excel
+        skipped, head = 1, head[1:]
+        delimiter = separator[1] if delimiter == "auto" else delimiter
     if not head:
         return TableFormat(usual or ",", True, None, True)
     if {"text", "label"} == set(wanted) and _is_fasttext(head):
@@ -109,6 +129,8 @@ def _table_format(
     found = (
         found or _with_header(head, candidates, wanted) or _without_header(head, candidates, wanted)
     )
+    if found is None and fallback is not None:
+        found = TableFormat(fallback[0], True, fallback[1], False)
     if found is None:  # the missing columns are reported by who asked for them
         found = TableFormat(candidates[0], True, _first_record(head, candidates[0]), True)
     notes = list(found.notes)
@@ -119,15 +141,33 @@ def _table_format(
         if found.delimiter == "," and usual == ",":
             is_quoted = True
         else:
-            has_quotes, is_quoted = _find_quoting(path, encoding, found.delimiter)
-            if has_quotes and not is_quoted and usual != "\t":
-                notes.append("has quotes that are part of the text")
-            if has_quotes and is_quoted and usual == "\t":
-                notes.append("has quotes around cells, which were removed")
+            has_quotes, is_quoted = _find_quoting(path, encoding, found.delimiter, skipped)
+            if has_quotes:
+                what = "around cells, which were removed" if is_quoted else "that are part of it"
+                notes.append(f"has quotes {what} (data.quoting)")
+    skips_space = is_quoted and found.delimiter != "\t" and _has_spaces(head, found.delimiter)
+    if skips_space:
+        notes.append("has spaces before quoted cells, which were removed")
     header = found.names
     if found.has_header and not is_quoted:
-        header = tuple(head[0].rstrip("\r\n").split(found.delimiter))  # as `records` reads it
-    return TableFormat(found.delimiter, is_quoted, header, found.has_header, tuple(notes))
+        header = tuple(map(unquoted, _split(head[:1], found.delimiter)[0]))
+    elif found.has_header and skips_space:
+        header = tuple(name.strip().strip('"') for name in header or ())
+    return TableFormat(
+        found.delimiter, is_quoted, header, found.has_header, tuple(notes), skips_space, skipped
+    )
+
+
+def unquoted(name: str) -> str:
+    """Return a column's name without quotes around it."""
+    return name[1:-1] if len(name) > 1 and name[0] == name[-1] == '"' else name
+
+
+def _has_spaces(head: Sequence[str], delimiter: str) -> bool:
+    """Return whether cells in quotes have a space before the quote, as some people write CSV."""
+    records = _records(head, delimiter)
+    spaced = [any(c.startswith(' "') and c.endswith('"') for c in cells) for cells in records]
+    return 2 * sum(spaced) > len(records)
 
 
 def _candidates(usual: str | None) -> tuple[str, ...]:
@@ -192,7 +232,8 @@ def _with_names(
         return sum(len(record) == len(names) for record in _records(head, delimiter))
 
     best = max(candidates, key=lambda delimiter: (fitting(delimiter), delimiter == candidates[0]))
-    return TableFormat(best, True, names, False)
+    first = tuple(name.strip() for name in _first_record(head, best))
+    return TableFormat(best, True, names, first == names)
 
 
 def _without_header(
@@ -240,13 +281,14 @@ def _label_column(columns: Sequence[Sequence[str]]) -> int | None:
     return fewest[0] if len(fewest) == 1 else None
 
 
-def _find_quoting(path: Path, encoding: str, delimiter: str) -> tuple[bool, bool]:
+def _find_quoting(path: Path, encoding: str, delimiter: str, skipped: int) -> tuple[bool, bool]:
     """Return whether cells begin with quotes, and whether these are not part of the text.
 
-    They are not if the header is quoted as a whole, or if a cell needs its quotes: it contains the
-    delimiter, a line break or doubled quotes. They are part of the text if a record cannot be read
-    with them, if a cell without quotes around it contains one, or if removing them joins lines that
-    are complete rows.
+    It speaks for quotes around cells that the header is quoted as a whole, that each cell of a
+    column is, or that a cell needs its quotes: it contains the delimiter, a line break or doubled
+    quotes. It speaks against them that a record cannot be read with them, that a cell without
+    quotes around it contains one, or that removing them joins lines that are complete rows. One
+    damaged record does not outweigh many others.
     """
     with open_text(path, encoding) as (text, _):
         pieces: list[str] = []
@@ -257,32 +299,53 @@ def _find_quoting(path: Path, encoding: str, delimiter: str) -> tuple[bool, bool
                 yield line
 
         csv.field_size_limit(MAX_CELL)
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        evident = has_quotes = False
-        width = 0
-        try:
-            for cells in reader:
-                record = "".join(pieces)
-                pieces.clear()
-                if '"' not in record:
+        source = itertools.islice(lines(), skipped, None)
+        pro = contra = rows = width = 0
+        has_quotes = False
+        quoted_cells: Counter[int] = Counter()
+        while True:
+            try:
+                for cells in csv.reader(source, delimiter=delimiter, strict=True):
+                    record = "".join(pieces).rstrip("\r\n")
+                    pieces.clear()
+                    rows += bool(width)
+                    if '"' in record:
+                        raw = record.split(delimiter)
+                        starts = [place for place, cell in enumerate(raw) if cell[:1] == '"']
+                        has_quotes = has_quotes or bool(starts)
+                        quoted_cells.update(starts if width else ())
+                        spoken = _speaks(cells, raw, "\n" in record, delimiter, width)
+                        pro, contra = pro + (spoken > 0), contra + (spoken < 0)
                     width = width or len(cells)
-                    continue
-                raw = record.rstrip("\r\n").split(delimiter)
-                has_quotes = has_quotes or any(cell.startswith('"') for cell in raw)
-                if len(raw) == len(cells) and "\n" not in record.rstrip("\r\n"):
-                    quoted = [cell for cell in raw if '"' in cell]
-                    if not all(cell.startswith('"') for cell in quoted):
-                        return True, False
-                    evident = evident or any('""' in cell[1:-1] for cell in quoted)
-                    evident = evident or (not width and len(quoted) == len(raw))
-                elif joined_rows(cells, delimiter) or (width and len(cells) != width):
-                    return True, False
-                else:
-                    evident = True
-                width = width or len(cells)
-        except csv.Error:
-            return True, False
-    return has_quotes, evident
+                break
+            except csv.Error:
+                pieces.clear()
+                has_quotes, contra = True, contra + 1
+    if rows >= _FEW_QUOTED and not contra:
+        pro += max(quoted_cells.values(), default=0) == rows
+    return has_quotes, pro > _DAMAGED * contra
+
+
+def _speaks(
+    cells: Sequence[str], raw: Sequence[str], spans: bool, delimiter: str, width: int
+) -> int:
+    """Return 1 if a record shows that cells are quoted, -1 if that quotes are text, otherwise 0.
+
+    Args:
+        cells: the record, read with quotes.
+        raw: its cells, read without.
+        spans: whether it spans several lines.
+        delimiter: the delimiter.
+        width: the number of columns; 0 for the header.
+    """
+    if len(raw) != len(cells) or spans:
+        return -1 if joined_rows(cells, delimiter) or (width and len(cells) != width) else 1
+    quoted = [cell for cell in raw if '"' in cell]
+    if not all(cell.startswith('"') for cell in quoted):
+        return -1
+    return int(
+        any('""' in cell[1:-1] for cell in quoted) or (not width and len(quoted) == len(raw))
+    )
 
 
 def joined_rows(cells: Sequence[str], delimiter: str) -> int:

@@ -7,7 +7,6 @@ import functools
 import io
 import lzma
 import re
-import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +22,8 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _MULTIBYTE = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 _NOT_WINDOWS_1252 = b"\x81\x8d\x8f\x90\x9d"
 _HIGH = bytes(range(0x80, 0x100))
-_LETTERS = (string.ascii_letters).encode()
-_MOST_HIGH = 0.5  # for each ASCII letter; accented letters are few in languages with Latin letters
+_HIGH_RUN = re.compile(rb"[\x80-\xff]{2,}")
+_MOST_IN_RUNS = 0.4  # accented letters rarely follow each other in languages with Latin letters
 _CHUNK = 1 << 20
 
 
@@ -97,8 +96,9 @@ def text_layout(path: Path, encoding: str = "auto") -> TextLayout:
         path: the file.
         encoding: a codec, or `auto`: UTF-8, or Windows-1252, which includes Latin-1. A file is
             Windows-1252 if it has bytes that are not UTF-8, no character of several bytes that is,
-            and mostly ASCII letters, unlike the encodings of other scripts. Otherwise, parts of the
-            file have different encodings, or one that is not known, and it is read as UTF-8.
+            and few others that follow each other, unlike in encodings of other scripts. Otherwise,
+            parts of the file have different encodings, or one that is not known, and it is read as
+            UTF-8.
 
     Raises:
         UserError: if the file is UTF-16 and `encoding` is `auto`.
@@ -118,7 +118,8 @@ def _text_layout(path: Path, size: int, changed: int, encoding: str) -> TextLayo
         chunk = stream.read(_CHUNK)
         newline = "" if _returns_end_lines(chunk) else "\n"
         if encoding != "auto":
-            return TextLayout(encoding, newline)
+            is_utf8 = codecs.lookup(encoding).name == "utf-8"
+            return TextLayout("utf-8-sig" if is_utf8 else encoding, newline)
         if chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or chunk[:2].count(0) == 1:
             raise UserError(f"{path} is UTF-16; save it as UTF-8")
         return TextLayout(_find_encoding(stream, chunk), newline)
@@ -134,20 +135,20 @@ def _returns_end_lines(chunk: bytes) -> bool:
 def _find_encoding(stream: BinaryIO, chunk: bytes) -> str:
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     has_others = False
-    letters = high = 0
+    in_runs = high = 0
     while chunk:
-        letters += len(chunk) - len(chunk.translate(None, _LETTERS))
         if not chunk.isascii() or decoder.getstate()[0]:
             text = decoder.decode(chunk)
             if _MULTIBYTE.search(text):
                 return "utf-8-sig"
             has_others = has_others or is_undecodable(text)
             high += len(chunk) - len(chunk.translate(None, _HIGH))
+            in_runs += sum(map(len, _HIGH_RUN.findall(chunk)))
             if any(byte in chunk for byte in _NOT_WINDOWS_1252):
                 return "utf-8-sig"
         chunk = stream.read(_CHUNK)
     has_others = has_others or is_undecodable(decoder.decode(b"", final=True))
-    return "cp1252" if has_others and high <= _MOST_HIGH * letters else "utf-8-sig"
+    return "cp1252" if has_others and in_runs <= _MOST_IN_RUNS * high else "utf-8-sig"
 
 
 @contextmanager

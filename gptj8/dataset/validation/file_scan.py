@@ -59,12 +59,16 @@ def scan_files(
 def _in_lines(errors: _Errors) -> str:
     """Return a line for each reason, with the first file and the number of others."""
     files_of: dict[str, list[Path]] = {}
+    reasons: dict[str, str] = {}
     for path, error in errors:
         for line in str(error).splitlines():
             reason = line.removeprefix(path.as_posix())
-            files_of.setdefault(reason, []).append(path)
+            key = reason.partition("; its columns: ")[0]  # which differ between plain texts
+            files_of.setdefault(key, []).append(path)
+            reasons.setdefault(key, reason)
     lines = []
-    for reason, files in files_of.items():
+    for key, files in files_of.items():
+        reason = reasons[key]
         more = counted(len(files) - 1, "more file")
         also = f" (and {more}, such as {files[1]})" if len(files) > 1 else ""
         lines.append(f"{files[0].as_posix()}{reason}{also}")

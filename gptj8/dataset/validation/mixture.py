@@ -31,12 +31,11 @@ class Mixture:
         self._pattern_of = {
             path.as_posix(): number
             for path, name in names.items()
-            for number, pattern in reversed(list(enumerate(self.weights, 1)))
+            for number, pattern in enumerate(self.weights, 1)
             if fnmatchcase(name, pattern)
-        }
-        matched = set(self._pattern_of.values())
-        for number, pattern in enumerate(self.weights, 1):
-            if number not in matched:
+        }  # a later pattern wins
+        for pattern in self.weights:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
                 raise UserError(
                     f"data.train_weights: no training file matches {pattern}; the files: "
                     f"{listed(sorted(names.values()), 10)}"

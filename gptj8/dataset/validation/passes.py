@@ -143,7 +143,7 @@ class Passes:
         equal = relations.equal_texts(high, low, np.flatnonzero(self._is_compared()))
         found = relations.duplicates(equal, self.split, self.store.fact("answer"))
         if self.parts:
-            found = found[~self.parts.are_parts[found["index"]]]
+            found = self.parts.duplicates(found, self._is_compared())
         self._report_relation("duplicate", found, "is the same as", drop=True)
         equal = equal[self.kept[equal["index"]]]
         found = relations.leaks(equal, self.split)
@@ -236,11 +236,8 @@ class Passes:
         if not shares:
             return
         rows = np.flatnonzero(self.kept & (self.split == 0))
-        if self.parts and len(edges := self.parts.edges()):
-            # What documents share does not join them.
-            are_parts = self.parts.are_parts
-            equal = equal[~are_parts[equal["index"]]]
-            pairs = np.concatenate([pairs[~are_parts[pairs].any(axis=1)], edges])
+        if self.parts:
+            equal, pairs = equal.head(0), self.parts.edges(equal, pairs)
         cluster = relations.clusters(self.store.size, equal, pairs)[rows]
         high = self.store.fact("key_high")[rows]
         label = self.label[rows] if self.data.task == "classification" else None
@@ -296,7 +293,9 @@ class Passes:
                     writer.add(name, rows)
                     self._count(name, rows)
                     if names:
-                        found = np.bincount(self.label[start:end][inside], minlength=len(names))
+                        used = None if copies is None or number else copies[start:end][inside]
+                        numbers = self.label[start:end][inside]
+                        found = np.bincount(numbers, used, minlength=len(names))
                         validated.labels[name].update(
                             {names[i]: int(found[i]) for i in np.flatnonzero(found)}
                         )

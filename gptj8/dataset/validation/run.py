@@ -24,7 +24,7 @@ from pathlib import Path
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import describe_files, require_optional_columns, with_format_of
 from gptj8.dataset.readers.options import END_OF_TEXT, read_options
-from gptj8.dataset.readers.plain_text import choose_text_row
+from gptj8.dataset.readers.plain_text import choose_text_row, passage_size
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.readers.sources import Sources, find_sources
 from gptj8.dataset.validation.findings import Findings, copy_dropped
@@ -84,7 +84,10 @@ def _scanner(data: Data, encoder: TextEncoder, sources: Sources) -> tuple[Scanne
         if data.task == "text":
             text_row, why = choose_text_row(train, (END_OF_TEXT, encoder.eos), data.encoding)
         notes += [f"data.text_row: {text_row}, because {why}"] if why else []
-    options = read_options(data, shape, text_row, encoder.eos, sources.folder_labels)
+    size = sum(file.stat().st_size for file in train)
+    options = read_options(
+        data, shape, text_row, encoder.eos, passage_size(size), sources.folder_labels
+    )
     require_optional_columns(
         (file for paths in sources.files.values() for file in paths), options, shape.expected
     )

@@ -2,7 +2,8 @@
 
 Such rows are parts of a document. They are tokenized as within it, have no border between them in
 the training text unless a row between them is missing, and are not duplicates of each other: verse
-and dialogue repeat themselves. Held-out text is whole documents if there are many, otherwise parts.
+and dialogue repeat themselves. Whole documents may be. Held-out text is whole documents if there
+are many, otherwise parts.
 """
 
 from __future__ import annotations
@@ -119,12 +120,56 @@ class Parts:
         self.are_parts[:-1] |= follows[1:]
         self.document = np.cumsum(~follows) - 1
 
-    def edges(self) -> np.ndarray:
-        """Return the pairs of rows that are held out together, (pairs, 2)."""
+    @property
+    def _starts(self) -> np.ndarray:
+        """The first row of each document, and the number of rows."""
+        return np.append(np.flatnonzero(~self.follows), len(self.follows))
+
+    def duplicates(self, found: pd.DataFrame, is_compared: np.ndarray) -> pd.DataFrame:
+        """Return the duplicates that are not parts, and documents whose parts are all duplicates.
+
+        Args:
+            found: `index` and `other` of rows that equal an earlier one.
+            is_compared: (rows,) whether the row was compared.
+        """
+        whole = found[~self.are_parts[found["index"]]]
+        starts = self._starts
+        pairs = found.assign(
+            document=self.document[found["index"]], original=self.document[found["other"]]
+        )
+        counts = pairs.groupby(["document", "original"]).size()
+        compared = np.bincount(self.document[is_compared], minlength=len(starts) - 1)
+        copies = [whole]
+        for (document, original), count in counts.items():
+            rows = np.arange(starts[document], starts[document + 1])
+            others = np.arange(starts[original], starts[original + 1])
+            if len(rows) == len(others) > 1 and count == compared[document] == compared[original]:
+                copies.append(pd.DataFrame({"index": rows, "other": others}))
+        return pd.concat(copies, ignore_index=True)
+
+    def edges(self, equal: pd.DataFrame, pairs: np.ndarray) -> np.ndarray:
+        """Return the pairs of rows that are held out together, (pairs, 2).
+
+        Few documents are divided, so these are equal and similar rows. Of many, these are the rows
+        of a document, and documents of which half of the parts are equal or similar.
+
+        Args:
+            equal: `index` and `group` of equal rows.
+            pairs: (pairs, 2) similar rows.
+        """
+        first = equal.groupby("group")["index"].transform("first").to_numpy(np.int64)
+        alike = np.stack([first, equal["index"].to_numpy(np.int64)], axis=1)
+        alike = np.concatenate([alike, pairs])
         rows = np.flatnonzero(self.follows)
         if not len(rows) or self.document[-1] + 1 < MANY_DOCUMENTS:
-            return np.empty((0, 2), dtype=np.int64)
-        return np.stack([rows - 1, rows], axis=1)
+            return alike
+        documents = np.sort(self.document[alike], axis=1)
+        documents = documents[documents[:, 0] != documents[:, 1]]
+        found, counts = np.unique(documents, axis=0, return_counts=True)
+        sizes = np.bincount(self.document)
+        found = found[2 * counts >= sizes[found].min(axis=1)] if len(found) else found
+        inside = np.stack([rows - 1, rows], axis=1)
+        return np.concatenate([inside, self._starts[found].reshape(-1, 2)])
 
     def borders(
         self, kept: np.ndarray, split: np.ndarray, copies: np.ndarray | None = None

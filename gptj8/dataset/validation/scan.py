@@ -132,7 +132,8 @@ class Scanner:
             usable, _, _ = encode_conversations(usable, self.conversations)
         else:
             usable = self.shape.to_fields(usable)
-        return replace(found, shared=SharedText.of(texts_of_rows(usable, first, self.shape)))
+        texts = texts_of_rows(usable, first, self.shape)
+        return replace(found, shared=SharedText.of(texts, self.shape.is_conversation))
 
     def _read_sample(self, files: Sequence[Path], options: ReadOptions) -> Iterator[pd.DataFrame]:
         # Files that cannot be read are reported when all are.

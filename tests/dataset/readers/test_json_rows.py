@@ -125,3 +125,30 @@ def test_a_label_in_a_list_of_its_own(tmp_path):
     rows = read_rows(path, BOTH)
     assert rows["label"].tolist() == ["x", '["x", "y"]']
     assert rows["label_kind"].tolist() == ["text", "list"]
+
+
+def test_columns_by_row_number_are_joined_by_the_number(tmp_path):
+    path = tmp_path / "t.json"
+    columns = {"text": {"0": "a", "1": "b", "2": "c"}, "label": {"0": "x", "2": "z", "1": "y"}}
+    path.write_text(json.dumps(columns))
+    assert cells(path) == [["a", "x"], ["b", "y"], ["c", "z"]]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_arrays_of_messages_are_conversations(tmp_path, suffix):
+    chats = [
+        [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "b"}]
+        for n in range(3)
+    ]
+    path = tmp_path / f"t{suffix}"
+    path.write_text(json.dumps(chats) if suffix == ".json" else "\n".join(map(json.dumps, chats)))
+    rows = read_rows(path, ReadOptions({"messages": "messages"}))
+    assert [json.loads(cell) for cell in rows["messages"]] == chats
+
+
+def test_line_separators_inside_texts_of_a_damaged_file(tmp_path):
+    path = tmp_path / "t.json"
+    text = "a\u2028b\x85c"
+    path.write_text(f'{{"text": \n{{"text": "{text}", "label": "x"}}\n', encoding="utf-8")
+    rows = read_rows(path, BOTH)
+    assert rows["text"].dropna().tolist() == [text]

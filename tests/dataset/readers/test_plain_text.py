@@ -10,6 +10,7 @@ from gptj8.dataset.readers.formats import read_batches, read_rows
 from gptj8.dataset.readers.options import END_OF_TEXT, ReadOptions
 from gptj8.dataset.readers.plain_text import PASSAGE, choose_text_row
 from tests.helpers.labelled_rows import sentences
+from tests.helpers.time_limit import time_limit
 
 TEXT = ReadOptions({"text": "text"})
 PARAGRAPHS = replace(TEXT, text_row="paragraph")
@@ -41,10 +42,7 @@ def test_no_character_of_a_book_is_lost(tmp_path, options, end):
     book = "\n".join(["\ufeffTitle", "", *lines, "The end."]) + "\n"
     rows = read_rows(write(tmp_path, book.replace("\n", end)), options)
     text = book.removeprefix("\ufeff")
-    if end == "\r":
-        assert "".join(rows["text"]).replace("\r", "\n") == text
-    else:
-        assert "".join(rows["text"]) == text
+    assert "".join(rows["text"]) == text
     assert rows["continues"].tolist() == [False] + [True] * (len(rows) - 1)
     assert rows["next_row"].tolist() == [*rows["row"].tolist()[1:], 0]
 
@@ -109,3 +107,30 @@ def test_small_files_are_read_together(tmp_path):
     assert [len(frame) for frame in frames] == [600]
     assert frames[0]["text"].tolist() == sentences(600)
     assert frames[0]["file"].tolist() == [file.as_posix() for file in files]
+
+
+@pytest.mark.parametrize("options", [PARAGRAPHS, FILE], ids=["paragraph", "file"])
+def test_long_paragraphs_and_lines_keep_their_borders(tmp_path, options):
+    paragraphs = [f"{' '.join(sentences(20)[:n])}." for n in (16, 18, 20)]
+    wrapped = [text.replace(" sand ", "\nsand ") for text in paragraphs]
+    content = "\n\n".join([*paragraphs, *wrapped]) + "\n"
+    rows = read_rows(write(tmp_path, content), options)
+    assert "".join(rows["text"]) == content
+    if options is PARAGRAPHS:
+        assert [text.strip() for text in rows["text"]] == [*paragraphs, *wrapped]
+    line = " ".join(sentences(30_000))
+    found = read_rows(write(tmp_path, line), options)["text"]
+    assert "".join(found) == line and found.str.len().max() <= 1 << 16
+
+
+def test_a_long_line_takes_no_time_to_judge(tmp_path):
+    path = write(tmp_path, "word " * 200_000)
+    with time_limit(5):
+        assert choose_text_row([path], (END_OF_TEXT,), "auto")[0] == "line"
+
+
+def test_lines_that_recur_are_not_texts_of_their_own(tmp_path):
+    log = "".join(f"{'yes' if n % 3 else text}\n" for n, text in enumerate(sentences(300)))
+    assert choose_text_row([write(tmp_path, log)], (END_OF_TEXT,), "auto")[0] == "file"
+    csv = tmp_path / "a.jsonl"
+    assert choose_text_row([csv], (END_OF_TEXT,), "auto") == ("line", "")

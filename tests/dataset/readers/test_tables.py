@@ -9,7 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from gptj8.dataset.readers.formats import describe_files, read_rows
+from gptj8.dataset.readers.formats import (
+    describe_files,
+    read_rows,
+    require_optional_columns,
+    with_format_of,
+)
 from gptj8.dataset.readers.options import ReadOptions
 from gptj8.runtime.errors import UserError
 from tests.helpers.labelled_rows import pairs
@@ -59,10 +64,12 @@ def test_a_whole_cell_in_quotes_is_text_unless_all_are(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_text('text\tlabel\n"a b"\tx\nc\ty\n')
     assert cells(path) == [['"a b"', "x"], ["c", "y"]]
-    assert describe_files([path], BOTH) == []
+    note = f"{path} has quotes that are part of it (data.quoting)"
+    assert describe_files([path], BOTH) == [note]
     path.write_text('"text"\t"label"\n"a b"\t"x"\n')
     assert cells(path) == [["a b", "x"]]
-    assert describe_files([path], BOTH) == [f"{path} has quotes around cells, which were removed"]
+    note = f"{path} has quotes around cells, which were removed (data.quoting)"
+    assert describe_files([path], BOTH) == [note]
 
 
 def test_quoting_is_a_param(tmp_path):
@@ -203,3 +210,78 @@ def test_words_with_tags_are_named_for_what_they_are(tmp_path):
     path.write_text("Ana NNP B-PER\nlaughs VBZ O\n\nBo NNP B-PER\n\n")
     with pytest.raises(UserError, match="it looks like CoNLL's format"):
         read_rows(path, BOTH)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_column_in_quotes_throughout_is_quoted(tmp_path, delimiter):
+    path = tmp_path / "t.txt"
+    rows = pairs(20)
+    path.write_text(
+        "".join(f'"{text}"{delimiter}{label}\n' for text, label in [("text", "label"), *rows])
+    )
+    assert cells(path) == rows
+
+
+def test_one_damaged_row_does_not_turn_quoting_off(tmp_path):
+    rows = [[f"{text}\nsecond", label] for text, label in pairs(40)]
+    path = tmp_path / "t.tsv"
+    path.write_text(written(rows, "\t") + '"A" is a letter\tx\n')
+    with pytest.raises(UserError, match=r"line 82 column 4: text follows a closing quote"):
+        read_rows(path, BOTH)
+
+
+def test_spaces_before_quotes_are_not_part_of_a_cell(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('text, label\n"a, b", "x"\n"c", "y"\n')
+    assert cells(path) == [["a, b", "x"], ["c", "y"]]
+
+
+def test_the_separator_line_of_a_spreadsheet(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("sep=;\r\ntext;label\r\na,b;x\r\nc;y;z\r\n")
+    rows = read_rows(path, BOTH)
+    assert rows["text"][0] == "a,b" and "has 3 cells on line 4" in rows["problem"][1]
+
+
+def test_a_small_file_is_read_as_the_first_one(tmp_path):
+    rows = pairs(40)
+    first, small, headed = (tmp_path / f"{name}.txt" for name in "abc")
+    first.write_text("".join(f"{text};{label}\n" for text, label in rows))
+    small.write_text("one thing;x\nother thing;y\n")
+    headed.write_text("label,text\nx,last\n")
+    options = with_format_of(first, BOTH)
+    assert cells(first, options) == rows
+    assert cells(small, options) == [["one thing", "x"], ["other thing", "y"]]
+    assert cells(headed, options) == [["last", "x"]]
+
+
+def test_an_optional_column_of_a_table_in_plain_text(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("instruction\tinput\na\tb\n")
+    options = ReadOptions({"instruction": "instruction", "input": "input"}, frozenset({"input"}))
+    require_optional_columns([path], options, ["input"])
+    assert read_rows(path, options)["input"].tolist() == ["b"]
+
+
+def test_a_label_that_is_called_otherwise_is_not_a_test_file(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text,sentiment\na,b\n")
+    with pytest.raises(UserError, match=r"its columns: text, sentiment$"):
+        read_rows(path, BOTH)
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "gbk", "euc-kr", "cp1256"])
+def test_other_scripts_are_not_taken_for_latin_letters(tmp_path, encoding):
+    text = {"cp1251": "\u0442\u0443\u0442", "cp1256": "\u0633\u0644\u0627\u0645"}.get(encoding)
+    text = text or {"gbk": "\u5929\u6c14\u5f88\u597d", "euc-kr": "\ub0a0\uc528"}[encoding]
+    path = tmp_path / "t.csv"
+    lines = [f"{text} {n},https://example.org/{n}/page" for n in range(9)]
+    path.write_bytes("\n".join(["text,label", *lines]).encode(encoding))
+    assert (read_rows(path, BOTH)["text_kind"] == "undecodable").any()
+    assert (read_rows(path, replace(BOTH, encoding=encoding))["text_kind"] == "text").all()
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_a_name(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\na,b\n", encoding="utf-8-sig")
+    assert cells(path, replace(BOTH, encoding="UTF8")) == [["a", "b"]]

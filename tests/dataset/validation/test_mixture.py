@@ -98,3 +98,16 @@ def test_the_choice_of_rows_depends_on_their_text_alone(folder, encoder):
     (folder / "other.csv").unlink()
     _, second = check(folder, encoder, {"*": 0.5})
     assert np.array_equal(*(np.sort(p.split("train")["text"]) for p in (first, second)))
+
+
+def test_a_later_pattern_wins_and_a_label_without_rows_is_a_problem(folder, encoder):
+    validated, _ = check(folder, encoder, {"*": 0.5, "faq.csv": 2})
+    assert [note.partition(" used")[0].partition(":")[0] for note in validated.notes] == [
+        "*",
+        "faq.csv",
+    ]
+    out = folder.parent / "none"
+    out.mkdir()
+    data = Data(train=str(folder), train_weights={"*": 0})
+    problems = validate(data, encoder, out).problems
+    assert any("train" in problem for problem in problems)

@@ -136,6 +136,22 @@ def test_parts_have_the_ids_that_they_have_within_their_text(tmp_path, family):
     assert [i for ids in found for i in ids] == encoder.encode("".join(parts))
 
 
+def test_documents_that_are_copies_are_duplicates_or_held_out_together(tmp_path, encoder):
+    documents = [
+        "\n\n".join(f"{text} " * 3 for text in sentences(360)[start : start + 6])
+        for start in range(0, 360, 6)
+    ]
+    changed = [f"{document}\n\nfooter {n}" for n, document in enumerate(documents[:20])]
+    content = f"\n{END_OF_TEXT}\n".join([*documents, *documents[20:30], *changed])
+    validated, prepared = check(tmp_path, content, encoder, text_row="paragraph")
+    assert validated.findings.dropped("duplicate") == validated.findings.dropped_rows == 60
+    places = {}
+    for name in SPLITS:
+        for text in texts_of(prepared, name).values():
+            places.setdefault(text.strip(), set()).add(name)
+    assert all(len(names) == 1 for text, names in places.items() if len(text) >= 100)
+
+
 def test_borders_are_where_a_neighbor_is_missing():
     follows = np.array([0, 1, 1, 0, 1, 1, 1], dtype=bool)
     kept = np.array([1, 1, 1, 1, 0, 1, 1], dtype=bool)

@@ -103,13 +103,32 @@ def test_rows_without_anything_particular_are_compared_as_they_are(tmp_path, enc
 
 
 def test_shared_text_is_what_recurs():
-    rows = [["rules:", f"row {number}", "rules: end"] for number in range(20)]
+    rows = [[f"rules:\nrow {number}\nrules: end"] for number in range(20)]
     shared = SharedText.of(rows)
     assert shared.lines == {"rules:", "rules: end"}
-    assert shared.particular(["rules:", "own", "rules: end"]) == "own"
+    assert shared.particular(["rules:\nown\nrules: end"]) == "own"
     assert shared.particular(["rules:"]) == "rules:"
     few = SharedText.of(rows[:9])
     assert few == SharedText() and few.particular(["a", "b"]) == "a\nb"
     ends = SharedText.of([[f"{'begin ' * 9}{number}{' end' * 9}"] for number in range(20)])
     assert ends.particular([f"{'begin ' * 9}a{' end' * 9}"]) == "a"
     assert ends.particular(["begin a"]) == "begin a"
+    columns = SharedText.of([[f"kind {number % 2}", f"own {number}"] for number in range(60)])
+    assert columns.parts == {0} and columns.particular(["new kind", "x"]) == "x"
+    messages = SharedText.of([["be brief", f"m{number}"] for number in range(60)], True)
+    assert messages.messages == {"be brief"} and messages.particular(["m1", "be brief"]) == "m1"
+
+
+def test_copies_of_one_text_are_alike_however_many_there_are(tmp_path, encoder):
+    mail = sentences(20)[12:]
+    for count in (8, 12, 30):
+        rows = [
+            {"text": "\n".join(sentences(8 * n + 8)[8 * n :]), "label": "xy"[n % 2]}
+            for n in range(200)
+        ]
+        for number in range(count):
+            lines = [*mail[:3], f"Order {number}", *mail[4:]]
+            rows.append({"text": "\n".join(lines), "label": "x"})
+        params = {"task": "classification", "prompt_template": "{text}"}
+        validated = check(tmp_path / str(count), encoder, rows, **params)
+        assert validated.findings.count("near_duplicate") == count - 1
