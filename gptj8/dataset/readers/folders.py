@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,9 @@ _UNLABELLED = ("unsup", "unsupervised", "unlabeled", "unlabelled")
 
 def stem_of(path: Path) -> str:
     """Return a file's name without its suffixes: `train` of `train.csv.gz`."""
-    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in COMPRESSIONS else path.name
-    return Path(stem).stem
+    name = path.name  # strings, because a folder may have 100,000 files
+    stem, suffix = os.path.splitext(name)
+    return os.path.splitext(stem)[0] if suffix.lower() in COMPRESSIONS else stem
 
 
 def label_of_folder(path: Path) -> str | None:

@@ -6,9 +6,10 @@ import codecs
 import functools
 import io
 import lzma
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -42,8 +43,8 @@ class TextLayout(NamedTuple):
 
 def suffix_of(path: Path) -> str:
     """Return the suffix of the format in lower case: `.jsonl` for `train.JSONL.gz`."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+    stem, suffix = os.path.splitext(path.name.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
 @contextmanager
@@ -116,12 +117,18 @@ def encoding_of(path: Path) -> str:
 def _text_layout(path: Path, size: int, changed: int, encoding: str) -> TextLayout:
     with open_binary(path) as (stream, _):
         chunk = stream.read(_CHUNK)
-        newline = "" if _returns_end_lines(chunk) else "\n"
+        newline = "\n"
+        if b"\r" in chunk and _returns_end_lines(chunk):
+            newline = ""
         if encoding != "auto":
             is_utf8 = codecs.lookup(encoding).name == "utf-8"
             return TextLayout("utf-8-sig" if is_utf8 else encoding, newline)
         if chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or chunk[:2].count(0) == 1:
             raise UserError(f"{path} is UTF-16; save it as UTF-8")
+        if len(chunk) < _CHUNK and b"\0" not in chunk:  # a small file, of which there may be many
+            with suppress(UnicodeDecodeError):
+                chunk.decode()
+                return TextLayout("utf-8-sig", newline)
         return TextLayout(_find_encoding(stream, chunk), newline)
 
 
