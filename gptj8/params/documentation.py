@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptj8.params.sections import NO_PATH, OPTIONAL_PATHS, Params
+from gptj8.params.paths import NO_PATH
+from gptj8.params.sections import OPTIONAL_PATHS, Params
 
 SCHEMA_FILE = Path("params.schema.json")
 PAGE = Path("docs/params.md")

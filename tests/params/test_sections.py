@@ -2,7 +2,8 @@
 
 import pytest
 
-from gptj8.params.sections import NO_PATH, check_params, load_params, parse_params, resolved
+from gptj8.params.paths import NO_PATH
+from gptj8.params.sections import check_params, load_params, parse_params, resolved
 from gptj8.runtime.errors import UserError
 from tests.helpers.paths import ROOT
 
