@@ -27,6 +27,8 @@ from gptj8.dataset.text import INVISIBLE
 from gptj8.params.sections import Data
 from gptj8.params.templates import MESSAGES, Template, parse_template
 
+WHOLE_FIELDS = ("text", "prompt", MESSAGES)
+"""Fields whose cells are not made of the items of lists."""
 _BESIDE_MESSAGES = ("tools", "system")
 """Fields that a conversation may have; files need not have their columns."""
 
@@ -112,7 +114,8 @@ class Shape:
             if name == self.answer:
                 continue
             cell = cell_of(cells, column)
-            if isinstance(cell, list) and (text := on_lines(cell)) is not None:
+            is_list = isinstance(cell, list) and name not in WHOLE_FIELDS
+            if is_list and (text := on_lines(cell)) is not None:
                 cell = text  # as `gptj8.dataset.readers.formats` reads it
             if cell is not None and not isinstance(cell, str):
                 raise ValueError(f"{column} is not a string")

@@ -22,7 +22,7 @@ from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import read_batches
 from gptj8.dataset.readers.options import ReadOptions
-from gptj8.dataset.readers.row_shapes import Shape, shape_of
+from gptj8.dataset.readers.row_shapes import WHOLE_FIELDS, Shape, shape_of
 from gptj8.dataset.readers.sources import content_key
 from gptj8.dataset.text import INVISIBLE
 from gptj8.dataset.validation import near_duplicates, schemas
@@ -31,9 +31,6 @@ from gptj8.dataset.validation.conversation_rows import choose_template, encode_c
 from gptj8.dataset.validation.running_text import BRIEF, encode_parts
 from gptj8.dataset.validation.shared_text import SharedText, texts_of_rows
 from gptj8.params.sections import Data
-from gptj8.params.templates import MESSAGES
-
-_WHOLE = ("text", "prompt", MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Scanner:
         if first is None:
             return self
         fields = self.shape.template.fields if self.shape.template else ()
-        kinds = {field: first[f"{field}_kind"] for field in fields if field not in _WHOLE}
+        kinds = {field: first[f"{field}_kind"] for field in fields if field not in WHOLE_FIELDS}
         lists = frozenset(f for f, kind in kinds.items() if 2 * (kind == "list").sum() > len(kind))
         options = replace(self.options, list_fields=lists)
         if lists:
