@@ -32,6 +32,8 @@ from gptj8.dataset.validation.running_text import BRIEF, encode_parts
 from gptj8.dataset.validation.shared_text import SharedText, texts_of_rows
 from gptj8.params.sections import Data
 
+_LONGEST_SAMPLED = 20_000  # characters of a cell; longer rows say little about what rows share
+
 
 @dataclass(frozen=True)
 class ScannedBatch:
@@ -124,6 +126,8 @@ class Scanner:
         found = replace(self, options=options)
         if self.data.near_duplicate_threshold is None:
             return found
+        lengths = [first[field].str.len().fillna(0) for field in self.shape.columns]
+        first = first[pd.concat(lengths, axis=1).max(axis=1) <= _LONGEST_SAMPLED]
         usable = first.drop(index=self._invalid(first)[1])
         if self.shape.is_conversation:
             usable, _, _ = encode_conversations(usable, self.conversations)
