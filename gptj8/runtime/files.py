@@ -173,11 +173,7 @@ def hash_file(path: str | Path, *algorithms: str) -> dict[str, str]:
 
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(path, "sha256")["sha256"]
 
 
 def _share(directory: Path) -> None:

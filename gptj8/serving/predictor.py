@@ -20,6 +20,7 @@ from gptj8.dataset.prepared.prompts import (
     without_lead,
 )
 from gptj8.dataset.prepared.text_encoder import TextEncoder
+from gptj8.dataset.readers.rows import outermost
 from gptj8.model.generation.answers import write_answers
 from gptj8.model.loading import load_adapter, load_model, pick_device, pick_dtype
 from gptj8.model.scoring.likelihood import score_labels
@@ -117,7 +118,7 @@ class Predictor:
         if self.task is None or self._prompts is None:
             raise ValueError("this model is not fine-tuned and cannot answer rows; send a prompt")
         columns = {*self.task.columns, *self.task.shape.columns.values()}
-        columns |= {name.partition(".")[0] for name in columns}
+        columns |= {outermost(name, ()) for name in columns}
         for name in row:
             if name not in columns:
                 raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")

@@ -23,7 +23,7 @@ from gptj8.tracking.identity import (
     tracking_uri,
     without_password,
 )
-from gptj8.tracking.journal import JournalWriter, flatten, metric_values, read_state
+from gptj8.tracking.journal import JournalWriter, metric_values, read_state
 from gptj8.tracking.recorder import start_recorder
 from gptj8.tracking.stage_results import (
     failure_events,
@@ -211,14 +211,13 @@ def stage_run(stage: str, params: Params) -> Iterator[StageRun]:
 
 
 def _flat_params(params: Params) -> dict[str, str]:
-    sections = resolved(params)
-    # The patterns of weights are not names of params, which MLflow restricts.
-    sections["data"] = {
-        key: json.dumps(value) if isinstance(value, dict) else value
-        for key, value in sections["data"].items()
-    }
-    flat = flatten(sections, ".").items()
-    texts = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in flat)
+    flat: dict[str, Any] = {}
+    for name, section in resolved(params).items():
+        if isinstance(section, dict):
+            flat |= {f"{name}.{key}": value for key, value in section.items()}
+        else:
+            flat[name] = section
+    texts = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in flat.items())
     return {key: text[:_PARAM_LENGTH] for key, text in texts}
 
 

@@ -49,6 +49,9 @@ def parse_columnar(
         number, size, position = 0, path.stat().st_size, 0
         for batch in table.batches(wanted):
             cells = {name: _cells(batch.column(name)) for name in wanted}
+            for name in wanted:
+                if pa.types.is_nested(table.schema.field(name).type):
+                    cells[name] = list(map(_without_nulls, cells[name]))
             for name, known in names_of.items():
                 cells[name] = [_named(cell, known) for cell in cells[name]]
             for values in zip(*cells.values(), strict=True):
@@ -60,14 +63,14 @@ def parse_columnar(
         advance(size - position)
 
 
-def without_nulls(cell: Any) -> Any:
+def _without_nulls(cell: Any) -> Any:
     """Return a cell without the null fields of its structs.
 
     All structs of a column have all fields, so null is the only way to leave one out.
     """
     if isinstance(cell, dict):
-        return {key: without_nulls(value) for key, value in cell.items() if value is not None}
-    return [without_nulls(item) for item in cell] if isinstance(cell, list) else cell
+        return {key: _without_nulls(value) for key, value in cell.items() if value is not None}
+    return [_without_nulls(item) for item in cell] if isinstance(cell, list) else cell
 
 
 @contextmanager
@@ -133,11 +136,9 @@ def _label_names(schema: pa.Schema, columns: Sequence[str]) -> dict[str, dict[in
 
 def _named(cell: Any, known: dict[int, str]) -> Any:
     """Return the names of a label or a list of labels; an unknown number stays a number."""
-    return (
-        [known.get(item, item) for item in cell]
-        if isinstance(cell, list)
-        else known.get(cell, cell)
-    )
+    if isinstance(cell, list):
+        return [known.get(item, item) for item in cell]
+    return known.get(cell, cell)
 
 
 def _cells(column: pa.Array) -> list[Any]:

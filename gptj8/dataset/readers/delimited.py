@@ -74,17 +74,15 @@ def _explain(
             f"{path} line {line + 1}: a cell contains a carriage return; put the cell in quotes, "
             "or remove it"
         )
-    place, lines = None, list[str]()
-    if found.is_quoted:
-        with open_text(path, options.encoding) as (text, _):
-            rest = itertools.islice(text, line, None)
-            place = find_quote_problem(rest, found.delimiter, MAX_CELL)
-        with open_text(path, options.encoding) as (text, _):
-            lines = list(itertools.islice(text, line, line + 1))
+    with open_text(path, options.encoding) as (text, _):
+        rest = itertools.islice(text, line, None)
+        first = next(rest, "")
+        lines = itertools.chain([first], rest)
+        place = find_quote_problem(lines, found.delimiter, MAX_CELL)
     if place is None:
         return f"{path} line {line + 1}: {error}"
     advice = ""
-    if '\\"' in "".join(lines):
+    if '\\"' in first:
         advice = ", and not with a backslash before it"
     elif options.quoting == "auto":
         advice = "; if quotes are part of the text, set data.quoting: none"

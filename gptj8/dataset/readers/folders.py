@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptj8.dataset.readers.text_files import COMPRESSIONS, suffix_of
+from gptj8.dataset.readers.text_files import COMPRESSIONS, TEXT_SUFFIXES, suffix_of
 
 _NAMES = {
     "train": ("train", "training"),
@@ -43,7 +43,7 @@ def texts_by_label(directory: Path, files: Sequence[Path]) -> list[Path]:
     There are if at least two folders, apart from those named as splits, have several text files
     each, these are most of the text files, and none of them is named as a split.
     """
-    texts = [path for path in files if suffix_of(path) in (".txt", "")]
+    texts = [path for path in files if suffix_of(path) in TEXT_SUFFIXES]
     inside = [path for path in texts if _has_label(directory, path.parent)]
     counts = Counter(label_of_folder(path) for path in inside if not is_unlabelled(path))
     labels = [label for label, count in counts.items() if count > 1]

@@ -28,10 +28,10 @@ from typing import Any
 
 import pandas as pd
 
-from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, columnar_names, without_nulls
+from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, columnar_names
 from gptj8.dataset.readers.folders import SPLIT_OF, stem_of
 from gptj8.dataset.readers.options import ReadOptions
-from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES, is_table, parse_file
+from gptj8.dataset.readers.parsers import SUFFIXES, is_plain, is_table, parse_file
 from gptj8.dataset.readers.plain_text import choose_text_row, passage_size
 from gptj8.dataset.readers.rows import (
     EmptyFileError,
@@ -44,6 +44,7 @@ from gptj8.dataset.readers.rows import (
 from gptj8.dataset.readers.tables import table_format
 from gptj8.dataset.readers.text_files import (
     COMPRESSIONS,
+    TEXT_SUFFIXES,
     encoding_of,
     is_undecodable,
     open_text,
@@ -114,7 +115,7 @@ def read_batches(
     files: Sequence[Path],
     options: ReadOptions,
     advance: Callable[[int], object] = lambda size: None,
-    failed: Callable[[Path, UserError], object] | None = None,
+    errors: list[tuple[Path, UserError]] | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Read files in frames of up to `BATCH_ROWS` rows; a frame may have rows of several files.
 
@@ -122,7 +123,7 @@ def read_batches(
         files: files in the supported formats.
         options: what to read.
         advance: called with the number of bytes that were read since the last call.
-        failed: called with a file that cannot be read and the error, which is otherwise raised.
+        errors: filled with the files that cannot be read and why, which is otherwise raised.
 
     Yields:
         Frames with these columns. Per field, its text (null if missing) and `<field>_kind`: `text`,
@@ -135,7 +136,7 @@ def read_batches(
     Raises:
         UserError: with the file, and the line and column if they are known.
     """
-    rows = _rows(files, options, advance, failed)
+    rows = _rows(files, options, advance, errors)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         yield _frame(batch, options)
 
@@ -144,7 +145,7 @@ def _rows(
     files: Sequence[Path],
     options: ReadOptions,
     advance: Callable[[int], object],
-    failed: Callable[[Path, UserError], object] | None,
+    errors: list[tuple[Path, UserError]] | None,
 ) -> Iterator[tuple[Path, Row]]:
     for path in files:
         try:
@@ -153,9 +154,9 @@ def _rows(
             for row in parse_file(path, options, advance):
                 yield path, row
         except UserError as error:
-            if failed is None:
+            if errors is None:
                 raise
-            failed(path, error)
+            errors.append((path, error))
 
 
 def _check_file(path: Path, options: ReadOptions) -> None:
@@ -174,15 +175,10 @@ def _frame(batch: list[tuple[Path, Row]], options: ReadOptions) -> pd.DataFrame:
     frame: dict[str, Any] = {}
     paths = [path for path, _ in batch]
     text_of = {path: path.as_posix() for path in dict.fromkeys(paths)}
-    columnar = {path for path in text_of if suffix_of(path) in COLUMNAR}
     for field, column in options.columns.items():
         found = []
-        for path, row in batch:
-            if options.is_text and suffix_of(path) in TEXT_SUFFIXES:
-                cell = row.cells.get("text")
-            else:
-                cell = cell_of(row.cells, column)
-            cell = without_nulls(cell) if path in columnar else cell
+        for _, row in batch:
+            cell = cell_of(row.cells, column)
             if isinstance(cell, list):
                 cell = _from_list(cell, field, field in options.list_fields)
             found.append(_normalize(cell))
@@ -252,9 +248,7 @@ def _normalize_unicode(cell: str) -> tuple[str, str]:
 
 
 def _require_columns(path: Path, options: ReadOptions) -> None:
-    if options.folder_labels and suffix_of(path) in TEXT_SUFFIXES:
-        return
-    if options.is_text and suffix_of(path) in TEXT_SUFFIXES:
+    if is_plain(path, options):
         return
     required = options.required
     names = column_names(path, options)
@@ -269,7 +263,8 @@ def _require_columns(path: Path, options: ReadOptions) -> None:
         )
         shown = ", ".join(map(quote, names[:30])) or "none"
         raise UserError(
-            f"{path} has no column {listed}; its columns: {shown}{_hint(path, options, names)}"
+            f"{path} has no column {listed}; its columns: {shown}"
+            f"{_hint(path, options, names, {field for field, _ in missing})}"
         )
 
 
@@ -278,11 +273,10 @@ def has_column(column: str, names: Iterable[str]) -> bool:
     return outermost(column, names) in names
 
 
-def _hint(path: Path, options: ReadOptions, names: Sequence[str]) -> str:
-    """Return what may help if columns are missing."""
-    missing = [f for f, c in options.required.items() if not has_column(c, names)]
+def _hint(path: Path, options: ReadOptions, names: Sequence[str], missing: set[str]) -> str:
+    """Return what may help if the columns of some fields are missing."""
     is_test = SPLIT_OF.get(stem_of(path).casefold()) == "test"
-    if is_test and missing and set(missing) <= set(_ANSWERS) and len(options.required) > 1:
+    if is_test and missing <= set(_ANSWERS) and len(options.required) > 1:
         return (
             "; the public test files of many benchmarks have no labels: name the files to read in "
             "data.train_files and data.validation_files"
@@ -349,7 +343,7 @@ def column_names(path: Path, options: ReadOptions) -> list[str]:
         return table
     names: dict[str, None] = {}
     empty = True
-    wanted = [column.partition(".")[0] for column in options.required.values()]
+    wanted = [outermost(column, ()) for column in options.required.values()]
     for row in parse_file(path, options):
         empty = False
         names.update(dict.fromkeys(row.cells))
@@ -371,7 +365,7 @@ def require_optional_columns(
     for file in files:
         if not missing:
             return
-        if options.folder_labels and suffix_of(file) in TEXT_SUFFIXES:
+        if is_plain(file, options):
             continue
         wanted = replace(options, columns={c: c for c in missing}, optional=frozenset())
         try:

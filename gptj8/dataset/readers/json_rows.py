@@ -44,7 +44,7 @@ def parse_json(text: io.TextIOWrapper, path: Path, options: ReadOptions) -> Iter
         return
     (number, line), *others = first
     is_array = line.lstrip().startswith("[")
-    is_complete = _is_complete(line)
+    is_complete, value = _attempt(line)
     if not is_complete and (is_array or _may_span_lines(line, path)):
         size = path.stat().st_size
         if size > _MAX_BYTES:
@@ -57,7 +57,7 @@ def parse_json(text: io.TextIOWrapper, path: Path, options: ReadOptions) -> Iter
         try:
             value = _read("".join([line, *(other for _, other in others), content]), path, number)
         except UserError:
-            if is_array or not others or not _is_complete(others[0][1]):
+            if is_array or not others or not _attempt(others[0][1])[0]:
                 raise
             # JSON Lines whose first line is damaged
             rest = enumerate(io.StringIO(content, newline=""), others[0][0] + 1)
@@ -66,7 +66,8 @@ def parse_json(text: io.TextIOWrapper, path: Path, options: ReadOptions) -> Iter
             yield from _rows_of(value, path, options)
             return
     elif is_complete and not others:
-        yield from _rows_of(_read(line, path, number), path, options, number)
+        value = _read(line, path, number) if value is None else value
+        yield from _rows_of(value, path, options, number)
         return
     rows = itertools.chain(first, lines)
     if is_array:
@@ -96,14 +97,14 @@ def _rows_of_lines(lines: Iterator[tuple[int, str]], read: frozenset[str]) -> It
             yield _row_of(number, value, read)
 
 
-def _is_complete(line: str) -> bool:
+def _attempt(line: str) -> tuple[bool, Any]:
+    """Return whether a line is a complete value, and the value; None if it is not usable."""
     try:
-        json.loads(line)
+        return True, json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError:
-        return False
+        return False, None
     except (ValueError, RecursionError):
-        return True
-    return True
+        return True, None
 
 
 def _read(content: str, path: Path, first_line: int) -> Any:

@@ -15,6 +15,11 @@ END_OF_TEXT = "<|endoftext|>"
 TextRow = Literal["line", "paragraph", "file"]
 
 
+def borders_of(eos: str) -> tuple[str, ...]:
+    """Return what separates documents in plain text for a model with this end-of-text token."""
+    return tuple(dict.fromkeys(filter(None, (END_OF_TEXT, eos))))
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """What to read of a file, and how.
@@ -59,7 +64,12 @@ class ReadOptions:
 
 
 def read_options(
-    data: Data, shape: Shape, text_row: TextRow, eos: str, passage: int, folder_labels: bool
+    data: Data,
+    shape: Shape,
+    text_row: TextRow,
+    borders: tuple[str, ...],
+    passage: int,
+    folder_labels: bool,
 ) -> ReadOptions:
     """Return the options that the params give.
 
@@ -67,7 +77,7 @@ def read_options(
         data: the params.
         shape: the shape of the rows.
         text_row: `data.text_row`, or what was found for `auto`.
-        eos: the model's end-of-text token.
+        borders: from `borders_of`.
         passage: characters of a passage.
         folder_labels: see `ReadOptions`.
     """
@@ -76,7 +86,7 @@ def read_options(
         shape.columns,
         shape.optional,
         text_row,
-        tuple(dict.fromkeys(filter(None, (END_OF_TEXT, eos)))),
+        borders,
         passage,
         data.delimiter,
         data.quoting,

@@ -6,7 +6,7 @@ has a `problem`; an error is raised only when the rest of the file cannot be rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptj8.dataset.readers.columnar import BATCH_ROWS, COLUMNAR, parse_columnar
@@ -17,21 +17,27 @@ from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.plain_text import parse_plain
 from gptj8.dataset.readers.rows import EmptyFileError, Row
 from gptj8.dataset.readers.tables import DELIMITERS
-from gptj8.dataset.readers.text_files import open_binary, open_text, reading, suffix_of
+from gptj8.dataset.readers.text_files import (
+    TEXT_SUFFIXES,
+    open_binary,
+    open_text,
+    reading,
+    suffix_of,
+)
 
-TEXT_SUFFIXES = (".txt", "")
-"""Plain text, or a table if columns are wanted; a file without a suffix is text."""
 SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson", ".json", *COLUMNAR, ".txt")
 
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
+def is_plain(path: Path, options: ReadOptions) -> bool:
+    """Return whether a file is text without columns."""
+    return (options.is_text or options.folder_labels) and suffix_of(path) in TEXT_SUFFIXES
+
+
 def is_table(path: Path, options: ReadOptions) -> bool:
     """Return whether a file is a table in a text file."""
-    suffix = suffix_of(path)
-    if suffix in TEXT_SUFFIXES:
-        return not options.is_text and not options.folder_labels
-    return suffix not in (*_JSON, *COLUMNAR)
+    return suffix_of(path) not in (*_JSON, *COLUMNAR) and not is_plain(path, options)
 
 
 def parse_file(
@@ -69,10 +75,10 @@ def _parse_text(
             rows = parse_json(text, path, options)
         elif is_table(path, options):
             rows = parse_table(text, path, options)
+        elif options.folder_labels:
+            rows = _labelled(text.read(), path, options)
         else:
-            rows = parse_plain(text, options.text_row, options.borders, options.passage)
-            if options.folder_labels:
-                rows = _labelled(text.read(), path, options)
+            rows = parse_plain(text, options)
         position = 0
         for index, row in enumerate(rows, 1):
             yield row
@@ -86,8 +92,8 @@ def _labelled(content: str, path: Path, options: ReadOptions) -> Iterator[Row]:
     """Yield a file as one row, with the name of its folder as the label."""
     text = content.replace("\r\n", "\n")
     if text.strip():
-        label: Mapping[str, str] = {options.columns["label"]: label_of_folder(path) or ""}
-        yield Row(1, {options.columns["text"]: text, **label})
+        columns = options.columns
+        yield Row(1, {columns["text"]: text, columns["label"]: label_of_folder(path) or ""})
 
 
 def _has_no_bytes(path: Path) -> bool:

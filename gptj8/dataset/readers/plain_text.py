@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gptj8.dataset.readers.options import TextRow
+from gptj8.dataset.readers.options import ReadOptions, TextRow
 from gptj8.dataset.readers.rows import Row
-from gptj8.dataset.readers.text_files import open_text, suffix_of
+from gptj8.dataset.readers.text_files import TEXT_SUFFIXES, open_text, suffix_of
 from gptj8.runtime.errors import UserError
 
 PASSAGE = 4096
@@ -34,6 +34,7 @@ _MOST_REPEATED = 0.05  # of the lines, if each is a text of its own
 _SAMPLED_FILES = 20
 _SAMPLED = 1 << 20
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_LINE_END = re.compile(r"\r\n?\Z|\n\Z")
 
 
 def choose_text_row(
@@ -43,7 +44,7 @@ def choose_text_row(
 
     Blank lines and end-of-text tokens show that a line is not a document.
     """
-    texts = [file for file in files if suffix_of(file) in (".txt", "")]
+    texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     for file in texts[:_SAMPLED_FILES]:
         try:
             with open_text(file, encoding) as (text, _):
@@ -67,29 +68,24 @@ def passage_size(size: int) -> int:
     return min(max(size // _PASSAGES, _SHORTEST_PASSAGE), PASSAGE)
 
 
-def parse_plain(
-    lines: Iterable[str], text_row: TextRow, borders: Sequence[str], passage: int = PASSAGE
-) -> Iterator[Row]:
+def parse_plain(lines: Iterable[str], options: ReadOptions) -> Iterator[Row]:
     """Yield the rows of a text.
 
     Args:
         lines: with their line ends.
-        text_row: see above.
-        borders: texts that separate documents.
-        passage: characters after which a passage ends, from `passage_size`.
+        options: `text_row`, `borders` and `passage`; the cells are in the column of `text`.
     """
-    parts = _parts(lines, borders)
-    if text_row == "line":
+    column = options.columns["text"]
+    parts = _parts(lines, options.borders)
+    if options.text_row == "line":
         for number, line, _ in parts:
             if not line.isspace() and line:
-                yield Row(number, {"text": line.rstrip("\r\n")})
+                yield Row(number, {column: line.rstrip("\r\n")})
         return
-    is_file = text_row == "file"
-    longest = _LONGEST * (passage if is_file else PASSAGE)
-    yield from _linked(_passages(_divided(parts), passage if is_file else 1, longest))
-
-
-_LINE_END = re.compile(r"\r\n?\Z|\n\Z")
+    is_file = options.text_row == "file"
+    longest = _LONGEST * (options.passage if is_file else PASSAGE)
+    passages = _passages(_divided(parts), options.passage if is_file else 1, longest)
+    yield from _linked(passages, column)
 
 
 def _parts(lines: Iterable[str], borders: Sequence[str]) -> Iterator[tuple[int, str, bool]]:
@@ -153,12 +149,12 @@ def _passages(
         yield number, "".join(found), is_first
 
 
-def _linked(passages: Iterable[tuple[int, str, bool]]) -> Iterator[Row]:
+def _linked(passages: Iterable[tuple[int, str, bool]], column: str) -> Iterator[Row]:
     """Yield rows that name the row which continues them."""
     waiting: Row | None = None
     for number, text, begins in passages:
         if waiting is not None:
             yield waiting if begins else replace(waiting, next_row=number)
-        waiting = Row(number, {"text": text}, continues=not begins)
+        waiting = Row(number, {column: text}, continues=not begins)
     if waiting is not None:
         yield waiting

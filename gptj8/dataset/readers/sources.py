@@ -15,8 +15,8 @@ from typing import NamedTuple
 from gptj8.dataset.prepared.dataset import SPLITS
 from gptj8.dataset.readers.folders import SPLIT_OF, is_unlabelled, stem_of, texts_by_label
 from gptj8.dataset.readers.formats import explain_missing_file
-from gptj8.dataset.readers.parsers import SUFFIXES, TEXT_SUFFIXES
-from gptj8.dataset.readers.text_files import suffix_of
+from gptj8.dataset.readers.parsers import SUFFIXES
+from gptj8.dataset.readers.text_files import TEXT_SUFFIXES, suffix_of
 from gptj8.dataset.text import canonical_words
 from gptj8.params.sections import Data
 from gptj8.runtime.errors import UserError
@@ -42,6 +42,11 @@ class Sources(NamedTuple):
     files: dict[str, list[Path]]
     ignored: list[Path]
     folder_labels: bool = False
+
+    @property
+    def all_files(self) -> list[Path]:
+        """The files of all splits."""
+        return [file for paths in self.files.values() for file in paths]
 
 
 def find_sources(data: Data) -> Sources:

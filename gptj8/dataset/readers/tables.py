@@ -150,15 +150,15 @@ def _table_format(
         notes.append("has spaces before quoted cells, which were removed")
     header = found.names
     if found.has_header and not is_quoted:
-        header = tuple(map(unquoted, _split(head[:1], found.delimiter)[0]))
+        header = tuple(map(_unquoted, _split(head[:1], found.delimiter)[0]))
     elif found.has_header and skips_space:
-        header = tuple(name.strip().strip('"') for name in header or ())
+        header = tuple(_unquoted(name.strip()) for name in header or ())
     return TableFormat(
         found.delimiter, is_quoted, header, found.has_header, tuple(notes), skips_space, skipped
     )
 
 
-def unquoted(name: str) -> str:
+def _unquoted(name: str) -> str:
     """Return a column's name without quotes around it."""
     return name[1:-1] if len(name) > 1 and name[0] == name[-1] == '"' else name
 
@@ -217,8 +217,7 @@ def _with_header(
     """Return the first format whose first line names all columns that are wanted."""
     for delimiter in candidates:
         names = _first_record(head, delimiter)
-        known = {*names, *(name.partition(".")[0] for name in names)}
-        if known.issuperset(wanted.values()):
+        if set(names).issuperset(wanted.values()):
             return TableFormat(delimiter, True, names, True)
     return None
 

@@ -18,6 +18,8 @@ import pyarrow as pa
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 
+TEXT_SUFFIXES = (".txt", "")
+"""Plain text, or a table if columns are wanted; a file without a suffix is text."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 
 _MULTIBYTE = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
@@ -125,7 +127,7 @@ def _text_layout(path: Path, size: int, changed: int, encoding: str) -> TextLayo
             return TextLayout("utf-8-sig" if is_utf8 else encoding, newline)
         if chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or chunk[:2].count(0) == 1:
             raise UserError(f"{path} is UTF-16; save it as UTF-8")
-        if len(chunk) < _CHUNK and b"\0" not in chunk:  # a small file, of which there may be many
+        if len(chunk) < _CHUNK:  # a small file, of which there may be many
             with suppress(UnicodeDecodeError):
                 chunk.decode()
                 return TextLayout("utf-8-sig", newline)

@@ -83,9 +83,7 @@ def _scan_locally(
 ) -> Iterator[ScannedBatch]:
     def batches() -> Iterator[pd.DataFrame]:
         for paths in files.values():
-            yield from read_batches(
-                paths, scanner.options, advance, lambda *failed: errors.append(failed)
-            )
+            yield from read_batches(paths, scanner.options, advance, errors)
 
     return ordered_map(scanner.scan, batches())
 
@@ -139,5 +137,5 @@ def _in_tasks(files: Sequence[Path]) -> Iterator[list[Path]]:
 
 def _scan_part(scanner: Scanner, files: list[Path]) -> tuple[list[ScannedBatch], _Errors]:
     errors: _Errors = []
-    rows = read_batches(files, scanner.options, failed=lambda *failed: errors.append(failed))
+    rows = read_batches(files, scanner.options, errors=errors)
     return [scanner.scan(batch) for batch in rows], errors

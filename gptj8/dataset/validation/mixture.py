@@ -20,7 +20,6 @@ class Mixture:
 
     Attributes:
         weights: pattern -> weight, from the params.
-        rows, used: the number of rows of each pattern's files, and how often they are used.
     """
 
     def __init__(
@@ -41,8 +40,6 @@ class Mixture:
                     f"{listed(sorted(names.values()), 10)}"
                 )
         self._values = np.array([1.0, *self.weights.values()])
-        self.rows = np.zeros(len(self._values), dtype=np.int64)
-        self.used = np.zeros(len(self._values), dtype=np.int64)
 
     def patterns(self, files: Sequence[str]) -> np.ndarray:
         """Return the number of the pattern of each row's file, (rows,) uint8; 0: none."""
@@ -63,19 +60,15 @@ class Mixture:
         position = (high & np.uint64(0xFFFFFFFF)) / float(1 << 32)
         return (whole + (position < weights - whole)).astype(np.int32)
 
-    def count(self, patterns: np.ndarray, copies: np.ndarray) -> None:
-        """Count rows that were written."""
-        np.add.at(self.rows, patterns, 1)
-        np.add.at(self.used, patterns, copies)
-
-    def describe(self) -> list[str]:
-        """Return a line for each pattern."""
+    def describe(self, patterns: np.ndarray, copies: np.ndarray) -> list[str]:
+        """Return a line for each pattern: its training rows, and how often they are used."""
+        size = len(self._values)
+        rows = np.bincount(patterns, minlength=size)
+        used = np.bincount(patterns, copies, minlength=size)
         return [
-            f"{pattern}: {counted(int(rows), 'training row')} used {used:,} times (weight "
-            f"{weight:g})"
-            for (pattern, weight), rows, used in zip(
-                self.weights.items(), self.rows[1:], self.used[1:], strict=True
-            )
+            f"{pattern}: {counted(int(rows[number]), 'training row')} used {int(used[number]):,} "
+            f"times (weight {weight:g})"
+            for number, (pattern, weight) in enumerate(self.weights.items(), 1)
         ]
 
 

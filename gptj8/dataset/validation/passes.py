@@ -210,15 +210,16 @@ class Passes:
         policy = self.data.on_leak
         before = np.bincount(self.split[self.kept], minlength=len(SPLITS))
         self._report_relation(check, found, words, drop=policy == "drop")
+        if policy == "warn":
+            return
         leaking = np.bincount(self.split[found["index"]], minlength=len(SPLITS))
         for number, name in enumerate(SPLITS):
             if before[number] and before[number] == leaking[number]:
                 owner = SPLITS[int(self.split[found["other"]].max())]
                 problem = policies.same_rows(self.data, name, owner, int(before[number]))
-                if policy != "warn":
-                    self.validated.problems.insert(0, problem)
-                    self.emptied.append(name)
-        if policy != "error" or self.emptied:
+                self.validated.problems.insert(0, problem)
+                self.emptied.append(name)
+        if policy == "drop" or self.emptied:
             return
         owners = self.split[found["other"]].tolist()
         pairs = Counter(zip(self.split[found["index"]].tolist(), owners, strict=True))
@@ -286,16 +287,16 @@ class Passes:
                     begins, ends = (border[start:end] for border in borders)
                     batch = with_borders(batch, begins, ends, encoder.prefix_ids, encoder.eos_id)
                 for number, name in enumerate(SPLITS):
-                    inside = self.kept[start:end] & (self.split[start:end] == number)
-                    rows = batch.filter(pa.array(inside))
+                    chosen = np.flatnonzero(
+                        self.kept[start:end] & (self.split[start:end] == number)
+                    )
                     if copies is not None and not number:
-                        rows = _repeated(rows, copies[start:end][inside])
+                        chosen = np.repeat(chosen, copies[start:end][chosen])
+                    rows = batch.take(pa.array(chosen))
                     writer.add(name, rows)
                     self._count(name, rows)
                     if names:
-                        used = None if copies is None or number else copies[start:end][inside]
-                        numbers = self.label[start:end][inside]
-                        found = np.bincount(numbers, used, minlength=len(names))
+                        found = np.bincount(self.label[start:end][chosen], minlength=len(names))
                         validated.labels[name].update(
                             {names[i]: int(found[i]) for i in np.flatnonzero(found)}
                         )
@@ -303,8 +304,6 @@ class Passes:
             if not validated.problems:
                 writer.finish(names)
             validated.rows, validated.examples = writer.rows, writer.examples
-        if self.mixture:
-            validated.notes += self.mixture.describe()
 
     def _copies(self) -> np.ndarray | None:
         """Return how often each row of train is used; None: once."""
@@ -313,7 +312,7 @@ class Passes:
         patterns, high = self.store.fact("pattern"), self.store.fact("key_high")
         copies = self.mixture.copies(patterns, high)
         in_train = self.kept & (self.split == 0)
-        self.mixture.count(patterns[in_train], copies[in_train])
+        self.validated.notes += self.mixture.describe(patterns[in_train], copies[in_train])
         return copies
 
     def _count(self, split: str, rows: pa.RecordBatch) -> None:
@@ -360,8 +359,3 @@ class Passes:
         self.row_findings.add_relation(check, found, self.split, words, drop)
         if drop:
             self.kept[found["index"]] = False
-
-
-def _repeated(rows: pa.RecordBatch, copies: np.ndarray) -> pa.RecordBatch:
-    """Return rows as often as `copies` says."""
-    return rows.take(pa.array(np.repeat(np.arange(rows.num_rows), copies)))

@@ -145,7 +145,7 @@ def token_lengths(validated: Validated, max_length: int) -> pd.DataFrame:
 
 def notes(validated: Validated, max_length: int) -> list[str]:
     """Return notes on the dataset that do not belong to single rows."""
-    found = [f"{note[0].upper()}{note[1:]}." for note in validated.notes]
+    found = [f"{note}." for note in validated.notes]
     for shift in _shifts(validated):
         for words, compared in (("lengths", shift.length), ("labels", shift.label)):
             if compared is not None and compared.notable:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import describe_files, require_optional_columns, with_format_of
-from gptj8.dataset.readers.options import END_OF_TEXT, read_options
+from gptj8.dataset.readers.options import borders_of, read_options
 from gptj8.dataset.readers.plain_text import choose_text_row, passage_size
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.readers.sources import Sources, find_sources
@@ -77,20 +77,18 @@ def validate(
 def _scanner(data: Data, encoder: TextEncoder, sources: Sources) -> tuple[Scanner, list[str]]:
     """Return the scanner for a dataset, and notes on what was found out about its files."""
     shape, train = shape_of(data), sources.files["train"]
+    borders = borders_of(encoder.eos)
     notes = ["labels are the names of the folders"] if sources.folder_labels else []
     text_row = data.text_row
     if text_row == "auto":
         text_row, why = "line", ""
         if data.task == "text":
-            text_row, why = choose_text_row(train, (END_OF_TEXT, encoder.eos), data.encoding)
+            text_row, why = choose_text_row(train, borders, data.encoding)
         notes += [f"data.text_row: {text_row}, because {why}"] if why else []
     size = sum(file.stat().st_size for file in train)
     options = read_options(
-        data, shape, text_row, encoder.eos, passage_size(size), sources.folder_labels
+        data, shape, text_row, borders, passage_size(size), sources.folder_labels
     )
-    require_optional_columns(
-        (file for paths in sources.files.values() for file in paths), options, shape.expected
-    )
-    read = [file for paths in sources.files.values() for file in paths]
-    notes += describe_files(read, options)
+    require_optional_columns(sources.all_files, options, shape.expected)
+    notes += describe_files(sources.all_files, options)
     return Scanner(data, encoder, with_format_of(train[0], options)).informed(train), notes

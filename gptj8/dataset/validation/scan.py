@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +114,8 @@ class Scanner:
         have in common."""
         if self.shape.answer is None:
             return self
-        first = next(self._read_sample(files, self.options), None)
+        # Files that cannot be read are reported when all are.
+        first = next(read_batches(files, self.options, errors=[]), None)
         if first is None:
             return self
         fields = self.shape.template.fields if self.shape.template else ()
@@ -122,7 +123,7 @@ class Scanner:
         lists = frozenset(f for f, kind in kinds.items() if 2 * (kind == "list").sum() > len(kind))
         options = replace(self.options, list_fields=lists)
         if lists:
-            first = next(self._read_sample(files, options))
+            first = next(read_batches(files, options, errors=[]))
         found = replace(self, options=options)
         if self.data.near_duplicate_threshold is None:
             return found
@@ -135,10 +136,6 @@ class Scanner:
             usable = self.shape.to_fields(usable)
         texts = texts_of_rows(usable, first, self.shape)
         return replace(found, shared=SharedText.of(texts, self.shape.is_conversation))
-
-    def _read_sample(self, files: Sequence[Path], options: ReadOptions) -> Iterator[pd.DataFrame]:
-        # Files that cannot be read are reported when all are.
-        return read_batches(files, options, failed=lambda path, error: None)
 
     def scan(self, batch: pd.DataFrame) -> ScannedBatch:
         """Check and encode one batch, as `gptj8.dataset.readers.formats.read_batches` yields it."""

@@ -78,7 +78,7 @@ class SharedText:
 
     def particular(self, texts: Sequence[str]) -> str:
         """Return what is particular to a row."""
-        if self == SharedText():
+        if self == _NOTHING:
             return "\n".join(texts)
         text = "\n".join(self._left(texts))
         start = len(self.beginning) if text.startswith(self.beginning) else 0
@@ -94,12 +94,15 @@ class SharedText:
         ]
 
 
+_NOTHING = SharedText()
+
+
 def texts_of_rows(fields: pd.DataFrame, rows: pd.DataFrame, shape: Shape) -> list[list[str]]:
     """Return the texts of each row that are compared: the cells, or the messages before the answer.
 
     Args:
         fields: rows with the task's fields, and `conversation` if they are conversations.
-        rows: the rows as they were read, with the same index.
+        rows: the same rows, as they were read.
         shape: the shape of the rows.
     """
     if shape.is_conversation:

@@ -34,7 +34,7 @@ def text_encoder() -> TextEncoder:
 
 
 class Read:
-    """A dataset as it was prepared: the rows of all splits, the notes and the findings."""
+    """The rows of a prepared dataset, with the notes and the findings."""
 
     def __init__(self, train: Path, **params) -> None:
         with tempfile.TemporaryDirectory() as out:
