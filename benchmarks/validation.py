@@ -1,6 +1,6 @@
 """Measure the leak detection, time and memory of `validate`.
 
-python -m benchmarks.validation [--rows N]
+python -m benchmarks.validation [--rows N | --files N]
 
 Without `--rows`, the benchmark plants exact and edited copies of training texts among the test
 texts, and prints how many of them are found. The texts are synthetic and initially free of
@@ -12,6 +12,9 @@ then the rarest 1 - t of their elements plus n more share n elements (Chaudhuri,
 With `--rows N`, it writes N rows of 500 bytes: 1 % are exact copies of earlier rows, 1 % are edited
 copies. It validates them in a separate process and prints the peak resident memory that the
 operating system reports.
+
+With `--files N`, it writes N texts of 1.4 kB, each to a file in a folder that is named as its
+label, and validates them in the same way.
 """
 
 from __future__ import annotations
@@ -283,10 +286,26 @@ def write_rows(file: Path, count: int) -> list[str]:
     return sample
 
 
-def report_speed(rows: int, folder: Path) -> None:
-    """Write rows and validate them in a separate process."""
+def write_files(folder: Path, count: int) -> list[str]:
+    """Write texts of 200 words to files in folders for two labels; return the first texts."""
+    words, rng = Words(), np.random.default_rng(0)
+    sample: list[str] = []
+    for number in tqdm(range(count), desc="write"):
+        text = " ".join(map(words.words.__getitem__, words.draw(rng, 200).tolist()))
+        file = folder / ("train", "test")[number % 2] / ("neg", "pos")[number // 2 % 2]
+        file.mkdir(parents=True, exist_ok=True)
+        (file / f"{number}.txt").write_text(text)
+        sample += [text] if number < BLOCK else []
+    return sample
+
+
+def report_speed(rows: int, files: int, folder: Path) -> None:
+    """Write rows or files and validate them in a separate process."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        sample = write_rows(Path(name) / "rows.jsonl", rows)
+        if files:
+            sample = write_files(Path(name) / "files", files)
+        else:
+            sample = write_rows(Path(name) / "rows.jsonl", rows)
         train_tokenizer(sample).save(f"{name}/tokenizer.json")
         command = [sys.executable, "-m", "benchmarks.validation", "--measure", name]
         subprocess.run(command, check=True)
@@ -295,6 +314,9 @@ def report_speed(rows: int, folder: Path) -> None:
 def measure(folder: Path) -> None:
     """Validate the rows of `report_speed`; print time, memory and findings."""
     file, prepared = folder / "rows.jsonl", folder / "prepared"
+    if not file.exists():
+        measure_files(folder / "files", prepared)
+        return
     prepared.mkdir()
     encoder = TextEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), eos_id=0)
     validated = validate(Data(train=str(file), text_column="prompt"), encoder, prepared)
@@ -310,17 +332,27 @@ def measure(folder: Path) -> None:
     print("problems:", "; ".join(validated.problems) or "none")
 
 
+def measure_files(files: Path, prepared: Path) -> None:
+    """Validate the files of `report_speed`; print the time."""
+    prepared.mkdir()
+    encoder = TextEncoder(Tokenizer.from_file(str(files.parent / "tokenizer.json")), eos_id=0)
+    validated = validate(Data(train=str(files)), encoder, prepared)
+    print(f"{validated.total_rows.total():,} files: {validated.seconds:.0f} s")
+    print("problems:", "; ".join(validated.problems) or "none")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, help="measure time and memory with this many rows")
+    parser.add_argument("--files", type=int, default=0, help="measure time with this many files")
     parser.add_argument("--leaks-only", action="store_true", help="ignore --rows")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure)
-    elif arguments.rows and not arguments.leaks_only:
-        report_speed(arguments.rows, arguments.folder)
+    elif (arguments.rows or arguments.files) and not arguments.leaks_only:
+        report_speed(arguments.rows or 0, arguments.files, arguments.folder)
     else:
         report_leaks(arguments.folder)
 
