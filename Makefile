@@ -75,7 +75,7 @@ lock: ## pin the newest versions of everything in requirements.txt
 clean: ## remove the environment; data, models and runs stay
 	rm -rf $(VENV)
 
-$(INSTALLED): requirements.txt pyproject.toml gptj8/kernels/cpu_kernels.c
+$(INSTALLED): requirements.txt pyproject.toml $(wildcard gptj8/kernels/c/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d; gptj8 needs 3.11 or newer (make PYTHON=python3.11 ...)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --disable-pip-version-check -r requirements.txt

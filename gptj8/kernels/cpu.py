@@ -1,9 +1,13 @@
-"""Compiled CPU version of `gptj8.kernels.reference`, written in C (`cpu_kernels.c`).
+"""Compiled CPU version of `gptj8.kernels.reference`, written in C (the folder `c`).
 
-The file is compiled when the package is installed, if a C compiler is available. It needs no torch
-or Python headers: tensors are passed as addresses through ctypes, which releases the GIL during the
-call. Because C cannot check an address, `_Array` checks each tensor's dtype and size first. The
-library uses OpenMP, like torch, and reuses torch's threads.
+The files are compiled when the package is installed, if a C compiler is available. They need no
+torch or Python headers: tensors are passed as addresses through ctypes, which releases the GIL
+during the call. Because C cannot check an address, `_checked` checks each tensor's dtype and size
+first. The library uses OpenMP, like torch, and reuses torch's threads.
+
+One library has kernels for several instruction sets and uses the best that the machine has. The
+environment variable `GPTJ8_CPU_ISA` limits it, for tests and measurements: `plain`, `avx2` (NEON on
+ARM), `avx512`, `avx512_vbmi`.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 from pathlib import Path
 
 import torch
@@ -19,12 +24,33 @@ from gptj8.kernels import reference
 from gptj8.runtime.errors import QuantizationError
 from gptj8.runtime.project import copied_project
 
-# Must equal INTERFACE in cpu_kernels.c. A library built from another version is not used.
-_INTERFACE = 4
+# Must equal INTERFACE in machine.c. A library built from another version is not used.
+_INTERFACE = 5
 _CELLS = 4096
 _ENTRIES = 256
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Of products in bfloat16, and of those without kernels for the codebook or the shape.
 MAX_ROWS = 8
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "avx512_vbmi", "avx512_bf16")
+LIMIT = "GPTJ8_CPU_ISA"
+# The library's functions, and how many arguments each of them has.
+_ARGUMENTS = {
+    "limit": 1,
+    "instruction_set": 0,
+    "multiplies_bfloat16": 0,
+    "multiplies": 2,
+    "most_rows": 1,
+    "absmax": 6,
+    "histogram": 9,
+    "encode": 9,
+    "search_levels": 10,
+    "squared_errors": 10,
+    "dequantize": 9,
+    "product": 11,
+    "product_transposed": 11,
+    "product_plain": 11,
+    "linear_bfloat16": 12,
+}
 # Waking a thread takes longer than processing fewer weights than this.
 _WEIGHTS_PER_THREAD = 1 << 18
 
@@ -44,17 +70,51 @@ def library() -> ctypes.CDLL | None:
             try:
                 loaded = ctypes.CDLL(str(file))
                 if loaded.gptj8_interface() == _INTERFACE:
-                    return loaded
+                    return _declare(loaded)
             except (OSError, AttributeError):  # built for another machine, or an unrelated library
                 continue
     return None
+
+
+def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the functions' arguments, which makes a call several times faster.
+
+    Addresses are passed as integers; a 64-bit machine passes both in the same way.
+    """
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise OSError("the library needs a 64-bit machine")
+    for name, count in _ARGUMENTS.items():
+        function = getattr(loaded, f"gptj8_{name}")
+        function.argtypes, function.restype = [ctypes.c_int64] * count, ctypes.c_int64
+    loaded.gptj8_limit(_limit())
+    return loaded
+
+
+def _limit() -> int:
+    """Return the best instruction set to use, as a position in `INSTRUCTION_SETS`."""
+    name = os.environ.get(LIMIT) or INSTRUCTION_SETS[-1]
+    if name not in INSTRUCTION_SETS:
+        raise QuantizationError(f"{LIMIT} = {name!r} is not one of {', '.join(INSTRUCTION_SETS)}")
+    return INSTRUCTION_SETS.index(name)
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set that the kernels use."""
+    loaded = library()
+    if loaded is None:
+        return INSTRUCTION_SETS[0]
+    return (
+        INSTRUCTION_SETS[-1]
+        if multiplies_bfloat16()
+        else INSTRUCTION_SETS[loaded.gptj8_instruction_set()]
+    )
 
 
 def absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
     """Return the largest magnitude of each block; see `reference.absmax`."""
     n = flat.numel()
     found = torch.empty(_blocks(n, block_size), dtype=torch.float32, device="cpu")
-    _call("absmax", n, _weights(flat), DTYPES[flat.dtype], n, block_size, _Array(found))
+    _call("absmax", n, _weights(flat), DTYPES[flat.dtype], n, block_size, _checked(found))
     return found
 
 
@@ -75,9 +135,9 @@ def histogram(
         DTYPES[flat.dtype],
         n,
         block_size,
-        _Array(absmax, torch.float32, blocks),
-        _Array(block_mass, torch.float64, blocks),
-        _Array(mass),
+        _checked(absmax, torch.float32, blocks),
+        _checked(block_mass, torch.float64, blocks),
+        _checked(mass),
         bins,
     )
     return mass.sum(0)
@@ -102,10 +162,10 @@ def encode(
         DTYPES[flat.dtype],
         n,
         block_size,
-        _Array(absmax, torch.float32, _blocks(n, block_size)),
-        _Array(padded, torch.float32, _ENTRIES),
-        _Array(first, torch.int32, _CELLS + 1),
-        _Array(codes),
+        _checked(absmax, torch.float32, _blocks(n, block_size)),
+        _checked(padded, torch.float32, _ENTRIES),
+        _checked(first, torch.int32, _CELLS + 1),
+        _checked(codes),
     )
     return codes
 
@@ -128,11 +188,11 @@ def search_levels(
         DTYPES[flat.dtype],
         n,
         block_size,
-        _Array(absmax, torch.uint8, blocks),
-        _Array(levels, torch.float32, _ENTRIES),
-        _Array(nearest, torch.float32, reference.SEARCH_CELLS),
+        _checked(absmax, torch.uint8, blocks),
+        _checked(levels, torch.float32, _ENTRIES),
+        _checked(nearest, torch.float32, reference.SEARCH_CELLS),
         candidates,
-        _Array(best),
+        _checked(best),
     )
     return best
 
@@ -153,12 +213,12 @@ def dequantize(
     _call(
         "dequantize",
         n,
-        _Array(codes, torch.uint8, n),
+        _checked(codes, torch.uint8, n),
         n,
         block_size,
         *_scales(absmax, levels, _blocks(n, block_size)),
-        _Array(codebook, torch.float32, _ENTRIES),
-        _Array(out, dtype, n),
+        _checked(codebook, torch.float32, _ENTRIES),
+        _checked(out, dtype, n),
         DTYPES[dtype],
     )
     return out
@@ -181,109 +241,147 @@ def squared_errors(
         DTYPES[flat.dtype],
         n,
         block_size,
-        _Array(codes, torch.uint8, n),
-        _Array(absmax, torch.float32, blocks),
-        _Array(codebook, torch.float32, _ENTRIES),
-        _Array(errors),
-        _Array(norms),
+        _checked(codes, torch.uint8, n),
+        _checked(absmax, torch.float32, blocks),
+        _checked(codebook, torch.float32, _ENTRIES),
+        _checked(errors),
+        _checked(norms),
     )
     return errors, norms
 
 
-def linear(
+def multiply(
     x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
-    levels: torch.Tensor | None = None,
+    levels: torch.Tensor | None,
+    across: bool,
 ) -> torch.Tensor:
-    """Return x W^T computed directly from the codes; see `dispatch.linear`."""
-    rows, n, (out, columns) = x.numel() // x.shape[-1], codes.numel(), codes.shape
-    in_bfloat16 = x.dtype == torch.bfloat16 and columns % 64 == 0 and _multiplies_bfloat16()
+    """Return x W^T, or x W if `across`, from the codes; see `dispatch.multiply`."""
+    n, (out, columns) = codes.numel(), codes.shape
+    rows = x.numel() // x.shape[-1]
+    in_bfloat16 = not across and _is_in_bfloat16(x, columns)
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
-    y = torch.empty(*x.shape[:-1], out, dtype=dtype, device="cpu")
-    arguments: list[_Array | int | None] = [
-        _Array(x.to(dtype), dtype, rows * columns),
+    y = torch.empty(*x.shape[:-1], columns if across else out, dtype=dtype, device="cpu")
+    arguments: list[torch.Tensor | int | None] = [
+        _checked(x.to(dtype), dtype, rows * (out if across else columns)),
         rows,
-        _Array(codes, torch.uint8, n),
+        _checked(codes, torch.uint8, n),
         out,
         columns,
         block_size,
         *_scales(absmax, levels, _blocks(n, block_size)),
-        _Array(codebook, torch.float32, _ENTRIES),
-        _Array(y),
+        _checked(codebook, torch.float32, _ENTRIES),
+        _checked(y),
     ]
     if in_bfloat16:
-        _call(
-            "linear_bfloat16",
-            n,
-            *arguments,
-            _Array(torch.empty(rows * columns, dtype=dtype, device="cpu")),
-        )
+        ordered = torch.empty(rows * columns, dtype=dtype, device="cpu")
+        _call("linear_bfloat16", n, *arguments, _checked(ordered))
+    elif not multiplies(columns, codebook):
+        _call("product_plain", n, *arguments)
     else:
-        _call("linear_float32", n, *arguments)
+        _call("product_transposed" if across else "product", n, *arguments)
     return y.to(x.dtype)
 
 
+def multiplies(columns: int, codebook: torch.Tensor) -> bool:
+    """Return whether there are kernels for products with a matrix, for any number of rows."""
+    loaded = library()
+    table = _checked(codebook, torch.float32, _ENTRIES)
+    return loaded is not None and bool(loaded.gptj8_multiplies(columns, table.data_ptr()))
+
+
+def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor | None, across: bool) -> int:
+    """Return the most rows for which `multiply` is the fastest way, 0 if it is impossible.
+
+    Args:
+        x: a tensor with the dtype of the input.
+        columns: of the codes.
+        codebook: None if its values are unknown; then it is assumed to be one of lines.
+        across: see `multiply`.
+    """
+    loaded = library()
+    if loaded is None or x.dtype not in DTYPES:
+        return 0
+    plain = 0 if across else MAX_ROWS
+    if x.dtype in native_dtypes()[1:] or _is_in_bfloat16(x, columns):
+        return plain  # with more rows, restoring and multiplying in 16 bits is faster
+    if codebook is None or multiplies(columns, codebook):
+        return max(plain, loaded.gptj8_most_rows(across))
+    return plain
+
+
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Return whether this machine supports the bfloat16 product."""
+def native_dtypes() -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which this CPU multiplies; others are converted to float32 first."""
+    has, found = torch.cpu.get_capabilities(), [torch.float32]
+    if has.get("amx_bf16") or has.get("avx512_bf16"):
+        found.append(torch.bfloat16)
+    if has.get("amx_fp16") or has.get("avx512_fp16"):
+        found.append(torch.float16)
+    if _limit() < INSTRUCTION_SETS.index("avx512_bf16"):
+        return tuple(found[:1])
+    return tuple(found)
+
+
+def _is_in_bfloat16(x: torch.Tensor, columns: int) -> bool:
+    return x.dtype == torch.bfloat16 and columns % 64 == 0 and multiplies_bfloat16()
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this machine supports the product in bfloat16."""
     loaded = library()
     return loaded is not None and bool(loaded.gptj8_multiplies_bfloat16())
 
 
-class _Array:
-    """A tensor argument of a kernel: contiguous, on the CPU, with the expected dtype and size."""
-
-    def __init__(
-        self, tensor: torch.Tensor, dtype: torch.dtype | None = None, size: int | None = None
-    ) -> None:
-        if tensor.device.type != "cpu" or (dtype is not None and tensor.dtype != dtype):
-            raise QuantizationError(
-                f"a tensor is {tensor.dtype} on {tensor.device}; the CPU kernel expects {dtype}"
-            )
-        if size is not None and tensor.numel() != size:
-            raise QuantizationError(
-                f"a tensor has {tensor.numel()} values (shape {tuple(tensor.shape)}); "
-                f"the CPU kernel expects {size}"
-            )
-        self.tensor = tensor.contiguous()  # keeps a copy alive until the call returns
+def _checked(
+    tensor: torch.Tensor, dtype: torch.dtype | None = None, size: int | None = None
+) -> torch.Tensor:
+    """Return a tensor for a kernel: contiguous, on the CPU, with the expected dtype and size."""
+    if tensor.device.type != "cpu" or (dtype is not None and tensor.dtype != dtype):
+        raise QuantizationError(
+            f"a tensor is {tensor.dtype} on {tensor.device}; the CPU kernel expects {dtype}"
+        )
+    if size is not None and tensor.numel() != size:
+        raise QuantizationError(
+            f"a tensor has {tensor.numel()} values (shape {tuple(tensor.shape)}); "
+            f"the CPU kernel expects {size}"
+        )
+    return tensor.contiguous()
 
 
 def _scales(
     absmax: torch.Tensor, levels: torch.Tensor | None, blocks: int
-) -> tuple[_Array, _Array | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if levels is None:
-        return _Array(absmax, torch.float32, blocks), None
-    return _Array(absmax, torch.uint8, blocks), _Array(levels, torch.float32, _ENTRIES)
+        return _checked(absmax, torch.float32, blocks), None
+    return _checked(absmax, torch.uint8, blocks), _checked(levels, torch.float32, _ENTRIES)
 
 
-def _weights(flat: torch.Tensor) -> _Array:
+def _weights(flat: torch.Tensor) -> torch.Tensor:
     if flat.dtype not in DTYPES:
         raise QuantizationError(f"dtype {flat.dtype} is not float32, float16 or bfloat16")
-    return _Array(flat)
+    return _checked(flat)
 
 
 def _blocks(n: int, block_size: int) -> int:
     return -(-n // block_size)
 
 
-def _call(name: str, weights: int, *arguments: _Array | int | None) -> None:
+def _call(name: str, weights: int, *arguments: torch.Tensor | int | None) -> None:
     """Call a library function with tensors as addresses, and the number of threads as last
     argument.
 
     Args:
         name: the function's name without the prefix `gptj8_`.
         weights: number of weights to process; small tensors get fewer threads.
+        arguments: checked tensors, integers, or None for an address of 0.
     """
     loaded = library()
     assert loaded is not None
     threads = min(torch.get_num_threads(), 1 + weights // _WEIGHTS_PER_THREAD)
-    getattr(loaded, f"gptj8_{name}")(*map(_as_c, arguments), ctypes.c_int64(threads))
-
-
-def _as_c(argument: _Array | int | None) -> ctypes.c_void_p | ctypes.c_int64:
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    return ctypes.c_void_p(argument.tensor.data_ptr() if argument else None)
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
+    getattr(loaded, f"gptj8_{name}")(*values, threads)

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gptj8.kernels import cpu, gpu, reference
 
@@ -69,41 +70,60 @@ def dequantize(
     return restored if out is None else out.copy_(restored)
 
 
-def few_rows(x: torch.Tensor) -> int:
-    """Return the largest number of rows of x for which `linear` is faster than restoring W.
+def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor, across: bool) -> int:
+    """Return the most rows of x for which `multiply` is faster than restoring W.
 
-    Returns 0 if `linear` is unavailable.
+    Returns 0 if `multiply` is unavailable. Arguments are those of `multiply`; fake tensors are
+    allowed.
     """
     if x.dtype not in cpu.DTYPES:
         return 0
     if x.device.type == "cuda":
-        return gpu.MAX_ROWS if gpu.is_available(x.device) else 0
-    return cpu.MAX_ROWS if x.device.type == "cpu" and _compiled_works() else 0
+        return gpu.MAX_ROWS if not across and gpu.is_available(x.device) else 0
+    if x.device.type != "cpu" or not _compiled_works():
+        return 0
+    is_fake = isinstance(codebook, FakeTensor) or codebook.device.type == "meta"
+    return cpu.most_rows(x, columns, None if is_fake else codebook, across)
 
 
-def linear(
+def multiply(
     x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
     codebook: torch.Tensor,
     block_size: int,
     levels: torch.Tensor | None = None,
+    across: bool = False,
 ) -> torch.Tensor:
-    """Return x W^T computed directly from the codes, without restoring W, summed in float32.
+    """Return x W^T, or x W, computed directly from the codes of W, summed in float32.
+
+    A restored W is never written to memory.
 
     Args:
-        x: (..., in), at most `few_rows` rows.
-        codes: uint8 (out, in).
+        x: (..., columns), or (..., rows) if `across`; at most `most_rows` rows.
+        codes: uint8 (rows, columns).
+        across: whether to return x W, which adds up along the rows of W.
 
     Returns:
-        (..., out) in the dtype of x. In bfloat16 on a CPU, the codebook is rounded to bfloat16,
-        whereas restoring W rounds the products with absmax. The results have the same error but
-        are not bit-identical.
+        (..., rows), or (..., columns) if `across`, in the dtype of x. On a CPU that multiplies
+        bfloat16, the codebook is rounded to bfloat16, whereas restoring W rounds the products with
+        absmax. The results have the same error but are not bit-identical.
     """
     if x.device.type == "cuda":
         scales = reference.scales_of(absmax, levels)
         return gpu.linear(x, codes, scales, codebook, None, block_size)
-    return cpu.linear(x, codes, absmax, codebook, block_size, levels)
+    return cpu.multiply(x, codes, absmax, codebook, block_size, levels, across)
+
+
+def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which to multiply x by a restored matrix.
+
+    A CPU without units for a 16-bit dtype converts each number when it multiplies, which takes many
+    times as long as converting the inputs once.
+    """
+    if x.device.type == "cpu" and x.dtype in cpu.DTYPES and x.dtype not in cpu.native_dtypes():
+        return torch.float32
+    return x.dtype
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -126,7 +146,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
 def describe(device: torch.device) -> str:
     """Return the name of the implementation that restores weights on a device."""
     if device.type == "cpu" and _compiled_works():
-        return "compiled kernels"
+        return f"compiled kernels ({cpu.instruction_set()})"
     if device.type in ("cpu", "cuda") and _bitsandbytes():
         return "bitsandbytes' operator"
     return "Triton" if gpu.is_available(device) else "plain torch"

@@ -3,9 +3,8 @@
     forward     y = x W^T + b,     W = codebook[codes] * scale, restored temporarily
     backward    dx = dy W,         W restored again; there is no dW
 
-Between forward and backward only the 8-bit tensors are kept, which the module holds anyway. If x
-has few rows, W is not restored: the kernel multiplies directly from the codes, which makes
-generating a token faster than in 16 bits (`dispatch.few_rows`).
+Between forward and backward only the 8-bit tensors are kept, which the module holds anyway. Where
+it is faster (`dispatch.most_rows`), W is not restored: a kernel multiplies directly from the codes.
 
 Alternative considered: `torch.autograd.Function`; it was rejected because torch.compile and meta
 tensors trace into it and fail at the first native call. They treat an operator as one opaque step
@@ -103,16 +102,19 @@ def frozen_linear(
     columns = codes.shape[0 if transposed else 1]
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(f"x has shape {tuple(x.shape)}; its last dimension must be {columns}")
-    if not transposed and 0 < x.numel() <= dispatch.few_rows(x) * columns:
-        y = dispatch.linear(x, codes, absmax, codebook, block_size, levels)
+    if is_multiplied_from_codes(x, codes, codebook, across=transposed):
+        y = dispatch.multiply(x, codes, absmax, codebook, block_size, levels, across=transposed)
         return y if bias is None else y.add_(bias)
+    wanted, dtype = x.dtype, dispatch.arithmetic_dtype(x)
+    if dtype != wanted:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     step = piece_rows(x, codes.shape, block_size, transposed)
-    pieces = _restored_pieces(codes, absmax, levels, codebook, block_size, x.dtype, step)
+    pieces = _restored_pieces(codes, absmax, levels, codebook, block_size, dtype, step)
     if step >= len(codes):
         ((_, weight),) = pieces
         if _keeping.wanted:
             _keeping.latest = weight
-        return functional.linear(x, weight.t() if transposed else weight, bias)
+        return functional.linear(x, weight.t() if transposed else weight, bias).to(wanted)
     y = x.new_empty(x.numel() // columns, len(codes))
     flat = x.reshape(-1, columns)
     for rows, weight in pieces:
@@ -120,7 +122,7 @@ def frozen_linear(
             torch.mm(flat, weight.t(), out=y[:, rows])
         else:
             torch.addmm(bias[rows], flat, weight.t(), out=y[:, rows])
-    return y.view(*x.shape[:-1], len(codes))
+    return y.view(*x.shape[:-1], len(codes)).to(wanted)
 
 
 def frozen_linear_backward(
@@ -133,14 +135,27 @@ def frozen_linear_backward(
     levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of x (..., in), given the gradient of y (..., out)."""
-    grad_x = None
+    if is_multiplied_from_codes(grad, codes, codebook, across=not transposed):
+        return dispatch.multiply(
+            grad, codes, absmax, codebook, block_size, levels, across=not transposed
+        )
+    grad_x, wanted = None, grad.dtype
+    grad = grad.to(dispatch.arithmetic_dtype(grad))
     step = piece_rows(grad, codes.shape, block_size, transposed)
     pieces = _restored_pieces(codes, absmax, levels, codebook, block_size, grad.dtype, step)
     for rows, weight in pieces:
         part = grad.matmul(weight.t()) if transposed else grad[..., rows].matmul(weight)
         grad_x = part if grad_x is None else grad_x.float().add_(part)
     assert grad_x is not None
-    return grad_x.to(grad.dtype)
+    return grad_x.to(wanted)
+
+
+def is_multiplied_from_codes(
+    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, across: bool
+) -> bool:
+    """Return whether a product is computed without restoring W; see `dispatch.multiply`."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return 0 < rows <= dispatch.most_rows(x, codes.shape[1], codebook, across)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -259,7 +274,7 @@ torch.library.register_autograd(
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
 def _(x, codes, absmax, codebook, bias, block_size, transposed, levels=None):  # type: ignore[no-untyped-def]
     _keeping.latest = None
-    if _keeping.wanted and (transposed or x.numel() > dispatch.few_rows(x) * codes.shape[1]):
+    if _keeping.wanted and not is_multiplied_from_codes(x, codes, codebook, across=transposed):
         whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
         _keeping.latest = x.new_empty(codes.shape) if whole else None
     return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])

@@ -149,7 +149,7 @@ def _mask(batch: Batch) -> torch.Tensor | None:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[_Recorder]:
-    dispatch.few_rows(torch.empty(0))  # loads and tests the compiled kernels with real tensors
+    dispatch.describe(torch.device("cpu"))  # loads and tests the compiled kernels with real tensors
     state = torch.get_rng_state()
     recorder = _Recorder()
     try:
@@ -287,13 +287,15 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     is_forward = name == "gptj8::frozen_linear"
     x, codes = args[0], args[1]
     block_size, transposed = args[5:7] if is_forward else args[4:6]
-    few = dispatch.few_rows(x) * codes.shape[1]
-    if is_forward and not transposed and x.numel() <= few:
-        return 0, 0
+    across = transposed if is_forward else not transposed
+    dtype = dispatch.arithmetic_dtype(x)
+    copies = 0 if dtype == x.dtype else (x.numel() + output.numel()) * dtype.itemsize
+    if operators.is_multiplied_from_codes(x, codes, args[3], across):
+        return copies, 0
     rows = operators.piece_rows(x, codes.shape, block_size, transposed)
-    size, restored = x.element_size(), rows * codes.shape[1] * x.element_size()
+    size, restored = dtype.itemsize, rows * codes.shape[1] * dtype.itemsize
     if is_forward or rows == codes.shape[0]:
-        return 0, restored
+        return copies, restored
     # A contiguous part of dy, its matrix product, and the float32 sum.
     return x.numel() // codes.shape[0] * rows * size + output.numel() * (size + 4), restored
 

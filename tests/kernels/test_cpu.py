@@ -57,7 +57,7 @@ def threads(request):
 @compiled
 def test_kernels_are_compiled_if_a_compiler_is_available():
     assert cpu.library() is not None
-    assert dispatch.describe(torch.device("cpu")) == "compiled kernels"
+    assert dispatch.describe(torch.device("cpu")).startswith("compiled kernels (")
 
 
 @compiled
@@ -200,12 +200,12 @@ def test_linear_from_codes_is_accurate(dtype, tolerance, out, columns, block_siz
     x = torch.randn(rows, columns).to(dtype)
     weight = reference.dequantize(q.codes, q.absmax, q.codebook, block_size, torch.float64)
     exact = x.double() @ weight.t()
-    ours = dispatch.linear(x, q.codes, q.absmax, q.codebook, block_size)
+    ours = dispatch.multiply(x, q.codes, q.absmax, q.codebook, block_size)
     assert ours.dtype == dtype
     assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
     q = quantize_blockwise(torch.randn(out, columns), block_size, scale_bits=8)
     exact = x.double() @ dequantize_blockwise(q).double().t()
-    ours = dispatch.linear(x, q.codes, q.absmax, q.codebook, block_size, q.levels)
+    ours = dispatch.multiply(x, q.codes, q.absmax, q.codebook, block_size, q.levels)
     assert float((ours.double() - exact).norm() / exact.norm()) < tolerance
 
 
@@ -225,7 +225,9 @@ def test_mismatched_tensors_raise_before_the_kernel_is_called():
         with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
             cpu.dequantize(**(parts | change), block_size=64, dtype=torch.bfloat16)
         with pytest.raises(QuantizationError, match=r"a tensor (is|has) "):
-            cpu.linear(torch.randn(2, 64), **(parts | change), block_size=64)
+            cpu.multiply(
+                torch.randn(2, 64), **(parts | change), block_size=64, levels=None, across=False
+            )
 
 
 @pytest.mark.slow

@@ -1,0 +1,19 @@
+/* Kernels for AVX2. */
+
+#include "common.h"
+
+#if defined(ON_X86)
+
+#define TARGET "avx2,fma,f16c"
+#include "target.h"
+
+#include "vectors_avx2.h"
+#include "products.h"
+
+const machine gptj8_avx2 = {STEP, decodes, restore, product, transposed};
+
+#include "target_end.h"
+
+#else
+typedef int nothing; /* ISO C has no empty files */
+#endif

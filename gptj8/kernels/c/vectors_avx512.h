@@ -1,0 +1,57 @@
+/* AVX-512: vectors of 16 floats, and decoding of 64 codes at once. */
+
+#include <immintrin.h>
+
+#define LANES 16
+#define STEP 64
+#define TILE_ROWS 6  /* 6 x 4 sums, 6 inputs and 1 weight fit the 32 registers */
+#define WIDE_ROWS 12 /* 12 x 2 sums */
+
+typedef __m512 vector;
+
+#define vector_zero() _mm512_setzero_ps()
+#define vector_set(value) _mm512_set1_ps(value)
+#define vector_load(from) _mm512_loadu_ps(from)
+#define vector_store(to, value) _mm512_storeu_ps(to, value)
+#define vector_stream(to, value) _mm512_stream_ps(to, value)
+#define vector_add(a, b) _mm512_add_ps(a, b)
+#define vector_multiply(a, b) _mm512_mul_ps(a, b)
+#define vector_multiply_add(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vector_sum(value) _mm512_reduce_add_ps(value)
+#define prefetch(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
+#define streams_end() _mm_sfence()
+
+ALWAYS_INLINE __m256 halves_of(vector value) {
+  __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(value), 1));
+  return _mm256_add_ps(_mm512_castps512_ps256(value), upper);
+}
+
+ALWAYS_INLINE void store_sums(float *to, vector a, vector b, vector c, vector d) {
+  __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves_of(a), halves_of(b)),
+                                _mm256_hadd_ps(halves_of(c), halves_of(d)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+/* Round 16 finite values to bfloat16, to nearest, ties to even; the hardware's conversion flushes
+   subnormal values to zero. */
+ALWAYS_INLINE __m256i bfloat16_bits(vector value) {
+  __m512i bits = _mm512_castps_si512(value);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+ALWAYS_INLINE __m256i narrowed(vector value, int dtype) {
+  return dtype == BFLOAT16
+             ? bfloat16_bits(value)
+             : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* Round 32 values to 16 bits. */
+ALWAYS_INLINE void store_narrowed(uint16_t *to, vector a, vector b, int dtype, int streams) {
+  __m512i bits = _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(a, dtype)), narrowed(b, dtype), 1);
+  if (streams)
+    _mm512_stream_si512((void *)to, bits);
+  else
+    _mm512_storeu_si512((void *)to, bits);
+}

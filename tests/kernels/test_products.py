@@ -1,0 +1,183 @@
+"""Products directly from the codes, for each instruction set that this machine has."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptj8.kernels import cpu, dispatch, operators, reference
+from gptj8.quantization.codebooks import dynamic_codebook, fit_codebook
+from gptj8.quantization.codec import quantize_blockwise
+from gptj8.runtime.errors import QuantizationError
+from tests.helpers.paths import ROOT
+from tests.kernels.test_cpu import compiled
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+# Prints the errors of products with every number of rows, and whether weights are restored exactly.
+SCRIPT = """
+import json, sys, torch
+from gptj8.kernels import cpu, dispatch, reference
+from gptj8.quantization.codebooks import dynamic_codebook
+from gptj8.quantization.codec import quantize_blockwise
+torch.manual_seed(0)
+errors, equal, kernels = {}, [], set()
+def note(ours, exact, x):
+    found = float((ours.double() - exact).norm() / exact.norm())
+    name = str(x.dtype)
+    errors[name] = max(found, errors.get(name, 0.0))
+for out, columns in ((7, 64), (50, 192), (131, 576), (70, 1152), (9, 4096), (12, 200)):
+    for block_size, bits in ((32, 8), (64, 8), (128, 32), (4096, 32)):
+        for kind in ("fitted", "dynamic"):
+            q = quantize_blockwise(torch.randn(out, columns), block_size, kind, scale_bits=bits)
+            weight = reference.dequantize(
+                q.codes, q.absmax, q.codebook, block_size, torch.float32, q.levels)
+            for dtype in cpu.DTYPES:
+                equal.append(torch.equal(weight.to(dtype), cpu.dequantize(
+                    q.codes, q.absmax, q.codebook, block_size, dtype, levels=q.levels)))
+            arguments = (q.codes, q.absmax, q.codebook, block_size, q.levels)
+            for rows in (*range(1, 34), 97, 130):
+                for across in (False, True):
+                    for dtype in cpu.DTYPES:
+                        x = torch.randn(rows, out if across else columns, dtype=dtype)
+                        if rows > dispatch.most_rows(x, columns, q.codebook, across):
+                            continue
+                        exact = x.double() @ (weight.double() if across else weight.double().t())
+                        note(dispatch.multiply(x, *arguments, across), exact, x)
+                        kernels.add((across, rows > 8))
+print(json.dumps([cpu.instruction_set(), errors, all(equal), len(equal), sorted(kernels)]))
+"""
+
+
+def run(isa: str) -> list:
+    """Run the script in a process that is limited to an instruction set."""
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env={**os.environ, cpu.LIMIT: isa},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    return json.loads(found.stdout)
+
+
+@compiled
+@pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
+def test_products_and_restored_weights_for_each_instruction_set(isa):
+    name, errors, equal, compared, kernels = run(isa)
+    position = cpu.INSTRUCTION_SETS.index
+    assert position(name) <= position(isa)  # lower on a machine that lacks it
+    assert equal and compared == 6 * 4 * 2 * 3
+    assert set(errors) == {str(dtype) for dtype in DTYPES}
+    for dtype in DTYPES:
+        assert errors[str(dtype)] < TOLERANCE[dtype], name
+    assert [False, False] in kernels  # across, more than eight rows
+    if position(name) > 0:
+        assert [True, True] in kernels
+
+
+@compiled
+def test_a_row_gets_the_same_result_in_any_batch():
+    """From three rows on; a row alone and two rows are summed in another order."""
+    torch.manual_seed(0)
+    q = quantize_blockwise(torch.randn(300, 1152), 64, scale_bits=8)
+    x = torch.randn(40, 1152)
+    arguments = (q.codes, q.absmax, q.codebook, 64, q.levels)
+    if not cpu.multiplies(1152, q.codebook):
+        pytest.skip("needs kernels for products")
+    for across, inputs in ((False, x), (True, torch.randn(40, 300))):
+        together = dispatch.multiply(inputs, *arguments, across)
+        for rows in (3, 5, 17, 31):
+            assert torch.equal(
+                dispatch.multiply(inputs[-rows:], *arguments, across), together[-rows:]
+            )
+
+
+@compiled
+def test_the_number_of_threads_changes_nothing():
+    torch.manual_seed(0)
+    q = quantize_blockwise(torch.randn(1301, 1152), 64, scale_bits=8)
+    arguments = (q.codes, q.absmax, q.codebook, 64, q.levels)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        x, y = torch.randn(20, 1152), torch.randn(20, 1301)
+        found.append((dispatch.multiply(x, *arguments), dispatch.multiply(y, *arguments, True)))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv(cpu.LIMIT, "avx3")
+    with pytest.raises(QuantizationError, match="GPTJ8_CPU_ISA = 'avx3' is not one of plain, avx2"):
+        cpu._limit()
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_short_blocks_get_a_codebook_of_lines(block_size):
+    torch.manual_seed(0)
+    for weight in (
+        torch.randn(64, 512),
+        torch.distributions.StudentT(3.0).sample((64, 512)),
+        torch.randn(64, 512).abs(),
+        torch.randint(-1, 2, (64, 512)).float(),
+        torch.randn(64, 512) * (torch.rand(64, 512) < 0.02),
+        torch.randn(1, 3),
+    ):
+        table = quantize_blockwise(weight, block_size, scale_bits=8).codebook.double() * 8192
+        lines = table.view(16, 16)
+        slope = lines[:, 1] - lines[:, 0]
+        assert torch.equal(table, table.round())
+        assert torch.equal(lines, lines[:, :1] + slope[:, None] * torch.arange(16))
+        assert bool((slope >= 0).all()) and bool((slope <= 255).all())
+        assert bool((table.diff() >= 0).all()) and bool((table == 0).any())
+        assert float(table.abs().max()) <= 8192
+    free = quantize_blockwise(torch.randn(64, 512), 256).codebook * 8192
+    assert not torch.equal(free, free.round())
+
+
+def test_lines_cost_nothing_in_short_blocks():
+    """Against a freely fitted codebook, with scales chosen for each."""
+    torch.manual_seed(0)
+    for weight in (torch.randn(512, 4096), torch.distributions.Laplace(0, 1).sample((512, 4096))):
+        for block_size in (32, 64, 128):
+            absmax = reference.absmax(weight.view(-1), block_size)
+            mass = reference.histogram(
+                weight.view(-1), absmax, (absmax.double() * 1000).round(), block_size, 1 << 15
+            )
+            errors = []
+            for table in (fit_codebook(mass), fit_codebook(mass, in_lines=True)):
+                q = quantize_blockwise(weight, block_size, table, scale_bits=8)
+                restored = reference.dequantize(
+                    q.codes, q.absmax, q.codebook, block_size, torch.float64, q.levels
+                )
+                errors.append(float((restored - weight).norm() / weight.norm()))
+            assert errors[1] < 1.01 * errors[0]
+
+
+@compiled
+def test_16_bit_inputs_are_multiplied_in_float32_without_units_for_them(monkeypatch):
+    monkeypatch.setattr(cpu, "native_dtypes", lambda: (torch.float32,))
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    q = quantize_blockwise(torch.randn(96, 128), 64, dynamic_codebook())
+    exact = reference.dequantize(q.codes, q.absmax, q.codebook, 64, torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows in (3, 200):
+            x, grad = torch.randn(rows, 128).to(dtype), torch.randn(rows, 96).to(dtype)
+            bias = torch.randn(96).to(dtype)
+            y = operators.frozen_linear(x, q.codes, q.absmax, q.codebook, bias, 64, False)
+            dx = operators.frozen_linear_backward(grad, q.codes, q.absmax, q.codebook, 64, False)
+            for ours, wanted in (
+                (y, x.double() @ exact.t() + bias.double()),
+                (dx, grad.double() @ exact),
+            ):
+                assert ours.dtype == dtype
+                assert float((ours - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
