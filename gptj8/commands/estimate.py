@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import format_bytes
+from gptj8.runtime.progress import Progress, progress
 from gptj8.runtime.tables import format_table
 
 _PEAK = "peak"
+_PARTS = 5
+_LOG_SECONDS = 5.0
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -51,6 +56,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
     else:
         print("\n".join(lines_of(found)))
+    if not found["fits"]:
+        raise UserError(_explain_misfit(found))
 
 
 def estimate(
@@ -61,6 +68,14 @@ def estimate(
     Raises:
         UserError: if the params, the model or the memory size are invalid.
     """
+    with progress(_PARTS, "estimate", "parts", log_seconds=_LOG_SECONDS) as shown:
+        return _in_parts(model, memory, device, overrides, shown)
+
+
+def _in_parts(
+    model: str | None, memory: str | None, device: str | None, overrides: list[str], shown: Progress
+) -> dict[str, Any]:
+    """Return the estimate and advance `shown` by `_PARTS`."""
     from gptj8.params.sections import load_params
 
     limit = parse_bytes(memory) if memory is not None else None
@@ -78,7 +93,7 @@ def estimate(
     import torch
 
     from gptj8.memory import measured_speed, process_memory
-    from gptj8.memory.estimate import Estimator, plan_of
+    from gptj8.memory.estimate import LARGEST_TRIED, Estimator, plan_of
     from gptj8.memory.fitting import USED, choose_fit
     from gptj8.model.loading import pick_device, pick_dtype
     from gptj8.runtime import machine
@@ -92,17 +107,32 @@ def estimate(
     if limit is None:
         limit = int(USED * machine.available_bytes(place))
     measured = measured_speed.read(machine.device_name(place), kind)
-    process = 0
-    if place == "cpu":
-        process = measured.process_bytes if measured else 0
-        process = process or process_memory.measure_process_memory_in_new_process(kind)
-    estimator = Estimator(plan_of(params, config, dtype, place), process)
+
+    def say(what: str) -> None:
+        shown.show(what)
+        shown(0)
+
+    shown()
+    with ExitStack() as beside:
+        known = measured.process_bytes if measured else 0
+        process: Callable[[], int] | None = None
+        if place == "cpu" and not known:  # it takes as long as the rest, on another core
+            process = beside.enter_context(process_memory.measuring_process_memory(kind))
+        estimator = Estimator(plan_of(params, config, dtype, place), known, say)
+        shown()
+        if process is not None:
+            estimator.training(1)  # needed below; recorded while the process runs
+            say("memory of the libraries")
+            estimator.process = process()
+    shown()
     finetune = params.finetune
-    largest = estimator.largest_micro_batch(limit)
     fit = choose_fit(estimator, finetune, limit)
+    shown()
+    largest = estimator.largest_micro_batch(limit)
     training = estimator.training(fit.micro_batch, fit.checkpointing)
     evaluation = estimator.evaluation()
     per_token = estimator.flops_per_token(fit.checkpointing)
+    shown()
     plan, weights = estimator.plan, estimator.weights
     return {
         "model_type": config.model_type,
@@ -121,9 +151,30 @@ def estimate(
         "memory": limit,
         "fits": max(training.total, evaluation.total) <= limit,
         "largest_per_device_train_batch_size": largest,
+        "largest_tried": LARGEST_TRIED,
         "flops_per_token": per_token,
         "tokens_per_second": measured.flops_per_second / per_token if measured else None,
     }
+
+
+def _explain_misfit(found: dict[str, Any]) -> str:
+    """Return one line that says what does not fit, and the way out."""
+    training, evaluation = found["training"], found["evaluation"]
+    largest, rows = found["largest_per_device_train_batch_size"], found["max_length"]
+    needs = [
+        f"{name} needs {format_bytes(part[_PEAK])}"
+        for name, part in (("training", training), ("evaluation", evaluation))
+        if part[_PEAK] > found["memory"]
+    ]
+    way = "lower data.max_length, or use a smaller model or more memory"
+    if training[_PEAK] > found["memory"] and largest:
+        way = f"set finetune.per_device_train_batch_size to {largest} or less, or to auto" + (
+            ", and lower data.max_length for the evaluation" if len(needs) > 1 else ""
+        )
+    return (
+        f"{' and '.join(needs)} at {rows} tokens a row, and {format_bytes(found['memory'])} can "
+        f"be used; {way}"
+    )
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -147,11 +198,12 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         table.append([name, *(f"{size / 2**30:.3f}" if size else "" for size in sizes)])
     lines += [f"  {line}" for line in format_table(table, ["GiB", "training", "evaluation"])]
     memory = format_bytes(found["memory"])
-    largest = found["largest_per_device_train_batch_size"]
+    largest, tried = found["largest_per_device_train_batch_size"], found["largest_tried"]
+    shown = f"at least {largest:,}; larger ones were not tried" if largest == tried else largest
     verdict = "fits into" if found["fits"] else "does not fit into"
     lines += ["", f"  {verdict} {memory}; "]
     lines[-1] += (
-        f"the largest per_device_train_batch_size that fits is {largest}"
+        f"the largest per_device_train_batch_size that fits is {shown}"
         if largest
         else "not even a micro-batch of one sequence fits"
     )

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from gptj8.params.sections import Params
 
+LARGEST_TRIED = 4096
+"""The largest micro-batch size that `Estimator.largest_micro_batch` tries by itself."""
+
 _LABEL_TOKENS = 8  # assumed for a label and its end token before the labels are known
 # Depths recorded for deeper models; both even, because some architectures alternate two kinds.
 _SHALLOW, _DEEP = 2, 4
@@ -109,17 +112,23 @@ class Estimator:
         process: Bytes that Python and the libraries use before a model is loaded. Ignored on a GPU,
             where only GPU memory is counted.
 
+        on_step: Called with a description before each recorded step, to show progress.
+
     Attributes:
         weights: Sizes of the model's tensors.
     """
 
-    def __init__(self, plan: Plan, process: int = 0) -> None:
+    def __init__(
+        self, plan: Plan, process: int = 0, on_step: Callable[[str], object] = lambda what: None
+    ) -> None:
         self.plan = plan
         self.process = process if plan.device == "cpu" else 0
+        self._on_step = on_step
         model = self._build(layers_of(plan.config))
         self.weights: Weights = weigh(model, plan.optim)
         self._is_trimmed = bool(large_blocks(model))
         self._training = functools.cache(self._trace_training)
+        self._step = functools.cache(self._trace_step)
 
     def training(self, micro_batch: int, checkpointing: Kind | None = None) -> Estimate:
         """Return the peak memory of training with the given micro-batch size."""
@@ -127,14 +136,8 @@ class Estimator:
         step = dict(self._training(micro_batch, kind, False))
         if self.plan.packing and micro_batch > 1:  # rows are padded if that costs less
             step = max(step, dict(self._training(micro_batch, kind, True)), key=_total)
-        fixed = self._fixed()
-        fixed["optimizer"] = self.weights.optimizer
-        # Training keeps a copy of the initial adapter to check that the weights changed, and of the
-        # best one, next to the one that was the best at the last saved state.
-        fixed["adapter"] += (3 if self.plan.keeps_best else 1) * self.weights.adapter
         step.pop("gradients", None)
-        fixed["gradients"] = self.weights.adapter
-        return Estimate({**fixed, **step})
+        return Estimate({**self._fixed_in_training(), **step})
 
     def evaluation(self) -> Estimate:
         """Return the peak memory of scoring every token of held-out rows with the tuned model."""
@@ -153,13 +156,15 @@ class Estimator:
         batch = Batch(rows, plan.length, min(places, plan.length))
 
         def trace(layers: int) -> dict[str, int]:
+            self._on_step("evaluation")
             return self._components(trace_evaluation(self._build(layers), batch))
 
         return Estimate({**self._fixed(), **_bounded(self._extrapolate(trace), _MOST_UNUSED)})
 
     def flops_per_token(self, checkpointing: Kind | None = None) -> float:
         """Return the floating-point operations of a training step per token."""
-        batch = Batch(1, self.plan.length, self.plan.learned)
+        # Equal to the micro-batch of one row in `training`, whose step is recorded only once.
+        batch = Batch(1, self.plan.length, self.plan.learned, self.plan.padded)
         kind = checkpointing or self.plan.checkpointing
         found = self._extrapolate(lambda layers: {"flops": self._step(layers, batch, kind).flops})
         return found["flops"] / self.plan.length
@@ -174,12 +179,13 @@ class Estimator:
 
         Args:
             memory: Available memory in bytes.
-            candidates: Sizes to choose from, ascending; None: all up to 4,096.
+            candidates: Sizes to choose from, ascending; None: all up to `LARGEST_TRIED`.
             checkpointing: Kind of activation checkpointing; None: the plan's.
         """
-        sizes = candidates or range(1, 4097)
+        sizes = candidates or range(1, LARGEST_TRIED + 1)
         total = lambda index: self.training(sizes[index], checkpointing).total  # noqa: E731
-        if total(0) > memory:
+        # No step has to be recorded for a model that does not fit by itself.
+        if sum(self._fixed_in_training().values()) > memory or total(0) > memory:
             return 0
         # Memory grows almost linearly, so a line through two sizes gives a guess close to the
         # result. The result is exact, because the search ends only when the next size does not fit.
@@ -189,10 +195,12 @@ class Estimator:
             wanted = sizes[low] + (memory - total(low)) / rise if rise > 0 else sizes[high - 1]
             guess = bisect_right(sizes, wanted) - 1
             guess = max(low + 1, min(guess, high - 1))
-            if total(guess) <= memory:
-                low, other = guess, low
-            else:
+            if total(guess) > memory:
                 high = other = guess
+                continue
+            # Not the first size if there is another: a single row has no padding.
+            other = other if low < other != guess else low
+            low = guess
         return sizes[low]
 
     def _fixed(self) -> dict[str, int]:
@@ -205,6 +213,16 @@ class Estimator:
             "adapter": weights.adapter,
         }
 
+    def _fixed_in_training(self) -> dict[str, int]:
+        """Return what training needs besides the allocations of a micro-batch."""
+        fixed = self._fixed()
+        fixed["optimizer"] = self.weights.optimizer
+        # Training keeps a copy of the initial adapter to check that the weights changed, and of the
+        # best one, next to the one that was the best at the last saved state.
+        fixed["adapter"] += (3 if self.plan.keeps_best else 1) * self.weights.adapter
+        fixed["gradients"] = self.weights.adapter
+        return fixed
+
     def _build(self, layers: int) -> PeftModel:
         plan = self.plan
         config = plan.config
@@ -212,7 +230,8 @@ class Estimator:
             config = with_layers(config, layers)
         return build(config, plan.quantization, plan.dtype, plan.adapter)
 
-    def _step(self, layers: int, batch: Batch, checkpointing: Kind) -> Trace:
+    def _trace_step(self, layers: int, batch: Batch, checkpointing: Kind) -> Trace:
+        self._on_step(f"micro-batch of {batch.rows:,}, checkpointing {checkpointing}")
         autocast = autocast_dtype(self.plan.dtype, self.plan.device, self.plan.adapter.method)
         model = self._build(layers)
         return trace_training_step(model, batch, checkpointing, autocast)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import resident_bytes
@@ -78,14 +81,33 @@ def measure_process_memory(dtype: str) -> int:
     return resident_bytes()
 
 
-def measure_process_memory_in_new_process(dtype: str) -> int:
-    """Return `measure_process_memory`, measured in a new process without other imports."""
+@contextmanager
+def measuring_process_memory(dtype: str) -> Iterator[Callable[[], int]]:
+    """Run `measure_process_memory` in a new process without other imports, beside other work.
+
+    Yields:
+        A function that waits for the result. It raises UserError if the process fails.
+    """
     command = [sys.executable, "-m", "gptj8.memory.process_memory", dtype]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        reason = why_process_failed(process.returncode, process.stderr)
-        raise UserError(f"cannot measure the memory of the libraries: {reason}")
-    return int(json.loads(process.stdout.splitlines()[-1]))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+    @functools.cache
+    def result() -> int:
+        shown, errors = process.communicate()
+        if process.returncode:
+            reason = why_process_failed(process.returncode, errors)
+            raise UserError(f"cannot measure the memory of the libraries: {reason}")
+        return int(json.loads(shown.splitlines()[-1]))
+
+    try:
+        yield result
+    finally:
+        process.kill()  # no effect if it has ended
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 if __name__ == "__main__":

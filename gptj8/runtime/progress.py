@@ -45,11 +45,14 @@ def set_speaker(name: str) -> None:
 class Progress:
     """A progress display, created by `progress`. Calling it with a number advances it."""
 
-    def __init__(self, total: int, description: str, unit: str) -> None:
+    def __init__(
+        self, total: int, description: str, unit: str, log_seconds: float | None = None
+    ) -> None:
         if _speaker and description != _speaker:
             description = f"{_speaker}: {description}"
         self.total, self.description, self.unit = total, description, unit
         self.done = 0
+        self._log_seconds = LOG_SECONDS if log_seconds is None else log_seconds
         self._facts = ""
         self._started = self._printed_at = time.monotonic()
         self._printed_done: int | None = None
@@ -76,7 +79,7 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._printed_at >= LOG_SECONDS and self.done < self.total:
+        elif time.monotonic() - self._printed_at >= self._log_seconds and self.done < self.total:
             self.tell()
 
     def show(self, facts: str) -> None:
@@ -115,18 +118,21 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, description: str, unit: str) -> Iterator[Progress]:
+def progress(
+    total: int, description: str, unit: str, log_seconds: float | None = None
+) -> Iterator[Progress]:
     """Show progress towards `total`.
 
     Args:
         total: the amount of work.
         description: the name of the work.
         unit: the unit of `total`, in the plural; `bytes` are shown as MB and GB.
+        log_seconds: seconds between two lines in a log; None: `LOG_SECONDS`.
 
     Yields:
         A callable that takes the number of units just completed.
     """
-    shown = Progress(total, description, unit)
+    shown = Progress(total, description, unit, log_seconds)
     try:
         yield shown
     except BaseException:

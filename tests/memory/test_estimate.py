@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -412,7 +416,7 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        process_memory, "measure_process_memory_in_new_process", lambda dtype: 600 << 20
+        process_memory, "measuring_process_memory", lambda dtype: nullcontext(lambda: 600 << 20)
     )
     return tmp_path
 
@@ -439,6 +443,94 @@ def test_command_prints_a_table_and_json(project, monkeypatch, capsys):
     assert sum(training["components"].values()) == training["peak"]
     assert training["components"]["process and libraries"] == 500 << 20
     assert found["tokens_per_second"] == pytest.approx(1e9 / found["flops_per_token"])
+
+
+def test_settings_that_do_not_fit_are_an_error_after_the_table(project, monkeypatch, capsys):
+    size = "finetune.per_device_train_batch_size=64"
+    arguments = ["--model", "model", "-S", size, "-S", "finetune.checkpointing=full"]
+    run_command(monkeypatch, *arguments, "--memory", "64GB", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["training"]["per_device_train_batch_size"] == 64
+    tight = found["training"]["peak"] - 1
+    for form in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            run_command(monkeypatch, *arguments, "--memory", str(tight), *form)
+        assert ended.value.code == 2
+        shown = capsys.readouterr()
+        (line,) = (line for line in shown.err.splitlines() if line.startswith("error: "))
+        assert "set finetune.per_device_train_batch_size to 63 or less" in line
+        if form:
+            assert json.loads(shown.out)["fits"] is False
+        else:
+            assert "does not fit into" in shown.out
+    with pytest.raises(SystemExit) as ended:
+        run_command(monkeypatch, *arguments, "--memory", "1MB")
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert "not even a micro-batch of one sequence fits" in shown.out
+    assert "training needs" in shown.err and "evaluation needs" in shown.err
+    assert "lower data.max_length" in shown.err
+
+
+def test_the_largest_size_that_is_tried_is_named_as_such(project, monkeypatch, capsys):
+    monkeypatch.setattr(estimating, "LARGEST_TRIED", 16)
+    run_command(monkeypatch, "--model", "model", "--memory", "64GB")
+    assert "that fits is at least 16; larger ones were not tried" in capsys.readouterr().out
+    run_command(monkeypatch, "--model", "model", "--memory", "64GB", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest_per_device_train_batch_size"] == found["largest_tried"] == 16
+
+
+def test_progress_is_shown_in_a_log_after_some_seconds(project, monkeypatch, capsys):
+    run_command(monkeypatch, "--model", "model", "--memory", "64GB")
+    quick = capsys.readouterr()
+    monkeypatch.setattr("gptj8.commands.estimate._LOG_SECONDS", 0.0)
+    run_command(monkeypatch, "--model", "model", "--memory", "64GB")
+    slow = capsys.readouterr()
+    assert quick.out == slow.out
+    assert "estimate: 2 of 5 parts, micro-batch of 1, checkpointing" in slow.err
+    assert "estimate: 4 of 5 parts, evaluation" in slow.err
+
+
+def test_each_step_is_recorded_once(monkeypatch):
+    """Recording steps is most of the time that an estimate takes."""
+    steps = []
+    found = Estimator(plan(gptj(n_layer=8)), on_step=steps.append)
+    found.training(1)
+    assert len(steps) == 2  # two depths
+    found.flops_per_token()
+    assert len(steps) == 2
+    memory = found.training(60).total
+    steps.clear()
+    assert found.largest_micro_batch(memory) == 60
+    assert len(steps) <= 2 * 3  # 8, at most one guess, and 61
+    steps.clear()
+    assert found.largest_micro_batch(found.weights.base) == 0  # weights and adapter do not fit
+    assert steps == []
+
+
+@pytest.mark.slow
+def test_an_estimate_of_a_model_of_6b_takes_at_most_20_seconds_on_two_cores(project):
+    """Compares processor time, because other programs may be running."""
+    sizes = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
+    config = gptj(vocab_size=50400, n_positions=2048, tie_word_embeddings=False, **sizes)
+    folder = only_config(project / "large", config)
+    command = [sys.executable, "-m", "gptj8.commands.main", "estimate", "--model", str(folder)]
+    command += ["--memory", "16GB", "--device", "cpu"]
+    measure = (
+        "import os, subprocess, sys; code = subprocess.call(sys.argv[1:]);"
+        "print(os.times().children_user, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", measure, *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = float(done.stderr.splitlines()[-1])
+    assert seconds < 40  # of two processes at the same time
+    assert "that fits is" in done.stdout
 
 
 def gptj8_dtype():
