@@ -8,17 +8,22 @@ it is better than this baseline on the same test rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 
 def predict_with_tfidf(
     train_texts: Sequence[str], train_labels: Sequence[str], test_texts: Sequence[str]
-) -> np.ndarray:
-    """Fit on the training rows and return a label for each test text: (test rows,) of str.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit on the training rows and predict a label for each test text.
 
     There is no hyperparameter tuning, so the test rows cannot leak into the fit. If the training
-    texts contain no words, the most frequent label is predicted for every row.
+    texts contain no words, the most frequent label is predicted for every row, with its share of
+    the training rows as the probability.
+
+    Returns:
+        (test rows,) of str, the labels, and (test rows,) float64, their probabilities.
     """
     from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -30,8 +35,13 @@ def predict_with_tfidf(
         features = vectorizer.fit_transform(list(train_texts))
     except ValueError:  # empty vocabulary
         majority = DummyClassifier().fit(np.zeros((len(train_texts), 1)), list(train_labels))
-        return majority.predict(np.zeros((len(test_texts), 1)))
+        return _predict(majority, np.zeros((len(test_texts), 1)))
     # Same optimum as the default solver, in 1 s instead of 8 s on 2,400 rows and 72,000 features.
     classifier = LogisticRegression(solver="newton-cg", max_iter=200)
     classifier.fit(features, list(train_labels))
-    return classifier.predict(vectorizer.transform(list(test_texts)))
+    return _predict(classifier, vectorizer.transform(list(test_texts)))
+
+
+def _predict(classifier: Any, features: Any) -> tuple[np.ndarray, np.ndarray]:
+    probabilities = classifier.predict_proba(features)
+    return classifier.classes_[probabilities.argmax(1)], probabilities.max(1)

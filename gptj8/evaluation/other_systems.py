@@ -15,7 +15,7 @@ import pandas as pd
 from gptj8.dataset.readers.formats import explain_missing_file
 from gptj8.dataset.readers.options import ReadOptions
 from gptj8.dataset.readers.parsers import parse_file
-from gptj8.evaluation.systems import OWN_SYSTEMS
+from gptj8.evaluation.systems import CONFIDENCE, OWN_SYSTEMS, WROTE
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import listed, quote, suggest
 
@@ -83,6 +83,9 @@ def _check_name(path: Path) -> list[str]:
         return [f"{path}: a system name can have only letters, digits, _ and -; rename the file"]
     if path.stem in OWN_SYSTEMS:
         return [f"{path}: {path.stem} is the name of a built-in system; rename the file"]
+    if path.stem.endswith((CONFIDENCE, WROTE)):
+        ending = CONFIDENCE if path.stem.endswith(CONFIDENCE) else WROTE
+        return [f"{path}: names of columns end in {ending}, and no system's; rename the file"]
     return []
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from gptj8.evaluation.calibration import ReliabilityBin, reliability_curves
 from gptj8.evaluation.plots import plot_confusion, plot_reliability
 from gptj8.evaluation.statistics import accuracy_difference, mcnemar
-from gptj8.evaluation.systems import ORIGINAL, TUNED
+from gptj8.evaluation.systems import CONFIDENCE, ORIGINAL, TUNED, WROTE
 from gptj8.model.scoring.perplexity import DocumentScores
 from gptj8.runtime.tables import write_csv
 
@@ -35,6 +35,7 @@ def write_reports(
     predictions: Mapping[str, np.ndarray],
     scores: Mapping[str, DocumentScores],
     generated: Mapping[str, Sequence[str]] | None = None,
+    confidences: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write predictions.csv, perplexity.csv, confusion_matrix.csv and confusion_matrix.png.
 
@@ -49,12 +50,15 @@ def write_reports(
         predictions: system -> (test rows,) labels; the confusion matrix is for `tuned`.
         scores: system -> scores of the documents; all systems have the same tokens.
         generated: system -> generated texts for the first rows.
+        confidences: system -> probability of each predicted label, and `<system>_wrote` ->
+            confidence of each generated text, for the systems that have them.
     """
     actual = list(test["label"]) if labels else []
     predicted = list(predictions[TUNED]) if labels else []
     confusion = zip(actual, predicted, strict=True)
     write_table(directory / "confusion_matrix.csv", ["actual", "predicted"], confusion)
-    _write_predictions(directory / "predictions.csv", test, predictions, generated or {})
+    answered = dict(predictions) | {f"{s}{WROTE}": texts for s, texts in (generated or {}).items()}
+    _write_predictions(directory / "predictions.csv", test, answered, confidences or {})
     _write_perplexity(directory / "perplexity.csv", documents, scores)
     plot_confusion(directory / "confusion_matrix.png", labels, actual, predicted)
 
@@ -160,26 +164,26 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]
 def _write_predictions(
     path: Path,
     test: pd.DataFrame,
-    predictions: Mapping[str, np.ndarray],
-    generated: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str] | np.ndarray],
+    confidences: Mapping[str, Sequence[float]],
 ) -> None:
     """Write one row per answered test row.
 
     A row has the start of its text, the correct answer, and the predicted label and generated text
-    of each system.
+    of each system, each followed by its confidence if there is one. Of generated texts, there may
+    be fewer than rows.
     """
     question, answer = ("prompt", "completion") if "completion" in test else ("text", "label")
-    header = ["file", "row", question, answer]
-    written = max((len(texts) for texts in generated.values()), default=0)
-    rows = test if predictions else test.head(written)
-    if not predictions and not generated:
-        write_table(path, header, [])
-        return
+    rows = test.head(max(map(len, answers.values()), default=0))
     starts = [" ".join(text[: 4 * _TEXT_START].split())[:_TEXT_START] for text in rows[question]]
-    texts = [[*texts, *[""] * (len(rows) - len(texts))] for texts in generated.values()]
-    columns = [rows["file"], rows["row"], starts, rows[answer], *predictions.values(), *texts]
-    header += [*predictions, *(f"{system}_wrote" for system in generated)]
-    write_table(path, header, zip(*columns, strict=True))
+    columns: dict[str, Iterable[Any]] = {"file": rows["file"], "row": rows["row"], question: starts}
+    columns[answer] = rows[answer] if len(rows) else ()
+    for name, given in answers.items():
+        columns[name] = [*given, *[""] * (len(rows) - len(given))]
+        if name in confidences:
+            sure = [float(value) for value in confidences[name]]
+            columns[f"{name}{CONFIDENCE}"] = [*sure, *[""] * (len(rows) - len(sure))]
+    write_table(path, list(columns), zip(*columns.values(), strict=True))
 
 
 def _write_perplexity(

@@ -105,8 +105,9 @@ class Evaluation:
             return
         with self.comparison.costing(BASELINE):
             train, test = self.train, self.test
-            predicted = predict_with_tfidf(train["text"], train["label"], test["text"])
+            predicted, sure = predict_with_tfidf(train["text"], train["label"], test["text"])
             self.comparison.predictions[BASELINE] = predicted
+            self.comparison.confidences[BASELINE] = sure.tolist()
         yield self._result(BASELINE)
 
     def measure_models(self, base: Path, adapter: Path) -> Iterator[str]:
@@ -150,6 +151,7 @@ class Evaluation:
             comparison.predictions,
             comparison.scores,
             comparison.generated,
+            comparison.confidences,
         )
         write_classification_reports(
             folder,

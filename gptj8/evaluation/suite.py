@@ -25,10 +25,13 @@ from gptj8.evaluation.metrics import (
     likelihood_metrics,
     perplexity_metrics,
 )
-from gptj8.model.generation.answers import write_answers
+from gptj8.evaluation.systems import WROTE
+from gptj8.model.generation.answers import Answer, write_answers
+from gptj8.model.generation.batch import Sampling
 from gptj8.model.scoring.divergence import Divergence, NextTokens, compared_documents
 from gptj8.model.scoring.likelihood import score_labels_in_shares
 from gptj8.model.scoring.perplexity import DocumentScores, score_documents
+from gptj8.model.scoring.probabilities import label_probabilities
 from gptj8.runtime.distributed import each_a_share
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import peak_memory_gib, reset_peak_memory
@@ -216,6 +219,8 @@ class Comparison:
         likelihoods: system -> (test rows, labels) float64, log-likelihoods in nats.
         predictions: system -> (test rows,) labels.
         generated: system -> generated texts for the first rows.
+        confidences: system -> probability of each predicted label; `<system>_wrote` -> confidence
+            of each generated text (`gptj8.model.generation.answers.confidence_of`).
         divergences: system -> its distance from the original model.
         costs: `<system>/seconds`, `<system>/tokens_per_second` (for perplexity) and
             `<system>/peak_memory_gib`.
@@ -228,6 +233,7 @@ class Comparison:
     likelihoods: dict[str, np.ndarray] = field(default_factory=dict)
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     generated: dict[str, list[str]] = field(default_factory=dict)
+    confidences: dict[str, list[float]] = field(default_factory=dict)
     divergences: dict[str, Divergence] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     _original: NextTokens | None = None
@@ -318,20 +324,23 @@ class Comparison:
             self.likelihoods[system] = likelihoods
             labels = np.array(questions.labels, dtype=object)
             self.predictions[system] = labels[likelihoods.argmax(1)]
+            self.confidences[system] = label_probabilities(likelihoods).max(axis=1).tolist()
         if questions.generated_rows:
 
-            def write(numbers: Sequence[int]) -> list[str]:
+            def write(numbers: Sequence[int]) -> list[Answer]:
                 return write_answers(
                     model,
                     [prompts[i] for i in numbers],
                     questions.encoder,
-                    max_new_tokens=questions.max_new_tokens,
+                    samplings=[Sampling(questions.max_new_tokens)] * len(numbers),
                     batch_size=self.batch_size,
                     description=f"{system}: answers",
                     end_ids=questions.end_ids,
                 )
 
-            self.generated[system] = each_a_share(write, questions.generated_rows)
+            answers = each_a_share(write, questions.generated_rows)
+            self.generated[system] = [answer.text for answer in answers]
+            self.confidences[f"{system}{WROTE}"] = [answer.confidence for answer in answers]
 
     def metrics(self, resamples: int, seed: int) -> dict[str, float]:
         """Return all metrics as `<system>/<metric>`; see `gptj8.evaluation.metrics`.

@@ -22,6 +22,12 @@ BASELINE = "baseline"
 TUNED = "tuned"
 """The 8-bit copy with the adapter. The accuracy of other systems is compared with it."""
 
+CONFIDENCE = "_confidence"
+"""Follows a system's name in the column of its confidences in predictions.csv."""
+
+WROTE = "_wrote"
+"""Follows a system's name in the column of its generated texts in predictions.csv."""
+
 OWN_SYSTEMS = (ORIGINAL, QUANTIZED, FEW_SHOT, BASELINE, TUNED)
 """Reserved names, which external systems cannot use."""
 

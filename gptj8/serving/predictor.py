@@ -20,8 +20,8 @@ from gptj8.dataset.prepared.prompts import (
     without_lead,
 )
 from gptj8.dataset.prepared.text_encoder import TextEncoder
-from gptj8.dataset.readers.rows import outermost
-from gptj8.model.generation.answers import write_answers
+from gptj8.model.generation.answers import Answer, write_answers
+from gptj8.model.generation.batch import Sampling
 from gptj8.model.loading import load_adapter, load_model, pick_device, pick_dtype
 from gptj8.model.scoring.likelihood import score_labels
 from gptj8.model.scoring.perplexity import context_length
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 16
+"""Rows that are answered or classified together."""
 
 
 class Predictor:
@@ -117,8 +118,7 @@ class Predictor:
         """
         if self.task is None or self._prompts is None:
             raise ValueError("this model is not fine-tuned and cannot answer rows; send a prompt")
-        columns = {*self.task.columns, *self.task.shape.columns.values()}
-        columns |= {outermost(name, ()) for name in columns}
+        columns = self.task.read_columns
         for name in row:
             if name not in columns:
                 raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")
@@ -177,18 +177,24 @@ class Predictor:
         because one of the labels must be chosen.
         """
         scores = score_labels(
-            self.model, prompts, self._labels.ids, batch_size=_ROWS_AT_ONCE, description=None
+            self.model, prompts, self._labels.ids, batch_size=ROWS_AT_ONCE, description=None
         )
         return label_probabilities(scores)
 
     def complete(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         """Return the greedy continuation of each prompt, without the space before an answer."""
+        return [a.text for a in self.answer(prompts, [Sampling(max_new_tokens)] * len(prompts))]
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
+    ) -> list[Answer]:
+        """Return an answer to each prompt with its confidence."""
         return write_answers(
             self.model,
             prompts,
             self.encoder,
-            max_new_tokens=max_new_tokens,
-            batch_size=_ROWS_AT_ONCE,
+            samplings=samplings,
+            batch_size=ROWS_AT_ONCE,
             description=None,
             end_ids=self.end_ids,
         )

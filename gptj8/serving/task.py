@@ -12,6 +12,7 @@ from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.dataset import Chat
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.row_shapes import Shape, shape_of
+from gptj8.dataset.readers.rows import outermost
 from gptj8.params.sections import Data
 from gptj8.params.yaml_files import check
 from gptj8.runtime.errors import UserError
@@ -85,3 +86,9 @@ class TunedTask:
             for field, column in self.shape.columns.items()
             if field != self.shape.answer
         }
+
+    @property
+    def read_columns(self) -> frozenset[str]:
+        """The columns that a row may have, with that of the answer and those that hold others."""
+        columns = {*self.columns, *self.shape.columns.values()}
+        return frozenset(columns | {outermost(name, ()) for name in columns})

@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score
@@ -128,6 +129,17 @@ def test_classification(project):
         accuracy = accuracy_score(labels, [row[system] for row in predictions])
         assert metrics[f"{system}/accuracy"] == accuracy
     assert [row["predicted"] for row in confusion] == [row["tuned"] for row in predictions]
+    for system in systems:
+        assert all(0 < float(row[f"{system}_confidence"]) <= 1 for row in predictions)
+        if system != "baseline":
+            assert all(0 < float(row[f"{system}_wrote_confidence"]) <= 1 for row in predictions)
+    # The expected calibration error is computed from the likelihoods; here from the table.
+    for system in prompted:
+        sure = np.array([float(row[f"{system}_confidence"]) for row in predictions])
+        right = np.array([row[system] == row["label"] for row in predictions])
+        bins = np.ceil(sure * 15)
+        error = sum(abs(sure[bins == b].sum() - right[bins == b].sum()) for b in set(bins))
+        assert metrics[f"{system}/ece"] == pytest.approx(error / len(sure), abs=1e-5)
 
     first = {name: (Path("reports/evaluate") / name).read_bytes() for name in FILES}
     again = project("classification", few_shot=2)
@@ -182,6 +194,7 @@ def test_external_predictions_are_in_the_report(project):
     Path("external.csv").write_text("\n".join(["row,prediction", *lines]) + "\n")
     metrics = project("classification", few_shot=0, predictions="external.csv")
     predictions = table("predictions.csv")
+    assert "external_confidence" not in predictions[0]
     labels = [row["label"] for row in predictions]
     assert metrics["external/accuracy"] == accuracy_score(
         labels, [r["external"] for r in predictions]

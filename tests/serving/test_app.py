@@ -220,7 +220,7 @@ BAD = [
     ({"prompt": "a", "\ud800\n": 1}, "unable to parse raw data"),
     ({"prompt": "a", "k\n\u202e": 1}, "extra inputs are not permitted"),
     ({"row": {"txt": "a"}}, "txt is not a column, did you mean text?"),
-    ({"row": {"text": 1}}, "text is not a string"),
+    ({"row": {"text": 1}}, "text is an integer, not text"),
     ({"row": {"text": "a\ud800"}}, "lone surrogate"),
     ({"row": "a"}, "row: input should be a valid dictionary"),
 ]

@@ -33,6 +33,16 @@ def columnar_names(path: Path) -> list[str]:
         return list(table.schema.names)
 
 
+def columnar_types(path: Path) -> dict[str, pa.DataType]:
+    """Return the types of the columns whose cells are read as they are stored.
+
+    Labels that are stored as numbers are read by their names.
+    """
+    with _open(path, ()) as table:
+        named = _label_names(table.schema, table.schema.names)
+        return {field.name: field.type for field in table.schema if field.name not in named}
+
+
 def parse_columnar(
     path: Path, options: ReadOptions, advance: Callable[[int], object]
 ) -> Iterator[Row]:

@@ -17,12 +17,9 @@ value`, mixed types are cast, and no error gives a line number.
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from gptj8.dataset.readers.rows import (
     check_names,
     on_lines,
     outermost,
+    text_and_kind,
 )
 from gptj8.dataset.readers.tables import table_format
 from gptj8.dataset.readers.text_files import (
@@ -53,7 +51,6 @@ from gptj8.dataset.readers.text_files import (
 )
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import counted, quote, suggest
-from gptj8.runtime.tables import cell_text
 
 
 def read_rows(path: str | Path, options: ReadOptions) -> pd.DataFrame:
@@ -150,7 +147,7 @@ def _rows(
     for path in files:
         try:
             with reading(path, options.encoding):
-                _check_file(path, options)
+                check_file(path, options)
             for row in parse_file(path, options, advance):
                 yield path, row
         except UserError as error:
@@ -159,7 +156,8 @@ def _rows(
             errors.append((path, error))
 
 
-def _check_file(path: Path, options: ReadOptions) -> None:
+def check_file(path: Path, options: ReadOptions) -> None:
+    """Raise UserError if a file is missing, not supported or lacks a column."""
     if not path.exists():
         raise UserError(explain_missing_file(path))
     if suffix_of(path) not in (*SUFFIXES, *TEXT_SUFFIXES):
@@ -181,7 +179,7 @@ def _frame(batch: list[tuple[Path, Row]], options: ReadOptions) -> pd.DataFrame:
             cell = cell_of(row.cells, column)
             if isinstance(cell, list):
                 cell = _from_list(cell, field, field in options.list_fields)
-            found.append(_normalize(cell))
+            found.append(text_and_kind(cell))
         values, kinds = zip(*found, strict=True)
         frame[field] = pd.array(values, dtype="str")
         frame[f"{field}_kind"] = pd.array(kinds, dtype="str")
@@ -212,39 +210,6 @@ def _from_list(cell: list[Any], field: str, is_usual: bool) -> Any:
         return (cell or [None])[0] if len(cell) < 2 else cell
     text = on_lines(cell) if is_usual else None
     return cell if text is None else text
-
-
-def _normalize(cell: Any) -> tuple[str | None, str]:
-    """Return a cell as text, and its kind."""
-    if isinstance(cell, str):
-        return (cell, "text") if cell.isascii() else _normalize_unicode(cell)
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return None, "missing"
-    if isinstance(cell, Decimal):  # from a database
-        cell = float(cell)
-    if isinstance(cell, bool):
-        return cell_text(cell), "boolean"
-    if isinstance(cell, int | float):
-        is_whole = isinstance(cell, int) or cell.is_integer()
-        return cell_text(cell), "integer" if is_whole else "number"
-    if isinstance(cell, list | dict):
-        kind = "list" if isinstance(cell, list) else "object"
-        text, found = _normalize_unicode(json.dumps(cell, ensure_ascii=False, default=str))
-        return text, kind if found == "text" else found
-    return str(cell), type(cell).__name__
-
-
-def _normalize_unicode(cell: str) -> tuple[str, str]:
-    try:
-        cell.encode()
-    except UnicodeEncodeError:
-        pass
-    else:
-        return cell, "text"
-    try:
-        return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), "undecodable"
-    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can contain, becomes U+FFFD
-        return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "text"
 
 
 def _require_columns(path: Path, options: ReadOptions) -> None:

@@ -22,7 +22,7 @@ import pandas as pd
 
 from gptj8.dataset.prepared.conversations import Conversation, read_conversation
 from gptj8.dataset.prepared.dataset import FIELDS
-from gptj8.dataset.readers.rows import cell_of, on_lines
+from gptj8.dataset.readers.rows import cell_of, on_lines, text_and_kind
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.sections import Data
 from gptj8.params.templates import MESSAGES, Template, parse_template
@@ -31,6 +31,28 @@ WHOLE_FIELDS = ("text", "prompt", MESSAGES)
 """Fields whose cells are not made of the items of lists."""
 _BESIDE_MESSAGES = ("tools", "system")
 """Fields that a conversation may have; files need not have their columns."""
+_ANY_KINDS = ("text", "integer", "number", "boolean")
+_KINDS = {
+    "text": ("text",),
+    "prompt": ("text",),
+    MESSAGES: ("list", "text"),  # in CSV, lists are written as JSON
+    "tools": ("list", "text"),
+    "system": ("text",),
+}
+
+
+def kinds_of(field: str) -> tuple[str, ...]:
+    """Return the kinds of cells that a field may have (`gptj8.dataset.readers.rows.text_and_kind`).
+
+    The text or prompt must be a string. An answer may be a number (label 0, completion 42), and so
+    may other columns of a template.
+    """
+    return _KINDS.get(field, _ANY_KINDS)
+
+
+def with_article(kind: str) -> str:
+    """Return the kind of a cell with its article: `an integer`."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 @dataclass(frozen=True)
@@ -102,12 +124,14 @@ class Shape:
     def text_of(self, cells: Mapping[str, Any]) -> str:
         """Return the input text of one row without an answer; see `conversation_of` for messages.
 
+        Cells that are not text, such as numbers, become the text that they have in training.
+
         Args:
             cells: cells by the user's column names; extra cells are ignored. A nested column may
                 be inside an object, or have its own name.
 
         Raises:
-            ValueError: with the column that is missing, empty or not a string.
+            ValueError: with the column that is missing, empty or of the wrong kind.
         """
         fields: dict[str, str | None] = {}
         for name, column in self.columns.items():
@@ -115,13 +139,14 @@ class Shape:
                 continue
             cell = cell_of(cells, column)
             is_list = isinstance(cell, list) and name not in WHOLE_FIELDS
-            if is_list and (text := on_lines(cell)) is not None:
-                cell = text  # as `gptj8.dataset.readers.formats` reads it
-            if cell is not None and not isinstance(cell, str):
-                raise ValueError(f"{column} is not a string")
-            if not (cell or "").strip(INVISIBLE) and name not in self.optional:
+            if is_list and (lines := on_lines(cell)) is not None:
+                cell = lines  # as `gptj8.dataset.readers.formats` reads it
+            text, kind = (cell, "text") if isinstance(cell, str) else text_and_kind(cell)
+            if kind not in (*kinds_of(name), "missing"):
+                raise ValueError(f"{column} is {with_article(kind)}, not text")
+            if not (text or "").strip(INVISIBLE) and name not in self.optional:
                 raise ValueError(f"{column} is {'empty' if column in cells else 'missing'}")
-            fields[name] = cell
+            fields[name] = text
         if self.template is None or self.template.fields == (self.input,):
             return fields[self.input] or ""
         return self.template.text(fields)

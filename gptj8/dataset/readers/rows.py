@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,36 @@ def on_lines(cell: list[Any]) -> str | None:
 def outermost(column: str, names: Iterable[str]) -> str:
     """Return the column that holds a nested one: `translation` for `translation.en`."""
     return column if column in names else column.partition(".")[0]
+
+
+def text_and_kind(cell: Any) -> tuple[str | None, str]:
+    """Return a cell as text, and its kind; see `gptj8.dataset.readers.formats.read_batches`."""
+    if isinstance(cell, str):
+        return (cell, "text") if cell.isascii() else _valid_unicode(cell)
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None, "missing"
+    if isinstance(cell, Decimal):  # from a database
+        cell = float(cell)
+    if isinstance(cell, bool):
+        return cell_text(cell), "boolean"
+    if isinstance(cell, int | float):
+        is_whole = isinstance(cell, int) or cell.is_integer()
+        return cell_text(cell), "integer" if is_whole else "number"
+    if isinstance(cell, list | dict):
+        kind = "list" if isinstance(cell, list) else "object"
+        text, found = _valid_unicode(json.dumps(cell, ensure_ascii=False, default=str))
+        return text, kind if found == "text" else found
+    return str(cell), type(cell).__name__
+
+
+def _valid_unicode(cell: str) -> tuple[str, str]:
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        return cell, "text"
+    try:
+        return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), "undecodable"
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can contain, becomes U+FFFD
+        return cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "text"

@@ -17,22 +17,9 @@ import pandera.pandas as pa
 from ftfy.badness import is_bad
 
 from gptj8.dataset.prepared.conversations import read_conversation, texts_of
-from gptj8.dataset.readers.row_shapes import Shape
+from gptj8.dataset.readers.row_shapes import Shape, kinds_of, with_article
 from gptj8.dataset.text import INVISIBLE
 from gptj8.params.templates import MESSAGES
-
-# An answer may be a number (label 0, completion 42); the text or prompt must be a string.
-# Other columns of a template use _OTHER_KINDS.
-_KINDS = {
-    "text": ("text",),
-    "prompt": ("text",),
-    "label": ("text", "integer", "number", "boolean"),
-    "completion": ("text", "integer", "number", "boolean"),
-    MESSAGES: ("list", "text"),  # in CSV, lists are written as JSON
-    "tools": ("list", "text"),
-    "system": ("text",),
-}
-_OTHER_KINDS = ("text", "integer", "number", "boolean")
 
 _ENTITY = r"&(?:[a-zA-Z][a-zA-Z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});"
 _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"
@@ -76,7 +63,7 @@ def schema(
             checks=_checks(field, optional, labels, tuple(special_tokens)), nullable=optional
         )
         # A missing cell is reported as missing, not as a cell of the wrong type.
-        kinds = [*_KINDS.get(field, _OTHER_KINDS), "missing", "undecodable"]
+        kinds = [*kinds_of(field), "missing", "undecodable"]
         columns[f"{field}_kind"] = pa.Column(
             checks=[
                 pa.Check.isin(kinds, error="type"),
@@ -276,5 +263,4 @@ def _conversation_problem(cell: str) -> str | None:
 def _wrong_kind(kind: str, field: str, column: str) -> str:
     if kind == "list" and field in ("label", "completion"):
         return f"is a list, not text; one answer is needed, such as its first item, {column}.0"
-    article = "an" if kind[0] in "aeiou" else "a"
-    return f"is {article} {kind}, not {'a list of messages' if field == MESSAGES else 'text'}"
+    return f"is {with_article(kind)}, not {'a list of messages' if field == MESSAGES else 'text'}"

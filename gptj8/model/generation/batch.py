@@ -66,6 +66,8 @@ class GeneratedRow:
         prompt_length: number of tokens in the prompt.
         sampling: sampling settings of the row.
         ids: token ids generated so far, without the end token.
+        logprobs: log-probability of each chosen token under the model, before temperature and
+            limits, in nats. After `stop`, the last one is that of the end token.
         finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens, None
             while the row is unfinished.
     """
@@ -73,6 +75,7 @@ class GeneratedRow:
     prompt_length: int
     sampling: Sampling
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     _steps: int = 0
     _warpers: LogitsProcessorList | None = None
@@ -186,13 +189,18 @@ class GenerationBatch:
         # argmax returns a valid token id even if the logits are NaN.
         if not bool(logits.gather(1, best[:, None]).isfinite().all()):
             raise UserError("the model's logits are not finite; try model.dtype: float32")
-        for index, (row, token) in enumerate(zip(rows, best.tolist(), strict=True)):
+        tokens: list[int] = best.tolist()
+        for index, row in enumerate(rows):
             if row._warpers is not None:
                 seen = torch.tensor([row.ids])  # required by the API, unused by these warpers
                 scores = row._warpers(seen, logits[index : index + 1])  # type: ignore[arg-type]
                 chosen = torch.multinomial(scores.softmax(1), 1, generator=row._generator)
-                token = int(chosen)
+                tokens[index] = int(chosen)
+        chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+        logprobs = (chosen - logits.logsumexp(1)).tolist()
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row._steps += 1
+            row.logprobs.append(logprob)
             if token in self._end_ids:
                 row.finish_reason = "stop"
                 continue
@@ -226,6 +234,21 @@ class GenerationBatch:
             raise
 
 
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    vocab_size: int,
+    eos_id: int | Collection[int],
+) -> list[GeneratedRow]:
+    """Return the continuation of each prompt, using one batch; `samplings` are one per prompt."""
+    batch = GenerationBatch(model, vocab_size, eos_id)
+    rows = batch.add(prompts, samplings)
+    while batch.rows:
+        batch.step()
+    return rows
+
+
 def generate_greedily(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -234,11 +257,9 @@ def generate_greedily(
     vocab_size: int,
     eos_id: int | Collection[int],
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt without its end token, using one batch."""
-    batch = GenerationBatch(model, vocab_size, eos_id)
-    rows = batch.add(prompts, [Sampling(max_new_tokens)] * len(prompts))
-    while batch.rows:
-        batch.step()
+    """Return the ids of the greedy continuation of each prompt without its end token."""
+    samplings = [Sampling(max_new_tokens)] * len(prompts)
+    rows = generate(model, prompts, samplings, vocab_size, eos_id)
     return [row.ids for row in rows]
 
 

@@ -94,5 +94,5 @@ def test_nested_columns_and_lists_of_a_row_to_answer():
     assert shape.text_of({"translation": {"en": "house"}, "choices": ["a", "b"]}) == expected
     named = {"translation.en": "house", "choices": "a\nb", "choices.1": "b"}
     assert shape.text_of(named) == expected
-    with pytest.raises(ValueError, match="choices is not a string"):
+    with pytest.raises(ValueError, match="choices is a list, not text"):
         shape.text_of({"translation.en": "house", "choices": [{}], "choices.1": "b"})

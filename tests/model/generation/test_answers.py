@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import scipy.stats
 import torch
 
 from gptj8.model.generation import answers
-from gptj8.model.generation.answers import write_answers
-from gptj8.model.generation.batch import cache_bytes_per_token, generate_greedily
+from gptj8.model.generation.answers import confidence_of, write_answers
+from gptj8.model.generation.batch import (
+    Sampling,
+    cache_bytes_per_token,
+    generate,
+)
 
 TOKENS = 5
 
@@ -23,17 +28,22 @@ def generated(monkeypatch):
     """Prompt lengths of each generated batch."""
     batches = []
 
-    def generate(model, prompts, **options):
+    def counted(model, prompts, *options):
         batches.append([len(prompt) for prompt in prompts])
-        return generate_greedily(model, prompts, **options)
+        return generate(model, prompts, *options)
 
-    monkeypatch.setattr(answers, "generate_greedily", generate)
+    monkeypatch.setattr(answers, "generate", counted)
     return batches
 
 
 def write(model, encoder, prompts, batch_size=4):
+    return [answer.text for answer in answered(model, encoder, prompts, batch_size)]
+
+
+def answered(model, encoder, prompts, batch_size=4):
+    samplings = [Sampling(TOKENS)] * len(prompts)
     return write_answers(
-        model, prompts, encoder, max_new_tokens=TOKENS, batch_size=batch_size, description=None
+        model, prompts, encoder, samplings=samplings, batch_size=batch_size, description=None
     )
 
 
@@ -57,14 +67,46 @@ def test_cache_memory_is_limited(model, encoder, prompts, generated, monkeypatch
 def test_batch_is_halved_when_out_of_memory(model, encoder, prompts, monkeypatch):
     expected = write(model, encoder, prompts)
 
-    def generate(model, prompts, **options):
+    def limited(model, prompts, *options):
         if len(prompts) > 1:
             raise torch.OutOfMemoryError("simulated")
-        return generate_greedily(model, prompts, **options)
+        return generate(model, prompts, *options)
 
-    monkeypatch.setattr(answers, "generate_greedily", generate)
+    monkeypatch.setattr(answers, "generate", limited)
     assert write(model, encoder, prompts) == expected
 
 
 def test_no_prompts_give_no_answers(model, encoder):
     assert write(model, encoder, []) == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_confidence_is_the_geometric_mean_of_token_probabilities(
+    model, encoder, prompts, temperature
+):
+    """Compared with the likelihoods of transformers, in one pass over the whole answer."""
+    ended = set()
+    samplings = [Sampling(TOKENS, temperature, seed=n) for n in range(len(prompts))]
+    answers = write_answers(
+        model, prompts, encoder, samplings=samplings, batch_size=4, description=None
+    )
+    # The most likely token after some prompt ends it, so that one answer is empty.
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1, : encoder.vocab_size]
+    ends = [int(logits.argmax())] if not temperature else [encoder.eos_id]
+    for prompt, sampling, answer in zip(prompts, samplings, answers, strict=True):
+        for eos_ids, found in ((encoder.end_ids, answer.confidence), (ends, None)):
+            (row,) = generate(model, [prompt], [sampling], encoder.vocab_size, eos_ids)
+            if found is None:
+                found = confidence_of(row)
+            chosen = row.ids + [eos_ids[0]] * (row.finish_reason == "stop")
+            ended.add(row.finish_reason)
+            assert len(row.logprobs) == len(chosen)
+            with torch.inference_mode():
+                output = model(input_ids=torch.tensor([prompt + chosen])).logits[0]
+            probabilities = output[:, : encoder.vocab_size].double().softmax(1)
+            places = range(len(prompt) - 1, len(prompt) - 1 + len(chosen))
+            of_tokens = [float(probabilities[p, t]) for p, t in zip(places, chosen, strict=True)]
+            assert found == pytest.approx(scipy.stats.gmean(of_tokens), rel=1e-4)
+            assert 0 < found <= 1
+    assert temperature or ended == {"stop", "length"}
