@@ -1,14 +1,17 @@
-"""`gptj8 generate`: continue a prompt, or answer a row, on the command line."""
+"""`gptj8 generate`: continue a prompt, answer a row or all rows of a file, on the command line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from gptj8.commands.generate_file import answer_rows_of_file, is_sampling, request_of
 from gptj8.commands.model_arguments import add_model_arguments, load_predictor
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import counted
+from gptj8.runtime.messages import counted, excerpt, one_line
 
 if TYPE_CHECKING:
     from gptj8.serving.predictor import Predictor
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Add `gptj8 generate`."""
-    generate = commands.add_parser("generate", help="continue a prompt, or answer a row")
+    generate = commands.add_parser(
+        "generate", help="continue a prompt, answer a row, or answer all rows of a file"
+    )
     generate.add_argument(
         "prompt", nargs="?", help="the prompt (default, or -: read standard input)"
     )
@@ -26,9 +31,28 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="COLUMN=TEXT",
-        help="answer a row instead of a prompt; repeat for each column of the training data. A "
-        "classification gives the most likely label, or free text with --max-new-tokens or "
-        "--temperature",
+        help="answer a row instead of a prompt; repeat for each column of the training data, or "
+        "give a JSON object. A classification gives the most likely label, or free text with "
+        "--max-new-tokens or --temperature",
+    )
+    generate.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="answer every row of a file (CSV, TSV, JSON Lines, Parquet and others, as data.train)",
+    )
+    generate.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write the rows of --input with their answers: .csv, .jsonl or .parquet. "
+        "After an interruption, the same command goes on where it stopped",
+    )
+    generate.add_argument(
+        "--allow-invalid",
+        action="store_true",
+        help="leave the answers of rows that cannot be answered empty, instead of refusing the "
+        "file",
     )
     generate.add_argument(
         "--max-new-tokens",
@@ -44,13 +68,16 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.input or arguments.output or arguments.allow_invalid:
+        answer_rows_of_file(arguments)
+        return
     row = _row_of(arguments.row)
     if row and arguments.prompt is not None:
         raise UserError("give either a prompt or --row, not both")
     request = _request(arguments, row)
     predictor = load_predictor(arguments)
     try:
-        if row and predictor.labels and not _is_sampling(arguments):
+        if row and predictor.labels and not is_sampling(arguments):
             encoded = predictor.encode_for_labels(row)
             _warn_if_cut(encoded.cut_tokens)
             print(predictor.labels[int(predictor.classify([encoded.ids])[0].argmax())])
@@ -63,36 +90,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     _stream(predictor, encoded.ids, request)
 
 
-def _request(arguments: argparse.Namespace, row: dict[str, str]) -> GenerateRequest:
+def _request(arguments: argparse.Namespace, row: dict[str, Any]) -> GenerateRequest:
     """Return the checked request, with the prompt from standard input if none is given."""
-    from pydantic import ValidationError
-
-    from gptj8.serving.requests import GenerateRequest, explain
-
     prompt = arguments.prompt
     if not row and prompt in (None, "-"):
         try:
             prompt = sys.stdin.buffer.read().decode()  # always UTF-8, regardless of the locale
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8: {error}") from None
-    given = arguments.max_new_tokens
-    try:
-        return GenerateRequest(
-            prompt=None if row else prompt,
-            row=row or None,
-            **({} if given is None else {"max_new_tokens": given}),
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-    except ValidationError as error:
-        raise UserError("\n".join(map(explain, error.errors()))) from None
-
-
-def _is_sampling(arguments: argparse.Namespace) -> bool:
-    """Return whether free text is asked for, instead of the most likely label."""
-    return arguments.max_new_tokens is not None or arguments.temperature > 0
+    return request_of(arguments, prompt=None if row else prompt, row=row or None)
 
 
 def _warn_if_cut(tokens: int) -> None:
@@ -119,11 +125,23 @@ def _stream(predictor: Predictor, ids: list[int], request: GenerateRequest) -> N
     print()
 
 
-def _row_of(cells: list[str]) -> dict[str, str]:
-    row = {}
+def _row_of(cells: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     for cell in cells:
+        if cell.lstrip().startswith("{"):
+            row |= _object_of(cell)
+            continue
         column, sign, text = cell.partition("=")
         if not sign or not column:
-            raise UserError(f"--row {cell}: write COLUMN=TEXT")
+            raise UserError(f"--row {cell}: write COLUMN=TEXT, or a JSON object")
         row[column] = text
     return row
+
+
+def _object_of(cell: str) -> dict[str, Any]:
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--row {excerpt(cell)} is not a JSON object: {one_line(error)}") from None
+    assert isinstance(found, dict)  # it begins with a brace
+    return found
