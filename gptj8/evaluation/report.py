@@ -1,7 +1,7 @@
 """Write the files of the evaluation report: CSV tables and plots.
 
 The same scores give byte-identical files: rows keep the order of the dataset, and numbers have six
-decimals.
+decimals, p-values six significant digits.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def write_comparisons(
     """Write the difference of accuracies, first - second, and its significance for each pair.
 
     `low` and `high` are the 95 % confidence interval from `accuracy_difference`, and `p_value` is
-    from `mcnemar`. Every pair uses the same seed, so adding a system does not change the intervals
-    of other pairs.
+    from `mcnemar`, with six significant digits: six decimals of a small number are all 0. Every
+    pair uses the same seed, so adding a system does not change the intervals of other pairs.
     """
     truth = np.array(actual, dtype=object)
     correct = {s: (np.asarray(p, dtype=object) == truth) for s, p in predictions.items()}
@@ -141,7 +141,7 @@ def write_comparisons(
         accuracies = [float(part.mean()) for part in pair]
         interval = difference.value, difference.low, difference.high
         counts = test.only_first, test.only_second
-        rows.append((first, second, *accuracies, *interval, *counts, test.p_value))
+        rows.append((first, second, *accuracies, *interval, *counts, f"{test.p_value:.6g}"))
     header = ["first", "second", "accuracy_first", "accuracy_second", "difference", "low", "high"]
     write_table(path, [*header, "only_first", "only_second", "p_value"], rows)
 

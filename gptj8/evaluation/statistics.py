@@ -9,6 +9,7 @@ Classified rows are compared in the same way.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,8 @@ class McNemar:
         only_first: number of rows that only the first system predicts correctly.
         only_second: number of rows that only the second system predicts correctly.
         p_value: two-sided probability of a split at least as uneven if both systems are equally
-            good.
+            good. It is never 0: with more than a thousand rows it may be below the smallest
+            normal float, 2.2e-308, which then stands for it.
     """
 
     only_first: int
@@ -196,7 +198,7 @@ def mcnemar(correct: np.ndarray, reference_correct: np.ndarray) -> McNemar:
     only_first, only_second = _discordant(correct, reference_correct)
     discordant = only_first + only_second
     p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-    return McNemar(only_first, only_second, p_value)
+    return McNemar(only_first, only_second, max(p_value, sys.float_info.min))
 
 
 def _discordant(correct: np.ndarray, reference_correct: np.ndarray) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 _EXCERPT = 60
 _LONGEST_NAME = 100
+_LEAST_P_VALUE = 1e-4
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
@@ -25,6 +26,11 @@ def listed(values: Sequence[str], limit: int) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number and its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def describe_p_value(p_value: float) -> str:
+    """Return a p-value for people to read: `p = 0.03`, or `p < 0.0001`, but never 0."""
+    return f"p = {p_value:.1g}" if p_value >= _LEAST_P_VALUE else f"p < {_LEAST_P_VALUE:.4f}"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

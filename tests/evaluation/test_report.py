@@ -186,6 +186,34 @@ def test_comparisons_equal_manual_calculations(tmp_path):
     assert float(rows[0]["high"]) < 0 and float(rows[0]["p_value"]) < 0.01
 
 
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_small_p_values_are_written(tmp_path, rows):
+    actual = np.array(["a"] * rows, dtype=object)
+    predictions = {"tuned": actual, "base": np.array(["b"] * rows, dtype=object)}
+    write_classified(tmp_path, ["a", "b"], actual, predictions, {})
+    (row,) = read(tmp_path / "comparisons.csv")
+    expected = max(2 / 2**rows, sys.float_info.min) if rows < 1000 else sys.float_info.min
+    assert float(row["p_value"]) == pytest.approx(expected, rel=1e-5)
+    assert float(row["p_value"]) > 0
+
+
+def test_confidences_follow_their_answers(tmp_path, test_rows):
+    predictions = {"tuned": np.array(["a", "a", "b"], object), "mine": np.array(["a"] * 3, object)}
+    generated = {"tuned": ["x", "=y"]}
+    confidences = {"tuned": [0.5, 0.75, 1 / 3], "tuned_wrote": [0.25, 0.125]}
+    write_reports(tmp_path, test_rows, test_rows, ["a", "b"], predictions, {"base": DocumentScores(
+        np.array([1.5, 2.0, 1.0]), np.array([1, 2, 3])
+    )}, generated, confidences)  # fmt: skip
+    rows = read(tmp_path / "predictions.csv")
+    expected = ["tuned", "tuned_confidence", "mine", "tuned_wrote", "tuned_wrote_confidence"]
+    assert list(rows[0])[4:] == expected
+    assert [[row[name] for name in expected] for row in rows] == [
+        ["a", "0.500000", "a", "x", "0.250000"],
+        ["a", "0.750000", "a", "'=y", "0.125000"],
+        ["b", "0.333333", "a", "", ""],
+    ]
+
+
 def test_adding_a_system_does_not_change_other_intervals(tmp_path):
     labels, actual, predictions, likelihoods = classified()
     write_classified(tmp_path / "1", labels, actual, predictions, likelihoods)

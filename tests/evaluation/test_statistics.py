@@ -195,6 +195,14 @@ def test_mcnemar_equals_the_manual_calculation(only_first, only_second):
     assert actual == McNemar(only_first, only_second, pytest.approx(expected, rel=1e-12))
 
 
+def test_a_p_value_is_never_zero():
+    """Of 1,200 rows that only one of two systems has right, 2 / 2**1200 is no float."""
+    found = mcnemar(*paired(0, 1200, 0, 1))
+    assert found.only_first == 1200
+    assert 0 < found.p_value < 1e-300
+    assert mcnemar(*paired(0, 60, 0, 1)).p_value == pytest.approx(2 / 2**60)
+
+
 def test_invalid_outcomes_raise():
     good, rng = np.array([True, False]), np.random.default_rng(0)
     for bad in (np.array([], bool), np.array([[True, False]]), np.array(["a", "b"], object)):

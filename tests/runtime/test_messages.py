@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gptj8.runtime.messages import one_line, why_process_failed
+from gptj8.runtime.messages import describe_p_value, one_line, why_process_failed
 
 
 def ended(code):
@@ -45,3 +45,12 @@ def test_one_line(message, line):
 
 def test_an_error_without_a_message_is_named():
     assert one_line(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    ("p_value", "text"),
+    [(1.0, "p = 1"), (0.034, "p = 0.03"), (1e-4, "p = 0.0001"), (9.9e-5, "p < 0.0001"),
+     (1e-300, "p < 0.0001"), (0.0, "p < 0.0001")],
+)  # fmt: skip
+def test_a_p_value_is_never_zero(p_value, text):
+    assert describe_p_value(p_value) == text

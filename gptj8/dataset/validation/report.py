@@ -25,7 +25,7 @@ from gptj8.params.sections import Data
 from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.files import format_bytes, hash_file, replace_directory, write_json
 from gptj8.runtime.machine import peak_memory_gib
-from gptj8.runtime.messages import listed
+from gptj8.runtime.messages import describe_p_value, listed
 from gptj8.runtime.tables import write_csv
 
 _BINS = 16  # bins up to max_length; one more bin holds longer rows
@@ -152,7 +152,7 @@ def notes(validated: Validated, max_length: int) -> list[str]:
                 found.append(
                     f"The {words} of {shift.split} and train are distributed differently: distance "
                     f"{compared.distance:.2f} (0: identical, 1: no overlap), "
-                    f"p = {compared.p_value:.1g}."
+                    f"{describe_p_value(compared.p_value)}."
                 )
     train = validated.labels["train"]
     if train:

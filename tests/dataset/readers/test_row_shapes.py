@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+
 import pandas as pd
 import pytest
 
+from gptj8.dataset.prepared.dataset import SPLITS, load_prepared
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.params.sections import Data
 from gptj8.params.templates import parse_template
+from tests.helpers.validate_project import make_project, run_stage, write_params
 
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -96,3 +101,28 @@ def test_nested_columns_and_lists_of_a_row_to_answer():
     assert shape.text_of(named) == expected
     with pytest.raises(ValueError, match="choices is a list, not text"):
         shape.text_of({"translation.en": "house", "choices": [{}], "choices.1": "b"})
+
+
+def test_cells_of_a_row_to_answer_become_the_text_that_they_have_in_training(tmp_path) -> None:
+    """`validate` reads the same cells from a file."""
+    cells = [3, -0.0, 2.5, 4.0, 1e300, 10**25, True, False, None, "3", " a ", "", "\u200b"]
+    refused = [{"a": 1}, [{"a": 1}], []]
+    rows = [{"x": cell, "y": "b", "label": f"l{n % 2}"} for n, cell in enumerate(cells + refused)]
+    project = make_project(tmp_path)
+    (project / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{y}: {x}\nLabel:"
+    write_params(project, train="numbers.jsonl", prompt_template=template, max_invalid_fraction=0.9)
+    done = run_stage(project)
+    assert done.returncode == 0, done.stderr
+    prepared = load_prepared(project / "artifacts" / "dataset")
+    splits = pd.concat([prepared.split(name) for name in SPLITS])
+    texts = dict(zip(splits["row"], splits["text"], strict=True))
+    shape = shape_of(Data(train="numbers.jsonl", prompt_template=template))
+    served = {}
+    for number, row in enumerate(rows, 1):
+        with suppress(ValueError):
+            served[number] = shape.text_of({"x": row["x"], "y": row["y"]})
+    assert served[1] == "b: 3" and len(served) >= 9
+    duplicates = {number for number in served if number not in texts}
+    assert {served[number] for number in duplicates} <= set(texts.values())
+    assert {number: served[number] for number in texts} == texts

@@ -6,17 +6,24 @@ import csv
 import gzip
 import json
 import shutil
+import tracemalloc
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.readers.row_shapes import shape_of
+from gptj8.evaluation import suite as evaluation
 from gptj8.model.generation.batch import Sampling
+from gptj8.params.sections import parse_params
 from gptj8.runtime.errors import UserError
 from gptj8.serving.files import answering
+from gptj8.serving.files.answering import Questions
+from gptj8.serving.files.journal import RowAnswer
 from tests.helpers.answered_files import generate, read_answers, texts
-from tests.helpers.served_models import LABELS
+from tests.helpers.served_models import LABELS, data_of
 
 COUNT = 21
 ADDED = ["answer", "confidence", *(f"probability_{label}" for label in LABELS)]
@@ -129,6 +136,39 @@ def test_completions_equal_those_of_rows_asked_alone(
     generate(tiny_8bit_dir, exports["instructions"], "--row", json.dumps(rows[0]), *how)
     # A character that the limit of tokens has cut is not shown on the terminal.
     assert capsys.readouterr().out == answers[0]["answer"].removesuffix("\ufffd") + "\n"
+
+
+@pytest.mark.parametrize("task", ["classification", "instructions"])
+def test_prompts_are_those_of_the_evaluation(exports, predictors, tmp_path, monkeypatch, task):
+    """`evaluate` encodes rows of the prepared dataset, here made from the same columns."""
+    asked = {}
+
+    def ask(self, prompts, places):
+        asked.update(zip(places, prompts, strict=True))
+        return [RowAnswer("fox", 1.0, (1.0,) * len(self.columns[2:]))] * len(prompts)
+
+    monkeypatch.setattr(Questions, "ask", ask)
+    long = [*texts(9), "lazy dog " * 80, "  jumps\n"]
+    columns = ("text", "n") if task == "classification" else ("instruction", "input")
+    rows = [{columns[0]: text, columns[1]: text[:40]} for text in long]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictor = predictors[task]
+    monkeypatch.setattr("gptj8.commands.generate_file.load_predictor", lambda arguments: predictor)
+    files = ["--input", tmp_path / "rows.jsonl", "--output", tmp_path / "a.csv"]
+    generate(tmp_path, exports[task], *files)
+
+    data = parse_params({"data": data_of(task), "model": {"path": "m"}})
+    shape = shape_of(data.data)
+    frame = pd.DataFrame([{**row, shape.answer: "fox"} for row in rows])
+    fields = shape.to_fields(frame)
+    questions = evaluation.Questions.of_rows(
+        data.data.task,
+        fields,
+        LABELS if task == "classification" else (),
+        PromptEncoder(predictor.encoder, shape.prompt_template, data.data.max_length),
+        max_new_tokens=data.evaluate.max_new_tokens,
+    )
+    assert [asked[place] for place in range(len(rows))] == questions.prompts
 
 
 @pytest.mark.parametrize("task", ["columns", "messages"])
@@ -322,3 +362,26 @@ def test_an_input_that_changes_meanwhile_is_refused(exports, tiny_8bit_dir, tmp_
     with pytest.raises(UserError, match="has changed meanwhile"):
         generate(tiny_8bit_dir, exports["classification"], *files)
     assert not (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_rows(
+    exports, tiny_8bit_dir, tmp_path, monkeypatch
+):
+    """Everything but the model: rows are read, checked, answered and written window by window."""
+    monkeypatch.setattr(answering, "WINDOW", 64)
+    answer = RowAnswer("fox", 0.5, (0.5, 0.25, 0.25))
+    monkeypatch.setattr(Questions, "ask", lambda self, prompts, places: [answer] * len(prompts))
+
+    def peak(rows, suffix):
+        source, output = tmp_path / "rows.csv", tmp_path / f"a{suffix}"
+        source.write_text("text,more\n" + f"the fox,{'x' * 10_000}\n" * rows)
+        tracemalloc.start()
+        generate(tiny_8bit_dir, exports["classification"], "--input", source, "--output", output)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    for suffix in (".csv", ".parquet"):
+        peak(10, suffix)
+        assert peak(1500, suffix) < peak(500, suffix) + (1 << 20)  # 10 MB more to read
