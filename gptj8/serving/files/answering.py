@@ -187,6 +187,10 @@ def answer_file(input_file: InputFile, output: Path, questions: Questions) -> No
                 _write(input_file, questions, journal, survey, staging, suffix)
                 if sha256_file(input_file.path) != content:
                     raise UserError(f"{input_file.path} has changed meanwhile; run this again")
+        except KeyboardInterrupt:
+            kept = counted(journal.count, "answer")
+            print(f"{kept} kept in {path}; the same command goes on", file=sys.stderr)
+            raise
         finally:
             journal.close()
         path.unlink()

@@ -74,6 +74,8 @@ def test_no_row_is_answered_twice(exports, tiny_8bit_dir, files, asked, task, op
         with pytest.raises(KeyboardInterrupt):
             run(tiny_8bit_dir, exports[task], files, *options)
         assert sorted(p.name for p in files.iterdir()) == [".a.csv.journal", "rows.jsonl"]
+        kept = capsys.readouterr().err.splitlines()[-1]
+        assert kept.startswith(f"{sum(batches)} answers kept in ")
     left[0] = 10**9
     capsys.readouterr()
     assert run(tiny_8bit_dir, exports[task], files, *options) == expected
