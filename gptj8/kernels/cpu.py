@@ -280,6 +280,8 @@ def multiply(
         ordered = torch.empty(rows * columns, dtype=dtype, device="cpu")
         _call("linear_bfloat16", n, *arguments, _checked(ordered))
     elif not multiplies(columns, codebook):
+        if across or rows > MAX_ROWS:
+            raise QuantizationError(f"no kernel multiplies {rows} rows by this matrix")
         _call("product_plain", n, *arguments)
     else:
         _call("product_transposed" if across else "product", n, *arguments)

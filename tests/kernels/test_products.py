@@ -99,10 +99,42 @@ def test_a_row_gets_the_same_result_in_any_batch():
 
 
 @compiled
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+def test_inputs_of_any_size(rows, block_size):
+    """One row is multiplied in integers whose unit is chosen for 64 numbers at a time."""
+    torch.manual_seed(0)
+    q = quantize_blockwise(torch.randn(40, 256), block_size, scale_bits=8)
+    weight = reference.dequantize(
+        q.codes, q.absmax, q.codebook, block_size, torch.float64, q.levels
+    )
+    arguments = (q.codes, q.absmax, q.codebook, block_size, q.levels)
+    if rows > dispatch.most_rows(torch.ones(1), 256, q.codebook, False):
+        with pytest.raises(QuantizationError, match=f"no kernel multiplies {rows} rows"):
+            dispatch.multiply(torch.ones(rows, 256), *arguments)
+        return
+    plain = torch.randn(rows, 256)
+    outliers = plain * torch.where(torch.arange(256) % 64 == 5, 1e4, 1.0)
+    spread = plain * torch.logspace(-30, 10, 4).repeat_interleave(64)
+    for x in (plain * 1e30, plain * 1e-20, outliers, spread, torch.zeros(rows, 256)):
+        exact, ours = x.double() @ weight.t(), dispatch.multiply(x, *arguments)
+        assert float((ours - exact).norm()) <= 1e-6 * float(exact.norm())
+    assert not dispatch.multiply(plain * 1e-38, *arguments).isnan().any()
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x = plain.clone()
+        x[-1, 77] = value
+        ours = dispatch.multiply(x, *arguments)
+        assert not ours[-1].isfinite().any()
+        assert ours[:-1].isfinite().all()
+
+
+@compiled
 def test_the_number_of_threads_changes_nothing():
     torch.manual_seed(0)
     q = quantize_blockwise(torch.randn(1301, 1152), 64, scale_bits=8)
     arguments = (q.codes, q.absmax, q.codebook, 64, q.levels)
+    if not cpu.multiplies(1152, q.codebook):
+        pytest.skip("needs kernels for products")
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

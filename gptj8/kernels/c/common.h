@@ -128,8 +128,9 @@ extern const machine gptj8_avx2, gptj8_avx512, gptj8_avx512_vbmi;
 extern const machine gptj8_neon;
 #endif
 
-/* Return the fastest functions that this machine has for a codebook, or null. */
-const machine *machine_for(const float *codebook);
+/* Return the functions of this machine that multiply, or restore, fastest with a codebook; or null. */
+const machine *multiplier_for(const float *codebook);
+const machine *restorer_for(const float *codebook);
 
 /* A codebook of 16 lines: value[16 h + l] = (start[h] + slope[h] * l) / LINE_UNIT, the format that
    gptj8/quantization/codebooks.py fits for short blocks. A code is decoded by 16-entry byte shuffles

@@ -4,10 +4,6 @@ typedef struct {
   __m512i start_low, start_high, slope;
 } tables;
 
-ALWAYS_INLINE __m512i table_of(const uint8_t bytes[16]) {
-  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
-}
-
 static int fill_tables(const float *codebook, tables *found) {
   lines of;
   uint8_t low[16], high[16];

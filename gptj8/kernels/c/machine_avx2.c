@@ -8,6 +8,8 @@
 #include "target.h"
 
 #include "vectors_avx2.h"
+#define INTEGER_ROWS 1 /* two rows are faster in floats */
+#include "rows.h"
 #include "products.h"
 
 const machine gptj8_avx2 = {STEP, decodes, restore, product, transposed};

@@ -1,4 +1,4 @@
-/* Kernels for AVX-512 without VBMI. */
+/* Kernels for AVX-512 and codebooks of lines. */
 
 #include "common.h"
 
@@ -9,6 +9,8 @@
 
 #include "vectors_avx512.h"
 #include "lines_avx512.h"
+#define INTEGER_ROWS 2
+#include "rows.h"
 #include "products.h"
 
 const machine gptj8_avx512 = {STEP, decodes, restore, product, transposed};

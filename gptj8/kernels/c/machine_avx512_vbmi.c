@@ -1,4 +1,4 @@
-/* Kernels for AVX-512 with VBMI. */
+/* Kernels for AVX-512 with VBMI and any codebook. */
 
 #include "common.h"
 

@@ -41,7 +41,7 @@ static void multiply_add(const float *restored, int64_t count, const float *x, i
 
 /* Return whether gptj8_product and gptj8_product_transposed have kernels for a matrix. */
 int64_t gptj8_multiplies(int64_t columns, const float *codebook) {
-  const machine *with = machine_for(codebook);
+  const machine *with = multiplier_for(codebook);
   return with && columns % with->step == 0;
 }
 
@@ -50,7 +50,7 @@ void gptj8_product(const float *x, int64_t count, const uint8_t *codes, int64_t 
                    int64_t columns, int64_t block_size, const void *absmax, const float *levels,
                    const float *codebook, float *y, int64_t threads) {
   const matrix w = matrix_of(codes, rows, columns, block_size, absmax, levels, codebook);
-  const machine *with = machine_for(codebook);
+  const machine *with = multiplier_for(codebook);
   int64_t groups = (rows + 3) / 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int thread = 0; thread < threads; thread++) {
@@ -65,7 +65,7 @@ void gptj8_product_transposed(const float *y, int64_t count, const uint8_t *code
                               const float *levels, const float *codebook, float *x,
                               int64_t threads) {
   const matrix w = matrix_of(codes, rows, columns, block_size, absmax, levels, codebook);
-  const machine *with = machine_for(codebook);
+  const machine *with = multiplier_for(codebook);
   int64_t steps = columns / with->step;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int thread = 0; thread < threads; thread++)

@@ -9,8 +9,8 @@
      transposed  x = y W: a tile of WIDE_ROWS x 2 vectors of x stays in registers, to which row
                  after row of W is added, multiplied by a number of y.
 
-   The sum of a row is added up in the same order for any number of rows. With one or two rows, codes
-   are decoded in registers, without a panel. */
+   The sum of a row is added up in the same order for any number of rows from three on. With one or two
+   rows, codes are decoded in registers, without a panel. */
 
 #define DEPTH 512       /* columns of a panel, or rows if transposed: 4 rows fit the first cache */
 #define PANEL 64        /* rows of a panel: 128 KB, for the second cache */
@@ -119,7 +119,10 @@ static void product(const matrix *w, const float *x, int64_t count, int64_t from
                     float *y) {
   float panel[PANEL * DEPTH] __attribute__((aligned(64)));
   tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* machine_for asked decodes */
+  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
+#ifdef INTEGER_ROWS
+  if (count <= INTEGER_ROWS && multiply_few(w, x, count, from, to, y, panel, sizeof panel)) return;
+#endif
   if (count <= 2) {
     for (int64_t row = from; row < to; row++)
       if (count == 1)
@@ -200,7 +203,7 @@ static void transposed(const matrix *w, const float *y, int64_t count, int64_t f
   float panel[PANEL * DEPTH] __attribute__((aligned(64)));
   float factors[MOST * TALL] __attribute__((aligned(64)));
   tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* machine_for asked decodes */
+  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
   const int64_t columns = w->columns;
   /* A tall panel reads and writes x less often; a wide one reads codes in longer runs. */
   const int64_t height = count <= 48 ? 64 : TALL, most = PANEL * DEPTH / height;
@@ -240,7 +243,7 @@ static void transposed(const matrix *w, const float *y, int64_t count, int64_t f
 ALWAYS_INLINE void restore_as(const matrix *w, int64_t from, int64_t to, void *out, int dtype,
                               int streams) {
   tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* machine_for asked decodes */
+  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
   for (int64_t at = from; at < to; at += STEP) {
     vector value[STEP / LANES];
     prefetch(w->codes + at + AHEAD);

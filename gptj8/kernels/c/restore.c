@@ -97,7 +97,7 @@ static void restore_from_products(const matrix *w, int64_t from, int64_t to, int
                                   uint16_t *out, int dtype, int streams) {
   void (*look_up)(const uint8_t *, int64_t, const uint16_t *, uint16_t *) = look_up_16;
 #if defined(ON_X86)
-  if (machine_for(w->codebook) == &gptj8_avx512_vbmi)
+  if (restorer_for(w->codebook) == &gptj8_avx512_vbmi)
     look_up = streams ? look_up_16_streamed : look_up_16_stored;
 #else
   (void)streams;
@@ -117,7 +117,7 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
                       const float *levels, const float *codebook, void *out, int64_t dtype,
                       int64_t threads) {
   const matrix w = matrix_of(codes, 1, n, block_size, absmax, levels, codebook);
-  const machine *with = machine_for(codebook);
+  const machine *with = restorer_for(codebook);
   int streams = n >= STREAMED && (uintptr_t)out % 64 == 0;
   if (dtype != FLOAT32 && block_size >= TABLE_BLOCK) {
     int64_t blocks = (n + block_size - 1) / block_size;

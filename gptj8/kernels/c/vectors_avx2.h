@@ -7,6 +7,8 @@
 #define TILE_ROWS 3 /* 3 x 4 sums, 3 inputs and 1 weight fill the 16 registers */
 #define WIDE_ROWS 6 /* 6 x 2 sums */
 
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+
 typedef __m256 vector;
 
 #define vector_zero() _mm256_setzero_ps()
@@ -17,6 +19,28 @@ typedef __m256 vector;
 #define vector_multiply(a, b) _mm256_mul_ps(a, b)
 #define vector_multiply_add(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define prefetch(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
+
+typedef __m256i integers;
+
+#define integers_load(from) _mm256_loadu_si256((const void *)(from))
+#define integers_set(value) _mm256_set1_epi16(value)
+#define integers_set_bytes(value) _mm256_set1_epi8(value)
+#define integers_and(a, b) _mm256_and_si256(a, b)
+#define integers_or(a, b) _mm256_or_si256(a, b)
+#define integers_without(a, b) _mm256_andnot_si256(a, b)
+#define integers_left(a, bits) _mm256_slli_epi16(a, bits)
+#define integers_right(a, bits) _mm256_srli_epi16(a, bits)
+#define integers_shuffle(table, index) _mm256_shuffle_epi8(table, index)
+#define integers_multiply_bytes(a, b) _mm256_maddubs_epi16(a, b)
+#define integers_multiply(a, b) _mm256_madd_epi16(a, b)
+#define integers_add_16(a, b) _mm256_add_epi16(a, b)
+#define integers_add_32(a, b) _mm256_add_epi32(a, b)
+#define vector_of(a) _mm256_cvtepi32_ps(a)
+#define vector_halves(first, second) (first) /* a step has one scale */
+
+ALWAYS_INLINE integers table_of(const uint8_t bytes[16]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+}
 
 ALWAYS_INLINE void vector_stream(float *to, vector value) { _mm256_stream_ps(to, value); }
 ALWAYS_INLINE void streams_end(void) { _mm_sfence(); }
@@ -39,10 +63,6 @@ ALWAYS_INLINE float vector_sum(vector value) {
 typedef struct {
   __m256i start_low, start_high, slope;
 } tables;
-
-ALWAYS_INLINE __m256i table_of(const uint8_t bytes[16]) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
-}
 
 static int fill_tables(const float *codebook, tables *found) {
   lines of;
@@ -102,9 +122,8 @@ ALWAYS_INLINE void store_narrowed(uint16_t *to, vector a, vector b, int dtype, i
     bits = _mm256_packus_epi32(bfloat16_bits(a), bfloat16_bits(b));
     bits = _mm256_permute4x64_epi64(bits, 0xd8);
   } else {
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    bits = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvtps_ph(a, nearest)),
-                                   _mm256_cvtps_ph(b, nearest), 1);
+    bits = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvtps_ph(a, NEAREST)),
+                                   _mm256_cvtps_ph(b, NEAREST), 1);
   }
   if (streams)
     _mm256_stream_si256((void *)to, bits);

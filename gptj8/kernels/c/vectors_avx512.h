@@ -7,6 +7,8 @@
 #define TILE_ROWS 6  /* 6 x 4 sums, 6 inputs and 1 weight fit the 32 registers */
 #define WIDE_ROWS 12 /* 12 x 2 sums */
 
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+
 typedef __m512 vector;
 
 #define vector_zero() _mm512_setzero_ps()
@@ -20,6 +22,28 @@ typedef __m512 vector;
 #define vector_sum(value) _mm512_reduce_add_ps(value)
 #define prefetch(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
 #define streams_end() _mm_sfence()
+
+typedef __m512i integers;
+
+#define integers_load(from) _mm512_loadu_si512(from)
+#define integers_set(value) _mm512_set1_epi16(value)
+#define integers_set_bytes(value) _mm512_set1_epi8(value)
+#define integers_and(a, b) _mm512_and_si512(a, b)
+#define integers_or(a, b) _mm512_or_si512(a, b)
+#define integers_without(a, b) _mm512_andnot_si512(a, b)
+#define integers_left(a, bits) _mm512_slli_epi16(a, bits)
+#define integers_right(a, bits) _mm512_srli_epi16(a, bits)
+#define integers_shuffle(table, index) _mm512_shuffle_epi8(table, index)
+#define integers_multiply_bytes(a, b) _mm512_maddubs_epi16(a, b)
+#define integers_multiply(a, b) _mm512_madd_epi16(a, b)
+#define integers_add_16(a, b) _mm512_add_epi16(a, b)
+#define integers_add_32(a, b) _mm512_add_epi32(a, b)
+#define vector_of(a) _mm512_cvtepi32_ps(a)
+#define vector_halves(first, second) _mm512_mask_blend_ps(0xff00, first, second)
+
+ALWAYS_INLINE integers table_of(const uint8_t bytes[16]) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
+}
 
 ALWAYS_INLINE __m256 halves_of(vector value) {
   __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(value), 1));
@@ -44,7 +68,7 @@ ALWAYS_INLINE __m256i bfloat16_bits(vector value) {
 ALWAYS_INLINE __m256i narrowed(vector value, int dtype) {
   return dtype == BFLOAT16
              ? bfloat16_bits(value)
-             : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+             : _mm512_cvtps_ph(value, NEAREST);
 }
 
 /* Round 32 values to 16 bits. */
