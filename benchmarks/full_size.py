@@ -118,7 +118,7 @@ def train(converted: Path) -> dict[str, float]:
     import bitsandbytes
     import torch
 
-    from benchmarks.methods import training_loss
+    from benchmarks.opponents.ours import training_loss
     from gptj8.model.adapters import AdapterSpec, add_adapter
     from gptj8.model.loading import load_model, pick_device, pick_dtype
     from gptj8.training.activation_checkpointing import set_checkpointing
@@ -142,7 +142,7 @@ def train(converted: Path) -> dict[str, float]:
     with trimmed(model):
         for _ in range(2):
             started = time.perf_counter()
-            loss = training_loss("gptj8", model, ids)  # as the trainer computes it
+            loss = training_loss(model, ids)  # as the trainer computes it
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
