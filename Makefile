@@ -46,10 +46,11 @@ audit: ## every pinned package against known advisories: needs the network; audi
 	rm -rf .venv-audit
 	$(PYTHON) .ci/audit.py requirements.txt audit.json $(AUDIT)
 
-bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, after `make repro`: an hour
+bench: $(INSTALLED) ## error, perplexity and speed of the 8-bit weights, also of other systems, after `make repro`: two hours
 	python -m benchmarks.codec data/models/tiny-gptj/model
 	dvc repro data/models/smollm2-135m/dvc.yaml
 	python -m benchmarks.perplexity --dither
+	python -m benchmarks.restoring
 	python -m benchmarks.compare
 
 ui: $(INSTALLED) ## browse the runs at http://127.0.0.1:5000
@@ -72,8 +73,8 @@ lock: ## pin the newest versions of everything in requirements.txt
 	mv requirements.new requirements.txt
 	rm -rf .venv-lock
 
-clean: ## remove the environment; data, models and runs stay
-	rm -rf $(VENV)
+clean: ## remove the environments; data, models and runs stay
+	rm -rf $(VENV) .gptj8/opponents
 
 $(INSTALLED): requirements.txt pyproject.toml $(wildcard gptj8/kernels/c/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d; gptj8 needs 3.11 or newer (make PYTHON=python3.11 ...)" % sys.version_info[:2])'

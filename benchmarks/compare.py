@@ -116,7 +116,8 @@ class Bench:
         arguments = self.arguments
         threads = threads or arguments.threads
         python = python_of(name, arguments.isa)
-        variables = environment(arguments.isa, threads, os.environ)
+        isa = "native" if OPPONENTS[name].unlimited else arguments.isa
+        variables = environment(isa, threads, os.environ)
         place = f"{shape.architecture}-{shape.layers}"
         original = self.folder / place / "original"
         if OPPONENTS[name].needs_original and not original.is_dir():

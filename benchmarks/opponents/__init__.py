@@ -24,6 +24,9 @@ class Opponent:
         what: a short description for the table's legend.
         works: what it can do; OUTPUTS means that its logits and gradients can be compared.
         requires: packages of its own environment; none: it runs in the project's environment.
+        is_layered: whether its environment also sees the project's packages; otherwise it has its
+            own of everything, because they would conflict.
+        unwanted: packages that pip installs with them, and that are removed again.
         dtype: dtype that it computes in; None: that of the comparison.
         needs_original: whether it is made from the original weights; otherwise only from the shape.
         converts: whether it has a format of its own, which is written before it is started.
@@ -35,6 +38,8 @@ class Opponent:
     what: str
     works: frozenset[str] = _ALL
     requires: tuple[str, ...] = ()
+    is_layered: bool = True
+    unwanted: tuple[str, ...] = ()
     dtype: str | None = None
     needs_original: bool = True
     converts: bool = False
@@ -63,7 +68,10 @@ OPPONENTS = {
         "OpenVINO, int8 weights, stateful, its default activations and cache",
         _INFERENCE,
         ("optimum-intel==2.2.0", "openvino==2026.4.1", "nncf==3.4.0"),
+        is_layered=False,
+        unwanted=("torchvision",),  # one for another build of torch keeps transformers from loading
         converts=True,
+        unlimited="its plugin fails under ONEDNN_MAX_CPU_ISA, so that it is not set",
     ),
     "int8pack": Opponent("int8pack", "transformers with torch's _weight_int8pack_mm", _INFERENCE),
     "torchao": Opponent(

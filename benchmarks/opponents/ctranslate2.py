@@ -13,6 +13,7 @@ from benchmarks.opponents.server import (
     System,
     seconds_per_position,
 )
+from benchmarks.opponents.shapes import word
 
 
 class CTranslate2(System):
@@ -45,8 +46,8 @@ class CTranslate2(System):
         self._loaded().forward_batch(self.sequences(1, tokens))
 
     def decode(self, rows: int) -> float:
-        # Only numbers can be forwarded, and only words can start a generation.
-        prompts = [[f"<extra_id_{i}>" for i in range(PROMPT_TOKENS)]] * rows
+        # Logits are computed for numbers, but a generation starts from words.
+        prompts = [[word(token) for token in ids] for ids in self.sequences(rows, PROMPT_TOKENS)]
         times: list[float] = []
 
         def note(step: ctranslate2.GenerationStepResult) -> bool:

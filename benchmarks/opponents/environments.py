@@ -1,8 +1,9 @@
 """Environments of systems that need packages of their own: .gptj8/opponents/NAME.
 
-Each is made with `python -m venv` and pip on top of the project's environment, whose packages it
-sees unless it has another version of its own. So torch is never installed again; pip may not choose
-another version of it either. An environment that was not finished is made again.
+Each is made with `python -m venv` and pip. Most are layers on top of the project's environment and
+see its packages, unless they have another version of their own, so that torch is not installed
+again; pip may not choose another version of torch in any of them. An environment that was not
+finished, or whose packages have changed, is made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.opponents import OPPONENTS
-from benchmarks.opponents.isa import build_options
+from benchmarks.opponents.isa import build_variables
 
 FOLDER = Path(".gptj8/opponents")
 _DONE = "installed.txt"
@@ -47,11 +48,14 @@ def python_of(name: str, isa: str = "native", root: Path = FOLDER) -> Path:
     log = folder.parent / f"{folder.name}.log"
     with open(log, "wb") as output:
         _run(output, log, sys.executable, "-m", "venv", folder)
-        _see_project(folder)
+        if opponent.is_layered:
+            _see_project(folder)
         constraints = folder / "constraints.txt"
         constraints.write_text(f"torch=={version('torch').partition('+')[0]}\n", encoding="utf-8")
         command = (python, "-m", "pip", "install", "-c", constraints, *opponent.requires)
-        _run(output, log, *command, CMAKE_ARGS=build_options(isa))
+        _run(output, log, *command, **(build_variables(isa) if opponent.is_native else {}))
+        if opponent.unwanted:
+            _run(output, log, python, "-m", "pip", "uninstall", "--yes", *opponent.unwanted)
     done.write_text(wanted, encoding="utf-8")
     return python
 

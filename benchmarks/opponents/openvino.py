@@ -41,7 +41,10 @@ class OpenVINO(System):
         model.save_pretrained(self._folder)
 
     def load(self) -> None:
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.options.threads}
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        settings["INFERENCE_NUM_THREADS"] = self.options.threads
+        if self.options.dtype == "float32":  # otherwise it picks bfloat16 where it is fast
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
         core = openvino.Core()
         model = core.compile_model(self._folder / "openvino_model.xml", "CPU", settings)
         self._request = model.create_infer_request()

@@ -80,3 +80,8 @@ SIZES = {
     },
 }
 """The models of each size: `main` is GPT-J-6B with two layers, `small` is SmolLM2-135M."""
+
+
+def word(token: int) -> str:
+    """Return the word of a token id above 0 in the tokenizer of these models."""
+    return f"word{token}"

@@ -81,8 +81,9 @@ class TorchModel(System):
         self._finish()
 
     def prefill(self, tokens: int) -> None:
+        model = self.adapted().eval()  # adapters made in inference mode cannot be trained
         with torch.inference_mode():
-            self.adapted().eval()(input_ids=self._ids(1, tokens), use_cache=False)
+            model(input_ids=self._ids(1, tokens), use_cache=False)
         self._finish()
 
     def decode(self, rows: int) -> float:

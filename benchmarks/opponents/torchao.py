@@ -28,7 +28,7 @@ class TorchAO(TorchModel):
         model = plain.load(self.options).requires_grad_(False)
         quantize_(model, Int8WeightOnlyConfig())
         model.to(self.device)
-        model.forward = torch.compile(model.forward)
+        model.forward = torch.compile(model.forward, dynamic=False)
         return model
 
     def adapted(self) -> Any:
