@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ from benchmarks.opponents.shapes import SIZES, Shape
 
 PARTS = ("inference", "training", "small", "loading", "deviation", "scaling")
 REFERENCES = {"the original weights": "float32", "the same 8-bit weights": "restored"}
+PAUSE = 0.3  # seconds; some libraries' threads spin for 0.2 s after their work
 # Tokens, layers and threads; only one of them varies per line.
 SCALING = (
     *((tokens, 2, 2) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)),
@@ -88,8 +90,9 @@ class Bench:
                     if (name, work) in failed:
                         continue
                     _log(f"round {number + 1}: {work}: {name}")
+                    time.sleep(PAUSE)
                     try:
-                        answer = client.ask(command, self.arguments.limit)
+                        answer = client.ask(command, self._limit(name))
                         assert answer is not None
                         self.found.add(name, work, tokens / answer if tokens else answer)
                     except Failed as error:
@@ -101,7 +104,7 @@ class Bench:
         """Add one answer of each system that still runs."""
         for name, client in clients.items():
             try:
-                answer = client.ask(command, self.arguments.limit)
+                answer = client.ask(command, self._limit(name))
                 assert answer is not None
                 self.found.add(name, work, answer)
             except Failed:
@@ -140,7 +143,10 @@ class Bench:
             if shape == arguments.shapes["main"]:
                 self.found.add(name, "converting, seconds", seconds)
             done.touch()
-        return Client(python, options, variables, arguments.limit)
+        return Client(python, options, variables, self._limit(name))
+
+    def _limit(self, name: str) -> float:
+        return self.arguments.limit * OPPONENTS[name].patience
 
     def _note(self, note: str) -> None:
         if note not in self.found.notes:

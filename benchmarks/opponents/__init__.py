@@ -31,7 +31,8 @@ class Opponent:
         needs_original: whether it is made from the original weights; otherwise only from the shape.
         converts: whether it has a format of its own, which is written before it is started.
         is_native: whether it is compiled for this CPU, so that each ISA has its own environment.
-        unlimited: part of it that no setting restricts to an older ISA, if any.
+        patience: how many times the usual limit a piece of work may take, because of compiling.
+        unlimited: why no setting restricts it to an older ISA, if none does.
     """
 
     module: str
@@ -44,6 +45,7 @@ class Opponent:
     needs_original: bool = True
     converts: bool = False
     is_native: bool = False
+    patience: int = 1
     unlimited: str = ""
 
 
@@ -79,6 +81,7 @@ OPPONENTS = {
         "torchao int8 weight-only, compiled by torch.compile",
         _INFERENCE,
         ("torchao==0.18.0", "setuptools"),
+        patience=5,
     ),
     "llama.cpp": Opponent(
         "llama_cpp",

@@ -46,6 +46,7 @@ class Client:
         """
         options.folder.mkdir(parents=True, exist_ok=True)
         self._log = options.folder / "log.txt"
+        self._end = ""  # why it was stopped
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 [str(python), "-m", _MODULE, options.to_json()],
@@ -67,6 +68,8 @@ class Client:
                 stopped if it takes too long, and then fails every later command.
         """
         assert self._process.stdin is not None
+        if self._end:
+            raise Failed(f"stopped: {self._end}")
         try:
             print(command, file=self._process.stdin, flush=True)
         except (OSError, ValueError):
@@ -91,12 +94,13 @@ class Client:
         try:
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
-            self.close()
-            raise Failed(f"more than {seconds:g} s") from None
-        if line is None:
-            self.close()
-            raise Failed(self._last_words())
-        return json.loads(line)
+            self._end = f"more than {seconds:g} s"
+        else:
+            if line is not None:
+                return json.loads(line)
+            self._end = self._last_words()
+        self.close()
+        raise Failed(self._end)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

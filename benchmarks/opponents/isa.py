@@ -22,6 +22,7 @@ _SETTINGS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
         "OPENBLAS_CORETYPE": "SkylakeX",
         "CT2_FORCE_CPU_ISA": "AVX512",
+        "TORCHINDUCTOR_CPP_MARCH": "cooperlake",
     },
     "avx2": {
         "GPTJ8_CPU_ISA": "avx2",
@@ -30,6 +31,7 @@ _SETTINGS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "OPENBLAS_CORETYPE": "Haswell",
         "CT2_FORCE_CPU_ISA": "AVX2",
+        "TORCHINDUCTOR_CPP_MARCH": "haswell",
     },
 }
 # Also settings that a machine may have for all programs, so that they do not slow one library.

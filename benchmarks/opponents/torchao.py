@@ -7,14 +7,22 @@ CPUs advise.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch._inductor import config as inductor
+from torch._inductor import cpu_vec_isa
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from benchmarks.opponents import plain
 from benchmarks.opponents.torch_models import TorchModel
+
+
+def _forget_amx() -> None:
+    """Let Inductor use AVX-512 without AMX: by "avx512", it means whatever has that and more."""
+    valid = [i for i in cpu_vec_isa.valid_vec_isa_list() if not isinstance(i, cpu_vec_isa.VecAMX)]
+    cpu_vec_isa.valid_vec_isa_list = lambda: valid
 
 
 class TorchAO(TorchModel):
@@ -25,6 +33,8 @@ class TorchAO(TorchModel):
     def load_base(self) -> Any:
         inductor.freezing = True
         inductor.max_autotune = True
+        if os.environ.get("ATEN_CPU_CAPABILITY") == "avx512":
+            _forget_amx()
         model = plain.load(self.options).requires_grad_(False)
         quantize_(model, Int8WeightOnlyConfig())
         model.to(self.device)
