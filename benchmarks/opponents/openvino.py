@@ -56,7 +56,7 @@ class OpenVINO(System):
     def about(self) -> dict[str, str]:
         model = self._request.get_compiled_model()
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
-        found = {name.lower(): str(model.get_property(name)) for name in names}
+        found = {name.lower(): model.get_property(name).get_type_name() for name in names}
         features = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return {"openvino": openvino.__version__, **found, "capabilities": " ".join(features)}
 
