@@ -19,7 +19,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def _sync(arguments: argparse.Namespace) -> None:
     params = load_params()
-    from gptj8.tracking.identity import key_of
     from gptj8.tracking.journal import journals_folder, journals_of
     from gptj8.tracking.sending import send_all
 
@@ -28,16 +27,15 @@ def _sync(arguments: argparse.Namespace) -> None:
         print(f"warning: {notice}", file=sys.stderr)
     if sent.failed:
         left = sum(len(journals_of(folder)) for folder in journals_folder().glob("*"))
-        reasons = "; ".join(f"{uri}: {reason}" for uri, reason in sent.failed.items())
         raise UserError(
-            f"{reasons}; stages not sent: {left} (kept in {journals_folder()}); rerun gptj8 sync "
-            "when the server responds"
+            f"{'; '.join(sent.failed.values())}; stages not sent: {left} (kept in "
+            f"{journals_folder()}); rerun gptj8 sync later to send them"
         )
     print(f"stages sent: {sent.stages}" if sent.stages else "nothing to send")
     if sent.busy:
         print(f"stages still being recorded: {sent.busy}")
     if _is_up_to_date():
-        missing = _missing_stages(params, key_of(params))
+        missing = _missing_stages(params)
         if missing:
             from gptj8.tracking.stage import stage_run
 
@@ -46,19 +44,15 @@ def _sync(arguments: argparse.Namespace) -> None:
             print(f"this workspace's MLflow run was completed: {', '.join(missing)}")
 
 
-def _missing_stages(params: Params, key: str | None) -> list[str]:
+def _missing_stages(params: Params) -> list[str]:
     from gptj8.runtime.project import STAGES
-    from gptj8.tracking.delivery import connect, find_run, missing_stages
-    from gptj8.tracking.identity import tracking_uri
+    from gptj8.tracking.lookup import row_of_workspace
+    from gptj8.tracking.rows import missing_stages
     from gptj8.tracking.stage_results import stage_is_recordable
 
-    if key is None:
-        return []
-    uri = tracking_uri(params)
-    client, group, _ = connect(uri, params.tracking.experiment)
-    run = find_run(client, group, key)
     there = [stage for stage in STAGES if stage_is_recordable(stage)]
-    return missing_stages(run.data.tags if run else {}, there)
+    is_known, run = row_of_workspace(params)
+    return missing_stages(run.data.tags if run else {}, there) if is_known else []
 
 
 def _is_up_to_date() -> bool:

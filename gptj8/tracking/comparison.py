@@ -34,7 +34,8 @@ def log_comparison(
         return
     from mlflow.entities import Metric, RunTag
 
-    from gptj8.tracking.delivery import KEY_TAG, connect, find_run
+    from gptj8.tracking.delivery import connect
+    from gptj8.tracking.rows import KEY_TAG, find_run
 
     compared = {row["approach"]: row for row in rows if row["status"] != "evaluated"}
     content = json.dumps({"comparison": sorted(compared), "params": resolved(params)})

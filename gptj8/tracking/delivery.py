@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +19,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException, RestException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+from mlflow.exceptions import MlflowException
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.locks import locked
@@ -26,13 +27,23 @@ from gptj8.runtime.project import state_folder
 from gptj8.tracking.identity import artifact_location
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
 from gptj8.tracking.page import NOTE_TAG, experiment_tags, run_note
+from gptj8.tracking.rows import (
+    KEY_TAG,
+    RECIPE_TAG,
+    WORKSPACE_TAG,
+    find_made_row,
+    find_row,
+    find_run,
+)
+from gptj8.tracking.server_errors import is_permanent, is_race
 
-KEY_TAG = "gptj8.key"
 SWEEP_TAG = "gptj8.sweep"
 ERROR_TAG = "gptj8.error"
 EXPERIMENTS_TAG = "dvc.experiments"
 """All names that DVC has given to the experiment of a run, one per line."""
 _TABLES_TAG = "mlflow.loggedArtifacts"
+_RACE_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
+"""Pauses before retries after a race in the server's database."""
 _BATCH = 500  # MLflow accepts 1,000 metrics, 100 params and 100 tags per request
 
 
@@ -71,12 +82,6 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str, str]:
         with suppress(MlflowException):  # the user may write runs but not experiments
             client.set_experiment_tag(found.experiment_id, key, tags[key])
     return client, found.experiment_id, found.artifact_location
-
-
-def find_run(client: MlflowClient, experiment_id: str, key: str, tag: str = KEY_TAG) -> Any:
-    """Return the run with a key, or None if there is none."""
-    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{key}'", max_results=1)
-    return found[0] if found else None
 
 
 class Delivery:
@@ -128,20 +133,31 @@ class Delivery:
 
     def _apply(self, events: Sequence[Event]) -> None:
         kind = events[0]["event"]
-        try:
-            if kind == "metrics":
-                self._log_metrics(events)
-            else:
-                getattr(self, f"_on_{kind}")(events[0])
-        except MlflowException as error:
-            if not _is_permanent(error):
-                raise
-            self.rejected.append(f"{kind}: {' '.join(str(error).split())[:500]}")
+        pauses = list(_RACE_SECONDS)
+        while True:
+            try:
+                if kind == "metrics":
+                    self._log_metrics(events)
+                else:
+                    getattr(self, f"_on_{kind}")(events[0])
+                return
+            except MlflowException as error:
+                if is_race(error) and pauses:
+                    # Random, so that two processes do not meet again and again.
+                    time.sleep(pauses.pop(0) * random.uniform(0.5, 1.5))
+                elif is_permanent(error):
+                    self.rejected.append(f"{kind}: {' '.join(str(error).split())[:500]}")
+                    return
+                else:
+                    raise
 
     def _start(self, event: Event) -> None:
-        run = find_run(self._client, self._experiment_id, event["key"])
+        run = self._row(event)
         if run is None:
-            tags = {KEY_TAG: event["key"], **event["tags"], **self._parent(event)}
+            names = {"key": KEY_TAG, "recipe": RECIPE_TAG, "workspace": WORKSPACE_TAG}
+            # Journals of earlier versions lack some of them.
+            tags = {tag: event[name] for name, tag in names.items() if name in event}
+            tags |= {**event["tags"], **self._parent(event)}
             run = self._client.create_run(
                 self._experiment_id, event["time"], tags, run_name=event["name"]
             )
@@ -152,6 +168,13 @@ class Delivery:
         missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
         self._log_params(missing)
         self._client.update_run(self.run_id, status="RUNNING")
+
+    def _row(self, event: Event) -> Any:
+        place = self._client, self._experiment_id, event["key"]
+        workspace = event.get("workspace", "")
+        if event["stage"] == "record" and "recipe" in event:  # it completes a row, and makes none
+            return find_made_row(*place, event["recipe"], workspace)
+        return find_row(*place, workspace)
 
     def _on_start(self, event: Event) -> None:
         if ERROR_TAG in self._tags:  # left by an earlier attempt
@@ -244,22 +267,13 @@ class Delivery:
         name = event.get("sweep")
         if not name:
             return {}
-        sweep = find_run(self._client, self._experiment_id, name.replace("'", ""), SWEEP_TAG)
-        if sweep is None:
-            tags = {SWEEP_TAG: name.replace("'", ""), "gptj8.kind": "sweep"}
-            sweep = self._client.create_run(self._experiment_id, event["time"], tags, run_name=name)
-            self._client.set_terminated(sweep.info.run_id)
+        value = name.replace("'", "")
+        with locked(state_folder() / "connect.lock"):  # a queue has several workers
+            sweep = find_run(self._client, self._experiment_id, value, SWEEP_TAG)
+            if sweep is None:
+                tags = {SWEEP_TAG: value, "gptj8.kind": "sweep"}
+                sweep = self._client.create_run(
+                    self._experiment_id, event["time"], tags, run_name=name
+                )
+                self._client.set_terminated(sweep.info.run_id)
         return {"mlflow.parentRunId": sweep.info.run_id}
-
-
-def missing_stages(tags: dict[str, str], stages: Sequence[str]) -> list[str]:
-    """Return the stages that are missing in a run's tags."""
-    return [stage for stage in stages if f"stage.{stage}" not in tags]
-
-
-def _is_permanent(error: MlflowException) -> bool:
-    """Whether a retry would fail in the same way. An unreachable or overloaded server and failed
-    authentication are temporary."""
-    if isinstance(error, RestException):
-        return error.get_http_status_code() == 400
-    return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)

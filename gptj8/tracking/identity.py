@@ -1,8 +1,10 @@
 """Identify the experiment of a process: the key of its MLflow run, its name and its server.
 
-An experiment is identified by the resolved params and the contents of the inputs that they name.
-The contents are represented by the digests that DVC keeps in dvc.lock, so the key of an experiment
-can be computed from a commit without the data (`gptj8.tracking.lookup.key_at`).
+An experiment is identified by what makes its results: the resolved params, the contents of the
+inputs that they name, the code that DVC watches and the versions of libraries
+(`gptj8.tracking.provenance`). Inputs and code are represented by the digests that DVC keeps in
+dvc.lock. All but the libraries is therefore known from a commit without the data
+(`gptj8.tracking.lookup.recipe_at`), and has a digest of its own, the recipe.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from gptj8.params.sections import Params, resolved
@@ -22,8 +25,11 @@ from gptj8.runtime.dvc_digests import dvc_digest, has_content
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import write_json
 from gptj8.runtime.locks import locked
-from gptj8.runtime.project import project_root
+from gptj8.runtime.project import project_root, state_folder
+from gptj8.tracking.provenance import code_digests, library_versions
 
+LIBRARIES_TAG = "gptj8.libraries"
+"""The versions that are part of the key, as `name==version` separated by spaces."""
 _SQLITE = "sqlite:///"
 _COPIES = Path(".dvc", "tmp", "exps")
 
@@ -80,15 +86,66 @@ def input_digests(params: Params) -> dict[str, str] | None:
         return {key: dvc_digest(path, known) for key, path in paths.items()}
 
 
-def experiment_key(params: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """Return the digest that identifies an experiment.
+class Identity(NamedTuple):
+    """What identifies an experiment.
+
+    Attributes:
+        key: digest of params, inputs, code and libraries; an MLflow run has one key.
+        recipe: the same without the libraries.
+        tags: the parts, as tags of the run.
+    """
+
+    key: str
+    recipe: str
+    tags: dict[str, str]
+
+
+def identify(params: Params) -> Identity | None:
+    """Return what identifies the experiment in the working folder; None if an input is missing."""
+    inputs = input_digests(params)
+    if inputs is None:
+        return None
+    code, libraries = code_digests(), library_versions()
+    recipe = recipe_digest(resolved(params), inputs, code)
+    tags = {f"digest.{name}": digest for name, digest in inputs.items()}
+    tags["digest.code"] = _digest(code)
+    tags[LIBRARIES_TAG] = " ".join(f"{name}=={version}" for name, version in libraries.items())
+    return Identity(_digest({"recipe": recipe, "libraries": libraries}), recipe, tags)
+
+
+def recipe_digest(
+    params: Mapping[str, Any], inputs: Mapping[str, str], code: Mapping[str, str]
+) -> str:
+    """Return the digest of an experiment without its libraries.
 
     Args:
         params: result of `gptj8.params.sections.resolved`.
-        digests: result of `input_digests`.
+        inputs: result of `input_digests`.
+        code: result of `gptj8.tracking.provenance.code_digests`.
     """
-    content = json.dumps({"params": params, "inputs": dict(digests)}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return _digest({"params": params, "inputs": dict(inputs), "code": dict(code)})
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def workspace_id() -> str:
+    """Return a random name of this clone of the project; a copied or moved folder gets a new one.
+
+    The copies that DVC makes for experiments have the name of the original.
+    """
+    file, here = state_folder() / "workspace.json", str(project_root())
+    with locked(file.with_suffix(".lock")):
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["path"] == here:
+                return str(known["id"])
+        except (OSError, ValueError, KeyError, TypeError):  # not written yet, or damaged
+            pass
+        known = {"id": uuid.uuid4().hex, "path": here}
+        write_json(file, known)
+        return known["id"]
 
 
 def experiment_name(params: Params) -> str:
@@ -116,8 +173,8 @@ def sweep_name() -> str | None:
 
 def key_of(params: Params) -> str | None:
     """Return the key of the experiment in the working folder, or None if an input is missing."""
-    digests = input_digests(params)
-    return None if digests is None else experiment_key(resolved(params), digests)
+    identity = identify(params)
+    return None if identity is None else identity.key
 
 
 @contextmanager

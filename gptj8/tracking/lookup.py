@@ -12,10 +12,19 @@ from ruamel.yaml.error import YAMLError
 
 from gptj8.params.sections import PARAMS_FILE, Params, parse_params, resolved
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.messages import one_line
-from gptj8.tracking.delivery import EXPERIMENTS_TAG, find_run
-from gptj8.tracking.identity import experiment_key, key_of, tracking_uri, without_password
+from gptj8.tracking.delivery import EXPERIMENTS_TAG, connect
+from gptj8.tracking.identity import (
+    identify,
+    is_recorded,
+    recipe_digest,
+    tracking_uri,
+    without_password,
+    workspace_id,
+)
 from gptj8.tracking.lineage import git
+from gptj8.tracking.provenance import DVC_FILE, locked_code_digests
+from gptj8.tracking.rows import RECIPE_TAG, find_made_row, runs_with
+from gptj8.tracking.server_errors import explain
 
 _COMMIT_TAG = "mlflow.source.git.commit"
 
@@ -24,15 +33,14 @@ def client_of(params: Params) -> tuple[MlflowClient, str]:
     """Return a client and the id of the MLflow experiment named in the params.
 
     Raises:
-        UserError: if the server does not respond or does not have the experiment.
+        UserError: if the server fails or does not have the experiment.
     """
     uri, name = tracking_uri(params), params.tracking.experiment
     client = MlflowClient(tracking_uri=uri)
     try:
         experiment = client.get_experiment_by_name(name)
     except MlflowException as error:
-        reason = one_line(error)
-        raise UserError(f"{without_password(uri)} does not respond: {reason}") from None
+        raise UserError(explain(uri, error)) from None
     if experiment is None:
         raise UserError(
             f"{without_password(uri)} has no experiment {name}; run `dvc repro` to record one"
@@ -52,8 +60,7 @@ def find(what: str | None, params: Params) -> list[Any]:
     """
     client, experiment_id = client_of(params)
     if what is None:
-        key = key_of(params)
-        run = find_run(client, experiment_id, key) if key else None
+        run = row_of_workspace(params)[1]
         if run is None:
             raise UserError(
                 f"the current {PARAMS_FILE} has no run yet; run `dvc repro`, or give gptj8 find a "
@@ -72,25 +79,50 @@ def find(what: str | None, params: Params) -> list[Any]:
     if not found and commit is None:
         raise UserError(f"{what} is not a known run, DVC experiment or git revision")
     if commit is not None:
-        key = key_at(commit)
-        found += [run] if key and (run := find_run(client, experiment_id, key)) else []
+        recipe = recipe_at(commit)
+        if recipe is not None:  # newest first: the same commit may have run with other libraries
+            found += runs_with(client, experiment_id, recipe, RECIPE_TAG)[::-1]
         found += client.search_runs([experiment_id], f"tags.`{_COMMIT_TAG}` = '{commit}'")
     if not found:
         raise UserError(f"{what} has no run in {params.tracking.experiment}")
     return list({run.info.run_id: run for run in found}.values())
 
 
-def key_at(commit: str) -> str | None:
-    """Return the key of the experiment in a commit's params.yaml and dvc.lock.
+def row_of_workspace(params: Params) -> tuple[bool, Any]:
+    """Return whether the experiment in the working folder can be known, and its run or None.
+
+    It cannot be known, and is not looked for, if an input is missing or nothing is recorded.
+
+    Raises:
+        UserError: if the server fails.
+    """
+    identity = identify(params) if is_recorded(params) else None
+    if identity is None:
+        return False, None
+    uri = tracking_uri(params)
+    try:
+        client, experiment_id, _ = connect(uri, params.tracking.experiment)
+        return True, find_made_row(
+            client, experiment_id, identity.key, identity.recipe, workspace_id()
+        )
+    except MlflowException as error:
+        raise UserError(explain(uri, error)) from None
+
+
+def recipe_at(commit: str) -> str | None:
+    """Return the recipe of the experiment in a commit's params.yaml, dvc.yaml and dvc.lock.
 
     None if a file is missing or invalid, or if the experiment was not run before the commit.
     """
     yaml = YAML(typ="safe", pure=True)
     try:
-        content = yaml.load(git("show", f"{commit}:./{PARAMS_FILE}", strip=False) or "")
-        lock = yaml.load(git("show", f"{commit}:./dvc.lock", strip=False) or "")
+        content, declared, lock = (
+            yaml.load(git("show", f"{commit}:./{name}", strip=False) or "")
+            for name in (PARAMS_FILE, DVC_FILE, "dvc.lock")
+        )
         params = parse_params(content)
         stages = lock["stages"].values()
+        code = locked_code_digests(declared, lock)
     except (YAMLError, UserError, TypeError, KeyError, AttributeError):
         return None
     digests = {
@@ -100,7 +132,7 @@ def key_at(commit: str) -> str | None:
     }
     inputs = {key: digests.get(path.removesuffix("/")) for key, path in params.inputs.items()}
     known = {key: digest for key, digest in inputs.items() if digest}
-    return experiment_key(resolved(params), known) if len(known) == len(inputs) else None
+    return recipe_digest(resolved(params), known, code) if len(known) == len(inputs) else None
 
 
 def _experiment(name: str) -> str | None:

@@ -128,11 +128,13 @@ class _Recorder:
             before = [j for j in journals_of(self.journal.parent) if j < self.journal]
             while True:
                 try:
-                    self._set_phase("connecting")
+                    if before:
+                        self._set_phase("earlier stages")
                     while before:
                         if not is_alive(before[0]):
                             sending.send(before[0])
                         del before[0]
+                    self._set_phase("connecting")
                     delivery = sending.open_delivery(self.journal)
                     while not delivery.advance():
                         failures = 0
@@ -142,8 +144,9 @@ class _Recorder:
                     sending.discard(self.journal)
                     return
                 except Exception as error:  # the stage continues, and the journal is kept
-                    print(f"{time.strftime('%H:%M:%S')} {one_line(error)}", flush=True)
-                    self._set_phase("trouble", reason=one_line(error))
+                    reason = sending.explain_failure(self.journal, error)
+                    print(f"{time.strftime('%H:%M:%S')} {reason}", flush=True)
+                    self._set_phase("trouble", reason=reason)
                 pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
                 failures += 1
                 self._watch(pause)

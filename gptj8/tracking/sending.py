@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow.exceptions import MlflowException
+
 from gptj8.params.sections import load_params
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.locks import locked
@@ -25,6 +27,7 @@ from gptj8.tracking.journal import (
     read_state,
     update_state,
 )
+from gptj8.tracking.server_errors import explain
 
 
 class Sent(NamedTuple):
@@ -56,6 +59,13 @@ def open_delivery(journal: Path) -> Delivery:
         )
         update_state(journal, notices=[notice])
     return Delivery(journal, client, experiment_id)
+
+
+def explain_failure(journal: Path, error: Exception) -> str:
+    """Return in one line why a journal could not be sent."""
+    if isinstance(error, MlflowException):
+        return explain(read_events(journal)[0][0]["uri"], error)
+    return one_line(error)
 
 
 def finish(journal: Path, delivery: Delivery) -> None:
@@ -109,7 +119,7 @@ def send_all() -> Sent:
                     notices += send(journal)
                     stages += 1
                 except Exception as error:
-                    failed[start["uri"]] = one_line(error)
+                    failed[start["uri"]] = explain_failure(journal, error)
     return Sent(stages, busy, failed, notices)
 
 

@@ -15,13 +15,13 @@ from gptj8.runtime.distributed import is_main_process
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 from gptj8.tracking.identity import (
-    experiment_key,
     experiment_name,
-    input_digests,
+    identify,
     is_recorded,
     sweep_name,
     tracking_uri,
     without_password,
+    workspace_id,
 )
 from gptj8.tracking.journal import JournalWriter, metric_values, read_state
 from gptj8.tracking.recorder import start_recorder
@@ -87,25 +87,26 @@ class StageRun:
         if not is_recorded(params):
             return
         try:
-            digests = input_digests(params)
-            if digests is None:
+            identity = identify(params)
+            if identity is None:
                 # DVC may convert a model before it has prepared the dataset. The experiment has no
                 # key until both exist, so later stages record the results of this one.
                 self._has_no_row_yet = True
                 return
-            key = experiment_key(resolved(params), digests)
             self._uri, self._experiment = tracking_uri(params), params.tracking.experiment
-            journal = JournalWriter.begin(key, self.stage)
+            journal = JournalWriter.begin(identity.key, self.stage)
             journal.write(
                 "start",
-                key=key,
+                key=identity.key,
+                recipe=identity.recipe,
+                workspace=workspace_id(),
                 stage=self.stage,
                 name=experiment_name(params),
                 sweep=sweep_name(),
                 uri=without_password(self._uri),
                 experiment=self._experiment,
                 params=_flat_params(params),
-                tags={f"digest.{name}": digest for name, digest in digests.items()},
+                tags=identity.tags,
             )
         except OSError as error:
             self._give_up(error)
@@ -155,11 +156,21 @@ class StageRun:
             _warn(notice)
         self._is_sent = state.get("phase") == "done"
         if not self._is_sent:
-            reason = state.get("reason") or f"{without_password(self._uri)} does not respond"
+            reason = state.get("reason") or self._why_not_sent(state)
             _warn(
                 f"MLflow has not received all of {self.stage} yet ({reason}); no data is lost; run "
                 "`gptj8 sync` to send the rest"
             )
+
+    def _why_not_sent(self, state: Mapping[str, Any]) -> str:
+        """Return why a recorder that reported no error has not sent the journal."""
+        if self._recorder is None:
+            return "the process that sends it could not be started"
+        if self._recorder.poll() is not None:
+            return "the process that sends it ended early"
+        if state.get("phase") in ("connecting", "sending"):
+            return f"{without_password(self._uri)} does not respond"
+        return "the process that sends it is busy with earlier stages, or still starting"
 
     def _run_id(self) -> str:
         """Return the id of the run once the recorder has found or created it."""
@@ -173,7 +184,7 @@ class StageRun:
             if state.get("phase") == "trouble":
                 raise UserError(state["reason"])
             time.sleep(0.05)
-        raise UserError(f"{without_password(self._uri)} does not respond")
+        raise UserError(self._why_not_sent(read_state(self._journal.folder)))
 
     def _write(self, event: str, **content: Any) -> None:
         if self._journal is None:

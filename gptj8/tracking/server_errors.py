@@ -1,0 +1,71 @@
+"""Tell apart what a tracking server's error means: no answer, a race in its database, a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import requests
+import sqlalchemy.exc
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+
+from gptj8.runtime.messages import one_line
+from gptj8.tracking.identity import without_password
+
+_RACES = (
+    "integrityerror",
+    "unique constraint",
+    "uniqueviolation",
+    "duplicate key",
+    "duplicate entry",
+    "deadlock",
+    "could not serialize",
+    "database is locked",
+)
+"""What SQLite, PostgreSQL and MySQL say if another process wrote the same rows at that moment."""
+
+
+def explain(uri: str, error: BaseException) -> str:
+    """Return one line: whether a server did not respond, or what it responded."""
+    what = "does not respond" if is_silence(error) else "responds with an error"
+    return f"{without_password(uri)} {what}: {one_line(error)}"
+
+
+def is_silence(error: BaseException) -> bool:
+    """Whether no response came, as opposed to one that reports an error."""
+    for cause in _causes(error):
+        if isinstance(cause, RestException | requests.exceptions.RetryError):
+            return False
+        if isinstance(cause, requests.exceptions.ConnectionError | requests.exceptions.Timeout):
+            return True
+        if isinstance(cause, sqlalchemy.exc.OperationalError):
+            return "connect" in str(cause).lower()
+    return False
+
+
+def is_race(error: MlflowException) -> bool:
+    """Whether a database refused a write because another process made the same one.
+
+    MLflow reports this as status 400, as it does for invalid requests, but a retry succeeds.
+    """
+    text = str(error).lower()
+    return any(sign in text for sign in _RACES)
+
+
+def is_permanent(error: MlflowException) -> bool:
+    """Whether a retry would fail in the same way. An unreachable or overloaded server and failed
+    authentication are temporary."""
+    if is_race(error):
+        return False
+    if isinstance(error, RestException):
+        return error.get_http_status_code() == 400
+    return error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
