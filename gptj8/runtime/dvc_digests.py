@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,43 @@ def cache_folder(project: Path) -> Path:
 
     with Repo(str(project)) as repo:
         return Path(repo.cache.local_cache_dir)
+
+
+def restore(digest: str, target: Path, cache: Path) -> bool:
+    """Put a file or directory that DVC's cache has at a path; return False if it does not.
+
+    Files are hard links where possible, so they must be read and never written.
+
+    Args:
+        digest: `dvc_digest` of the content.
+        target: path that does not exist yet.
+        cache: result of `cache_folder`.
+    """
+    source = _cached(digest, cache)
+    if not source.is_file():
+        return False
+    if not digest.endswith(".dir"):
+        _link(source, target)
+        return True
+    entries = json.loads(source.read_text(encoding="utf-8"))
+    files = [(_cached(entry["md5"], cache), target / entry["relpath"]) for entry in entries]
+    if not all(file.is_file() for file, _ in files):
+        return False
+    for file, place in files:
+        _link(file, place)
+    return True
+
+
+def _cached(digest: str, cache: Path) -> Path:
+    return cache / "files" / "md5" / digest[:2] / digest[2:]
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def _md5(content: bytes = b"") -> Any:

@@ -51,8 +51,26 @@ def lineage_tags(folder: Path) -> dict[str, str]:
 
 
 def changes(folder: Path) -> str:
-    """Return the changes since the commit as a patch: params and code, but not results."""
-    return git("diff", "--binary", "HEAD", "--", ".", *_RESULTS, strip=False, folder=folder) or ""
+    """Return the changes since the commit as a patch: params and code, but not results.
+
+    Bytes that are not UTF-8 are escaped (`surrogateescape`) and line ends are kept, so that the
+    patch also applies to a Latin-1 file or one from Windows. Paths start at the repository's root.
+    """
+    return (
+        git(
+            "diff",
+            "--binary",
+            "--no-color",
+            "--no-ext-diff",
+            "HEAD",
+            "--",
+            ".",
+            *_RESULTS,
+            strip=False,
+            folder=folder,
+        )
+        or ""
+    )
 
 
 def unknown_files(folder: Path) -> str:
@@ -167,13 +185,8 @@ def _user() -> str | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        process = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=60,
-        )
+        process = subprocess.run(command, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return process.stdout if process.returncode == 0 else None
+    # Bytes, because text would lose the line ends of Windows.
+    return process.stdout.decode(errors="surrogateescape") if process.returncode == 0 else None

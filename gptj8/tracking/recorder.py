@@ -97,7 +97,7 @@ def describe(journal: Path, folder: Path) -> None:
         }
         for name, content in texts.items():
             if content:
-                (journal / name).write_text(content, encoding="utf-8")
+                (journal / name).write_bytes(content.encode(errors="surrogateescape"))
                 writer.write("artifact", file=name, folder="lineage")
         for earlier in ANCESTORS[stage]:
             if stage_is_recordable(earlier, folder):
