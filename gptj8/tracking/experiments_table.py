@@ -27,9 +27,7 @@ _FINETUNE_ONLY = {"eval_loss": "finetune/eval_loss"}
 
 
 def experiments_table(options: Sequence[str] = ()) -> str:
-    """Return a table of the experiments with the params that differ and the main metrics.
-
-    Of params that always change together, only the first is shown.
+    """Return a table of the experiments with every param that differs and the main metrics.
 
     Args:
         options: options of `dvc exp show`, such as --all-commits or --num.
@@ -55,14 +53,9 @@ def experiments_table(options: Sequence[str] = ()) -> str:
 
 
 def _differing(names: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
-    """Return the names whose values differ; of names that always change together, the first."""
-    found: dict[tuple[int, ...], str] = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        groups = tuple(values.index(value) for value in values)
-        if any(groups):
-            found.setdefault(groups, name)
-    return list(found.values())
+    """Return the names whose values differ. Params that change together are all shown: which of
+    them matters is for the reader to say."""
+    return [name for name in names if len({row.get(name) for row in rows}) > 1]
 
 
 def _short(row: dict[str, str]) -> dict[str, str]:
