@@ -19,7 +19,8 @@ from gptj8.tracking.stage_results import measured_by
 def main() -> None:
     """Assemble the export, compare it with the trained model in a new process, and publish it.
 
-    The export is registered in MLflow if `tracking.registered_model_name` is set.
+    The export is registered in MLflow if `tracking.registered_model_name` is set. Only exports that
+    meet `evaluate.require` get this far, so the registry's alias names the last that passed.
     """
     story = Story("export")
     params = load_params()
@@ -56,8 +57,12 @@ def main() -> None:
             bundle.describe(staging, resolved(params), measured, dataset)
         write_json(REPORTS / "export" / "metrics.json", metrics)
         if name := params.tracking.registered_model_name:
-            version = register_export(record.open_run, name, BASE, EXPORT, measured)
-            story.say(f"registered as version {version} of {name}")
+            alias = params.tracking.registered_model_alias
+            version = register_export(record.open_run, name, BASE, EXPORT, measured, alias)
+            story.say(
+                f"registered as version {version} of {name}"
+                + (f": models:/{name}@{alias}" if alias else "")
+            )
     story.end(
         f"{metrics['identical_generations']:.0f} of {metrics['compared_prompts']:.0f} prompts "
         f"answered identically, largest logit difference {metrics['max_logit_difference']:.2g} "

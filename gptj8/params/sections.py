@@ -10,6 +10,7 @@ names them, and all errors are reported at once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -115,6 +116,22 @@ class Tracking(Section):
     record nothing."""
     registered_model_name: str | None = None
     """Register each export under this name in MLflow's model registry. `null`: do not register."""
+    registered_model_alias: str | None = "champion"
+    """Alias of the last export that met `evaluate.require`, for `models:/NAME@ALIAS`. `null`: set
+    none."""
+
+    @field_validator("registered_model_alias")
+    @classmethod
+    def _is_an_alias(cls, alias: str | None) -> str | None:
+        if alias is None or (
+            re.fullmatch(r"[\w-]{1,255}", alias, re.ASCII)
+            and not (alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE))
+        ):
+            return alias
+        raise ValueError(
+            "must consist of letters, digits, - and _, and must not be latest or v1, v2, ..., "
+            "which MLflow reserves"
+        )
 
 
 class Params(Section):

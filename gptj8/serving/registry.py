@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import sha256_file
-from gptj8.runtime.manifest import MANIFEST
 from gptj8.runtime.messages import one_line
-from gptj8.runtime.version import __version__
+from gptj8.serving.logged_models import DIGEST_TAG, export_digest, logged_model_of
 from gptj8.serving.mlflow_model import BASE, EXPORT, LIBRARIES, NEW_TOKENS
 
 if TYPE_CHECKING:
     from gptj8.serving.task import TunedTask
 
-_DIGEST_TAG = "gptj8.export"
+_VERSIONS_TAG = "mlflow.modelVersions"
 _TAGGED = ("evaluate", "export")
-_NOT_HASHED = ("README.md", "metrics.json")  # contain times and memory, which differ between runs
 
 
 def register_export(
@@ -31,10 +28,12 @@ def register_export(
     base: Path,
     export: Path,
     metrics: Mapping[str, Mapping[str, float]],
+    alias: str | None = None,
 ) -> str:
-    """Register an export with its base model as a model version.
+    """Register an export with its base model as a model version, and point an alias to it.
 
-    An identical export is registered only once.
+    An identical export is registered only once. The version is the run's logged model, so the
+    registry shows the run's metrics and dataset.
 
     Args:
         open_run: returns an mlflow.MlflowClient and the id of the run that stores the model.
@@ -42,6 +41,7 @@ def register_export(
         base, export: folders, copied completely.
         metrics: stage -> flat name -> value; those of `_TAGGED` become tags of the version, which
             the registry can show and search.
+        alias: alias of the version, such as `champion`; an earlier version loses it.
 
     Returns:
         the version number.
@@ -52,7 +52,10 @@ def register_export(
     """
     try:
         client, run_id = open_run()
-        return _register(client, run_id, name, base, export, metrics)
+        version = _register(client, run_id, name, base, export, metrics)
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, version)
+        return version
     except Exception as error:
         raise UserError(
             f"tracking.registered_model_name = {name}: registration failed: {one_line(error)}; "
@@ -70,37 +73,39 @@ def _register(
 ) -> str:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    digest = _digest(base, export)
+    digest = export_digest(base, export)
     for known in client.search_model_versions(f"name = '{name}'"):
-        if known.tags.get(_DIGEST_TAG) == digest:
+        if known.tags.get(DIGEST_TAG) == digest:
             return str(known.version)
+    model = logged_model_of(client, run_id, digest)
     with tempfile.TemporaryDirectory(prefix="gptj8-register-") as scratch:
-        # A version never changes, so each export of a run gets its own folder.
-        folder = Path(scratch) / f"model-{digest[:12]}"
+        folder = Path(scratch) / "model"
         data = _save_python_model(folder, export)
-        client.log_artifacts(run_id, str(folder), folder.name)
+        client.log_model_artifacts(model.model_id, str(folder))
     # The base is large, so upload it directly instead of copying it to the scratch folder first.
-    client.log_artifacts(run_id, str(base), f"{folder.name}/{data}/{BASE}")
-    source = f"{client.get_run(run_id).info.artifact_uri}/{folder.name}"
+    client.log_model_artifacts(model.model_id, str(base), f"{data}/{BASE}")
     tags = {
         f"{stage}.{name.replace('/', '.')}": f"{metrics[stage][name]:.6g}"
         for stage in _TAGGED
         for name in metrics.get(stage, {})
     }
-    tags[_DIGEST_TAG] = digest
-    return str(client.create_model_version(name, source, run_id, tags=tags).version)
+    tags[DIGEST_TAG] = digest
+    created = client.create_model_version(
+        name, model.artifact_location, run_id, tags=tags, model_id=model.model_id
+    )
+    _link(client, model.model_id, created)
+    return str(created.version)
 
 
-def _digest(base: Path, export: Path) -> str:
-    """Return a digest of everything that determines the answers."""
-    files = [*export.iterdir(), base / MANIFEST]
-    parts = [f"gptj8 {__version__}"]
-    parts += [
-        f"{file.name} {sha256_file(file)}"
-        for file in sorted(files)
-        if file.is_file() and file.name not in _NOT_HASHED
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _link(client: Any, model_id: str, version: Any) -> None:
+    """Link a logged model to its version, as a tracking server does and a database alone does not.
+
+    The page of a logged model shows its versions by this tag.
+    """
+    known = json.loads(client.get_logged_model(model_id).tags.get(_VERSIONS_TAG, "[]"))
+    link = {"name": version.name, "version": version.version}
+    if link not in known:
+        client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps([*known, link])})
 
 
 def _save_python_model(folder: Path, export: Path) -> str:

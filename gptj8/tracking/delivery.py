@@ -24,9 +24,11 @@ from mlflow.exceptions import MlflowException
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.locks import locked
 from gptj8.runtime.project import state_folder
+from gptj8.serving.logged_models import logged_model_of
+from gptj8.tracking.description import Changes, changes_since, run_note
 from gptj8.tracking.identity import artifact_location
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
-from gptj8.tracking.page import NOTE_TAG, experiment_tags, run_note
+from gptj8.tracking.page import NOTE_TAG, experiment_tags
 from gptj8.tracking.rows import (
     KEY_TAG,
     RECIPE_TAG,
@@ -41,6 +43,9 @@ SWEEP_TAG = "gptj8.sweep"
 ERROR_TAG = "gptj8.error"
 EXPERIMENTS_TAG = "dvc.experiments"
 """All names that DVC has given to the experiment of a run, one per line."""
+_OF_THE_MODEL = ("evaluate/tuned/", "export/")
+"""Beginnings of the names of metrics that a logged model shows."""
+_CONTEXT = "mlflow.data.context"
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _RACE_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses before retries after a race in the server's database."""
@@ -101,6 +106,7 @@ class Delivery:
         self._experiment_id = experiment_id
         self._sent = read_state(journal).get("sent", 0)
         self._tags: dict[str, str] = {}
+        self._params: dict[str, str] = {}
         self._known: dict[str, set[tuple[int, float]]] = {}
         self._again = False
 
@@ -163,6 +169,7 @@ class Delivery:
             )
         self.run_id = run.info.run_id
         self._tags = dict(run.data.tags)
+        self._params = event["params"]
         # If the stage was recorded before, the run may already have its curves.
         self._again = f"stage.{event['stage']}" in self._tags
         missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
@@ -206,11 +213,30 @@ class Delivery:
         inputs = [
             DatasetInput(
                 Dataset(item["name"], item["digest"], "local", json.dumps({"uri": item["path"]})),
-                [InputTag("mlflow.data.context", item["context"])],
+                [InputTag(_CONTEXT, item["context"])],
             )
             for item in event["datasets"]
         ]
         self._client.log_inputs(self.run_id, datasets=inputs)
+
+    def _on_model(self, event: Event) -> None:
+        """Make the export a logged model with the run's final metrics and its dataset."""
+        model = logged_model_of(self._client, self.run_id, event["digest"], self._params)
+        run = self._client.get_run(self.run_id)
+        names = [name for name in run.data.metrics if name.startswith(_OF_THE_MODEL)]
+        # The run's own points, because points of other times would be drawn twice.
+        points = [self._client.get_metric_history(self.run_id, name)[-1] for name in names]
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        dataset = next((i.dataset for i in inputs if _is_prepared(i)), None)
+        of = {"dataset_name": dataset.name, "dataset_digest": dataset.digest} if dataset else {}
+        metrics = [
+            Metric(p.key, p.value, p.timestamp, p.step, model.model_id, run_id=self.run_id, **of)
+            for p in points
+        ]
+        self._client.log_batch(self.run_id, metrics=metrics)
+        adapter = f"runs:/{self.run_id}/adapter"
+        self._client.set_logged_model_tags(model.model_id, {"adapter": adapter})
+        self._client.log_model_artifact(model.model_id, str(self.journal / event["card"]))
 
     def _on_stage(self, event: Event) -> None:
         """Send all results of a stage that ran, or of a cached stage that the run lacks."""
@@ -229,10 +255,21 @@ class Delivery:
         if event.get("error"):
             self._set_tags({ERROR_TAG: event["error"][:5000]})
         run = self._client.get_run(self.run_id)
-        note = run_note(run.data.metrics, run.data.tags)
+        note = run_note(run.data.metrics, run.data.tags, self._changes(run))
         if note is not None:
             self._set_tags({NOTE_TAG: note})
         self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+    def _changes(self, run: Any) -> Changes | None:
+        """Return what changed since the last exported run that began earlier, if there is one."""
+        earlier = self._client.search_runs(
+            [self._experiment_id],
+            f"attributes.start_time < {run.info.start_time} AND attributes.status = 'FINISHED' "
+            "AND tags.`stage.export` LIKE '%'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        return changes_since(earlier[0], run) if earlier else None
 
     def _log_metrics(self, events: Sequence[Event]) -> None:
         points = [
@@ -277,3 +314,8 @@ class Delivery:
                 )
                 self._client.set_terminated(sweep.info.run_id)
         return {"mlflow.parentRunId": sweep.info.run_id}
+
+
+def _is_prepared(item: DatasetInput) -> bool:
+    """Whether an input of a run is the dataset that `validate` wrote, with the test split."""
+    return any(tag.key == _CONTEXT and tag.value == "prepared" for tag in item.tags)

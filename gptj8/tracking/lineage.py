@@ -16,6 +16,7 @@ from typing import Any
 
 from gptj8.params.sections import PARAMS_FILE
 from gptj8.runtime.machine import cpu_name
+from gptj8.tracking.description import CHANGED_CODE_TAG
 from gptj8.tracking.identity import without_password
 from gptj8.tracking.journal import flatten
 from gptj8.tracking.page import CHANGED_TAG
@@ -45,6 +46,7 @@ def lineage_tags(folder: Path) -> dict[str, str]:
         "python": platform.python_version(),
         **{f"hardware.{name}": value for name, value in hardware().items()},
         CHANGED_TAG: " ".join(_changed_params(folder) or []) if commit else None,
+        CHANGED_CODE_TAG: "\n".join(_changed_code(folder)) if commit else None,
         "command": reproducing_command(folder, commit) if commit else None,
     }
     return {key: value for key, value in tags.items() if value}
@@ -174,6 +176,12 @@ def _changed_params(folder: Path) -> list[str] | None:
     if any("${" in str(value) for value in changed.values()):  # hydra would interpolate it
         return None
     return [override(key, value) for key, value in changed.items()] or None
+
+
+def _changed_code(folder: Path) -> list[str]:
+    plain = ("-c", "core.quotePath=false")  # names as they are, also with umlauts
+    names = git(*plain, "diff", "--name-only", "HEAD", "--", ".", *_RESULTS, folder=folder) or ""
+    return [name for name in names.splitlines() if Path(name).name != PARAMS_FILE]
 
 
 def _user() -> str | None:

@@ -1,4 +1,4 @@
-"""Configure what MLflow's page shows for an experiment and for a run.
+"""Configure what MLflow's page shows for an experiment.
 
 By default, the page is made for agents and their traces, shows no metrics in the table of runs, and
 draws 130 charts in alphabetical order. Tags of the experiment change this for every user: its kind,
@@ -9,7 +9,6 @@ Only missing tags are set, so users' changes are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from gptj8.evaluation.systems import OWN_SYSTEMS
@@ -20,7 +19,6 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 NOTE_TAG = "mlflow.note.content"
 CHANGED_TAG = "params.changed"
 
-_OWN_NOTE = "*Written by gptj8. A description without this line is not overwritten.*"
 _VIEW_NAME = "Key metrics"
 _COLUMNS = {  # kind and key: width
     f"tags.`{CHANGED_TAG}`": 240,
@@ -75,31 +73,6 @@ def experiment_tags(time: int) -> dict[str, str]:
         NOTE_TAG: _EXPERIMENT_NOTE,
         VIEW_TAG: json.dumps(view),
     }
-
-
-def run_note(measured: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
-    """Return the description of a run in Markdown, or None to keep the existing one.
-
-    Args:
-        measured: `<stage>/<metric>` -> value.
-        tags: tags of the run.
-    """
-    from gptj8.tracking.summary import measured_rows
-
-    if _OWN_NOTE not in tags.get(NOTE_TAG, _OWN_NOTE):
-        return None
-    rows = [f"| {' | '.join(row)} |" for row in measured_rows(measured)]
-    parts = []
-    before, after = (measured.get(f"evaluate/{s}/accuracy") for s in ("base", "tuned"))
-    if before is not None and after is not None:  # first, because the page shows only four lines
-        parts.append(f"**Accuracy {before:.1%} → {after:.1%}**")
-    if CHANGED_TAG in tags:
-        parts.append(f"Changed: `{tags[CHANGED_TAG]}`")
-    if rows:
-        parts.append("\n".join(["| measured | | 95 % interval |", "|---|---|---|", *rows]))
-    if "command" in tags:
-        parts.append(f"To reproduce:\n\n```sh\n{tags['command']}\n```")
-    return "\n\n".join([*parts, _OWN_NOTE]) if parts else None
 
 
 def _view_state() -> str:

@@ -17,8 +17,11 @@ from typing import Any
 
 from gptj8.runtime.dvc_digests import dvc_digest
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import read_json, write_json
-from gptj8.runtime.project import ADAPTER, DATASET, EXPORT, REPORTS, STAGES, state_folder
+from gptj8.runtime.files import read_json, sha256_file, write_json
+from gptj8.runtime.manifest import MANIFEST
+from gptj8.runtime.project import ADAPTER, BASE, DATASET, EXPORT, REPORTS, STAGES, state_folder
+from gptj8.serving.logged_models import export_digest
+from gptj8.tracking.examples import example_answers
 from gptj8.tracking.journal import Event, JournalWriter, flatten, metric_values, now
 
 ANCESTORS = {
@@ -67,13 +70,22 @@ def stage_events(
     events.append(_artifact(journal, folder, f"reports/{stage}"))
     if stage in _FOLDERS and (root / _FOLDERS[stage]).is_dir():
         output = root / _FOLDERS[stage]
-        events.append(_artifact(journal, output, output.name))
+        # The weights are stored once, in `adapter`.
+        known = _equal_files(output, root / ADAPTER) if stage == "export" else []
+        events.append(_artifact(journal, output, output.name, *known))
         if stage == "finetune":
             events.append(_event("tags", tags={"digest.adapter": dvc_digest(output)}))
     if (folder / "inputs.json").is_file():
         events.append(_datasets(read_json(folder / "inputs.json")))
     if (folder / _TABLE).is_file():
         events.append(_table(journal, folder / _TABLE))
+        examples = example_answers(root / DATASET, folder / _TABLE)
+        if examples is not None:
+            events.append(_kept_table(journal, "examples", *examples))
+    if stage == "export" and (root / BASE / MANIFEST).is_file() and (root / EXPORT).is_dir():
+        digest = export_digest(root / BASE, root / EXPORT)
+        card = journal.keep(root / EXPORT / "README.md")
+        events.append(_event("model", digest=digest, card=card))
     return events
 
 
@@ -167,15 +179,34 @@ def _table(journal: JournalWriter, file: Path) -> Event:
     """Return the event for the predictions as an MLflow table, which its page can compare."""
     with open(file, newline="", encoding="utf-8") as stream:
         columns, *rows = csv.reader(stream)
-    table = journal.folder / f"{file.stem}.json"
+    return _kept_table(journal, file.stem, columns, rows)
+
+
+def _kept_table(
+    journal: JournalWriter, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> Event:
+    """Return the event for a table in the format of `mlflow.log_table`.
+
+    That function appends to a table which a run has already. The file is replaced instead.
+    """
+    table = journal.folder / f"{name}.json"
     table.write_text(json.dumps({"columns": columns, "data": rows}), encoding="utf-8")
     kept = journal.keep(table)
     table.unlink()
     return _event("artifact", file=kept, folder=None, table=True)
 
 
-def _artifact(journal: JournalWriter, path: Path, folder: str) -> Event:
-    return _event("artifact", file=journal.keep(path, _LEFT_OUT), folder=folder)
+def _artifact(journal: JournalWriter, path: Path, folder: str, *left_out: str) -> Event:
+    return _event("artifact", file=journal.keep(path, _LEFT_OUT, *left_out), folder=folder)
+
+
+def _equal_files(folder: Path, other: Path) -> list[str]:
+    """Return the names of files with weights that have the same content in both folders."""
+    return [
+        file.name
+        for file in folder.glob("*.safetensors")
+        if (other / file.name).is_file() and sha256_file(other / file.name) == sha256_file(file)
+    ]
 
 
 def _event(event: str, **content: Any) -> Event:

@@ -47,7 +47,8 @@ def store(exports, tiny_8bit_dir, tmp_path_factory):
         run = client.create_run(experiment)
         mlflow_run = (client, run.info.run_id)
         arguments = (lambda found=mlflow_run: found, name, tiny_8bit_dir, exports[task])
-        assert str(register_export(*arguments, {"evaluate": {"tuned/accuracy": 0.5}})) == "1"
+        measured = {"evaluate": {"tuned/accuracy": 0.5}}
+        assert str(register_export(*arguments, measured, "champion")) == "1"
         assert str(register_export(*arguments, {})) == "1"  # an identical export is registered once
     return uri
 
@@ -119,10 +120,25 @@ def test_empty_table_gives_no_answers(predictors, task):
     assert len(Model(predictors[task]).predict(pd.DataFrame(columns=columns))) == 0
 
 
+def test_version_is_a_logged_model_of_its_run(store):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store, registry_uri=store)
+    version = client.get_model_version_by_alias("classifier", "champion")
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.source_run_id == version.run_id
+    registered = json.loads(model.tags["mlflow.modelVersions"])  # links the two pages
+    assert registered == [{"name": "classifier", "version": version.version}]
+    assert version.source == model.artifact_location
+    assert model.status == "READY"
+
+
 @pytest.mark.slow
-def test_mlflow_models_serve(store, tmp_path):
+@pytest.mark.parametrize("uri", ["models:/classifier/1", "models:/classifier@champion"])
+def test_mlflow_models_serve(store, tmp_path, uri):
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/classifier/1"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri]
     command += ["--env-manager", "local", "--port", str(port)]
     log = tmp_path / "log"
     with log.open("wb") as output:

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 
 from gptj8.commands.main import main
-from gptj8.tracking import delivery, page
+from gptj8.tracking import delivery, description, page
 from gptj8.tracking.stage import stage_run
 from tests.helpers.tracked_project import params, report, runs
 
@@ -49,11 +49,13 @@ def test_run_note_contains_intervals_changes_and_command():
         "evaluate/quantized/perplexity_ratio_low": 1.0,
         "evaluate/quantized/perplexity_ratio_high": 1.0004,
     }
-    note = page.run_note(measured, {"params.changed": "finetune.r=4", "command": "dvc repro"})
+    note = description.run_note(
+        measured, {"params.changed": "finetune.r=4", "command": "dvc repro"}
+    )
     assert "| perplexity, 8-bit / base | 1.00020 | 1.00000 to 1.00040 |" in note
     assert "Changed: `finetune.r=4`" in note
     assert "```sh\ndvc repro\n```" in note
-    assert page.run_note({}, {}) is None
+    assert description.run_note({}, {}) is None
 
 
 def test_connect_sets_missing_experiment_tags_only(project):
