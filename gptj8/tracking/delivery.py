@@ -37,7 +37,7 @@ from gptj8.tracking.rows import (
     find_row,
     find_run,
 )
-from gptj8.tracking.server_errors import is_permanent, is_race
+from gptj8.tracking.server_errors import is_permanent, is_race, reach
 
 SWEEP_TAG = "gptj8.sweep"
 ERROR_TAG = "gptj8.error"
@@ -64,6 +64,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str, str]:
     # mlflow sets its own.
     for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    reach(uri)
     client = MlflowClient(tracking_uri=uri)
     # One process at a time, so that a new database or experiment is created only once.
     with locked(state_folder() / "connect.lock"):

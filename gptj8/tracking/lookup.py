@@ -24,7 +24,7 @@ from gptj8.tracking.identity import (
 from gptj8.tracking.lineage import git
 from gptj8.tracking.provenance import DVC_FILE, locked_code_digests
 from gptj8.tracking.rows import RECIPE_TAG, find_made_row, runs_with
-from gptj8.tracking.server_errors import explain
+from gptj8.tracking.server_errors import explain, reach
 
 _COMMIT_TAG = "mlflow.source.git.commit"
 
@@ -36,8 +36,9 @@ def client_of(params: Params) -> tuple[MlflowClient, str]:
         UserError: if the server fails or does not have the experiment.
     """
     uri, name = tracking_uri(params), params.tracking.experiment
-    client = MlflowClient(tracking_uri=uri)
     try:
+        reach(uri)
+        client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(name)
     except MlflowException as error:
         raise UserError(explain(uri, error)) from None

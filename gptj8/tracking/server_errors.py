@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import requests
+import sqlalchemy
 import sqlalchemy.exc
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
@@ -23,12 +24,43 @@ _RACES = (
     "database is locked",
 )
 """What SQLite, PostgreSQL and MySQL say if another process wrote the same rows at that moment."""
+_SILENCES = (
+    "connection refused",
+    "timeout",
+    "timed out",
+    "could not translate",
+    "can't connect",
+    "unreachable",
+    "no route",
+)
+_TIMEOUT_OPTION = {"postgresql": "connect_timeout", "mysql": "connect_timeout"}
+_CONNECT_SECONDS = 10
 
 
 def explain(uri: str, error: BaseException) -> str:
     """Return one line: whether a server did not respond, or what it responded."""
     what = "does not respond" if is_silence(error) else "responds with an error"
     return f"{without_password(uri)} {what}: {one_line(error)}"
+
+
+def reach(uri: str) -> None:
+    """Connect to a database server once, because MLflow would silently retry for an hour.
+
+    A tracking server (http) and a file (SQLite) answer at once, so they are not tried here.
+
+    Raises:
+        MlflowException: if it cannot be reached or refuses; see `explain`.
+    """
+    if not uri.startswith(tuple(_TIMEOUT_OPTION)):
+        return
+    option = next(name for start, name in _TIMEOUT_OPTION.items() if uri.startswith(start))
+    engine = sqlalchemy.create_engine(uri, connect_args={option: _CONNECT_SECONDS})
+    try:
+        engine.connect().close()
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise MlflowException(str(error.__cause__ or error)) from error
+    finally:
+        engine.dispose()
 
 
 def is_silence(error: BaseException) -> bool:
@@ -39,7 +71,7 @@ def is_silence(error: BaseException) -> bool:
         if isinstance(cause, requests.exceptions.ConnectionError | requests.exceptions.Timeout):
             return True
         if isinstance(cause, sqlalchemy.exc.OperationalError):
-            return "connect" in str(cause).lower()
+            return any(sign in str(cause).lower() for sign in _SILENCES)
     return False
 
 
