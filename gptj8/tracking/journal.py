@@ -6,7 +6,7 @@ recorder or the stage fails, the journal is kept and can be sent later (`gptj8 s
 twice changes nothing, because events carry their original timestamps.
 
     .gptj8/journal/<key of the experiment>/<time>-<stage>/
-        events.jsonl    start, metrics, tags, artifact, datasets, stage, end
+        events.jsonl    start, metrics, tags, artifact, datasets, model, stage, end
         files/          copies of the artifacts
         state.json      progress of the sending
 """

@@ -43,8 +43,9 @@ _CLOSED_SECTIONS = (
 )
 """Chart sections that start collapsed, because drawing all charts at once is slow."""
 _EXPERIMENT_NOTE = """\
-Fine-tuning on frozen 8-bit weights. A run is one combination of params, data and base model. The
-tag `stage.<name>` shows whether DVC ran a stage or restored it from its cache (`ran` or `cached`).
+Fine-tuning on frozen 8-bit weights. A run is one combination of params, data, base model, code and
+libraries. The tag `stage.<name>` shows whether DVC ran a stage or restored it from its cache (`ran`
+or `cached`).
 
 | metric | meaning |
 |---|---|
@@ -55,7 +56,7 @@ tag `stage.<name>` shows whether DVC ran a stage or restored it from its cache (
 | `finetune/peak_memory_gib` | peak memory of training |
 
 Select runs and click Compare to see which params differ. The `predictions.json` of a run contains
-its answer to every test row.
+its answer to every test row, and `examples.json` the prompts and answers of a few.
 """
 
 

@@ -61,8 +61,10 @@ def code_digests(folder: Path = Path()) -> dict[str, str]:
     """
     from ruamel.yaml import YAML
 
-    file = folder / DVC_FILE
-    declared = YAML(typ="safe", pure=True).load(file) if file.is_file() else None
+    file, here = folder / DVC_FILE, folder.absolute()
+    if not file.is_file() or not any((p / ".dvc").is_dir() for p in (here, *here.parents)):
+        return {}  # not a DVC project, so nothing says which files count
+    declared = YAML(typ="safe", pure=True).load(file)
     return {
         path: dvc_digest(folder / path)
         for path in _code_paths(declared)

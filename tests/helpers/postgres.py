@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -58,7 +59,7 @@ def postgres_server() -> Iterator[str]:
         _wait(server, port, folder / "log")
         yield f"postgresql+psycopg2://{_USER}@127.0.0.1:{port}/postgres"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # SIGTERM would wait for clients to disconnect
         server.wait(60)
         shutil.rmtree(folder)
 

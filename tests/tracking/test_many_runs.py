@@ -53,9 +53,7 @@ def test_thirty_experiments_in_a_row_stay_flat(project, capsys):
     seconds, database, artifacts, state = [], [], [], []
     for seed in range(EXPERIMENTS):
         before = size_of("mlflow.db"), size_of("mlartifacts")
-        begun = (
-            time.process_time()
-        )  # this process records too; other work on the machine is left out
+        begun = time.process_time()  # this process records as well
         experiment(seed)
         seconds.append(time.process_time() - begun)
         database.append(size_of("mlflow.db") - before[0])
