@@ -5,6 +5,7 @@ The page shows only a few lines before "show more", so the first line tells both
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -93,7 +94,9 @@ def _outcome(measured: Mapping[str, float]) -> str:
 
 
 def _changed(tags: Mapping[str, str], changes: Changes | None) -> str:
-    own = [f"`{tags[CHANGED_TAG]}`"] if CHANGED_TAG in tags else []
+    # Overrides are separated by spaces, which values may contain too.
+    params = re.split(r" (?=(?:seed|\w+\.\w+)=)", tags[CHANGED_TAG]) if CHANGED_TAG in tags else []
+    own = [_shortened([f"`{change}`" for change in params])] if params else []
     if CHANGED_CODE_TAG in tags:
         own.append(f"code ({_shortened(tags[CHANGED_CODE_TAG].splitlines())})")
     if own:

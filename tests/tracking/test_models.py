@@ -147,6 +147,13 @@ def test_first_line_tells_outcome_and_change():
     assert first == (
         "**Accuracy 25.0% → 75.0%** · Changed: `finetune.r=4`, code (training/loss.py, a b.py)"
     )
+    many = (
+        "seed=3 data.text_column='two words' finetune.r=4 finetune.optim=adam export.merge=true"
+    )
+    assert run_note({}, {"params.changed": many}).splitlines()[0] == (
+        "Changed: `seed=3`, `data.text_column='two words'`, `finetune.r=4`, "
+        "`finetune.optim=adam` and 1 more"
+    )
     written = {"evaluate/base/exact_match": 0.0, "evaluate/tuned/exact_match": 0.5}
     since = Changes("earlier", ["finetune.r=4", "code", "torch 2.12.0 → 2.13.0"])
     assert run_note(written, {}, since).splitlines()[0] == (
