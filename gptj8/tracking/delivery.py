@@ -44,7 +44,7 @@ ERROR_TAG = "gptj8.error"
 EXPERIMENTS_TAG = "dvc.experiments"
 """All names that DVC has given to the experiment of a run, one per line."""
 _OF_THE_MODEL = ("evaluate/tuned/", "export/")
-"""Beginnings of the names of metrics that a logged model shows."""
+"""Beginnings of the names of metrics that a logged model shows; without ends of intervals."""
 _CONTEXT = "mlflow.data.context"
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _RACE_SECONDS = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -224,7 +224,11 @@ class Delivery:
         """Make the export a logged model with the run's final metrics and its dataset."""
         model = logged_model_of(self._client, self.run_id, event["digest"], self._params)
         run = self._client.get_run(self.run_id)
-        names = [name for name in run.data.metrics if name.startswith(_OF_THE_MODEL)]
+        names = [
+            name
+            for name in run.data.metrics
+            if name.startswith(_OF_THE_MODEL) and not name.endswith(("_low", "_high"))
+        ]
         # The run's own points, because points of other times would be drawn twice.
         points = [self._client.get_metric_history(self.run_id, name)[-1] for name in names]
         inputs = run.inputs.dataset_inputs if run.inputs else []

@@ -247,6 +247,13 @@ def test_run_page_shows_results_and_command(browser, recorded):
     assert "dvc exp run -S finetune.r=2" in shown
 
 
+def test_models_page_lists_the_exports(browser, recorded):
+    experiment = recorded["norms"].info.experiment_id
+    path = f"/experiments/{experiment}/models?workflowType=machine_learning"
+    page = browser.open(path, "Ready", *EXPERIMENTS)
+    browser.picture(page, "models")
+
+
 def test_training_curves_are_drawn(browser, recorded):
     page = browser.open(page_of(recorded["rank-2"], "/model-metrics"), "convert (")
     page.get_by_placeholder("Search metric charts").fill("finetune/loss")

@@ -51,6 +51,7 @@ def test_export_is_a_logged_model_with_metrics_and_dataset(project):
     assert model.params["finetune.r"] == "8"
     metrics = {metric.key: metric for metric in model.metrics}
     assert metrics["evaluate/tuned/accuracy"].value == 0.75
+    assert "evaluate/tuned/accuracy_low" not in metrics
     assert metrics["export/identical_generations"].value == 24
     assert {metric.dataset_name for metric in metrics.values()} == {"dataset"}
     assert {metric.dataset_digest for metric in metrics.values()} == {PREPARED}
@@ -147,9 +148,7 @@ def test_first_line_tells_outcome_and_change():
     assert first == (
         "**Accuracy 25.0% → 75.0%** · Changed: `finetune.r=4`, code (training/loss.py, a b.py)"
     )
-    many = (
-        "seed=3 data.text_column='two words' finetune.r=4 finetune.optim=adam export.merge=true"
-    )
+    many = "seed=3 data.text_column='two words' finetune.r=4 finetune.optim=adam export.merge=true"
     assert run_note({}, {"params.changed": many}).splitlines()[0] == (
         "Changed: `seed=3`, `data.text_column='two words'`, `finetune.r=4`, "
         "`finetune.optim=adam` and 1 more"
