@@ -10,6 +10,7 @@ import sqlalchemy.exc
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
 
+from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 from gptj8.tracking.identity import without_password
 
@@ -50,11 +51,18 @@ def reach(uri: str) -> None:
 
     Raises:
         MlflowException: if it cannot be reached or refuses; see `explain`.
+        UserError: if the driver of its URI is not installed.
     """
     if not uri.startswith(tuple(_TIMEOUT_OPTION)):
         return
     option = next(name for start, name in _TIMEOUT_OPTION.items() if uri.startswith(start))
-    engine = sqlalchemy.create_engine(uri, connect_args={option: _CONNECT_SECONDS})
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args={option: _CONNECT_SECONDS})
+    except ImportError as error:
+        raise UserError(
+            f"{without_password(uri)} needs a driver that is not installed ({error.name}); install "
+            "it, or name another, such as postgresql+psycopg2://"
+        ) from None
     try:
         engine.connect().close()
     except sqlalchemy.exc.SQLAlchemyError as error:

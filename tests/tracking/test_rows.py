@@ -7,6 +7,7 @@ import shutil
 import pytest
 from mlflow.exceptions import MlflowException, RestException
 
+from gptj8.runtime.errors import UserError
 from gptj8.runtime.project import STAGES
 from gptj8.tracking import server_errors
 from gptj8.tracking.delivery import Delivery
@@ -123,6 +124,11 @@ def test_race_of_a_real_database_is_recognized(project):
     (error,) = raised
     assert server_errors.is_race(error)
     assert not server_errors.is_permanent(error)
+
+
+def test_missing_driver_is_named():
+    with pytest.raises(UserError, match=r"postgresql\+pg8000://h/x needs a driver .*\(pg8000\)"):
+        server_errors.reach("postgresql+pg8000://me:secret@h/x")
 
 
 def test_invalid_value_is_permanent():
