@@ -15,7 +15,7 @@ import torch
 
 from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
 from gptj8.dataset.prepared.conversations import Conversation
-from gptj8.dataset.prepared.prompts import PromptEncoder
+from gptj8.dataset.prepared.prompts import PromptEncoder, room_for_answer
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.formats import read_texts
 from gptj8.evaluation.metrics import (
@@ -191,8 +191,7 @@ class Questions:
         }.get(task, (None, None))
         if texts is None:
             return cls(prompts.encoder, [], [], (), [], 0, 0)
-        tokens = min(max_new_tokens, prompts.max_length // 2)
-        tokens = encoded.longest if labels else tokens
+        tokens = room_for_answer(max_new_tokens, prompts.max_length, encoded.longest)
         if conversations is None:
             ids = [prompts.prompt(text, tokens, labels=encoded).ids for text in test[texts]]
         else:

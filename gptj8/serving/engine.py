@@ -3,6 +3,11 @@
 A request is a future. Cancelling the future, which happens when its client disconnects, frees its
 place in the batch before the next token. All waiting classifications are run together between two
 generation steps.
+
+The memory of keys and values is bounded: a request joins the batch only if all its rows fit until
+they are finished, with the padding to the longest. Requests join in the order in which they came,
+so a large one is never overtaken for good. While new rows join, the keys and values of their
+prompts exist twice.
 """
 
 from __future__ import annotations
@@ -16,22 +21,45 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptj8.model.generation.batch import GeneratedRow, GenerationBatch, Sampling
+from gptj8.model.generation.batch import (
+    GeneratedRow,
+    GenerationBatch,
+    cache_bytes_per_token,
+    cache_tokens_needed,
+)
+from gptj8.model.generation.sampling import Sampling, TokenLogprobs
 from gptj8.model.scoring.batching import max_batch_tokens
+from gptj8.runtime.machine import available_bytes, memory_gib
 from gptj8.serving.predictor import Predictor
+
+OnToken = Callable[[int, TokenLogprobs | None], bool | None]
+_SHARE_OF_MEMORY = 0.5  # of the free memory; the rest is for activations and other programs
 
 
 class BusyError(Exception):
-    """The queue is full, or the engine is closed."""
+    """The queue is full."""
+
+
+class ClosedError(BusyError):
+    """The engine is closed."""
+
+
+class TooLargeError(ValueError):
+    """A request needs more keys and values than there may ever be."""
 
 
 @dataclass(eq=False)
 class _Generation:
     prompt: Sequence[int]
     sampling: Sampling
-    on_token: Callable[[int], None]
+    on_token: OnToken
     future: Future = field(default_factory=Future)
     row: GeneratedRow | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the prompt and the complete answer."""
+        return len(self.prompt) + self.sampling.max_new_tokens
 
 
 @dataclass(eq=False)
@@ -47,12 +75,28 @@ class Engine:
         predictor: predictor whose model must from now on be used only by the engine's thread.
         max_batch: maximum number of rows that are generated together; others wait.
         max_waiting: maximum number of waiting requests; others are rejected.
+        max_cache_bytes: maximum memory of the batch's keys and values; None: half of the memory
+            that is free now.
+
+    Attributes:
+        max_cache_tokens: maximum number of tokens whose keys and values are kept, with padding.
     """
 
-    def __init__(self, predictor: Predictor, max_batch: int = 8, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        max_batch: int = 8,
+        max_waiting: int = 256,
+        max_cache_bytes: int | None = None,
+    ) -> None:
         self.predictor = predictor
         self.max_batch = max_batch
         self.max_waiting = max_waiting
+        if max_cache_bytes is None:
+            max_cache_bytes = int(_SHARE_OF_MEMORY * _free_bytes(predictor.model.device.type))
+        largest = cache_tokens_needed(max_batch, predictor.context)
+        self.bytes_per_token = cache_bytes_per_token(predictor.model)
+        self.max_cache_tokens = min(largest, max_cache_bytes // self.bytes_per_token)
         self._active: list[_Generation] = []
         self._waiting: deque[_Generation | _Classification] = deque()
         self._changed = threading.Condition()
@@ -65,19 +109,29 @@ class Engine:
         self,
         prompt: Sequence[int],
         sampling: Sampling,
-        on_token: Callable[[int], None] = lambda token: None,
+        on_token: OnToken = lambda token, logprobs: None,
     ) -> Future[GeneratedRow]:
         """Queue a generation and return the future of its row.
 
         Args:
             prompt: token ids; together with the new tokens they must fit into the model's context.
             sampling: sampling settings, including the number of new tokens.
-            on_token: called by the engine's thread with each new token id.
+            on_token: called by the engine's thread with each new token id and, if the settings ask
+                for them, its log probabilities. If it returns True, the row is finished.
 
         Raises:
             BusyError: if too many requests are waiting, or the engine is closed.
+            TooLargeError: if the request would not even fit alone.
         """
-        return self._submit(_Generation(prompt, sampling, on_token))
+        request = _Generation(prompt, sampling, on_token)
+        if not self._fits([request]):
+            room = self.max_cache_tokens * self.bytes_per_token / 2**30
+            raise TooLargeError(
+                f"{request.tokens} tokens of prompt and answer do not fit into the {room:.3g} GiB "
+                "for keys and values; send a shorter prompt, ask for fewer tokens, or start the "
+                "server with a larger --cache-gib"
+            )
+        return self._submit(request)
 
     def classify(self, prompt: Sequence[int]) -> Future[Any]:
         """Queue a classification and return the future of the label probabilities.
@@ -99,6 +153,11 @@ class Engine:
         """Number of requests that have not started."""
         return len(self._waiting)
 
+    @property
+    def cache_tokens(self) -> int:
+        """Number of tokens whose keys and values have memory now, with padding."""
+        return self._batch.cache_tokens
+
     def close(self) -> None:
         """Stop the thread and cancel unfinished requests."""
         with self._changed:
@@ -111,7 +170,7 @@ class Engine:
     def _submit(self, request: Any) -> Future:
         with self._changed:
             if self._closed:
-                raise BusyError("the server is shutting down")
+                raise ClosedError("the server is shutting down")
             if len(self._waiting) >= self.max_waiting:
                 self._forget_cancelled()
             if len(self._waiting) >= self.max_waiting:
@@ -182,14 +241,19 @@ class Engine:
         row = request.row
         assert row is not None
         try:
-            if row.finish_reason != "stop":
-                request.on_token(row.ids[-1])
+            is_enough = row.finish_reason != "stop" and request.on_token(
+                row.ids[-1], row.last_logprobs
+            )
         except Exception as error:
             self._fail([request], error)
             return
+        if is_enough:
+            row.finish_reason = "stop"
         if row.finish_reason is not None:
-            self._leave(request)
-            _answer(request.future, row)
+            try:
+                self._leave(request)
+            finally:
+                _answer(request.future, row)
 
     def _fail(self, requests: Sequence[Any], error: Exception) -> None:
         """Set the error as the result of the affected requests and log its traceback."""
@@ -205,7 +269,7 @@ class Engine:
                 self._batch.remove(request.row)
 
     def _take(self, kind: type, count: int) -> list[Any]:
-        """Dequeue the first requests of a kind whose prompts fit into one forward pass."""
+        """Dequeue the first requests of a kind that fit into one forward pass and into memory."""
         budget = max_batch_tokens(self.predictor.model.device, 1)
         taken: list[Any] = []
         with self._changed:
@@ -214,14 +278,25 @@ class Engine:
                 if isinstance(request, kind):
                     longest = max([len(r.prompt) for r in (*taken, request)])
                     fits = longest * (len(taken) + 1) <= budget or not taken
+                    if isinstance(request, _Generation):
+                        fits = fits and self._fits([*self._active, *taken, request])
                     if len(taken) >= count or not fits:
                         break
                     self._waiting.remove(request)
                     taken.append(request)
         return taken
 
+    def _fits(self, together: Sequence[_Generation]) -> bool:
+        longest = max(request.tokens for request in together)
+        return cache_tokens_needed(len(together), longest) <= self.max_cache_tokens
+
     def _forget_cancelled(self) -> None:
         self._waiting = deque(r for r in self._waiting if not r.future.cancelled())
+
+
+def _free_bytes(device: str) -> int:
+    kind = "cuda" if device == "cuda" else "cpu"
+    return max(0, available_bytes(kind) - int(memory_gib() * 2**30))
 
 
 def _answer(future: Future, outcome: Any) -> None:

@@ -71,7 +71,7 @@ class Model:
         records = rows.astype(object).where(rows.notna(), None).to_dict("records")
         labels = self.predictor.labels
         if not labels:
-            tokens = int((params or {}).get("max_new_tokens", NEW_TOKENS))
+            tokens = int((params or {}).get("max_new_tokens", self.predictor.answer_tokens))
             if tokens < 1:
                 raise UserError(f"max_new_tokens = {tokens} must be at least 1")
             prompts = [

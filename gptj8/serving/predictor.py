@@ -6,17 +6,21 @@ becomes the same prompt as in training, and a classification returns one of the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptj8.dataset.prepared.chat_templates import ChatTemplate
 from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
+from gptj8.dataset.prepared.conversations import Conversation, read_conversation
 from gptj8.dataset.prepared.prompts import (
     EncodedLabels,
     EncodedPrompt,
     PromptEncoder,
+    room_for_answer,
     without_lead,
 )
 from gptj8.dataset.prepared.text_encoder import TextEncoder
@@ -53,8 +57,8 @@ class Predictor:
         context: maximum number of tokens of prompt and answer together.
         labels: labels of a classification; empty for other tasks.
         end_ids: tokens that end an answer.
-        answer_tokens: default number of tokens of an answer to a row: those of the longest label,
-            or 64, but at most half of the length that the model was trained on.
+        answer_tokens: tokens that a row's prompt leaves free for its answer, as in evaluation; also
+            the default number of new tokens.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Predictor:
         self.end_ids = encoder.end_ids
         self._prompts: PromptEncoder | None = None
         self._conversations: ConversationEncoder | None = None
+        self._chat = _chat_encoder(task, encoder)
         self._labels = EncodedLabels([], 0)
         self.answer_tokens = NEW_TOKENS
         if task:
@@ -83,8 +88,12 @@ class Predictor:
                 self.end_ids = self._conversations.end_ids
             if task.labels:
                 self._labels = self._prompts.labels(task.labels)
-            completion = max(1, min(NEW_TOKENS, length // 2))
-            self.answer_tokens = self._labels.longest or completion
+            self.answer_tokens = room_for_answer(task.max_new_tokens, length, self._labels.longest)
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self._chat is not None
 
     @classmethod
     def load(cls, base: str | Path, export: str | Path | None, dtype: str = "auto") -> Predictor:
@@ -103,13 +112,17 @@ class Predictor:
         return cls(adapted, TextEncoder.load(base), task, name)
 
     def encode_row(
-        self, row: Mapping[str, Any], max_new_tokens: int, max_prompt_tokens: int | None = None
+        self,
+        row: Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
     ) -> EncodedPrompt:
-        """Return the prompt of a row with the user's columns, truncated as in training.
+        """Return the prompt of a row with the user's columns, as evaluation writes and cuts it.
 
         Args:
             row: column -> value; a value for the answer is ignored.
-            max_new_tokens: number of tokens to reserve for the answer.
+            max_new_tokens: number of new tokens, which changes only whether the row is refused;
+                None for `answer_tokens`.
             max_prompt_tokens: maximum prompt length; None for the limit of training.
 
         Raises:
@@ -123,27 +136,66 @@ class Predictor:
             if name not in columns:
                 raise ValueError(f"{quote(name)} is not a column{suggest(name, self.task.columns)}")
         try:
-            encoded = self._encode_row(self.task, self._prompts, row, max_new_tokens)
+            encoded = self._encode_row(self.task, self._prompts, row)
         except RecursionError:
             raise ValueError("the row is nested too deeply") from None
         except UserError as error:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} is too large: {error}") from None
+            raise ValueError(str(error)) from None
+        # An empty prompt is replaced by the end-of-text token, as in evaluation.
+        encoded = EncodedPrompt(encoded.ids or [self.encoder.eos_id], encoded.cut_tokens)
         _require_at_most(len(encoded.ids), max_prompt_tokens)
+        self.require_room(len(encoded.ids), max_new_tokens or self.answer_tokens)
         return encoded
 
+    def require_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Raise an error unless a prompt and its answer fit into the model's context.
+
+        Raises:
+            ValueError: with the numbers.
+        """
+        room = self.context - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt: the model has "
+                f"{self.context} positions"
+            )
+        if prompt_tokens > room:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens, and with max_new_tokens = "
+                f"{max_new_tokens} there is room for {room}"
+            )
+
     def _encode_row(
-        self, task: TunedTask, prompts: PromptEncoder, row: Mapping[str, Any], reserve: int
+        self, task: TunedTask, prompts: PromptEncoder, row: Mapping[str, Any]
     ) -> EncodedPrompt:
+        reserve = self.answer_tokens
         if self._conversations is not None:
             conversation = task.shape.conversation_of(row)
             _require_encodable(conversation.to_json())
             try:
-                return self._conversations.prompt(conversation, reserve)
+                return self._conversation_prompt(self._conversations, conversation, reserve)
             except ValueError as error:
                 raise ValueError(f"{task.shape.columns[MESSAGES]} {error}") from None
         text = task.shape.text_of(row)
         _require_encodable(text)
         return prompts.prompt(text, reserve, labels=self._labels)
+
+    def _conversation_prompt(
+        self, encoder: ConversationEncoder, conversation: Conversation, reserve: int
+    ) -> EncodedPrompt:
+        """Return the prompt of a conversation, like `ConversationEncoder.prompt_to_answer`.
+
+        Where there is no room for it, that is the end of the prompt of training, which is known
+        without the answer only if nothing of it was cut.
+        """
+        try:
+            return encoder.prompt(conversation, reserve)
+        except ValueError:
+            whole = encoder.prompt(conversation, 0)
+            if whole.cut_tokens:
+                raise
+        ids = whole.ids[-(encoder.max_length - reserve) :]
+        return EncodedPrompt(ids, len(whole.ids) - len(ids))
 
     def encode_prompt(self, prompt: str, max_prompt_tokens: int | None = None) -> list[int]:
         """Return the token ids of an unmodified prompt; names of special tokens are plain text.
@@ -158,6 +210,26 @@ class Predictor:
         _require_at_most(len(ids), max_prompt_tokens)
         return ids
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], int]:
+        """Return the prompt of a conversation and the token that ends its answer.
+
+        It is written by the template that the model was tuned with, or else by the model's own.
+        Nothing is cut.
+
+        Args:
+            messages: each with `role` and `content`.
+
+        Raises:
+            ValueError: if there is no template, or it refuses the messages.
+        """
+        if self._chat is None:
+            raise ValueError("this model has no chat template; send a prompt to /v1/completions")
+        conversation = read_conversation(list(messages))
+        if not conversation.messages:
+            raise ValueError("has no messages")
+        _require_encodable(conversation.to_json())
+        return self._chat.prompt(conversation, 0).ids, self._chat.template.end_id
+
     def encode_for_labels(
         self, row: Mapping[str, Any], max_prompt_tokens: int | None = None
     ) -> EncodedPrompt:
@@ -168,7 +240,7 @@ class Predictor:
         """
         if not self.labels:
             raise ValueError("this model is not fine-tuned to classify; use generate instead")
-        return self.encode_row(row, self._labels.longest, max_prompt_tokens)
+        return self.encode_row(row, None, max_prompt_tokens)
 
     def classify(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the probability of each label after each prompt: (prompts, labels) float64.
@@ -227,6 +299,20 @@ class AnswerStream:
             piece, self._held = without_lead(self._held), None
         self.text += piece
         return piece
+
+
+def _chat_encoder(task: TunedTask | None, encoder: TextEncoder) -> ConversationEncoder | None:
+    """Return an encoder that cuts nothing, with the tuned or the model's own chat template."""
+    if task is not None and task.shape.is_conversation:
+        return task.conversation_encoder(encoder, sys.maxsize)
+    if encoder.chat_template is None:
+        return None
+    try:
+        template = ChatTemplate(encoder.chat_template, encoder)
+    except UserError as error:  # the model answers prompts and rows without it
+        print(f"warning: no /v1/chat/completions: {error}", file=sys.stderr)
+        return None
+    return ConversationEncoder(template, sys.maxsize)
 
 
 def _require_at_most(tokens: int, most: int | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.messages import one_line
 from gptj8.serving.logged_models import DIGEST_TAG, export_digest, logged_model_of
-from gptj8.serving.mlflow_model import BASE, EXPORT, LIBRARIES, NEW_TOKENS
+from gptj8.serving.mlflow_model import BASE, EXPORT, LIBRARIES
 
 if TYPE_CHECKING:
     from gptj8.serving.task import TunedTask
@@ -146,6 +146,7 @@ def _signature(task: TunedTask) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    from gptj8.dataset.prepared.prompts import room_for_answer
     from gptj8.params.templates import MESSAGES
 
     if MESSAGES in task.shape.columns:
@@ -158,6 +159,7 @@ def _signature(task: TunedTask) -> Any:
         outputs: list[Any] = [ColSpec(DataType.string, "label")]
         outputs += [ColSpec(DataType.double, f"score_{label}") for label in task.labels]
         return ModelSignature(Schema(inputs), Schema(outputs))
-    tokens = ParamSpec("max_new_tokens", DataType.long, NEW_TOKENS)
+    default = room_for_answer(task.max_new_tokens, task.max_length)
+    tokens = ParamSpec("max_new_tokens", DataType.long, default)
     answer = Schema([ColSpec(DataType.string, "completion")])
     return ModelSignature(Schema(inputs), answer, ParamSchema([tokens]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from gptj8.dataset.prepared.chat_templates import ChatTemplate, plain_template
 from gptj8.dataset.prepared.conversation_encoder import ConversationEncoder
@@ -17,6 +18,7 @@ from gptj8.params.sections import Data
 from gptj8.params.yaml_files import check
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.files import read_json
+from gptj8.serving.mlflow_model import NEW_TOKENS
 
 
 class _TunedData(Data):
@@ -25,10 +27,17 @@ class _TunedData(Data):
     model_config = ConfigDict(extra="ignore")
 
 
+class _TunedEvaluate(BaseModel):
+    """The needed part of the section `evaluate`."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = NEW_TOKENS
+
+
 class _Tuned(BaseModel):
-    """The needed section of an export's params.json; the others change between versions."""
+    """The needed sections of an export's params.json; the others change between versions."""
 
     data: _TunedData
+    evaluate: _TunedEvaluate = _TunedEvaluate()
 
 
 class _Dataset(BaseModel):
@@ -47,12 +56,14 @@ class TunedTask:
         max_length: maximum number of tokens of prompt and answer together.
         labels: labels of a classification; empty for other tasks.
         chat: how conversations are written; None if the rows are prompts, and in old exports.
+        max_new_tokens: the longest completion that was evaluated.
     """
 
     shape: Shape
     max_length: int
     labels: tuple[str, ...]
     chat: Chat | None = None
+    max_new_tokens: int = NEW_TOKENS
 
     @classmethod
     def load(cls, export: str | Path) -> TunedTask:
@@ -62,11 +73,12 @@ class TunedTask:
             UserError: if a file is missing or invalid, or a classification has no labels.
         """
         params, dataset = Path(export) / "params.json", Path(export) / "dataset.json"
-        data = check(_Tuned, read_json(params), str(params)).data
+        tuned = check(_Tuned, read_json(params), str(params))
+        data, tokens = tuned.data, tuned.evaluate.max_new_tokens
         found = check(_Dataset, read_json(dataset), str(dataset))
         if data.task == "classification" and not found.labels:
             raise UserError(f"{dataset} contains no labels; export the adapter again")
-        return cls(shape_of(data), data.max_length, found.labels, found.chat)
+        return cls(shape_of(data), data.max_length, found.labels, found.chat, tokens)
 
     def conversation_encoder(self, encoder: TextEncoder, max_length: int) -> ConversationEncoder:
         """Return an encoder of the task's conversations."""

@@ -77,7 +77,7 @@ def test_a_row_of_a_classification_gets_its_most_likely_label(gptj8, predictors)
     process = gptj8("generate", "--row", f"text={row['text']}")
     assert process.stdout.decode() == label + "\n"
     free = gptj8("generate", "--row", f"text={row['text']}", "--max-new-tokens", 12)
-    answer = expected(predictor, predictor.encode_row(row, 12).ids, 12).lstrip()
+    answer = expected(predictor, predictor.encode_row(row).ids, 12).lstrip()
     assert free.stdout.decode() == answer + "\n"
 
 
@@ -85,7 +85,7 @@ def test_a_row_of_a_classification_gets_its_most_likely_label(gptj8, predictors)
 def test_a_row_is_answered(gptj8, predictors):
     row = {"instruction": "jump = over", "input": "the dog"}
     predictor = predictors["instructions"]
-    answer = expected(predictor, predictor.encode_row(row, 12).ids, 12).lstrip()
+    answer = expected(predictor, predictor.encode_row(row).ids, 12).lstrip()
     options = [part for cell in row.items() for part in ("--row", "=".join(cell))]
     process = gptj8("generate", *options, "--max-new-tokens", 12, adapter="instructions")
     assert process.stdout.decode() == answer + "\n", process.stderr
@@ -129,6 +129,12 @@ def test_an_unknown_column_is_an_error(gptj8):
         (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0 must be greater than 0"),
         (["--max-connections", "0"], "--max-connections 0 must be greater than 0"),
         (["--send-timeout", "-1"], "--send-timeout -1.0 must be greater than 0"),
+        (["--cache-gib", "0"], "--cache-gib 0.0 must be greater than 0"),
+        (["--cache-gib", "nan"], "--cache-gib nan must be greater than 0"),
+        (["--cache-gib", "inf"], "--cache-gib inf must be a number"),
+        (["--cors", "example.org"], "--cors example.org is not an origin"),
+        (["--cors", "https://example.org/page"], "--cors https://example.org/page is not an"),
+        (["--name", " "], "--name must not be empty"),
         (["--token-file", "no-such-file"], "--token-file no-such-file: "),
         (["--token-file", "/dev/null"], "the token must be printable ASCII"),
     ],
@@ -167,9 +173,9 @@ def test_a_port_taken_while_the_model_is_loaded_is_a_one_line_error(predictors, 
 
 
 @contextmanager
-def served(exports, tiny_8bit_dir, cwd, host="127.0.0.1"):
+def served(exports, tiny_8bit_dir, cwd, host="127.0.0.1", more=()):
     options = ["--model", tiny_8bit_dir, "--adapter", exports["classification"]]
-    options += ["--host", host, "--port", 0]
+    options += ["--host", host, "--port", 0, *more]
     command = [sys.executable, "-m", "gptj8.commands.main", "serve", *options]
     with subprocess.Popen(
         list(map(str, command)),
@@ -211,6 +217,27 @@ def test_the_printed_url_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path)
         assert url.startswith("http://[::1]:")
         assert not url.endswith(":0")
         assert requests.get(url + "/health", timeout=5).json()["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_options_of_the_server(exports, tiny_8bit_dir, tmp_path):
+    """The model's name, the memory of keys and values (2 layers, width 64), and an origin."""
+    gib = 200 * 2 * 2 * 64 * 2 / 2**30  # 200 tokens in bfloat16
+    more = ["--name", "fox", "--cache-gib", gib, "--cors", "https://example.org"]
+    more += ["--dtype", "bfloat16"]
+    with served(exports, tiny_8bit_dir, tmp_path, more=more) as (_, url):
+        (model,) = requests.get(url + "/v1/models", timeout=5).json()["data"]
+        assert model["id"] == "fox"
+        assert "gptj8_cache_tokens_limit 200.0\n" in requests.get(url + "/metrics", timeout=5).text
+        body = {"prompt": "fox", "max_new_tokens": 120}
+        origin = {"Origin": "https://example.org"}
+        fits = requests.post(url + "/generate", json=body, headers=origin, timeout=30)
+        assert fits.status_code == 200
+        assert fits.headers["access-control-allow-origin"] == "https://example.org"
+        many = {"prompt": "fox " * 60, "max_new_tokens": 60}
+        refused = requests.post(url + "/generate", json=many, timeout=30)
+        assert refused.status_code == 422
+        assert "do not fit into" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::", marks=needs_ipv6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.generation.batch import generate_greedily
 from gptj8.model.loading import load_model
 from gptj8.params.sections import parse_params, resolved
-from gptj8.serving.app import Limits, Server, create_app
+from gptj8.serving.app import Access, create_app
 from gptj8.serving.engine import Engine
+from gptj8.serving.guards import Limits, Server
 from gptj8.serving.predictor import Predictor
 from tests.helpers.servers import free_port
 
@@ -40,6 +42,12 @@ TASKS = {
         "messages_column": "chat",
     },
 }
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + '\\n' }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 
 
 def data_of(task):
@@ -87,6 +95,15 @@ def predictors(exports, tiny_8bit_dir):
     return {**found, "base": Predictor.load(tiny_8bit_dir, None, "float32")}
 
 
+@pytest.fixture(scope="session")
+def chat_model(tiny_8bit_dir, tmp_path_factory):
+    """Return the base model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_8bit_dir, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
 def greedy(predictor, prompt, tokens):
     """Return the ids that greedy decoding of a single prompt gives."""
     encoder = predictor.encoder
@@ -101,11 +118,15 @@ def greedy(predictor, prompt, tokens):
 
 
 @contextmanager
-def running(predictor, limits=Limits(), max_batch=4, max_waiting=256, token=None):  # noqa: B008  # frozen
-    """Yield the URL and the engine of a server that runs in its own thread."""
-    engine = Engine(predictor, max_batch, max_waiting)
+def running(predictor, limits=Limits(), token=None, origins=(), **settings):  # noqa: B008  # frozen
+    """Yield the URL and the engine of a server that runs in its own thread.
+
+    `settings` are those of the engine, which batches up to 4 rows by default.
+    """
+    engine = Engine(predictor, **{"max_batch": 4, **settings})
     port = free_port()
-    config = uvicorn.Config(create_app(engine, limits, token), port=port, log_level="error")
+    app = create_app(engine, limits, Access(token, origins))
+    config = uvicorn.Config(app, port=port, log_level="error")
     server = Server(config, engine, limits)
     thread = threading.Thread(target=server.run)
     thread.start()

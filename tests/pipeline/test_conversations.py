@@ -93,7 +93,7 @@ def test_prompts_are_the_same_everywhere(clone, monkeypatch):
             asked["messages"], add_generation_prompt=True, return_dict=False
         )
         assert prompt_ids(example) == expected
-        assert predictor.encode_row(asked, 8).ids == expected
+        assert predictor.encode_row(asked).ids == expected
         learned += sum(span.stop - span.start for span in learned_spans(example))
         for span in learned_spans(example):  # an answer, and the token that ends it
             end = tokenizer.decode(example["input_ids"][span.stop - 1])

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import gptj8
-from gptj8.model.generation.batch import GenerationBatch, Sampling
+from gptj8.model.generation.batch import GenerationBatch
+from gptj8.model.generation.sampling import Sampling
 from gptj8.quantization.layers import Frozen8bitModule
 from gptj8.runtime.errors import UserError
 from tests.helpers.architectures import ARCHITECTURES, COMMON, GPT2

@@ -1,3 +1,3 @@
-from tests.helpers.served_models import adapter, exports, predictors
+from tests.helpers.served_models import adapter, chat_model, exports, predictors
 
-__all__ = ["adapter", "exports", "predictors"]
+__all__ = ["adapter", "chat_model", "exports", "predictors"]

@@ -15,7 +15,7 @@ import requests
 import torch
 
 from gptj8.model.generation.batch import GenerationBatch
-from gptj8.serving.app import Limits
+from gptj8.serving.guards import Limits
 from tests.helpers.served_models import LABELS, held, running, until
 
 PROMPTS = ["the quick", "a lazy dog", "seven wizards box", "jugs", "é漢", "liquor " * 5]
@@ -205,7 +205,7 @@ BAD = [
     ({"prompt": "a", "max_new_tokens": "9"}, "max_new_tokens: input should be a valid integer"),
     ({"prompt": "a", "max_new_tokens": 10**30}, "max_new_tokens"),
     ({"prompt": "a", "temperature": -1}, "temperature: input should be greater than or equal"),
-    ({"prompt": "a", "temperature": 0.001}, "temperature must be 0 or at least 0.01"),
+    ({"prompt": "a", "temperature": 0.001}, "temperature: must be 0 or at least 0.01"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature: input should be a finite"),
     ({"prompt": "a", "temperature": float("inf")}, "temperature: input should be"),
     ({"prompt": "a", "top_p": 0}, "top_p: input should be greater than 0"),
@@ -367,7 +367,7 @@ def test_full_queue_returns_503_with_retry_after(predictors, monkeypatch):
 
 
 def sampling(tokens):
-    from gptj8.model.generation.batch import Sampling
+    from gptj8.model.generation.sampling import Sampling
 
     return Sampling(tokens)
 

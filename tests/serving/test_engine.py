@@ -7,8 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from gptj8.model.generation.batch import GenerationBatch, Sampling
-from gptj8.serving.engine import BusyError, Engine
+from gptj8.model.generation.batch import GenerationBatch, cache_bytes_per_token
+from gptj8.model.generation.sampling import Sampling
+from gptj8.serving.engine import BusyError, Engine, TooLargeError
 from tests.helpers.served_models import greedy, held, until
 
 LONG = Sampling(100)
@@ -34,7 +35,7 @@ def make_engine(predictor):
 
 def test_on_token_receives_tokens_in_order(make_engine, predictor):
     engine, tokens = make_engine(), []
-    row = engine.generate([5, 6, 7], Sampling(20), tokens.append).result(20)
+    row = engine.generate([5, 6, 7], Sampling(20), lambda token, _: tokens.append(token)).result(20)
     assert tokens == row.ids == greedy(predictor, [5, 6, 7], 20)
     until(lambda: engine.active == 0)
 
@@ -57,6 +58,69 @@ def test_batch_has_at_most_max_batch_rows(make_engine, monkeypatch):
         until(lambda: engine.active == 2)
         assert engine.waiting >= 3
     assert [len(f.result(20).ids) for f in futures] == [5] * 6
+
+
+def cache_bytes(predictor, rows, tokens):
+    return rows * (tokens + 64) * cache_bytes_per_token(predictor.model)
+
+
+def test_rows_wait_until_their_keys_and_values_fit(make_engine, predictor, monkeypatch):
+    """With room for three rows of 60 tokens, or one of 100 beside nothing else."""
+    engine = make_engine(max_batch=8, max_cache_bytes=cache_bytes(predictor, 3, 60))
+    assert engine.max_cache_tokens == 3 * (60 + 64)
+    used = []
+
+    def watch(token, logprobs):
+        used.append(engine.cache_tokens)
+
+    candidates = [[5 + n, 6, 7, 8] for n in range(60)]
+    answers = [(p, greedy(predictor, p, 56)) for p in candidates]
+    prompts = [prompt for prompt, answer in answers if len(answer) == 56][:7]
+    with held(engine, monkeypatch):
+        with engine._changed:  # all at once
+            futures = [engine.generate(prompt, Sampling(56), watch) for prompt in prompts]
+        until(lambda: engine.active == 3)
+        assert engine.waiting == 4
+        large = engine.generate([5] * 20, Sampling(100), watch)
+        small = engine.generate([5, 6], Sampling(2))  # does not overtake the large one
+    for prompt, future in zip(prompts, futures, strict=True):
+        assert future.result(60).ids == greedy(predictor, prompt, 56)
+    assert large.result(60).ids == greedy(predictor, [5] * 20, 100)
+    assert small.result(60).ids == greedy(predictor, [5, 6], 2)
+    assert 3 * 60 < max(used) <= engine.max_cache_tokens
+    until(lambda: engine.cache_tokens == 0)
+
+
+def test_a_request_that_can_never_fit_is_refused(make_engine, predictor):
+    engine = make_engine(max_cache_bytes=cache_bytes(predictor, 1, 60))
+    assert len(engine.generate([5] * 10, Sampling(50)).result(20).ids) <= 50
+    with pytest.raises(TooLargeError, match="61 tokens of prompt and answer do not fit into") as e:
+        engine.generate([5] * 10, Sampling(51))
+    assert "\n" not in str(e.value)
+    assert "--cache-gib" in str(e.value)
+
+
+def test_the_default_limit_is_half_of_the_free_memory(make_engine, predictor, monkeypatch):
+    per_token = cache_bytes_per_token(predictor.model)
+    monkeypatch.setattr("gptj8.serving.engine._free_bytes", lambda device: 2000 * per_token)
+    assert make_engine(max_batch=8).max_cache_tokens == 1000
+    monkeypatch.undo()  # this machine has room for all that can be used
+    assert make_engine(max_batch=2).max_cache_tokens == 2 * (predictor.context + 64)
+
+
+def test_a_callback_can_end_a_row(make_engine, predictor):
+    engine, tokens = make_engine(), []
+
+    def until_third(token, logprobs):
+        tokens.append(token)
+        return len(tokens) == 3
+
+    other = engine.generate([7, 8], Sampling(30))
+    row = engine.generate([5, 6, 7], Sampling(20), until_third).result(20)
+    assert (row.ids, row.finish_reason) == (greedy(predictor, [5, 6, 7], 20)[:3], "stop")
+    assert other.result(20).ids == greedy(predictor, [7, 8], 30)
+    until(lambda: engine.active == 0)
+    assert engine._batch.rows == []
 
 
 def test_cancelled_row_frees_its_place(make_engine, predictor, monkeypatch):
@@ -119,7 +183,7 @@ def test_error_of_one_request_does_not_affect_others(make_engine, predictor, mon
     def fail(prompts):
         raise MemoryError("of the classification")
 
-    def fail_at_third_token(token, seen=[]):  # noqa: B006
+    def fail_at_third_token(token, logprobs, seen=[]):  # noqa: B006
         seen.append(token)
         if len(seen) == 3:
             raise LookupError("of the token")
@@ -127,7 +191,7 @@ def test_error_of_one_request_does_not_affect_others(make_engine, predictor, mon
     monkeypatch.setattr(GenerationBatch, "add", add_all_but_one)
     monkeypatch.setattr(predictor, "classify", fail)
     begun = threading.Event()
-    good = engine.generate([5, 6], LONG, lambda token: begun.set())
+    good = engine.generate([5, 6], LONG, lambda *_: begun.set())
     assert begun.wait(20)
     with pytest.raises(LookupError, match="of the token"):
         engine.generate([5, 6], LONG, fail_at_third_token).result(20)
@@ -165,7 +229,7 @@ def test_out_of_memory_while_removing_a_row(make_engine, predictor, monkeypatch,
     """Removing a row copies the cache of the others, which can run out of memory."""
     engine = make_engine()
     begun = threading.Event()
-    other = engine.generate([5, 6, 7], LONG, lambda token: begun.set())
+    other = engine.generate([5, 6, 7], LONG, lambda *_: begun.set())
     assert begun.wait(20)
 
     def no_memory(layer, rows, columns):

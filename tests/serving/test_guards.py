@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from gptj8.serving.app import Limits
+from gptj8.serving.guards import Limits
 from tests.helpers.served_models import running, until
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -84,7 +84,7 @@ def test_frequent_requests_keep_connection_open(impatient):
 
 
 def test_unread_response_closes_connection(predictors, monkeypatch):
-    monkeypatch.setattr("gptj8.serving.app._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("gptj8.serving.guards._GRACE_SECONDS", 0.5)
     limits = Limits(seconds=0.5, seconds_to_send=0.5)
     with running(predictors["base"], limits) as (url, _):
         parts = urlsplit(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,14 +16,16 @@ from gptj8.dataset.prepared.prompts import PromptEncoder
 from gptj8.dataset.prepared.text_encoder import TextEncoder
 from gptj8.dataset.readers.row_shapes import shape_of
 from gptj8.dataset.validation.conversation_rows import choose_template
+from gptj8.evaluation.suite import Questions
 from gptj8.params.sections import parse_params
-from gptj8.serving.predictor import AnswerStream
+from gptj8.serving.predictor import AnswerStream, Predictor
 from tests.helpers.served_models import LABELS, TASKS, data_of
 
 CHAT = [
     {"role": "system", "content": "be a fox"},
     {"from": "human", "value": "jump over the dog"},
 ]
+CHAT_OF_OPENAI = [{"role": "user", "content": "jump over the dog"}]
 ROWS = {
     "classification": [
         {"text": "the quick brown fox"},
@@ -51,7 +54,7 @@ ANSWERS = {
 
 
 def trained_prompt(task, row, base):
-    """Return the prompt ids of a row and its number of answer tokens, as prepared for training."""
+    """Return the prompt ids of a row, as prepared for training."""
     data = parse_params({"data": data_of(task), "model": {"path": "m"}}).data
     shape = shape_of(data)
     cells = {field: row.get(column) for field, column in shape.columns.items()}
@@ -63,13 +66,13 @@ def trained_prompt(task, row, base):
             Conversation((*asked.messages, answer))
         )
         ((ids, spans),) = encoded.examples
-        return ids[: spans[-2]], len(ids) - spans[-2]
+        return ids[: spans[-2]]
     cells[shape.answer] = next(iter(ANSWERS[task].values()))
     table = pd.DataFrame({name: pd.array([cell], dtype="str") for name, cell in cells.items()})
     fields = shape.to_fields(table).iloc[0]
     encoder = PromptEncoder(TextEncoder.load(base), shape.prompt_template, data.max_length)
     example = encoder.example(fields[shape.input], fields[shape.answer])
-    return example.ids[: example.prompt_length], len(example.ids) - example.prompt_length
+    return example.ids[: example.prompt_length]
 
 
 @pytest.mark.parametrize(
@@ -77,13 +80,85 @@ def trained_prompt(task, row, base):
 )
 def test_encode_row_equals_training_prompt(predictors, tiny_8bit_dir, task, number):
     row = ROWS[task][number]
-    expected, answer_tokens = trained_prompt(task, row, tiny_8bit_dir)
-    assert predictors[task].encode_row(row, answer_tokens).ids == expected
+    assert predictors[task].encode_row(row).ids == trained_prompt(task, row, tiny_8bit_dir)
+
+
+def evaluated_prompts(task, tuned, rows, base):
+    """Return the prompts that the evaluation asks for, from rows as the dataset has them."""
+    shape, encoder = tuned.shape, TextEncoder.load(base)
+    prompts = PromptEncoder(encoder, shape.prompt_template, tuned.max_length)
+    settings = {"max_new_tokens": tuned.max_new_tokens}
+    if task == "messages":
+        answer = {"role": "assistant", "content": "the dog"}
+        asked = [shape.conversation_of(row) for row in rows]
+        texts = [Conversation((*each.messages, answer)).to_json() for each in asked]
+        table = pd.DataFrame({"conversation": texts, "prompt": "", "completion": "the dog"})
+        settings["conversations"] = tuned.conversation_encoder(encoder, tuned.max_length)
+    else:
+        answers = ANSWERS[task]
+        cells = [{f: {**row, **answers}.get(c) for f, c in shape.columns.items()} for row in rows]
+        table = shape.to_fields(pd.DataFrame(cells, dtype="str"))
+    found = Questions.of_rows(shape.task, table, tuned.labels, prompts, **settings)
+    return found.prompts
+
+
+def rows_of_every_length(task):
+    texts = ["lazy dog é " * n + "fox jumps" for n in (0, 1, 2, 3, 5, 8, 12, 20, 60)]
+    if task == "messages":  # two conversations, of which the second has no room in 64 tokens
+        asked = [{"role": "user", "content": text} for text in texts]
+        talk = [CHAT[1], {"role": "assistant", "content": "no"}, {"role": "user", "content": "why"}]
+        return [{"chat": [message]} for message in asked] + [{"chat": talk}]
+    names = {"classification": ["text"], "columns": ["title", "body"]}
+    columns = names.get(task, ["instruction", "input"])
+    return [dict.fromkeys(columns, text) for text in texts]
+
+
+@pytest.mark.parametrize(("max_length", "tokens"), [(64, 64), (64, 9), (96, 64), (128, 64)])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_row_has_its_prompt_of_the_evaluation(
+    predictors, tiny_8bit_dir, task, max_length, tokens
+):
+    """Whatever the number of new tokens, and with any part of the row cut."""
+    known = predictors[task]
+    tuned = replace(known.task, max_length=max_length, max_new_tokens=tokens)
+    predictor = Predictor(known.model, known.encoder, tuned, "tuned")
+    rows = rows_of_every_length(task)
+    encoded = [predictor.encode_row(row) for row in rows]
+    assert [e.ids for e in encoded] == evaluated_prompts(task, tuned, rows, tiny_8bit_dir)
+    assert encoded[0].cut_tokens == 0 < max(e.cut_tokens for e in encoded)
+    room = predictor.context - max(len(e.ids) for e in encoded)
+    if room > 0:
+        for count in (1, room):
+            assert [predictor.encode_row(row, count).ids for row in rows] == [
+                e.ids for e in encoded
+            ]
+
+
+def test_new_tokens_beyond_the_context_are_refused(predictors):
+    predictor = predictors["instructions"]
+    row = {"instruction": "jump", "input": "over the dog"}
+    room = predictor.context - len(predictor.encode_row(row).ids)
+    predictor.encode_row(row, room)
+    with pytest.raises(ValueError, match=f"with max_new_tokens = {room + 1} there is room for"):
+        predictor.encode_row(row, room + 1)
+
+
+def test_a_chat_is_encoded_whole_or_refused(predictors):
+    predictor = predictors["messages"]
+    ids, end_id = predictor.encode_chat(CHAT_OF_OPENAI)
+    assert ids == predictor.encode_row({"chat": CHAT_OF_OPENAI}).ids
+    assert end_id == predictor.encoder.eos_id
+    long = [*CHAT_OF_OPENAI, {"role": "user", "content": "dog " * 500}]
+    assert len(predictor.encode_chat(long)[0]) > 500
+    for messages, reason in (([], "no messages"), ([{"role": "fox"}], "no valid role")):
+        with pytest.raises(ValueError, match=reason):
+            predictor.encode_chat(messages)
 
 
 def test_long_row_is_truncated_in_its_text_and_reported(predictors):
-    encoded = predictors["classification"].encode_row({"text": "lazy dog " * 80}, 5)
-    assert len(encoded.ids) == 96 - 5
+    longest = max(map(len, predictors["classification"]._labels.ids))
+    encoded = predictors["classification"].encode_row({"text": "lazy dog " * 80})
+    assert len(encoded.ids) == 96 - longest
     assert encoded.cut_tokens > 0
     text = predictors["classification"].encoder.decode(encoded.ids)
     assert text.startswith("lazy dog")

@@ -26,6 +26,17 @@ def test_unknown_keys_of_other_versions_are_ignored(export):
     assert TunedTask.load(export).labels == tuple(LABELS)
 
 
+def test_the_longest_evaluated_completion_is_read(export):
+    assert TunedTask.load(export).max_new_tokens == 64
+    content = json.loads((export / "params.json").read_text())
+    content["evaluate"]["max_new_tokens"] = 20
+    (export / "params.json").write_text(json.dumps(content))
+    assert TunedTask.load(export).max_new_tokens == 20
+    del content["evaluate"]
+    (export / "params.json").write_text(json.dumps(content))
+    assert TunedTask.load(export).max_new_tokens == 64
+
+
 def test_dataset_with_many_files_loads(export):
     content = json.loads((export / "dataset.json").read_text())
     content["files"] *= 20_000

@@ -231,6 +231,8 @@ class ConversationEncoder:
         kept = max(1, len(encoded.ids) - excess)
         if kept >= len(encoded.ids):
             return None
+        while kept > 1 and encoded.ends[kept - 1] == encoded.ends[kept]:  # inside a character
+            kept -= 1
         messages[longest] = {**messages[longest], "content": content[: encoded.ends[kept - 1]]}
         return replace(conversation, messages=tuple(messages))
 

@@ -214,6 +214,19 @@ def join(prompt: str, answer: str) -> str:
     return prompt + ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ") + answer
 
 
+def room_for_answer(max_new_tokens: int, max_length: int, longest_label: int = 0) -> int:
+    """Return how many of `max_length` tokens are kept free for the answer to a row.
+
+    Evaluation and serving keep the same room, so a row has the same prompt in both.
+
+    Args:
+        max_new_tokens: the longest completion that evaluation generates; it gets at most half.
+        max_length: tokens of prompt and answer together.
+        longest_label: tokens of the longest label; 0 unless the answers are labels.
+    """
+    return longest_label or max(1, min(max_new_tokens, max_length // 2))
+
+
 def without_lead(answer: str) -> str:
     """Return a generated answer without the single space that `join` puts before it."""
     return answer[1:] if answer[:1] == " " and not answer[1:2].isspace() else answer

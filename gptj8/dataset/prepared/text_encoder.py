@@ -204,6 +204,19 @@ class TextEncoder:
         stream = DecodeStream(ids=list(after[-_CONTEXT:]), skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token) or ""
 
+    def token_text(self, token_id: int) -> tuple[str, bool]:
+        """Return the text of one token inside a text, and whether it is text.
+
+        Special tokens and parts of characters are not text; they get their name in the vocabulary.
+        """
+        text = self.decode([token_id], after=self._letter)
+        is_text = text != "" and "\ufffd" not in text
+        return (text if is_text else self._tokenizer.id_to_token(token_id) or ""), is_text
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        return self.encode("a")
+
     def _special_tokens(self) -> Iterator[tuple[int, AddedToken]]:
         added = self._tokenizer.get_added_tokens_decoder()
         return ((number, token) for number, token in sorted(added.items()) if token.special)

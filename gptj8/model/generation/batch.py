@@ -21,13 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from gptj8.model.generation.sampling import Sampler, Sampling, TokenLogprobs
 from gptj8.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,25 +34,6 @@ if TYPE_CHECKING:
 _GROWTH = 64  # minimum number of columns by which a cache grows
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings of one row.
-
-    Attributes:
-        max_new_tokens: maximum number of new tokens, including the end token.
-        temperature: divisor of the logits; 0 selects the most likely token.
-        top_k: sample from the k most likely tokens; 0 disables the limit.
-        top_p: sample from the most likely tokens whose total probability reaches this value.
-        seed: the same seed gives the same tokens; None uses a random seed.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-
 @dataclass(eq=False)
 class GeneratedRow:
     """One row and the tokens generated for it so far.
@@ -65,21 +41,23 @@ class GeneratedRow:
     Attributes:
         prompt_length: number of tokens in the prompt.
         sampling: sampling settings of the row.
+        sampler: chooses the row's tokens.
         ids: token ids generated so far, without the end token.
         logprobs: log-probability of each chosen token under the model, before temperature and
             limits, in nats. After `stop`, the last one is that of the end token.
         finish_reason: `stop` after the end token, `length` after `max_new_tokens` tokens, None
             while the row is unfinished.
+        last_logprobs: log probabilities of the last of `ids`, if its settings ask for them.
     """
 
     prompt_length: int
     sampling: Sampling
+    sampler: Sampler
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    last_logprobs: TokenLogprobs | None = None
     _steps: int = 0
-    _warpers: LogitsProcessorList | None = None
-    _generator: torch.Generator | None = None
 
 
 class GenerationBatch:
@@ -101,6 +79,15 @@ class GenerationBatch:
         self._vocab_size = vocab_size
         self._end_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id)
         self._cache: Cache | None = None
+
+    @property
+    def cache_tokens(self) -> int:
+        """Number of tokens whose keys and values have memory, including padding and room."""
+        cache = self._cache  # another thread may ask
+        if cache is None:
+            return 0
+        keys = _layers(cache)[0].keys
+        return keys.shape[0] * keys.shape[2]
 
     @torch.inference_mode()
     def add(
@@ -136,7 +123,7 @@ class GenerationBatch:
         cache = Cache(layer_class_to_replicate=_GrowingLayer)
         logits = self._logits(ids, real.long().to(device), positions, cache)
         added = [
-            _new_row(len(prompt), sampling, device)
+            GeneratedRow(len(prompt), sampling, Sampler(sampling, device))
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         self._choose(logits, added)  # before the merge, so an error does not affect the other rows
@@ -189,22 +176,20 @@ class GenerationBatch:
         # argmax returns a valid token id even if the logits are NaN.
         if not bool(logits.gather(1, best[:, None]).isfinite().all()):
             raise UserError("the model's logits are not finite; try model.dtype: float32")
-        tokens: list[int] = best.tolist()
-        for index, row in enumerate(rows):
-            if row._warpers is not None:
-                seen = torch.tensor([row.ids])  # required by the API, unused by these warpers
-                scores = row._warpers(seen, logits[index : index + 1])  # type: ignore[arg-type]
-                chosen = torch.multinomial(scores.softmax(1), 1, generator=row._generator)
-                tokens[index] = int(chosen)
+        tokens = [
+            row.sampler.choose(logits[index : index + 1], token, row.ids)
+            for index, (row, token) in enumerate(zip(rows, best.tolist(), strict=True))
+        ]
         chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(1)).tolist()
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row._steps += 1
-            row.logprobs.append(logprob)
-            if token in self._end_ids:
+            row.logprobs.append(logprobs[index])
+            if token in self._end_ids or token in row.sampling.end_ids:
                 row.finish_reason = "stop"
                 continue
             row.ids.append(token)
+            row.last_logprobs = row.sampler.logprobs(logits[index : index + 1], token)
             if row._steps >= row.sampling.max_new_tokens:
                 row.finish_reason = "length"
 
@@ -263,6 +248,16 @@ def generate_greedily(
     return [row.ids for row in rows]
 
 
+def cache_tokens_needed(rows: int, longest: int) -> int:
+    """Return the most `GenerationBatch.cache_tokens` that rows need until they are finished.
+
+    Args:
+        rows: number of rows in the batch.
+        longest: the largest number of tokens of a prompt and its answer.
+    """
+    return rows * (longest + max(_GROWTH, longest // 4))
+
+
 def cache_bytes_per_token(model: Model) -> int:
     """Return the memory of the keys and values of one token over all layers.
 
@@ -271,22 +266,6 @@ def cache_bytes_per_token(model: Model) -> int:
     config = model.config
     width = 2 * config.num_hidden_layers * config.hidden_size
     return width * torch.finfo(model.dtype).bits // 8
-
-
-def _new_row(prompt_length: int, sampling: Sampling, device: torch.device) -> GeneratedRow:
-    row = GeneratedRow(prompt_length, sampling)
-    if sampling.temperature > 0:
-        row._warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-        if sampling.top_k:
-            row._warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            row._warpers.append(TopPLogitsWarper(sampling.top_p))
-        row._generator = torch.Generator(device)
-        if sampling.seed is None:
-            row._generator.seed()
-        else:
-            row._generator.manual_seed(sampling.seed)
-    return row
 
 
 class _GrowingLayer(DynamicLayer):
@@ -316,7 +295,7 @@ class _GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
         if end > self.keys.shape[2]:
-            room = end + max(_GROWTH, end // 4)
+            room = cache_tokens_needed(1, end)
             self.keys, self.values = (
                 _with_room(filled[:, :, : self.length], room) for filled in (self.keys, self.values)
             )

@@ -214,6 +214,17 @@ def test_the_longest_message_is_truncated_if_no_answer_fits(model):
     assert not encoder_of(folder, 8).encode(conversation).fits
 
 
+def test_a_message_is_truncated_before_a_character_of_several_tokens(model):
+    """At every place of the cut: inside a character, no token less would be left."""
+    asked = read_conversation([{"role": "user", "content": "fox 漢é👩 " * 30}])
+    sizes = set()
+    for limit in range(100, 112):
+        found = encoder_of(model[0], limit).prompt(asked, 20)
+        assert len(found.ids) <= limit - 20
+        sizes.add(len(found.ids))
+    assert max(sizes) >= 85 and len(sizes) > 3
+
+
 def test_a_long_prompt_loses_its_oldest_messages(model):
     folder, _, has_system, _ = model
     conversation = read_conversation(messages_of(5, has_system)).without_last()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gptj8.model.adapters import AdapterSpec, add_adapter
-from gptj8.model.generation.batch import GenerationBatch, Sampling, generate_greedily
+from gptj8.model.generation.batch import GenerationBatch, generate_greedily
+from gptj8.model.generation.sampling import Sampling
 from gptj8.model.loading import load_model
 from gptj8.runtime.errors import UserError
 from tests.helpers.small_models import ARCHITECTURES, VOCABULARY, make_model
