@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.browser import chromium
 from tests.helpers.project_clone import STAGES, Clone
 from tests.helpers.servers import free_port
 
@@ -29,17 +29,6 @@ EXPERIMENTS = {
     "rank-2": ["exp", "run", "-n", "rank-2", "-S", "finetune.r=2"],
     "norms": ["exp", "run", "-n", "norms", "-S", "finetune.r=8", "-S", "finetune.method=layernorm"],
 }
-
-
-def chromium() -> str:
-    """Return the path of the browser; fail instead of skipping if there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("GPTJ8_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.fail(
-            "no Chromium: apt-get install chromium, or name one in GPTJ8_CHROMIUM", pytrace=False
-        )
-    return found
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from gptj8.runtime.manifest import write_manifest
 from gptj8.serving.guards import Limits
 from gptj8.serving.predictor import Predictor
 from tests.helpers.served_models import LABELS, running
@@ -27,6 +28,7 @@ def chatting_classifier(exports, chat_model, tmp_path_factory):
     shutil.copytree(chat_model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_positions": 16384}))
+    write_manifest(folder)
     return Predictor.load(folder, exports["columns"], "float32")
 
 
