@@ -103,6 +103,13 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.max_waiting,
         None if gib is None else int(gib * 2**30),
     )
+    if not engine.fits_context:
+        print(
+            f"warning: keys and values have room for {engine.max_cache_tokens:,} tokens, less than "
+            f"the model's context of {predictor.context:,} needs; longer requests are refused "
+            "(--cache-gib)",
+            file=sys.stderr,
+        )
     url = listen(host, sockets)
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         print(

@@ -29,6 +29,7 @@ from gptj8.model.generation.batch import (
 )
 from gptj8.model.generation.sampling import Sampling, TokenLogprobs
 from gptj8.model.scoring.batching import max_batch_tokens
+from gptj8.runtime.errors import UserError
 from gptj8.runtime.machine import available_bytes, memory_gib
 from gptj8.serving.predictor import Predictor
 
@@ -80,6 +81,9 @@ class Engine:
 
     Attributes:
         max_cache_tokens: maximum number of tokens whose keys and values are kept, with padding.
+
+    Raises:
+        UserError: if `max_cache_bytes` is None and the free memory is unknown.
     """
 
     def __init__(
@@ -152,6 +156,11 @@ class Engine:
     def waiting(self) -> int:
         """Number of requests that have not started."""
         return len(self._waiting)
+
+    @property
+    def fits_context(self) -> bool:
+        """Whether a request that needs the whole context fits."""
+        return cache_tokens_needed(1, self.predictor.context) <= self.max_cache_tokens
 
     @property
     def cache_tokens(self) -> int:
@@ -295,8 +304,12 @@ class Engine:
 
 
 def _free_bytes(device: str) -> int:
-    kind = "cuda" if device == "cuda" else "cpu"
-    return max(0, available_bytes(kind) - int(memory_gib() * 2**30))
+    try:
+        available = available_bytes("cuda" if device == "cuda" else "cpu")
+    except UserError:
+        reason = "this system does not report free memory; set --cache-gib"
+        raise UserError(reason) from None
+    return max(0, available - int(memory_gib() * 2**30))
 
 
 def _answer(future: Future, outcome: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gptj8.model.generation.batch import GenerationBatch, cache_bytes_per_token
 from gptj8.model.generation.sampling import Sampling
+from gptj8.runtime.errors import UserError
 from gptj8.serving.engine import BusyError, Engine, TooLargeError
 from tests.helpers.served_models import greedy, held, until
 
@@ -105,7 +106,20 @@ def test_the_default_limit_is_half_of_the_free_memory(make_engine, predictor, mo
     monkeypatch.setattr("gptj8.serving.engine._free_bytes", lambda device: 2000 * per_token)
     assert make_engine(max_batch=8).max_cache_tokens == 1000
     monkeypatch.undo()  # this machine has room for all that can be used
-    assert make_engine(max_batch=2).max_cache_tokens == 2 * (predictor.context + 64)
+    engine = make_engine(max_batch=2)
+    assert engine.max_cache_tokens == 2 * (predictor.context + 64)
+    assert engine.fits_context
+    assert not make_engine(max_cache_bytes=cache_bytes(predictor, 1, 60)).fits_context
+
+
+def test_unknown_free_memory_is_a_one_line_error(predictor, monkeypatch):
+    def unknown(device):
+        raise UserError("this system does not report free memory; add --memory, such as 8GB")
+
+    monkeypatch.setattr("gptj8.serving.engine.available_bytes", unknown)
+    with pytest.raises(UserError, match="does not report free memory; set --cache-gib"):
+        Engine(predictor)
+    Engine(predictor, max_cache_bytes=1 << 20).close()
 
 
 def test_a_callback_can_end_a_row(make_engine, predictor):
