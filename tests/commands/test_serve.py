@@ -222,14 +222,14 @@ def test_the_printed_url_can_be_opened_at_once(exports, tiny_8bit_dir, tmp_path)
 @pytest.mark.slow
 def test_options_of_the_server(exports, tiny_8bit_dir, tmp_path):
     """The model's name, the memory of keys and values (2 layers, width 64), and an origin."""
-    gib = 200 * 2 * 2 * 64 * 2 / 2**30  # 200 tokens in bfloat16
+    gib = 150 * 2 * 2 * 64 * 2 / 2**30  # 150 tokens in bfloat16
     more = ["--name", "fox", "--cache-gib", gib, "--cors", "https://example.org"]
     more += ["--dtype", "bfloat16"]
     with served(exports, tiny_8bit_dir, tmp_path, more=more) as (_, url):
         (model,) = requests.get(url + "/v1/models", timeout=5).json()["data"]
         assert model["id"] == "fox"
-        assert "gptj8_cache_tokens_limit 200.0\n" in requests.get(url + "/metrics", timeout=5).text
-        body = {"prompt": "fox", "max_new_tokens": 120}
+        assert "gptj8_cache_tokens_limit 150.0\n" in requests.get(url + "/metrics", timeout=5).text
+        body = {"prompt": "fox", "max_new_tokens": 60}
         origin = {"Origin": "https://example.org"}
         fits = requests.post(url + "/generate", json=body, headers=origin, timeout=30)
         assert fits.status_code == 200
