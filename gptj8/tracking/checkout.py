@@ -15,11 +15,10 @@ from pathlib import Path
 from gptj8.params.sections import load_params
 from gptj8.runtime.dvc_digests import cache_folder, dvc_digest, has_content, restore
 from gptj8.runtime.errors import UserError
-from gptj8.runtime.files import sha256_file
 from gptj8.runtime.project import project_root
 from gptj8.tracking.lineage import git
 
-_KERNELS = Path("gptj8", "kernels", "cpu_kernels.c")
+_KERNELS = Path("gptj8", "kernels", "c")
 
 
 def check_out(folder: Path, commit: str) -> Path:
@@ -66,9 +65,9 @@ def remove(folder: Path) -> None:
 def share_kernels(project: Path) -> None:
     """Copy the compiled kernels of the workspace, if they are made from the same source."""
     source = project_root() / _KERNELS
-    if not (project / _KERNELS).is_file() or not source.is_file():
+    if not (project / _KERNELS).is_dir() or not source.is_dir():
         return
-    if sha256_file(project / _KERNELS) == sha256_file(source):
+    if dvc_digest(project / _KERNELS) == dvc_digest(source):
         for library in source.parent.glob("_cpu_kernels*.so"):
             shutil.copy2(library, (project / _KERNELS).parent)
 
