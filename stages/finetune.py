@@ -33,6 +33,7 @@ def main() -> None:
         from gptj8.dataset.prepared.examples import prompt_ids
         from gptj8.dataset.prepared.text_encoder import TextEncoder
         from gptj8.export.reference_answers import save_reference
+        from gptj8.kernels.dispatch import describe_products
         from gptj8.memory.training_memory import TrainingMemory
         from gptj8.model.adapters import AdapterSpec, adapter_bytes, add_adapter, save_adapter
         from gptj8.model.loading import load_model, pick_arithmetic
@@ -56,6 +57,7 @@ def main() -> None:
         fit = memory.fit(lambda rows, kind: try_step(adapted, rows, kind, packing))
         settings = TrainingSettings.from_params(mine.finetune, fit, params.seed)
         story.say(f"{spec}, {settings.plan(len(train_set))}")
+        story.say(f"products: {describe_products(device, dtype)}")
         # The adapter, and three checkpoints: weights, the best ones so far, and at most twice as
         # much for the optimizer.
         require_free_space(ADAPTER, 13 * adapter_bytes(adapted) + _SPARE_BYTES, "training")

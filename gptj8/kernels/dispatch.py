@@ -152,6 +152,21 @@ def describe(device: torch.device) -> str:
     return "Triton" if gpu.is_available(device) else "plain torch"
 
 
+def describe_products(device: torch.device, dtype: torch.dtype) -> str:
+    """Return how products with frozen weights in short blocks are computed, for people."""
+    named = describe(device)
+    if device.type != "cpu" or not _compiled_works():
+        return named
+    x = torch.empty(0, dtype=dtype, device="cpu")
+    forward, backward = (cpu.most_rows(x, 64, None, across) for across in (False, True))
+    if min(forward, backward) >= 1 << 32:
+        return f"{named}, directly from the codes"
+    return (
+        f"{named}, directly from the codes for up to {forward} tokens ({backward} for gradients), "
+        "then with restored matrices"
+    )
+
+
 @functools.cache
 def _compiled_works() -> bool:
     """Return whether the compiled kernels exist and match the reference on a small tensor."""

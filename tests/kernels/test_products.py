@@ -213,3 +213,14 @@ def test_16_bit_inputs_are_multiplied_in_float32_without_units_for_them(monkeypa
             ):
                 assert ours.dtype == dtype
                 assert float((ours - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
+
+
+@compiled
+def test_how_products_are_computed_is_described(monkeypatch):
+    device = torch.device("cpu")
+    text = dispatch.describe_products(device, torch.float32)
+    assert text.startswith(f"compiled kernels ({cpu.instruction_set()}), directly from the codes")
+    monkeypatch.setattr(cpu, "most_rows", lambda *_: 1 << 62)
+    assert dispatch.describe_products(device, torch.float32).endswith("directly from the codes")
+    monkeypatch.setattr(cpu, "most_rows", lambda *arguments: 8 if arguments[3] else 128)
+    assert "up to 128 tokens (8 for gradients)" in dispatch.describe_products(device, torch.float32)
