@@ -16,7 +16,7 @@ ISAS = ("native", "avx512", "avx2")
 _SETTINGS = {
     "native": {},
     "avx512": {
-        "GPTJ8_CPU_ISA": "avx512",
+        "GPTJ8_CPU_ISA": "avx512_bf16",
         "ATEN_CPU_CAPABILITY": "avx512",  # torch's own kernels
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",

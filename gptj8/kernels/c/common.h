@@ -123,7 +123,7 @@ typedef struct {
 } machine;
 
 #if defined(ON_X86)
-extern const machine gptj8_avx2, gptj8_avx512, gptj8_avx512_vbmi;
+extern const machine gptj8_avx2, gptj8_avx512, gptj8_avx512_vbmi, gptj8_avx512_bf16;
 #elif defined(ON_ARM)
 extern const machine gptj8_neon;
 #endif
@@ -131,6 +131,9 @@ extern const machine gptj8_neon;
 /* Return the functions of this machine that multiply, or restore, fastest with a codebook; or null. */
 const machine *multiplier_for(const float *codebook);
 const machine *restorer_for(const float *codebook);
+
+/* Return whether AVX-512 VBMI may be used. */
+int has_byte_permutations(void);
 
 /* A codebook of 16 lines: value[16 h + l] = (start[h] + slope[h] * l) / LINE_UNIT, the format that
    gptj8/quantization/codebooks.py fits for short blocks. A code is decoded by 16-entry byte shuffles

@@ -37,6 +37,10 @@ int lines_of(const float *codebook, lines *found) {
 }
 
 #if defined(ON_X86)
+static int has_avx512_bf16(void) {
+  return limit >= EVERYTHING && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
+}
 static int has_avx512_vbmi(void) {
   return limit >= AVX512_VBMI && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512bw");
@@ -55,6 +59,7 @@ const machine *multiplier_for(const float *codebook) {
 #if defined(ON_X86)
   lines unused;
   int is_lines = has_avx2() && lines_of(codebook, &unused);
+  if (is_lines && has_avx512_bf16()) return &gptj8_avx512_bf16;
   if (is_lines) return has_avx512() ? &gptj8_avx512 : &gptj8_avx2;
   if (has_avx512_vbmi()) return &gptj8_avx512_vbmi;
 #elif defined(ON_ARM)
@@ -67,9 +72,20 @@ const machine *multiplier_for(const float *codebook) {
 
 const machine *restorer_for(const float *codebook) {
 #if defined(ON_X86)
-  if (has_avx512_vbmi()) return &gptj8_avx512_vbmi; /* 1.1 times as fast as lines */
-#endif
+  const machine *found = multiplier_for(codebook);
+  if (found == &gptj8_avx512_bf16) return found;
+  return has_avx512_vbmi() ? &gptj8_avx512_vbmi : found; /* 1.1 times as fast as lines */
+#else
   return multiplier_for(codebook);
+#endif
+}
+
+int has_byte_permutations(void) {
+#if defined(ON_X86)
+  return has_avx512_vbmi();
+#else
+  return 0;
+#endif
 }
 
 /* Return the instruction set that is used: a number of the enumeration above. NEON counts as AVX2. */
@@ -86,7 +102,7 @@ int64_t gptj8_instruction_set(void) {
 /* Return whether this machine supports gptj8_linear_bfloat16. If not, it must not be called. */
 int64_t gptj8_multiplies_bfloat16(void) {
 #if defined(ON_X86)
-  return has_avx512_vbmi() && limit >= EVERYTHING && __builtin_cpu_supports("avx512bf16");
+  return has_avx512_bf16();
 #else
   return 0;
 #endif

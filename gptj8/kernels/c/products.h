@@ -249,12 +249,22 @@ ALWAYS_INLINE void restore_as(const matrix *w, int64_t from, int64_t to, void *o
     prefetch(w->codes + at + AHEAD);
     decode(w->codes + at, &with, value);
     int64_t block = at >> w->shift;
+    float first_scale = scale_at(&w->scale, block), second_scale = first_scale;
+    if (STEP > 32 && w->block_size == 32) second_scale = scale_at(&w->scale, block + 1);
     /* Two multiplications, as the reference does: the first one is exact. */
     const vector unit = vector_set(DECODED_UNIT);
-    vector first = vector_set(scale_at(&w->scale, block)), second = first;
-    if (STEP > 32 && w->block_size == 32) second = vector_set(scale_at(&w->scale, block + 1));
+    vector first = vector_set(first_scale), second = vector_set(second_scale);
     for (int q = 0; q < STEP / LANES; q++)
       value[q] = vector_multiply(vector_multiply(value[q], unit), q < HALVES ? first : second);
+#ifdef store_bfloat16
+    /* The hardware rounds as the reference does, but flushes subnormal values to zero. A value is zero
+       or at least 1 / LINE_UNIT, so with these scales there are none. */
+    if (dtype == BFLOAT16 && first_scale >= 0x1p-100f && second_scale >= 0x1p-100f) {
+      for (int q = 0; q < STEP / LANES; q += 2)
+        store_bfloat16((uint16_t *)out + at + q * LANES, value[q], value[q + 1], streams);
+      continue;
+    }
+#endif
     if (dtype == FLOAT32)
       for (int q = 0; q < STEP / LANES; q++) {
         float *place = (float *)out + at + q * LANES;

@@ -97,7 +97,7 @@ static void restore_from_products(const matrix *w, int64_t from, int64_t to, int
                                   uint16_t *out, int dtype, int streams) {
   void (*look_up)(const uint8_t *, int64_t, const uint16_t *, uint16_t *) = look_up_16;
 #if defined(ON_X86)
-  if (restorer_for(w->codebook) == &gptj8_avx512_vbmi)
+  if (has_byte_permutations())
     look_up = streams ? look_up_16_streamed : look_up_16_stored;
 #else
   (void)streams;
