@@ -105,9 +105,9 @@ def multiply(
         across: whether to return x W, which adds up along the rows of W.
 
     Returns:
-        (..., rows), or (..., columns) if `across`, in the dtype of x. On a CPU that multiplies
-        bfloat16, the codebook is rounded to bfloat16, whereas restoring W rounds the products with
-        absmax. The results have the same error but are not bit-identical.
+        (..., rows), or (..., columns) if `across`, in the dtype of x. Nothing else is rounded to 16
+        bits, except if a CPU multiplies bfloat16 and the codebook does not consist of lines: it is
+        rounded then, whereas restoring W rounds the products with absmax.
     """
     if x.device.type == "cuda":
         scales = reference.scales_of(absmax, levels)

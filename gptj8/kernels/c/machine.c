@@ -117,7 +117,7 @@ int64_t gptj8_multiplies_bfloat16(void) {
 int64_t gptj8_most_rows(int64_t is_transposed) {
 #if defined(ON_X86)
   if (__builtin_cpu_is("amd")) return INT64_MAX;
-  if (has_avx512()) return is_transposed ? 16 : 64;
+  if (has_avx512()) return is_transposed ? 32 : 64;
   return is_transposed ? 32 : 128;
 #else
   return is_transposed ? 16 : 32; /* not measured */

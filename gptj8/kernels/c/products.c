@@ -39,10 +39,13 @@ static void multiply_add(const float *restored, int64_t count, const float *x, i
   }
 }
 
-/* Return whether gptj8_product and gptj8_product_transposed have kernels for a matrix. */
+/* Return whether gptj8_product and gptj8_product_transposed have kernels for a matrix: 2 if its
+   codebook consists of lines, which are fastest, 1 for others, 0 if there are none. */
 int64_t gptj8_multiplies(int64_t columns, const float *codebook) {
   const machine *with = multiplier_for(codebook);
-  return with && columns % with->step == 0;
+  lines unused;
+  if (!with || columns % with->step) return 0;
+  return lines_of(codebook, &unused) ? 2 : 1;
 }
 
 /* y (count, rows) = x (count, columns) W^T, for a matrix that gptj8_multiplies accepts. */
