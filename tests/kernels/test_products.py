@@ -116,16 +116,38 @@ def test_inputs_of_any_size(rows, block_size):
     plain = torch.randn(rows, 256)
     outliers = plain * torch.where(torch.arange(256) % 64 == 5, 1e4, 1.0)
     spread = plain * torch.logspace(-30, 10, 4).repeat_interleave(64)
-    for x in (plain * 1e30, plain * 1e-20, outliers, spread, torch.zeros(rows, 256)):
+    mixed = plain * torch.where(torch.arange(256) < 64, 1e-32, 0.0)
+    for x in (
+        *(plain * size for size in (1e30, 1e-20, 1e-28, 1e-32)),
+        *(outliers, spread, mixed, torch.zeros(rows, 256)),
+    ):
         exact, ours = x.double() @ weight.t(), dispatch.multiply(x, *arguments)
         assert float((ours - exact).norm()) <= 1e-6 * float(exact.norm())
     assert not dispatch.multiply(plain * 1e-38, *arguments).isnan().any()
-    for value in (float("nan"), float("inf"), float("-inf")):
+    for value in (float("nan"), float("inf"), float("-inf"), 3.402e38):
         x = plain.clone()
         x[-1, 77] = value
-        ours = dispatch.multiply(x, *arguments)
+        ours, exact = dispatch.multiply(x, *arguments), x.double() @ weight.t()
+        if value == 3.402e38:  # some products are too large for float32
+            assert torch.allclose(ours[-1], exact[-1].float(), rtol=1e-5)
+            continue
+        assert torch.equal(ours[-1].isnan(), exact[-1].isnan())
+        assert torch.equal(ours[-1].sign().nan_to_num(), exact[-1].sign().float().nan_to_num())
         assert not ours[-1].isfinite().any()
         assert ours[:-1].isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_weights_of_any_size(rows):
+    torch.manual_seed(0)
+    for size in (1e-30, 1e-20, 1e20):
+        q = quantize_blockwise(torch.randn(40, 256) * size, 64, scale_bits=8)
+        weight = reference.dequantize(q.codes, q.absmax, q.codebook, 64, torch.float64, q.levels)
+        x = torch.randn(rows, 256)
+        ours = dispatch.multiply(x, q.codes, q.absmax, q.codebook, 64, q.levels)
+        exact = x.double() @ weight.t()
+        assert float((ours - exact).norm()) <= 1e-6 * float(exact.norm())
 
 
 @compiled

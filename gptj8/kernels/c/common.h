@@ -8,6 +8,7 @@
 #ifndef GPTJ8_COMMON_H
 #define GPTJ8_COMMON_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -45,18 +45,20 @@ ALWAYS_INLINE void decode_pairs(const uint8_t *codes, const pair_tables *with, i
 }
 
 /* Split 64 numbers into integers of STEP / 2 even and odd numbers, upper and lower parts. Return the
-   value of 1 in the lower integers, NaN if a number is not finite. */
+   value of 1 in the upper integers, or -1 if a number is not finite or all are too small for powers of
+   two that float32 has. */
 static float split_block(const float *x, int16_t *parts) {
   float largest = 0;
   for (int i = 0; i < INPUT_BLOCK; i++) {
     float size = fabsf(x[i]);
-    if (!(size <= 3.4e38f)) return NAN;
+    if (!(size <= FLT_MAX)) return -1;
     largest = size > largest ? size : largest;
   }
-  if (largest < 0x1p-90f) { /* too small for the powers below; the sum is zero to float32 */
+  if (largest == 0) {
     memset(parts, 0, 2 * INPUT_BLOCK * sizeof *parts);
     return 0;
   }
+  if (largest < 0x1p-90f) return -1;
   int exponent;
   frexpf(largest, &exponent); /* largest < 2^exponent */
   float up = ldexpf(1.0f, LOWER_BITS - exponent), finer = (float)(1 << LOWER_BITS);
@@ -66,7 +68,7 @@ static float split_block(const float *x, int16_t *parts) {
     place[0] = (int16_t)upper;
     place[STEP] = (int16_t)lower;
   }
-  return ldexpf(1.0f, exponent - 2 * LOWER_BITS);
+  return ldexpf(1.0f, exponent - LOWER_BITS);
 }
 
 /* y[t] = row of W times row t of x, for ROWS rows whose parts are 2 * columns apart. */
@@ -100,16 +102,17 @@ ALWAYS_INLINE void multiply_parts(const matrix *w, const pair_tables *with, cons
         scale[t] = vector_set(scale_at(&w->scale, block) * unit);
         if (STEP > 32 && w->block_size == 32)
           scale[t] = vector_halves(scale[t], vector_set(scale_at(&w->scale, block + 1) * unit));
-        vector larger = vector_multiply(scale[t], vector_set((float)(1 << LOWER_BITS)));
-        total[t] = vector_multiply_add(vector_of(upper[t]), larger, total[t]);
-        total[t] = vector_multiply_add(vector_of(lower[t]), scale[t], total[t]);
+        vector smaller = vector_multiply(scale[t], vector_set(1.0f / (1 << LOWER_BITS)));
+        total[t] = vector_multiply_add(vector_of(upper[t]), scale[t], total[t]);
+        total[t] = vector_multiply_add(vector_of(lower[t]), smaller, total[t]);
       }
     }
   }
   for (int t = 0; t < rows; t++) y[t * w->rows] = vector_sum(total[t]);
 }
 
-/* Multiply one or two rows; return 0 if the matrix is not one for this way. `room` has `size` bytes. */
+/* Multiply one or two rows; return 0 if the matrix or the rows are not for this way, for example if a
+   number is infinite. `room` has `size` bytes. */
 static int multiply_few(const matrix *w, const float *x, int64_t count, int64_t from, int64_t to,
                         float *y, void *room, int64_t size) {
   pair_tables with;
@@ -118,8 +121,10 @@ static int multiply_few(const matrix *w, const float *x, int64_t count, int64_t 
     return 0;
   int16_t *parts = room;
   float *units = (float *)(parts + 2 * n);
-  for (int64_t at = 0; at < n; at += INPUT_BLOCK)
+  for (int64_t at = 0; at < n; at += INPUT_BLOCK) {
     units[at / INPUT_BLOCK] = split_block(x + at, parts + 2 * at);
+    if (units[at / INPUT_BLOCK] < 0) return 0;
+  }
   for (int64_t row = from; row < to; row++)
     if (count == 1)
       multiply_parts(w, &with, parts, units, row, 1, y + row);
