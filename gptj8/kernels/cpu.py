@@ -54,6 +54,8 @@ _ARGUMENTS = {
     "product_plain": 11,
     "linear_bfloat16": 12,
 }
+# A codebook of lines. Not a tensor: under torch's FakeTensorMode its address could not be taken.
+_LINES = (ctypes.c_float * _ENTRIES)(*((code - 128) / 128 for code in range(_ENTRIES)))
 # Waking a thread takes longer than processing fewer weights than this.
 _WEIGHTS_PER_THREAD = 1 << 18
 
@@ -264,7 +266,9 @@ def multiply(
 ) -> torch.Tensor:
     """Return x W^T, or x W if `across`, from the codes; see `dispatch.multiply`."""
     n, (out, columns) = codes.numel(), codes.shape
-    rows = x.numel() // x.shape[-1]
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows == 0:
+        raise QuantizationError(f"no kernel multiplies no rows (shape {tuple(x.shape)})")
     kernels = multiplies(columns, codebook)
     in_bfloat16 = not across and kernels < 2 and _is_in_bfloat16(x, rows, columns)
     dtype = torch.bfloat16 if in_bfloat16 else torch.float32
@@ -288,19 +292,27 @@ def multiply(
             raise QuantizationError(f"no kernel multiplies {rows} rows by this matrix")
         _call("product_plain", n, *arguments)
     else:
-        _call("product_transposed" if across else "product", n, *arguments)
+        _call("product_transposed" if across else "product", n * rows, *arguments)
     return y.to(x.dtype)
 
 
-def multiplies(columns: int, codebook: torch.Tensor) -> int:
+def multiplies(columns: int, codebook: torch.Tensor | None) -> int:
     """Return whether there are kernels for products with a matrix, for any number of rows.
+
+    Args:
+        columns: of the codes.
+        codebook: None: any codebook of lines.
 
     Returns:
         2 if its codebook consists of lines, which are fastest, 1 for others, 0 without kernels.
     """
     loaded = library()
+    if loaded is None:
+        return 0
+    if codebook is None:
+        return int(loaded.gptj8_multiplies(columns, ctypes.addressof(_LINES)))
     table = _checked(codebook, torch.float32, _ENTRIES)
-    return loaded.gptj8_multiplies(columns, table.data_ptr()) if loaded else 0
+    return int(loaded.gptj8_multiplies(columns, table.data_ptr()))
 
 
 def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor | None, across: bool) -> int:
@@ -316,7 +328,7 @@ def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor | None, acro
     if loaded is None or x.dtype not in DTYPES:
         return 0
     plain = 0 if across else MAX_ROWS
-    kernels = 2 if codebook is None else multiplies(columns, codebook)
+    kernels = multiplies(columns, codebook)
     if x.dtype != torch.float32 and x.dtype in native_dtypes():
         # With more rows, restoring to 16 bits and multiplying in them is faster.
         return _MOST_16_BIT_ROWS[has_tiles(x.dtype)] if kernels == 2 else plain
@@ -394,7 +406,8 @@ def _call(name: str, weights: int, *arguments: torch.Tensor | int | None) -> Non
 
     Args:
         name: the function's name without the prefix `gptj8_`.
-        weights: number of weights to process; small tensors get fewer threads.
+        weights: number of weights to process, for each row that they are multiplied by; small
+            tensors get fewer threads.
         arguments: checked tensors, integers, or None for an address of 0.
     """
     loaded = library()

@@ -175,19 +175,22 @@ def _compiled_works() -> bool:
     weights = torch.linspace(-3.0, 2.0, 5001, device="cpu").sin()
     codebook = torch.linspace(-1.0, 1.0, 256, device="cpu")
     codebook[127] = 0.0
+    lines = (torch.arange(256, device="cpu") - 128.0) / 128.0  # is decoded in another way
     results: dict[ModuleType, list[torch.Tensor]] = {cpu: [], reference: []}
     for module, found in results.items():
-        for dtype, block_size in itertools.product(cpu.DTYPES, (32, 64, 2048)):
+        for dtype, block_size, table in itertools.product(
+            cpu.DTYPES, (32, 64, 2048), (codebook, lines)
+        ):
             flat = weights.to(dtype)
             scales = module.absmax(flat, block_size)
             mass = module.histogram(flat, scales, scales.double().ceil(), block_size, 1024)
-            boundaries = reference.exact_midpoints(codebook)
+            boundaries = reference.exact_midpoints(table)
             codes = module.encode(flat, scales, boundaries, block_size)
-            restored = module.dequantize(codes, scales, codebook, block_size, dtype)
+            restored = module.dequantize(codes, scales, table, block_size, dtype)
             levels = torch.linspace(0.0, 3.0, 256, device="cpu")
             coded = (scales * 85).ceil().to(torch.uint8)
-            coarse = module.dequantize(codes, coded, codebook, block_size, dtype, levels=levels)
-            nearest = reference.nearest_values(codebook)
+            coarse = module.dequantize(codes, coded, table, block_size, dtype, levels=levels)
+            nearest = reference.nearest_values(table)
             searched = module.search_levels(flat, coded, levels, nearest, block_size, 8)
             found += [scales, mass, codes, restored, coarse, searched]
     agree = all(itertools.starmap(torch.equal, zip(*results.values(), strict=True)))

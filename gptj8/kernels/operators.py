@@ -49,8 +49,8 @@ class KeepingMatrices:
 
     Meant for the recomputation of a checkpointed block, right before its gradients, so that each
     matrix is restored only once for both. Only matrices restored in one piece are kept. This needs
-    memory for the matrices of one block in 16 bits, because matrices left over from another block
-    are dropped on entry. The context can be entered repeatedly, because a retained graph can be
+    memory for the matrices of one block, because matrices left over from another block are dropped
+    on entry. The context can be entered repeatedly, because a retained graph can be
     computed again.
     """
 
@@ -172,8 +172,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = _take_kept(ctx.quantized[0]) if _kept else None
-        if weight is not None and weight.dtype == grad.dtype:
-            grad_x = grad.matmul(weight.t() if ctx.transposed else weight)
+        if weight is not None and weight.dtype == dispatch.arithmetic_dtype(grad):
+            product = grad.to(weight.dtype).matmul(weight.t() if ctx.transposed else weight)
+            grad_x = product.to(grad.dtype)
         else:
             backward = torch.ops.gptj8.frozen_linear_backward
             grad_x = backward(grad, *ctx.quantized, ctx.block_size, ctx.transposed, ctx.levels)
@@ -276,7 +277,8 @@ def _(x, codes, absmax, codebook, bias, block_size, transposed, levels=None):  #
     _keeping.latest = None
     if _keeping.wanted and not is_multiplied_from_codes(x, codes, codebook, across=transposed):
         whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
-        _keeping.latest = x.new_empty(codes.shape) if whole else None
+        dtype = dispatch.arithmetic_dtype(x)
+        _keeping.latest = x.new_empty(codes.shape, dtype=dtype) if whole else None
     return x.new_empty(*x.shape[:-1], codes.shape[1 if transposed else 0])
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptj8.kernels import cpu, dispatch, operators, reference
 from gptj8.quantization.codebooks import dynamic_codebook, fit_codebook
@@ -249,3 +250,67 @@ def test_how_products_are_computed_is_described(monkeypatch):
     assert dispatch.describe_products(device, torch.float32).endswith("directly from the codes")
     monkeypatch.setattr(cpu, "most_rows", lambda *arguments: 8 if arguments[3] else 128)
     assert "up to 128 tokens (8 for gradients)" in dispatch.describe_products(device, torch.float32)
+
+
+@compiled
+def test_a_wrong_decoding_of_lines_is_noticed(monkeypatch):
+    """The kernels of codebooks of lines are others than those of a table."""
+    restore = cpu.dequantize
+
+    def damaged(codes, absmax, codebook, *arguments, **options):
+        restored = restore(codes, absmax, codebook, *arguments, **options)
+        return restored + 1 if torch.equal(codebook * 8192, (codebook * 8192).round()) else restored
+
+    assert dispatch._compiled_works.__wrapped__()
+    monkeypatch.setattr(cpu, "dequantize", damaged)
+    assert not dispatch._compiled_works.__wrapped__()
+
+
+@compiled
+@pytest.mark.parametrize("columns", [64, 96, 100])
+@pytest.mark.parametrize("across", [False, True])
+def test_unknown_codebooks_count_as_lines(columns, across):
+    lines = (torch.arange(256) - 128.0) / 128.0
+    for dtype in DTYPES:
+        x = torch.ones(1, dtype=dtype)
+        known = cpu.most_rows(x, columns, lines, across)
+        assert cpu.most_rows(x, columns, None, across) == known
+    assert cpu.multiplies(columns, None) == cpu.multiplies(columns, lines)
+
+
+@compiled
+def test_numbers_of_rows_that_a_kernel_cannot_have():
+    q = quantize_blockwise(torch.randn(64, 128), 64, scale_bits=8)
+    arguments = (q.codes, q.absmax, q.codebook, 64, q.levels)
+    with pytest.raises(QuantizationError, match="no rows"):
+        dispatch.multiply(torch.ones(0, 128), *arguments)
+    if cpu.multiplies(128, q.codebook):  # the kernels for bfloat16 have eight rows at most
+        x = torch.randn(9, 128).bfloat16()
+        weight = reference.dequantize(q.codes, q.absmax, q.codebook, 64, torch.float64, q.levels)
+        exact, ours = x.double() @ weight.t(), dispatch.multiply(x, *arguments)
+        assert float((ours - exact).norm() / exact.norm()) < TOLERANCE[torch.bfloat16]
+
+
+@compiled
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kept_matrices_are_used_without_units_for_16_bits(monkeypatch, transposed):
+    monkeypatch.setattr(cpu, "native_dtypes", lambda: (torch.float32,))
+    monkeypatch.setattr(dispatch, "most_rows", lambda *_: 0)
+    torch.manual_seed(0)
+    q = quantize_blockwise(torch.randn(96, 96), 64, scale_bits=8)
+    x = torch.randn(5, 96).bfloat16().requires_grad_()
+    arguments = (q.codes, q.absmax, q.codebook, None, 64, transposed, q.levels)
+    (wanted,) = torch.autograd.grad(torch.ops.gptj8.frozen_linear(x, *arguments).sum(), x)
+    with operators.KeepingMatrices():
+        y = torch.ops.gptj8.frozen_linear(x, *arguments).sum()
+    assert operators.kept_bytes() == 4 * q.codes.numel()
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "_restored_pieces", None)  # nothing is restored again
+        (found,) = torch.autograd.grad(y, x)
+    assert torch.equal(found, wanted)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in (x, *arguments)]
+        with operators.KeepingMatrices():
+            y = torch.ops.gptj8.frozen_linear(*fakes)
+        assert operators.kept_bytes() == 4 * q.codes.numel()
+        operators.drop_kept()
