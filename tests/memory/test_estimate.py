@@ -18,16 +18,18 @@ from benchmarks import memory as benchmark
 from gptj8.commands import main
 from gptj8.commands.estimate import parse_bytes
 from gptj8.dataset.prepared.examples import lengths_of
+from gptj8.kernels import cpu, dispatch, operators
 from gptj8.memory import estimate as estimating
 from gptj8.memory import measured_speed, process_memory
 from gptj8.memory.estimate import Estimator, Plan, plan_of
 from gptj8.memory.fitting import choose_fit
 from gptj8.memory.skeleton import build, optimizer_bytes, read_config, weigh
-from gptj8.memory.trace import Batch, _loss, _Recorder, trace_training_step
+from gptj8.memory.trace import Batch, _inside, _loss, _Recorder, trace_training_step
 from gptj8.memory.training_memory import TrainingMemory
 from gptj8.model.adapters import AdapterSpec, add_adapter
 from gptj8.model.loading import load_model
 from gptj8.params.sections import load_params, parse_params
+from gptj8.quantization.codec import quantize_blockwise
 from gptj8.runtime import machine, process
 from gptj8.runtime.errors import UserError
 from gptj8.training.activation_checkpointing import KINDS, set_checkpointing
@@ -143,6 +145,28 @@ def test_recorded_step_allocates_as_much_as_a_real_step(tiny_8bit_dir, checkpoin
     real = recorder.result()
     for phase, peak in recorded.peaks.items():
         assert sum(peak.values()) == pytest.approx(sum(real.peaks[phase].values()), rel=0.02), phase
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporary_memory_of_a_gradient_in_pieces(monkeypatch, dtype):
+    """On a CPU without units for 16 bits, as a real computation allocates it."""
+    monkeypatch.setattr(cpu, "native_dtypes", lambda: (torch.float32,))
+    monkeypatch.setattr(dispatch, "most_rows", lambda *_: 0)
+    monkeypatch.setattr(operators, "_PIECE", 16 * 256)
+    monkeypatch.setattr(operators, "_CACHED_PIECE", 16 * 256)
+    q = quantize_blockwise(torch.randn(1024, 256), 64)
+    grad = torch.randn(128, 1024).to(dtype)
+    arguments = (grad, q.codes, q.absmax, q.codebook, 64, False)
+    output = operators.frozen_linear_backward(*arguments)  # also allocates the reused buffer
+    recorder = _Recorder()
+    given = (grad, q.codes, q.absmax, q.codebook, dispatch._scratch.buffer)
+    recorder._numbers = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+    with recorder:
+        operators.frozen_linear_backward(*arguments)
+    allocated = sum(recorder.result().peaks["forward"].values())
+    inside, _ = _inside("gptj8::frozen_linear_backward", arguments, output)
+    assert allocated <= 1.02 * (inside + output.nbytes)
+    assert inside <= 1.35 * allocated
 
 
 def test_estimating_does_not_change_random_numbers(tmp_path):
