@@ -296,8 +296,8 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     size, restored = dtype.itemsize, rows * codes.shape[1] * dtype.itemsize
     if is_forward or rows == codes.shape[0]:
         return copies, restored
-    # A contiguous part of dy, its matrix product, the float32 sum; in another dtype also dy, and twice
-    # the width of the output.
+    # A contiguous part of dy, its matrix product, the float32 sum; in another dtype also dy and a
+    # wider output.
     part = x.numel() // codes.shape[0] * rows * size
     wider = size - x.element_size()
     converted = x.numel() * size + output.numel() * wider if wider else 0
