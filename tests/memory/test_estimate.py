@@ -534,8 +534,9 @@ def test_each_step_is_recorded_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_estimate_of_a_model_of_6b_takes_at_most_20_seconds_on_two_cores(project):
-    """Compares processor time, because other programs may be running."""
+def test_an_estimate_of_a_model_of_6b_takes_at_most_40_seconds_of_processor_time(project):
+    """Processor time, because other programs may be running. It is that of two processes, which run
+    side by side for a part of the time."""
     sizes = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
     config = gptj(vocab_size=50400, n_positions=2048, tie_word_embeddings=False, **sizes)
     folder = only_config(project / "large", config)
@@ -553,7 +554,7 @@ def test_an_estimate_of_a_model_of_6b_takes_at_most_20_seconds_on_two_cores(proj
     )
     assert done.returncode == 0, done.stderr
     seconds = float(done.stderr.splitlines()[-1])
-    assert seconds < 40  # of two processes at the same time
+    assert seconds < 40
     assert "that fits is" in done.stdout
 
 
