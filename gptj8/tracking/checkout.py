@@ -6,6 +6,7 @@ lie in a subfolder of its repository; it then does so in the checkout too.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ _KERNELS = Path("gptj8", "kernels", "c")
 def check_out(folder: Path, commit: str) -> Path:
     """Check out a commit and return the project's folder in it.
 
-    DVC there uses the workspace's cache, in the same layout.
+    DVC there uses the workspace's cache, in the same layout, and its remotes.
 
     Args:
         folder: folder of the worktree; replaced if it exists.
@@ -47,12 +48,7 @@ def check_out(folder: Path, commit: str) -> Path:
             f"commit {commit} has no dvc.yaml in this place, or no .dvc above it; run gptj8 "
             "reproduce where the project was at that commit"
         )
-    # DVC cannot write a path with umlauts itself, and `#` begins a comment outside quotes.
-    cache = str(cache_folder(root))
-    quote = "'" if '"' in cache else '"'
-    (settings / "config.local").write_text(
-        f"[cache]\n    dir = {quote}{cache}{quote}\n", encoding="utf-8"
-    )
+    _write_settings(settings / "config.local", root)
     return project
 
 
@@ -109,6 +105,28 @@ def provide_inputs(project: Path, tags: Mapping[str, str], environment: Mapping[
         if digest and _fetch(project, value, environment) and restore(digest, there, cache):
             continue
         raise UserError(_lost(key, value, digest, _is_there(here)))
+
+
+def _write_settings(file: Path, root: Path) -> None:
+    """Write the workspace's cache and remotes as settings of a checkout.
+
+    Relative paths in .dvc/config start at another folder there, and git does not have the
+    workspace's config.local.
+    """
+    from configobj import ConfigObj
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        merged = repo.config.load_config_to_level()
+    settings = {
+        "cache": {"dir": str(cache_folder(root))},
+        **{f'remote "{name}"': remote for name, remote in merged.get("remote", {}).items()},
+    }
+    if default := merged.get("core", {}).get("remote"):
+        settings["core"] = {"remote": default}
+    # DVC itself cannot write a path with umlauts.
+    with open(file, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        ConfigObj(settings, encoding="utf-8").write(stream)  # it may have a password
 
 
 def _is_there(path: Path) -> bool:

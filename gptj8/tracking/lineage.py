@@ -23,6 +23,8 @@ from gptj8.tracking.page import CHANGED_TAG
 
 # Results, which are not changes by the user: DVC writes dvc.lock, the stages write reports.
 _RESULTS = (":(exclude)dvc.lock", ":(exclude)**/dvc.lock", ":(exclude)reports")
+# Against settings of the user, such as diff.noprefix.
+_AS_GIT_APPLY_READS_IT = ("--no-textconv", "--no-relative", "--src-prefix=a/", "--dst-prefix=b/")
 # Characters that a hydra override may contain without quotes.
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+%@?")
 
@@ -64,6 +66,7 @@ def changes(folder: Path) -> str:
             "--binary",
             "--no-color",
             "--no-ext-diff",
+            *_AS_GIT_APPLY_READS_IT,
             "HEAD",
             "--",
             ".",
@@ -83,7 +86,8 @@ def unknown_files(folder: Path) -> str:
 
 def reproducing_command(folder: Path, commit: str) -> str:
     """Return the shell command that reproduces the run from a clone of the repository."""
-    patch = git("diff", "--name-only", "HEAD", "--", ".", *_RESULTS, folder=folder)
+    names = ("diff", "--name-only", "--relative", "HEAD", "--", ".")
+    patch = git(*names, *_RESULTS, folder=folder)
     start = f"git checkout {commit}"
     if not patch:
         return f"{start} && dvc repro"

@@ -128,6 +128,22 @@ def test_input_comes_from_the_remote(nested, tmp_path):
     assert (project / "rows.csv").read_text() == "text,label\na,b\n"
 
 
+@pytest.mark.parametrize("options", [(), ("--local",)], ids=["config", "config.local"])
+def test_input_comes_from_a_remote_beside_the_project(nested, options):
+    """DVC keeps a relative path in .dvc/config, and what is private in config.local."""
+    tags = tags_of(nested)
+    remote = ("remote", "add", *options, "--default", "--quiet", "shared", "../shared")
+    dvc(nested, *remote)
+    dvc(nested, "push", "--quiet", "rows.csv")
+    git(nested, "commit", "-qam", "a remote", "--allow-empty")
+    (nested / "rows.csv").unlink()
+    digest = tags["digest.data.train"]
+    (nested / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).unlink()
+    project = provided(nested, tags)
+    assert (project / "rows.csv").read_text() == "text,label\na,b\n"
+    assert (nested / ".dvc" / "config.local").exists() == bool(options)
+
+
 def test_lost_input_is_named(nested):
     tags = tags_of(nested) | {"digest.data.train": "0" * 32}
     with pytest.raises(UserError, match=r"data\.train = rows\.csv has changed since this run"):
@@ -159,6 +175,25 @@ def test_patch_keeps_encodings_and_line_ends(nested, tmp_path):
     git(nested, "checkout", "--", "old.csv")
     git(nested.parent, "apply", str(patch))
     assert file.read_bytes() == changed
+
+
+@pytest.mark.parametrize("setting", ["noprefix", "mnemonicPrefix", "relative"])
+def test_patch_does_not_depend_on_how_the_user_likes_diffs(nested, tmp_path, setting):
+    git(nested, "config", f"diff.{setting}", "true")
+    (nested / "dvc.yaml").write_text("stages: {}\n# changed\n")
+    patch = tmp_path / "changes.diff"
+    patch.write_text(lineage.changes(nested))
+    git(nested, "checkout", "--", "dvc.yaml")
+    git(nested.parent, "apply", str(patch))
+    assert (nested / "dvc.yaml").read_text() == "stages: {}\n# changed\n"
+
+
+def test_command_of_a_project_in_a_subfolder_overrides_its_params(nested):
+    content = "data: {train: rows.csv}\nmodel: {path: recipe/model}\nseed: 5\n"
+    (nested / "params.yaml").write_text(content)
+    head = git(nested, "rev-parse", "HEAD")
+    command = lineage.reproducing_command(nested, head)
+    assert command == f"git checkout {head} && dvc exp run -S seed=5"
 
 
 def whole_project(folder: Path, model: Path) -> Clone:
