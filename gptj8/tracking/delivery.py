@@ -25,10 +25,10 @@ from gptj8.runtime.errors import UserError
 from gptj8.runtime.locks import locked
 from gptj8.runtime.project import state_folder
 from gptj8.serving.logged_models import logged_model_of
-from gptj8.tracking.description import Changes, changes_since, run_note
+from gptj8.tracking.description import CHANGED_CODE_TAG, Changes, changes_since, run_note
 from gptj8.tracking.identity import artifact_location
 from gptj8.tracking.journal import Event, now, read_events, read_state, update_state
-from gptj8.tracking.page import NOTE_TAG, experiment_tags
+from gptj8.tracking.page import CHANGED_TAG, NOTE_TAG, experiment_tags
 from gptj8.tracking.rows import (
     KEY_TAG,
     RECIPE_TAG,
@@ -36,6 +36,7 @@ from gptj8.tracking.rows import (
     find_made_row,
     find_row,
     find_run,
+    is_whole,
 )
 from gptj8.tracking.server_errors import is_permanent, is_race, reach
 
@@ -110,6 +111,7 @@ class Delivery:
         self._params: dict[str, str] = {}
         self._known: dict[str, set[tuple[int, float]]] = {}
         self._again = False
+        self._is_whole_of_another = False
 
     def advance(self) -> bool:
         """Send the events written since the last call; return whether the journal has ended.
@@ -175,7 +177,10 @@ class Delivery:
         self._again = f"stage.{event['stage']}" in self._tags
         missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
         self._log_params(missing)
-        self._client.update_run(self.run_id, status="RUNNING")
+        owner = run.data.tags.get(WORKSPACE_TAG)
+        self._is_whole_of_another = owner != event.get("workspace") and is_whole(run)
+        if not self._is_whole_of_another:
+            self._client.update_run(self.run_id, status="RUNNING")
 
     def _row(self, event: Event) -> Any:
         place = self._client, self._experiment_id, event["key"]
@@ -195,6 +200,11 @@ class Delivery:
             names = self._tags.get(EXPERIMENTS_TAG, "").split("\n")
             tags[EXPERIMENTS_TAG] = "\n".join(dict.fromkeys([*filter(None, names), name]))
         self._set_tags(tags)
+        if "mlflow.source.git.commit" in tags:  # changes since an earlier commit are none now
+            for key in (CHANGED_TAG, CHANGED_CODE_TAG):
+                if key in self._tags and key not in tags:
+                    self._client.delete_tag(self.run_id, key)
+                    del self._tags[key]
 
     def _on_artifact(self, event: Event) -> None:
         path, folder = self.journal / event["file"], event["folder"]
@@ -257,6 +267,8 @@ class Delivery:
         self._set_tags({tag: event["origin"]})
 
     def _on_end(self, event: Event) -> None:
+        if self._is_whole_of_another and event["status"] != "FINISHED":
+            return  # a repetition that fails here takes nothing from what another clone completed
         if event.get("error"):
             self._set_tags({ERROR_TAG: event["error"][:5000]})
         run = self._client.get_run(self.run_id)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 from mlflow import MlflowClient
@@ -11,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gptj8.params.sections import PARAMS_FILE, Params, parse_params, resolved
+from gptj8.runtime.dvc_digests import IGNORE_FILE
 from gptj8.runtime.errors import UserError
 from gptj8.tracking.delivery import EXPERIMENTS_TAG, connect
 from gptj8.tracking.identity import (
@@ -22,7 +27,12 @@ from gptj8.tracking.identity import (
     workspace_id,
 )
 from gptj8.tracking.lineage import git
-from gptj8.tracking.provenance import DVC_FILE, locked_code_digests
+from gptj8.tracking.provenance import (
+    DVC_FILE,
+    code_digests,
+    code_paths,
+    locked_code_digests,
+)
 from gptj8.tracking.rows import RECIPE_TAG, find_made_row, runs_with
 from gptj8.tracking.server_errors import explain, reach
 
@@ -123,8 +133,9 @@ def recipe_at(commit: str) -> str | None:
         )
         params = parse_params(content)
         stages = lock["stages"].values()
-        code = locked_code_digests(declared, lock)
-    except (YAMLError, UserError, TypeError, KeyError, AttributeError):
+        # dvc.lock knows the code of the last run, and generated code, which git does not have.
+        code = locked_code_digests(declared, lock) | _code_of(commit, declared)
+    except (YAMLError, UserError, TypeError, KeyError, AttributeError, TarError):
         return None
     digests = {
         dep["path"].removesuffix("/."): dep.get("md5")
@@ -134,6 +145,20 @@ def recipe_at(commit: str) -> str | None:
     inputs = {key: digests.get(path.removesuffix("/")) for key, path in params.inputs.items()}
     known = {key: digest for key, digest in inputs.items() if digest}
     return recipe_digest(resolved(params), known, code) if len(known) == len(inputs) else None
+
+
+def _code_of(commit: str, declared: Any) -> dict[str, str]:
+    """Return the result of `code_digests` for the files that git has in a commit."""
+    names = (DVC_FILE, IGNORE_FILE, *code_paths(declared))
+    listed = git("ls-tree", "--name-only", "-z", commit, "--", *names, strip=False) or ""
+    with tempfile.TemporaryDirectory(prefix="gptj8-code-") as scratch:
+        folder, archive = Path(scratch) / "code", Path(scratch) / "code.tar"
+        (folder / ".dvc").mkdir(parents=True)
+        found = listed.rstrip("\0").split("\0")
+        if git("archive", "--format=tar", f"--output={archive}", commit, "--", *found) is None:
+            return {}
+        shutil.unpack_archive(archive, folder, "tar", filter="data")
+        return code_digests(folder)
 
 
 def _experiment(name: str) -> str | None:

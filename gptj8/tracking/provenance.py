@@ -66,9 +66,7 @@ def code_digests(folder: Path = Path()) -> dict[str, str]:
         return {}  # not a DVC project, so nothing says which files count
     declared = YAML(typ="safe", pure=True).load(file)
     return {
-        path: dvc_digest(folder / path)
-        for path in _code_paths(declared)
-        if (folder / path).exists()
+        path: dvc_digest(folder / path) for path in code_paths(declared) if (folder / path).exists()
     }
 
 
@@ -83,10 +81,10 @@ def locked_code_digests(declared: Any, lock: Any) -> dict[str, str]:
         for stage in lock["stages"].values()
         for dep in stage.get("deps", ())
     }
-    return {path: locked[path] for path in _code_paths(declared) if path in locked}
+    return {path: locked[path] for path in code_paths(declared) if path in locked}
 
 
-def _code_paths(declared: Any) -> list[str]:
+def code_paths(declared: Any) -> list[str]:
     """Return the deps that are neither inputs named by params nor outputs of a stage, sorted."""
     stages = (declared or {}).get("stages") or {}
     made = {out for stage in stages.values() for kind in _OUTPUTS for out in _paths(stage, kind)}

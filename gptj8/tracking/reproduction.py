@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +63,8 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     evidence = _download(client, run_id, "lineage", project)
     for line in _other_libraries(evidence):
         print(f"warning: {line}", file=sys.stderr)
-    patch = evidence / "changes.diff"
-    if patch.is_file() and git("apply", "--binary", str(patch), folder=folder) is None:
+    patch = recorded_patch(tags, evidence)
+    if patch is not None and git("apply", "--binary", str(patch), folder=folder) is None:
         raise UserError(f"the recorded changes of run {run_id} do not apply to commit {commit}")
     environment = _environment()
     share_kernels(project)
@@ -78,6 +79,20 @@ def reproduce(run: Any, client: MlflowClient) -> Reproduction:
     made = _digests(project / ADAPTER)
     differing = [n for n in sorted(recorded | made) if recorded.get(n) != made.get(n)]
     return Reproduction(differing, project)
+
+
+def recorded_patch(tags: Mapping[str, str], evidence: Path) -> Path | None:
+    """Return the changes that a run was made with, or None if there were none.
+
+    A run that was repeated after its changes were committed still has their file, because MLflow
+    removes no artifacts.
+
+    Args:
+        tags: tags of the run.
+        evidence: downloaded folder `lineage` of the run.
+    """
+    patch = evidence / "changes.diff"
+    return patch if patch.is_file() and tags.get("git.dirty") != "false" else None
 
 
 def _environment() -> dict[str, str]:

@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from gptj8.params.sections import load_params
-from gptj8.tracking import identity, lookup, provenance
+from gptj8.runtime.errors import UserError
+from gptj8.tracking import identity, lookup, provenance, reproduction
 from gptj8.tracking.stage import stage_run
 from tests.helpers.paths import ROOT
 from tests.helpers.tracked_project import params, report, runs
@@ -83,6 +84,36 @@ def test_changed_code_gives_a_new_row_and_the_old_commit_has_its_own(pipeline):
         found = lookup.find(revision, load_params())[0]
         assert found.data.metrics["finetune/eval_loss"] == loss
     assert lookup.find(None, load_params())[0].data.metrics["finetune/eval_loss"] == 0.5
+
+
+def test_commit_of_code_that_did_not_run_has_no_row(pipeline):
+    """dvc.lock has the digests of the last run, which are not those of the commit's code."""
+    train(1.0)
+    lock_and_commit(pipeline)
+    (pipeline / "train.py").write_text("print(2)\n")
+    new = commit(pipeline)
+    with pytest.raises(UserError, match="has no run in gptj8"):
+        lookup.find(new, load_params())
+
+
+def test_rerun_from_a_clean_commit_forgets_the_earlier_changes(pipeline):
+    """The row is the same, because the same code and params make it."""
+    commit(pipeline)
+    (pipeline / "params.yaml").write_text(PARAMS + "seed: 5\n")
+    (pipeline / "train.py").write_text("print(2)\n")
+    train(1.0)
+    (row,) = runs()[1]
+    assert row.data.tags["params.changed"] == "seed=5"
+    assert row.data.tags["code.changed"] == "train.py"
+    head = commit(pipeline)
+    train(1.0)
+    client, (row,) = runs()
+    assert row.data.tags["mlflow.source.git.commit"] == head
+    assert not {"params.changed", "code.changed"} & row.data.tags.keys()
+    assert "Changed" not in row.data.tags["mlflow.note.content"]
+    lineage = Path(client.download_artifacts(row.info.run_id, "lineage"))
+    assert (lineage / "changes.diff").is_file()  # of the first time; the commit has these changes
+    assert reproduction.recorded_patch(row.data.tags, lineage) is None
 
 
 def test_the_same_again_and_the_old_code_again_go_on_with_their_rows(pipeline):

@@ -59,6 +59,24 @@ def test_clone_goes_on_with_a_row_that_another_has_completed(clones, monkeypatch
     assert len(runs(uri=database)[1]) == 1
 
 
+@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt])
+def test_failure_of_a_clone_leaves_what_another_has_completed(clones, monkeypatch, reason):
+    first, second, database = clones
+    monkeypatch.chdir(first)
+    for stage in STAGES:
+        run_stage(stage, 1.0)
+    monkeypatch.chdir(second)
+    run_stage("validate", 1.0)
+    with pytest.raises(reason), stage_run("convert", params()):
+        raise reason
+    whole = [row for row in runs(uri=database)[1] if row.info.status == "FINISHED"]
+    assert len(whole) == 1
+    assert "gptj8.error" not in whole[0].data.tags
+    for stage in STAGES:  # and it goes on
+        run_stage(stage, 1.0)
+    assert {row.info.status for row in runs(uri=database)[1]} == {"FINISHED"}
+
+
 def test_clone_starts_its_own_row_beside_one_that_failed(clones, monkeypatch):
     first, second, database = clones
     monkeypatch.chdir(first)
