@@ -15,11 +15,19 @@ row of a tile, one absmax is loaded per tile row; otherwise one is loaded per we
 Products are summed in float32 registers, with one partial sum per row of x and weight of a tile,
 and the partial sums are reduced at the end.
 
-Alternative considered: tensor cores for two or more rows; they were rejected because they always
-multiply 16 rows, and need weights rounded to 16 bits and compute capability 8.0. Triton's pipeline
-for them moves every lookup through shared memory; without it, a matrix of 4096 rows gives too few
-programs to saturate the memory of a large GPU. This judgement is based on the compiled code, not on
-timings.
+Alternatives considered; these judgements are based on the compiled code, not on timings:
+
+- Tensor cores for two or more rows. They always multiply 16 rows, and need weights rounded to 16
+  bits and compute capability 8.0. Triton's pipeline for them moves every lookup through shared
+  memory; without it, a matrix of 4096 rows gives too few programs to saturate the memory of a large
+  GPU.
+- Decoding codebooks of lines (`gptj8.quantization.codebooks`) with arithmetic, as the CPU kernels
+  do. On compute capabilities 7.5 to 9.0 `linear` with one row takes 7.7 to 8.0 instructions per
+  weight with the lookup, 10.1 to 10.3 with one warp shuffle per weight in its place, and 13.5 to
+  13.8 with byte permutations in registers; with 8 rows 18, 20 and 23 to 24; `dequantize` 12 to 13,
+  15 to 16 and 18 to 19. Both use 96 registers instead of 72 with one row. The shuffle also relies
+  on lanes that hold different values of what Triton takes for one. `benchmarks.gpu_code` prints the
+  figures.
 
 The module can be imported without Triton, and nothing is compiled before the first call. With
 TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly; they are tested this way on machines
