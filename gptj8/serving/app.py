@@ -103,7 +103,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(access.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Stainless-*"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own
         )
     add_handlers(app)
     app.include_router(_public_routes(engine, access))

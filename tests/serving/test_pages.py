@@ -108,7 +108,9 @@ def asked_by_page(url, origin):
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,content-type",
+        # The last two are sent by OpenAI's client for JavaScript.
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang,"
+        "x-stainless-retry-count",
     }
     before = requests.options(f"{url}/v1/completions", headers=headers, timeout=10)
     after = requests.post(f"{url}/generate", json={}, headers={"Origin": origin}, timeout=10)
