@@ -8,7 +8,7 @@ always one line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -81,8 +81,8 @@ def add_handlers(app: FastAPI) -> None:
         if "json" not in kind:
             reason = f"send JSON with Content-Type: application/json, not {kind!r}"
             return problem(request.url.path, RejectedError(415, reason))
-        found = error.errors()
-        reason = "; ".join(map(explain, found[:_MAX_PROBLEMS]))
+        found = _clear(error.errors(), error.body)
+        reason = "; ".join(list(dict.fromkeys(map(explain, found)))[:_MAX_PROBLEMS])
         param = name_of(found[0]) or None
         return problem(request.url.path, RejectedError(422, reason, param=param))
 
@@ -97,3 +97,37 @@ def add_handlers(app: FastAPI) -> None:
 
 def _as_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     return dict(headers or {})
+
+
+def _clear(found: Sequence[Any], body: Any) -> list[Any]:
+    """Return pydantic's errors with the places of the body where they are.
+
+    A value that may have several types has the errors of each type. That it has another type is
+    left out if there is an error of a type that it has.
+    """
+    placed = [{**each, "loc": _place(each, body)} for each in found]
+    return [
+        each
+        for each in placed
+        if not each["type"].endswith("_type")
+        or not any(
+            other["loc"][: len(each["loc"])] == each["loc"]
+            and (len(other["loc"]) > len(each["loc"]) or not other["type"].endswith("_type"))
+            for other in placed
+        )
+    ]
+
+
+def _place(found: Any, body: Any) -> tuple[Any, ...]:
+    """Return the keys and indices that lead to an error, without pydantic's names of types."""
+    parts = found["loc"][1:]  # the first is "body"
+    place: list[Any] = []
+    for number, part in enumerate(parts, 1):
+        is_missing = found["type"] == "missing" and number == len(parts)
+        if isinstance(body, dict) and (part in body or is_missing):
+            place.append(part)
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            place.append(part)
+            body = body[part]
+    return tuple(place)

@@ -300,12 +300,14 @@ BAD = [
     ({"top_p": 0}, "top_p", "top_p: "),
     ({"n": 0}, "n", "n: "),
     ({"n": 17}, "n", "n: "),
-    ({"prompt": ["a"] * 17}, None, "prompt"),
-    ({"prompt": ""}, None, "prompt"),
+    ({"prompt": ["a"] * 17}, "prompt", "prompt: list should have at most 16 items"),
+    ({"prompt": ""}, "prompt", "prompt: string should have at least 1 character"),
+    ({"prompt": []}, "prompt", "prompt: list should have at least 1 item"),
+    ({"prompt": ["a", ""]}, "prompt.1", "prompt.1: string should have at least 1 character"),
     ({"prompt": [999]}, "prompt", "999 is not a token"),
     ({"prompt": "fox " * 300}, "prompt", "the model has 128 positions"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, None, "stop"),
-    ({"stop": ""}, None, "stop"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "stop: list should have at most 4 items"),
+    ({"stop": ""}, "stop", "stop: string should have at least 1 character"),
     ({"logprobs": 6}, "logprobs", "logprobs: "),
     ({"echo": True}, None, "echo is not supported"),
     ({"suffix": "x"}, None, "suffix is not supported"),
@@ -324,6 +326,7 @@ def test_bad_values_raise_bad_request(client, change, param, reason):
     error = raised.value
     assert reason in error.body["message"]
     assert "\n" not in error.body["message"]
+    assert "constrained" not in error.body["message"]  # pydantic's names of types
     assert error.type == "invalid_request_error"
     if param:
         assert error.param == param
