@@ -11,8 +11,10 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+
+_MOST_FAILURES = 1000
 
 
 @contextmanager
@@ -24,7 +26,8 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
         wait: wait for the lock, which is then always acquired.
 
     Raises:
-        NotADirectoryError: if a file is in the place of the directory.
+        OSError: if the file cannot be created, for example because another file is in the place of
+            its directory.
     """
     held = _acquire(file, wait)
     if held is None:
@@ -39,16 +42,26 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _acquire(file: Path, wait: bool) -> ExitStack | None:
+    failures = 0
     while True:
         if file.parent.is_file():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(file.parent))
-        # Both errors mean that the directory was deleted or created at this moment.
-        with ExitStack() as attempt, suppress(FileNotFoundError, FileExistsError):
+        with ExitStack() as attempt, _passing(failures >= _MOST_FAILURES):
+            failures += 1
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = attempt.enter_context(open(file, "w"))
+            failures = 0
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return None
             if os.fstat(lock.fileno()).st_ino == file.stat().st_ino:
                 return attempt.pop_all()
+
+
+def _passing(is_last: bool) -> AbstractContextManager[None]:
+    """Suppress errors that mean that the directory was deleted or created at this moment.
+
+    A link to nowhere in the place of the directory, and /proc, cause them each time.
+    """
+    return nullcontext() if is_last else suppress(FileNotFoundError, FileExistsError)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from gptj8.runtime.locks import locked
 
 COUNT = """
@@ -34,6 +36,12 @@ def test_a_second_process_is_told_that_the_lock_is_taken(tmp_path):
     with locked(tmp_path / "a.lock"):
         assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
     assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
+    (tmp_path / "folder").symlink_to("nowhere")
+    with pytest.raises(FileExistsError), locked(tmp_path / "folder" / "a.lock", wait=False):
+        pass
 
 
 def test_no_update_is_lost_although_every_holder_deletes_the_file(tmp_path):
