@@ -81,6 +81,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--input needs a fine-tuned model, which knows its columns; set --adapter")
     if arguments.temperature > 0 and arguments.seed is None:
         raise UserError("--temperature with --input needs --seed, to go on after an interruption")
+    if source.exists() and not source.is_file():  # a pipe can be read only once
+        raise UserError(f"--input {source} is not a regular file; name a file of rows")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file")
     if not output.parent.is_dir():

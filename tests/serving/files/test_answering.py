@@ -284,6 +284,8 @@ def test_invalid_files_are_refused(exports, tiny_8bit_dir, tmp_path, content, op
         (["--temperature", "1"], "needs --seed"),
         (["--adapter", "none"], "--input needs a fine-tuned model"),
         (["--adapter", "nowhere"], "--adapter nowhere does not exist"),
+        (["--input", "."], "--input . is not a regular file"),
+        (["--input", "/dev/null"], "--input /dev/null is not a regular file"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "5000"], "leaves no room for a prompt"),
     ],
