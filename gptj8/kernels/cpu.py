@@ -13,6 +13,7 @@ ARM), `avx512`, `avx512_vbmi`.
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import importlib.machinery
 import os
@@ -54,10 +55,23 @@ _ARGUMENTS = {
     "product_plain": 11,
     "linear_bfloat16": 12,
 }
-# A codebook of lines. Not a tensor: under torch's FakeTensorMode its address could not be taken.
-_LINES = (ctypes.c_float * _ENTRIES)(*((code - 128) / 128 for code in range(_ENTRIES)))
 # Waking a thread takes longer than processing fewer weights than this.
 _WEIGHTS_PER_THREAD = 1 << 18
+
+
+class Kind(enum.Enum):
+    """A codebook whose values are unknown, because tensors are fake.
+
+    Not a tensor of examples: under torch's FakeTensorMode its address could not be taken.
+    """
+
+    LINES = (ctypes.c_float * _ENTRIES)(*((code - 128) / 128 for code in range(_ENTRIES)))
+    OTHER = (ctypes.c_float * _ENTRIES)(*(((code - 128) / 128) ** 3 for code in range(_ENTRIES)))
+
+    @classmethod
+    def of(cls, block_size: int) -> Kind:
+        """Return the kind of a codebook that was fitted to blocks of this size."""
+        return cls.LINES if block_size <= reference.LINES_BLOCK else cls.OTHER
 
 
 @functools.cache
@@ -296,12 +310,12 @@ def multiply(
     return y.to(x.dtype)
 
 
-def multiplies(columns: int, codebook: torch.Tensor | None) -> int:
+def multiplies(columns: int, codebook: torch.Tensor | Kind) -> int:
     """Return whether there are kernels for products with a matrix, for any number of rows.
 
     Args:
         columns: of the codes.
-        codebook: None: any codebook of lines.
+        codebook: float32 (256,), or its kind.
 
     Returns:
         2 if its codebook consists of lines, which are fastest, 1 for others, 0 without kernels.
@@ -309,19 +323,19 @@ def multiplies(columns: int, codebook: torch.Tensor | None) -> int:
     loaded = library()
     if loaded is None:
         return 0
-    if codebook is None:
-        return int(loaded.gptj8_multiplies(columns, ctypes.addressof(_LINES)))
+    if isinstance(codebook, Kind):
+        return int(loaded.gptj8_multiplies(columns, ctypes.addressof(codebook.value)))
     table = _checked(codebook, torch.float32, _ENTRIES)
     return int(loaded.gptj8_multiplies(columns, table.data_ptr()))
 
 
-def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor | None, across: bool) -> int:
+def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor | Kind, across: bool) -> int:
     """Return the most rows for which `multiply` is the fastest way, 0 if it is impossible.
 
     Args:
         x: a tensor with the dtype of the input.
         columns: of the codes.
-        codebook: None if its values are unknown; then it is assumed to be one of lines.
+        codebook: float32 (256,), or its kind.
         across: see `multiply`.
     """
     loaded = library()

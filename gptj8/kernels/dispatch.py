@@ -70,11 +70,13 @@ def dequantize(
     return restored if out is None else out.copy_(restored)
 
 
-def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor, across: bool) -> int:
+def most_rows(
+    x: torch.Tensor, columns: int, codebook: torch.Tensor, block_size: int, across: bool
+) -> int:
     """Return the most rows of x for which `multiply` is faster than restoring W.
 
-    Returns 0 if `multiply` is unavailable. Arguments are those of `multiply`; fake tensors are
-    allowed.
+    Returns 0 if `multiply` is unavailable. Arguments are those of `multiply`. Fake tensors are
+    allowed; their codebook is taken for the fitted one of the block size.
     """
     if x.dtype not in cpu.DTYPES:
         return 0
@@ -83,7 +85,9 @@ def most_rows(x: torch.Tensor, columns: int, codebook: torch.Tensor, across: boo
     if x.device.type != "cpu" or not _compiled_works():
         return 0
     is_fake = isinstance(codebook, FakeTensor) or codebook.device.type == "meta"
-    return cpu.most_rows(x, columns, None if is_fake else codebook, across)
+    if is_fake:
+        return cpu.most_rows(x, columns, cpu.Kind.of(block_size), across)
+    return cpu.most_rows(x, columns, codebook, across)
 
 
 def multiply(
@@ -158,7 +162,7 @@ def describe_products(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu" or not _compiled_works():
         return named
     x = torch.empty(0, dtype=dtype, device="cpu")
-    forward, backward = (cpu.most_rows(x, 64, None, across) for across in (False, True))
+    forward, backward = (cpu.most_rows(x, 64, cpu.Kind.LINES, across) for across in (False, True))
     if min(forward, backward) >= 1 << 32:
         return f"{named}, directly from the codes"
     return (

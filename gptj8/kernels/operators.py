@@ -102,7 +102,7 @@ def frozen_linear(
     columns = codes.shape[0 if transposed else 1]
     if x.dim() == 0 or x.shape[-1] != columns:
         raise RuntimeError(f"x has shape {tuple(x.shape)}; its last dimension must be {columns}")
-    if is_multiplied_from_codes(x, codes, codebook, across=transposed):
+    if is_multiplied_from_codes(x, codes, codebook, block_size, across=transposed):
         y = dispatch.multiply(x, codes, absmax, codebook, block_size, levels, across=transposed)
         return y if bias is None else y.add_(bias)
     wanted, dtype = x.dtype, dispatch.arithmetic_dtype(x)
@@ -135,7 +135,7 @@ def frozen_linear_backward(
     levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of x (..., in), given the gradient of y (..., out)."""
-    if is_multiplied_from_codes(grad, codes, codebook, across=not transposed):
+    if is_multiplied_from_codes(grad, codes, codebook, block_size, across=not transposed):
         return dispatch.multiply(
             grad, codes, absmax, codebook, block_size, levels, across=not transposed
         )
@@ -151,11 +151,11 @@ def frozen_linear_backward(
 
 
 def is_multiplied_from_codes(
-    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, across: bool
+    x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, block_size: int, across: bool
 ) -> bool:
     """Return whether a product is computed without restoring W; see `dispatch.multiply`."""
     rows = x.numel() // max(1, x.shape[-1])
-    return 0 < rows <= dispatch.most_rows(x, codes.shape[1], codebook, across)
+    return 0 < rows <= dispatch.most_rows(x, codes.shape[1], codebook, block_size, across)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -275,7 +275,9 @@ torch.library.register_autograd(
 @torch.library.register_fake("gptj8::frozen_linear", lib=_LIBRARY)
 def _(x, codes, absmax, codebook, bias, block_size, transposed, levels=None):  # type: ignore[no-untyped-def]
     _keeping.latest = None
-    if _keeping.wanted and not is_multiplied_from_codes(x, codes, codebook, across=transposed):
+    if _keeping.wanted and not is_multiplied_from_codes(
+        x, codes, codebook, block_size, across=transposed
+    ):
         whole = piece_rows(x, codes.shape, block_size, transposed) >= len(codes)
         dtype = dispatch.arithmetic_dtype(x)
         _keeping.latest = x.new_empty(codes.shape, dtype=dtype) if whole else None

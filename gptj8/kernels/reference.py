@@ -20,6 +20,8 @@ _PIECE = 1 << 22
 
 # Of `search_levels`. An error is counted in steps of 1 / SEARCH_UNIT of the scale, up to
 # SEARCH_LIMIT steps, so that the squares of 128 errors fit into 32 bits.
+LINES_BLOCK = 128
+"""Longest block for which a fitted codebook consists of lines (`quantization.codebooks`)."""
 SEARCH_CELLS = 4096
 SEARCH_UNIT = 1 << 16
 SEARCH_LIMIT = 4095

@@ -290,7 +290,7 @@ def _inside(name: str, args: Any, output: Any) -> tuple[int, int]:
     across = transposed if is_forward else not transposed
     dtype = dispatch.arithmetic_dtype(x)
     copies = 0 if dtype == x.dtype else (x.numel() + output.numel()) * dtype.itemsize
-    if operators.is_multiplied_from_codes(x, codes, args[3], across):
+    if operators.is_multiplied_from_codes(x, codes, args[3], block_size, across):
         return copies, 0
     rows = operators.piece_rows(x, codes.shape, block_size, transposed)
     size, restored = dtype.itemsize, rows * codes.shape[1] * dtype.itemsize

@@ -33,8 +33,6 @@ CODEBOOK_SIZE = 256
 # enough to stay in a CPU cache while 200 million weights are counted.
 HISTOGRAM_BINS = 1 << 15
 _LLOYD_ITERATIONS = 200
-LINES_BLOCK = 128
-"""Longest block for which the fitted codebook consists of lines."""
 # Starts and slopes are integers in this unit, with slopes up to 255: a byte, and products that fit
 # into 16 bits. LINE_UNIT of the kernels (common.h) must equal it.
 _LINE_UNIT = 8192

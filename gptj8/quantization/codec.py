@@ -30,7 +30,6 @@ from gptj8.kernels import dispatch, reference
 from gptj8.quantization.codebooks import (
     CODEBOOK_SIZE,
     HISTOGRAM_BINS,
-    LINES_BLOCK,
     dynamic_codebook,
     fit_codebook,
 )
@@ -276,4 +275,4 @@ def _fit(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Ten
     unit = 2.0 ** (52 - math.ceil(math.log2(flat.numel())))
     block_mass = (absmax / largest).double().square().mul_(unit).round_()
     mass = dispatch.backend(flat).histogram(flat, absmax, block_mass, block_size, HISTOGRAM_BINS)
-    return fit_codebook(mass.cpu(), in_lines=block_size <= LINES_BLOCK)
+    return fit_codebook(mass.cpu(), in_lines=block_size <= reference.LINES_BLOCK)

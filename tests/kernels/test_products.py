@@ -45,7 +45,7 @@ for out, columns in ((7, 64), (50, 192), (131, 576), (70, 1152), (9, 4096), (12,
                 for across in (False, True):
                     for dtype in cpu.DTYPES:
                         x = torch.randn(rows, out if across else columns, dtype=dtype)
-                        if rows > dispatch.most_rows(x, columns, q.codebook, across):
+                        if rows > dispatch.most_rows(x, columns, q.codebook, block_size, across):
                             continue
                         exact = x.double() @ (weight.double() if across else weight.double().t())
                         note(dispatch.multiply(x, *arguments, across), exact, x)
@@ -110,7 +110,7 @@ def test_inputs_of_any_size(rows, block_size):
         q.codes, q.absmax, q.codebook, block_size, torch.float64, q.levels
     )
     arguments = (q.codes, q.absmax, q.codebook, block_size, q.levels)
-    if rows > dispatch.most_rows(torch.ones(1), 256, q.codebook, False):
+    if rows > dispatch.most_rows(torch.ones(1), 256, q.codebook, block_size, False):
         with pytest.raises(QuantizationError, match=f"no kernel multiplies {rows} rows"):
             dispatch.multiply(torch.ones(rows, 256), *arguments)
         return
@@ -267,15 +267,18 @@ def test_a_wrong_decoding_of_lines_is_noticed(monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("block_size", [32, 128, 256, 4096])
 @pytest.mark.parametrize("columns", [64, 96, 100])
 @pytest.mark.parametrize("across", [False, True])
-def test_unknown_codebooks_count_as_lines(columns, across):
-    lines = (torch.arange(256) - 128.0) / 128.0
+def test_codebooks_of_fake_tensors_are_those_of_their_block_size(columns, across, block_size):
+    q = quantize_blockwise(torch.randn(64, 512), block_size)
+    assert cpu.multiplies(columns, cpu.Kind.of(block_size)) == cpu.multiplies(columns, q.codebook)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q.codebook)
     for dtype in DTYPES:
         x = torch.ones(1, dtype=dtype)
-        known = cpu.most_rows(x, columns, lines, across)
-        assert cpu.most_rows(x, columns, None, across) == known
-    assert cpu.multiplies(columns, None) == cpu.multiplies(columns, lines)
+        known = dispatch.most_rows(x, columns, q.codebook, block_size, across)
+        assert dispatch.most_rows(x, columns, fake, block_size, across) == known
 
 
 @compiled
