@@ -170,7 +170,7 @@ def test_a_browser_can_read_the_documentation_and_authorize(guarded):
     described = requests.get(guarded + "/openapi.json", timeout=10).json()
     scheme = described["components"]["securitySchemes"]["HTTPBearer"]
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
-    for path in ("/generate", "/classify"):
+    for path in ("/generate", "/v1/completions"):
         assert described["paths"][path]["post"]["security"] == [{"HTTPBearer": []}]
     assert "security" not in described["paths"]["/health"]["get"]
 

@@ -185,7 +185,7 @@ def test_code_of_this_project_is_what_dvc_yaml_names():
 def test_copied_or_moved_workspace_is_another_one(project, monkeypatch):
     first = identity.workspace_id()
     assert identity.workspace_id() == first
-    moved = project.parent / "moved"
+    moved = project.parent / f"{project.name}-moved"
     project.rename(moved)
     monkeypatch.chdir(moved)
     assert identity.workspace_id() != first
