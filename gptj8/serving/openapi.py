@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from gptj8.dataset.readers.row_shapes import WHOLE_FIELDS
+from gptj8.dataset.readers.row_shapes import WHOLE_FIELDS, kinds_of
 from gptj8.dataset.readers.rows import outermost
 from gptj8.dataset.text import INVISIBLE
 from gptj8.serving.guards import Limits
@@ -274,7 +274,12 @@ def _row(task: TunedTask) -> dict[str, Any]:
         cell: dict[str, Any] = {"type": ["string", "null"]}
         if task.columns[column]:
             cell, lists = _visible(), {**lists, "contains": {"anyOf": [_visible(), numbers]}}
-        properties[column] = cell if field in WHOLE_FIELDS else {"anyOf": [cell, lists]}
+        kinds = [cell]
+        if "number" in kinds_of(field):
+            kinds.append(numbers)
+        if field not in WHOLE_FIELDS:
+            kinds.append(lists)
+        properties[column] = {"anyOf": kinds}
     return {
         "type": "object",
         "properties": properties,
