@@ -1,5 +1,5 @@
 # The server alone, on a CPU:
-#   docker build --tag gptj8 .
+#   docker build --build-arg TORCH_INDEX=URL --tag gptj8 .
 #   docker run --init --publish 127.0.0.1:8000:8000 --volume "$PWD/artifacts:/models:ro" gptj8
 # docs/serving.md explains both.
 
@@ -19,9 +19,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt /tmp/requirements.txt
-# torch for CPUs is not on PyPI; that of PyPI brings several GB for GPUs.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" \
+# The package index with torch for CPUs; PyTorch's installation page names it. Without it, torch from
+# PyPI is installed, which brings several GB for GPUs.
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
     "$(grep '^torch==' /tmp/requirements.txt)"
 # What the wheel needs, in the versions that the tests use.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \

@@ -160,7 +160,7 @@ def _in_parts(
 def _explain_misfit(found: dict[str, Any]) -> str:
     """Return one line that says what does not fit, and the way out."""
     training, evaluation = found["training"], found["evaluation"]
-    largest, rows = found["largest_per_device_train_batch_size"], found["max_length"]
+    largest, tokens = found["largest_per_device_train_batch_size"], found["max_length"]
     needs = [
         f"{name} needs {format_bytes(part[_PEAK])}"
         for name, part in (("training", training), ("evaluation", evaluation))
@@ -172,8 +172,8 @@ def _explain_misfit(found: dict[str, Any]) -> str:
             ", and lower data.max_length for the evaluation" if len(needs) > 1 else ""
         )
     return (
-        f"{' and '.join(needs)} at {rows} tokens a row, and {format_bytes(found['memory'])} can "
-        f"be used; {way}"
+        f"{' and '.join(needs)} with {tokens} tokens per row, but only "
+        f"{format_bytes(found['memory'])} are available; {way}"
     )
 
 
