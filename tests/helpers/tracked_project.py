@@ -26,3 +26,21 @@ def runs(name="gptj8", uri=None):
     client = mlflow.MlflowClient(uri or f"sqlite:///{Path('mlflow.db').absolute()}")
     experiment = client.get_experiment_by_name(name)
     return client, client.search_runs([experiment.experiment_id])
+
+
+def error_of_a_second_row(database: str, artifacts: Path) -> Exception:
+    """Return what MLflow raises if another process has just written the same row."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.tracking.dbmodels.models import SqlExperiment
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(database, artifacts.as_uri())
+    raised = []
+    for _ in range(2):
+        try:
+            with store.ManagedSessionMaker(read_only=False) as session:
+                session.add(SqlExperiment(experiment_id=77, name="same", workspace="default"))
+        except MlflowException as error:
+            raised.append(error)
+    (error,) = raised
+    return error

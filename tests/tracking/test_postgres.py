@@ -15,7 +15,7 @@ from gptj8.tracking import server_errors
 from tests.helpers.paths import ROOT
 from tests.helpers.postgres import postgres_server
 from tests.helpers.servers import free_port, mlflow_server
-from tests.helpers.tracked_project import runs
+from tests.helpers.tracked_project import error_of_a_second_row, runs
 
 pytestmark = pytest.mark.slow
 
@@ -91,19 +91,7 @@ def test_clones_that_begin_at_once_leave_whole_rows(project, tracking, request):
 
 def test_unique_violation_of_postgresql_is_a_race(database, tmp_path):
     """The error that MLflow raises if another process has just written the same row."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.store.tracking.dbmodels.models import SqlExperiment
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore(database, tmp_path.as_uri())
-    raised = []
-    for _ in range(2):
-        try:
-            with store.ManagedSessionMaker(read_only=False) as session:
-                session.add(SqlExperiment(experiment_id=77, name="same", workspace="default"))
-        except MlflowException as error:
-            raised.append(error)
-    (error,) = raised
+    error = error_of_a_second_row(database, tmp_path)
     assert server_errors.is_race(error)
     assert not server_errors.is_permanent(error)
 

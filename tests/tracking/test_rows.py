@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import RestException
 
 from gptj8.runtime.errors import UserError
 from gptj8.runtime.project import STAGES
 from gptj8.tracking import server_errors
 from gptj8.tracking.delivery import Delivery
 from gptj8.tracking.stage import stage_run
-from tests.helpers.tracked_project import params, report, runs
+from tests.helpers.tracked_project import error_of_a_second_row, params, report, runs
 
 pytestmark = pytest.mark.usefixtures("recorded_inline")
 
@@ -128,18 +128,7 @@ def test_race_that_lasts_keeps_the_journal(project, monkeypatch):
 
 def test_race_of_a_real_database_is_recognized(project):
     """What MLflow raises when SQLite refuses a row that another process has inserted."""
-    from mlflow.store.tracking.dbmodels.models import SqlExperiment
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore(f"sqlite:///{project / 'mlflow.db'}", str(project / "mlartifacts"))
-    raised = []
-    for _ in range(2):
-        try:
-            with store.ManagedSessionMaker(read_only=False) as session:
-                session.add(SqlExperiment(experiment_id=77, name="same", workspace="default"))
-        except MlflowException as error:
-            raised.append(error)
-    (error,) = raised
+    error = error_of_a_second_row(f"sqlite:///{project / 'mlflow.db'}", project)
     assert server_errors.is_race(error)
     assert not server_errors.is_permanent(error)
 

@@ -93,12 +93,23 @@ static inline int64_t length_of(int64_t block, int64_t n, int64_t block_size) {
   return left < block_size ? left : block_size;
 }
 
+/* A codebook of 16 lines: value[16 h + l] = (start[h] + slope[h] * l) / LINE_UNIT, the format that
+   gptj8/quantization/codebooks.py fits for short blocks. A code is decoded by 16-entry byte shuffles
+   and exact integers instead of a lookup in memory. */
+#define LINE_UNIT 8192
+typedef struct {
+  int16_t start[16];
+  uint8_t slope[16];
+} lines;
+
 /* A matrix of codes (rows, columns), and how to restore it. */
 typedef struct {
   const uint8_t *codes;
   int64_t rows, columns, block_size, shift; /* block_size = 1 << shift */
   scales scale;
   const float *codebook;
+  int has_lines; /* whether the codebook consists of `lines` */
+  lines lines;
 } matrix;
 
 #if defined(__GNUC__)
@@ -112,8 +123,6 @@ matrix matrix_of(const uint8_t *codes, int64_t rows, int64_t columns, int64_t bl
    `step`, and runs of codes whose ends are. */
 typedef struct {
   int64_t step;
-  /* Return whether the codebook can be decoded. */
-  int (*decodes)(const float *codebook);
   /* Restore the codes `from` to `to` of a flat matrix to `dtype`. */
   void (*restore)(const matrix *w, int64_t from, int64_t to, void *out, int dtype, int streams);
   /* y (count, rows) = x (count, columns) W^T, for rows `from` to `to` of W. */
@@ -129,24 +138,12 @@ extern const machine gptj8_avx2, gptj8_avx512, gptj8_avx512_vbmi, gptj8_avx512_b
 extern const machine gptj8_neon;
 #endif
 
-/* Return the functions of this machine that multiply, or restore, fastest with a codebook; or null. */
-const machine *multiplier_for(const float *codebook);
-const machine *restorer_for(const float *codebook);
+/* Return the functions of this machine that multiply by, or restore, a matrix fastest; or null. */
+const machine *multiplier_for(const matrix *w);
+const machine *restorer_for(const matrix *w);
 
 /* Return whether AVX-512 VBMI may be used. */
 int has_byte_permutations(void);
-
-/* A codebook of 16 lines: value[16 h + l] = (start[h] + slope[h] * l) / LINE_UNIT, the format that
-   gptj8/quantization/codebooks.py fits for short blocks. A code is decoded by 16-entry byte shuffles
-   and exact integers instead of a lookup in memory. */
-#define LINE_UNIT 8192
-typedef struct {
-  int16_t start[16];
-  uint8_t slope[16];
-} lines;
-
-/* Return whether a codebook consists of lines, which are written to `found`. */
-int lines_of(const float *codebook, lines *found);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

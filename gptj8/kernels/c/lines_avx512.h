@@ -1,21 +1,10 @@
 /* Decoding of a codebook of lines with AVX-512 (BW), as vectors_avx2.h does with AVX2. */
 
-typedef struct {
-  __m512i start_low, start_high, slope;
-} tables;
+#include "lines.h"
 
-static int fill_tables(const float *codebook, tables *found) {
-  lines of;
-  uint8_t low[16], high[16];
-  if (!lines_of(codebook, &of)) return 0;
-  for (int h = 0; h < 16; h++) {
-    uint16_t start = (uint16_t)of.start[h];
-    low[h] = (uint8_t)start, high[h] = (uint8_t)(start >> 8);
-  }
-  found->start_low = table_of(low), found->start_high = table_of(high);
-  found->slope = table_of(of.slope);
-  return 1;
-}
+typedef line_tables tables;
+
+ALWAYS_INLINE tables tables_of(const matrix *w) { return line_tables_of(&w->lines, 0); }
 
 /* Decode 64 codes; value[q] holds codes 16 q to 16 q + 15, in units of 1 / LINE_UNIT. */
 ALWAYS_INLINE void decode(const uint8_t *codes, const tables *with, vector *value) {

@@ -1,4 +1,4 @@
-/* Select the kernels for this machine, and recognize codebooks of lines. */
+/* Select the kernels for this machine and a matrix, and recognize codebooks of lines. */
 
 #include "common.h"
 
@@ -13,15 +13,8 @@ static int limit = EVERYTHING;
 
 void gptj8_limit(int64_t instruction_set) { limit = (int)instruction_set; }
 
-matrix matrix_of(const uint8_t *codes, int64_t rows, int64_t columns, int64_t block_size,
-                 const void *absmax, const float *levels, const float *codebook) {
-  matrix made = {codes, rows, columns, block_size, 0, {0}, codebook};
-  while (block_size >> made.shift > 1) made.shift++;
-  made.scale = scales_of(absmax, levels);
-  return made;
-}
-
-int lines_of(const float *codebook, lines *found) {
+/* Return whether a codebook consists of lines, which are written to `found`. */
+static int find_lines(const float *codebook, lines *found) {
   for (int h = 0; h < 16; h++) {
     const float *piece = codebook + 16 * h;
     float start = piece[0] * LINE_UNIT, slope = piece[1] * LINE_UNIT - start;
@@ -36,18 +29,28 @@ int lines_of(const float *codebook, lines *found) {
   return 1;
 }
 
+matrix matrix_of(const uint8_t *codes, int64_t rows, int64_t columns, int64_t block_size,
+                 const void *absmax, const float *levels, const float *codebook) {
+  matrix made = {0};
+  made.codes = codes, made.rows = rows, made.columns = columns;
+  made.block_size = block_size;
+  while (block_size >> made.shift > 1) made.shift++;
+  made.scale = scales_of(absmax, levels);
+  made.codebook = codebook;
+  made.has_lines = find_lines(codebook, &made.lines);
+  return made;
+}
+
 #if defined(ON_X86)
-static int has_avx512_bf16(void) {
-  return limit >= EVERYTHING && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
-}
-static int has_avx512_vbmi(void) {
-  return limit >= AVX512_VBMI && __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("avx512bw");
-}
 static int has_avx512(void) {
   return limit >= AVX512 && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+static int has_avx512_vbmi(void) {
+  return limit >= AVX512_VBMI && has_avx512() && __builtin_cpu_supports("avx512vbmi");
+}
+static int has_avx512_bf16(void) {
+  return limit >= EVERYTHING && has_avx512_vbmi() && __builtin_cpu_supports("avx512bf16");
 }
 static int has_avx2(void) {
   /* F16C is older than AVX2. */
@@ -55,29 +58,27 @@ static int has_avx2(void) {
 }
 #endif
 
-const machine *multiplier_for(const float *codebook) {
+const machine *multiplier_for(const matrix *w) {
 #if defined(ON_X86)
-  lines unused;
-  int is_lines = has_avx2() && lines_of(codebook, &unused);
-  if (is_lines && has_avx512_bf16()) return &gptj8_avx512_bf16;
-  if (is_lines) return has_avx512() ? &gptj8_avx512 : &gptj8_avx2;
+  if (w->has_lines && has_avx512_bf16()) return &gptj8_avx512_bf16;
+  if (w->has_lines && has_avx512()) return &gptj8_avx512;
+  if (w->has_lines && has_avx2()) return &gptj8_avx2;
   if (has_avx512_vbmi()) return &gptj8_avx512_vbmi;
 #elif defined(ON_ARM)
-  if (limit > PLAIN && gptj8_neon.decodes(codebook)) return &gptj8_neon;
+  if (w->has_lines && limit > PLAIN) return &gptj8_neon;
 #else
-  (void)codebook;
+  (void)w;
 #endif
   return 0;
 }
 
-const machine *restorer_for(const float *codebook) {
+const machine *restorer_for(const matrix *w) {
+  const machine *found = multiplier_for(w);
 #if defined(ON_X86)
-  const machine *found = multiplier_for(codebook);
-  if (found == &gptj8_avx512_bf16) return found;
-  return has_avx512_vbmi() ? &gptj8_avx512_vbmi : found; /* 1.1 times as fast as lines */
-#else
-  return multiplier_for(codebook);
+  /* A table in registers is 1.1 times as fast as lines, but not as lines rounded by the hardware. */
+  if (found != &gptj8_avx512_bf16 && has_avx512_vbmi()) return &gptj8_avx512_vbmi;
 #endif
+  return found;
 }
 
 int has_byte_permutations(void) {

@@ -12,7 +12,7 @@
 #include "rows.h"
 #include "products.h"
 
-const machine gptj8_avx2 = {STEP, decodes, restore, product, transposed};
+const machine gptj8_avx2 = {STEP, restore, product, transposed};
 
 #include "target_end.h"
 

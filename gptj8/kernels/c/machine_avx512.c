@@ -13,7 +13,7 @@
 #include "rows.h"
 #include "products.h"
 
-const machine gptj8_avx512 = {STEP, decodes, restore, product, transposed};
+const machine gptj8_avx512 = {STEP, restore, product, transposed};
 
 #include "target_end.h"
 

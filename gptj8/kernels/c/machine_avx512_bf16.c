@@ -24,7 +24,7 @@ ALWAYS_INLINE void store_bfloat16(uint16_t *to, vector a, vector b, int streams)
 #include "rows.h"
 #include "products.h"
 
-const machine gptj8_avx512_bf16 = {STEP, decodes, restore, product, transposed};
+const machine gptj8_avx512_bf16 = {STEP, restore, product, transposed};
 
 #include "target_end.h"
 

@@ -11,7 +11,7 @@
 #include "tables_avx512.h"
 #include "products.h"
 
-const machine gptj8_avx512_vbmi = {STEP, decodes, restore, product, transposed};
+const machine gptj8_avx512_vbmi = {STEP, restore, product, transposed};
 
 #include "target_end.h"
 

@@ -7,7 +7,7 @@
 #include "vectors_neon.h"
 #include "products.h"
 
-const machine gptj8_neon = {STEP, decodes, restore, product, transposed};
+const machine gptj8_neon = {STEP, restore, product, transposed};
 
 #else
 typedef int nothing; /* ISO C has no empty files */

@@ -42,10 +42,10 @@ static void multiply_add(const float *restored, int64_t count, const float *x, i
 /* Return whether gptj8_product and gptj8_product_transposed have kernels for a matrix: 2 if its
    codebook consists of lines, which are fastest, 1 for others, 0 if there are none. */
 int64_t gptj8_multiplies(int64_t columns, const float *codebook) {
-  const machine *with = multiplier_for(codebook);
-  lines unused;
+  const matrix w = matrix_of(0, 0, columns, 1, 0, 0, codebook);
+  const machine *with = multiplier_for(&w);
   if (!with || columns % with->step) return 0;
-  return lines_of(codebook, &unused) ? 2 : 1;
+  return w.has_lines ? 2 : 1;
 }
 
 /* y (count, rows) = x (count, columns) W^T, for a matrix that gptj8_multiplies accepts. */
@@ -53,7 +53,7 @@ void gptj8_product(const float *x, int64_t count, const uint8_t *codes, int64_t 
                    int64_t columns, int64_t block_size, const void *absmax, const float *levels,
                    const float *codebook, float *y, int64_t threads) {
   const matrix w = matrix_of(codes, rows, columns, block_size, absmax, levels, codebook);
-  const machine *with = multiplier_for(codebook);
+  const machine *with = multiplier_for(&w);
   int64_t groups = (rows + 3) / 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int thread = 0; thread < threads; thread++) {
@@ -68,7 +68,7 @@ void gptj8_product_transposed(const float *y, int64_t count, const uint8_t *code
                               const float *levels, const float *codebook, float *x,
                               int64_t threads) {
   const matrix w = matrix_of(codes, rows, columns, block_size, absmax, levels, codebook);
-  const machine *with = multiplier_for(codebook);
+  const machine *with = multiplier_for(&w);
   int64_t steps = columns / with->step;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int thread = 0; thread < threads; thread++)

@@ -118,8 +118,7 @@ static inline int64_t share_of(int64_t left, int64_t most) {
 static void product(const matrix *w, const float *x, int64_t count, int64_t from, int64_t to,
                     float *y) {
   float panel[PANEL * DEPTH] __attribute__((aligned(64)));
-  tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
+  tables with = tables_of(w);
 #ifdef INTEGER_ROWS
   if (count <= INTEGER_ROWS && multiply_few(w, x, count, from, to, y, panel, sizeof panel)) return;
 #endif
@@ -202,8 +201,7 @@ static void transposed(const matrix *w, const float *y, int64_t count, int64_t f
                        float *x) {
   float panel[PANEL * DEPTH] __attribute__((aligned(64)));
   float factors[MOST * TALL] __attribute__((aligned(64)));
-  tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
+  tables with = tables_of(w);
   const int64_t columns = w->columns;
   /* A tall panel reads and writes x less often; a wide one reads codes in longer runs. */
   const int64_t height = count <= 48 ? 64 : TALL, most = PANEL * DEPTH / height;
@@ -242,8 +240,7 @@ static void transposed(const matrix *w, const float *y, int64_t count, int64_t f
 /* Restore the codes `from` to `to`, which are multiples of STEP, to `dtype`. */
 ALWAYS_INLINE void restore_as(const matrix *w, int64_t from, int64_t to, void *out, int dtype,
                               int streams) {
-  tables with;
-  if (!fill_tables(w->codebook, &with)) return; /* the caller asked decodes */
+  tables with = tables_of(w);
   for (int64_t at = from; at < to; at += STEP) {
     vector value[STEP / LANES];
     prefetch(w->codes + at + AHEAD);
@@ -295,9 +292,4 @@ static void restore(const matrix *w, int64_t from, int64_t to, void *out, int dt
     RESTORE(FLOAT16);
   }
 #undef RESTORE
-}
-
-static int decodes(const float *codebook) {
-  tables unused;
-  return fill_tables(codebook, &unused);
 }

@@ -117,7 +117,7 @@ void gptj8_dequantize(const uint8_t *codes, int64_t n, int64_t block_size, const
                       const float *levels, const float *codebook, void *out, int64_t dtype,
                       int64_t threads) {
   const matrix w = matrix_of(codes, 1, n, block_size, absmax, levels, codebook);
-  const machine *with = restorer_for(codebook);
+  const machine *with = restorer_for(&w);
   int streams = n >= STREAMED && (uintptr_t)out % 64 == 0;
   if (dtype != FLOAT32 && block_size >= TABLE_BLOCK) {
     int64_t blocks = (n + block_size - 1) / block_size;

@@ -10,25 +10,8 @@
 #define LOWER_BITS 14
 #define DECODED_LINE (1.0f / LINE_UNIT)
 
-typedef struct {
-  integers start_low, start_high, slope;
-} pair_tables;
-
-static int fill_pair_tables(const float *codebook, pair_tables *found) {
-  lines of;
-  uint8_t low[16], high[16];
-  if (!lines_of(codebook, &of)) return 0;
-  for (int h = 0; h < 16; h++) {
-    low[h] = (uint8_t)of.start[h];
-    high[h] = (uint8_t)((uint16_t)of.start[h] >> 8);
-  }
-  found->start_low = table_of(low), found->start_high = table_of(high);
-  found->slope = table_of(of.slope);
-  return 1;
-}
-
 /* Decode STEP codes as integers in units of 1 / LINE_UNIT. */
-ALWAYS_INLINE void decode_pairs(const uint8_t *codes, const pair_tables *with, integers *even,
+ALWAYS_INLINE void decode_pairs(const uint8_t *codes, const line_tables *with, integers *even,
                                 integers *odd) {
   integers code = integers_load(codes);
   integers h = integers_and(integers_right(code, 4), integers_set_bytes(15));
@@ -72,7 +55,7 @@ static float split_block(const float *x, int16_t *parts) {
 }
 
 /* y[t] = row of W times row t of x, for ROWS rows whose parts are 2 * columns apart. */
-ALWAYS_INLINE void multiply_parts(const matrix *w, const pair_tables *with, const int16_t *parts,
+ALWAYS_INLINE void multiply_parts(const matrix *w, const line_tables *with, const int16_t *parts,
                                   const float *units, int64_t row, int rows, float *y) {
   const int64_t columns = w->columns;
   const uint8_t *codes = w->codes + row * columns;
@@ -115,10 +98,9 @@ ALWAYS_INLINE void multiply_parts(const matrix *w, const pair_tables *with, cons
    number is infinite. `room` has `size` bytes. */
 static int multiply_few(const matrix *w, const float *x, int64_t count, int64_t from, int64_t to,
                         float *y, void *room, int64_t size) {
-  pair_tables with;
   int64_t n = count * w->columns;
-  if (w->columns % INPUT_BLOCK || 4 * n + n / 16 > size || !fill_pair_tables(w->codebook, &with))
-    return 0;
+  if (w->columns % INPUT_BLOCK || 4 * n + n / 16 > size) return 0;
+  line_tables with = line_tables_of(&w->lines, 0);
   int16_t *parts = room;
   float *units = (float *)(parts + 2 * n);
   for (int64_t at = 0; at < n; at += INPUT_BLOCK) {

@@ -6,14 +6,15 @@ typedef struct {
   __m512i byte[4][4];
 } tables;
 
-static int fill_tables(const float *codebook, tables *found) {
+static inline tables tables_of(const matrix *w) {
+  tables found;
   uint8_t bytes[256];
   for (int place = 0; place < 4; place++) {
-    for (int k = 0; k < 256; k++) bytes[k] = (uint8_t)(as_bits(codebook[k]) >> (8 * place));
+    for (int k = 0; k < 256; k++) bytes[k] = (uint8_t)(as_bits(w->codebook[k]) >> (8 * place));
     for (int part = 0; part < 4; part++)
-      found->byte[place][part] = _mm512_loadu_si512(bytes + 64 * part);
+      found.byte[place][part] = _mm512_loadu_si512(bytes + 64 * part);
   }
-  return 1;
+  return found;
 }
 
 /* Decode 64 codes; value[q] holds codes 16 q to 16 q + 15. */

@@ -38,8 +38,10 @@ typedef __m256i integers;
 #define vector_of(a) _mm256_cvtepi32_ps(a)
 #define vector_halves(first, second) (first) /* a step has one scale */
 
-ALWAYS_INLINE integers table_of(const uint8_t bytes[16]) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+typedef __m256i bytes;
+
+ALWAYS_INLINE bytes bytes_of(const uint8_t values[16]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
 }
 
 ALWAYS_INLINE void vector_stream(float *to, vector value) { _mm256_stream_ps(to, value); }
@@ -60,23 +62,12 @@ ALWAYS_INLINE float vector_sum(vector value) {
   return _mm_cvtss_f32(sums_of_four(value, zero, zero, zero));
 }
 
-typedef struct {
-  __m256i start_low, start_high, slope;
-} tables;
+#include "lines.h"
 
-static int fill_tables(const float *codebook, tables *found) {
-  lines of;
-  uint8_t low[16], high[16];
-  if (!lines_of(codebook, &of)) return 0;
-  for (int h = 0; h < 16; h++) {
-    /* Decoded values are offset so that they are not negative; see decode. */
-    uint16_t start = (uint16_t)(of.start[h] + LINE_UNIT);
-    low[h] = (uint8_t)start, high[h] = (uint8_t)(start >> 8);
-  }
-  found->start_low = table_of(low), found->start_high = table_of(high);
-  found->slope = table_of(of.slope);
-  return 1;
-}
+typedef line_tables tables;
+
+/* Decoded values are offset so that they are not negative; see decode. */
+ALWAYS_INLINE tables tables_of(const matrix *w) { return line_tables_of(&w->lines, LINE_UNIT); }
 
 /* Decode 32 codes; value[q] holds codes 8 q to 8 q + 7, in units of 1 / LINE_UNIT. */
 ALWAYS_INLINE void decode(const uint8_t *codes, const tables *with, vector *value) {

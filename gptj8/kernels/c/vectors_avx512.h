@@ -41,8 +41,10 @@ typedef __m512i integers;
 #define vector_of(a) _mm512_cvtepi32_ps(a)
 #define vector_halves(first, second) _mm512_mask_blend_ps(0xff00, first, second)
 
-ALWAYS_INLINE integers table_of(const uint8_t bytes[16]) {
-  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
+typedef __m512i bytes;
+
+ALWAYS_INLINE bytes bytes_of(const uint8_t values[16]) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
 }
 
 ALWAYS_INLINE __m256 halves_of(vector value) {

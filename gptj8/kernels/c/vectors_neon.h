@@ -25,22 +25,15 @@ ALWAYS_INLINE void store_sums(float *to, vector a, vector b, vector c, vector d)
   vst1q_f32(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
 }
 
-typedef struct {
-  uint8x16_t start_low, start_high, slope;
-} tables;
+typedef uint8x16_t bytes;
 
-static int fill_tables(const float *codebook, tables *found) {
-  lines of;
-  uint8_t low[16], high[16];
-  if (!lines_of(codebook, &of)) return 0;
-  for (int h = 0; h < 16; h++) {
-    uint16_t start = (uint16_t)of.start[h];
-    low[h] = (uint8_t)start, high[h] = (uint8_t)(start >> 8);
-  }
-  found->start_low = vld1q_u8(low), found->start_high = vld1q_u8(high);
-  found->slope = vld1q_u8(of.slope);
-  return 1;
-}
+#define bytes_of(values) vld1q_u8(values)
+
+#include "lines.h"
+
+typedef line_tables tables;
+
+ALWAYS_INLINE tables tables_of(const matrix *w) { return line_tables_of(&w->lines, 0); }
 
 /* Decode 16 codes; value[q] holds codes 4 q to 4 q + 3, in units of 1 / LINE_UNIT. */
 ALWAYS_INLINE void decode_16(uint8x16_t code, const tables *with, vector *value) {
